@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# `make help` lists the targets. Everything runs on Debian's own Python: nbdkit embeds it and `nbd` is there only.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+# Options or test names for pytest, for example: make test TESTS='tests/unit -k options'
+TESTS   ?=
+
+PYTHON := .venv/bin/python
+# Recursive on purpose: nbdkit is asked only by install and uninstall.
+PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
+
+LIBRARY := $(PREFIX)/lib/nbdkit-replication
+MODULES := $(shell find replication -name '*.py')
+# Scripts have no suffix; their first line says what they are.
+PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
+SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/*)
+
+.PHONY: help demo test lint format install uninstall clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: ## Replicate a disk, fail over, and check the result
+	@scripts/setup demo
+	@scripts/demo
+
+test: ## Run the tests (TESTS= picks some)
+	@scripts/setup test
+	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
+
+lint: ## Check style, types and shell scripts
+	@scripts/setup lint
+	$(PYTHON) -m ruff check . $(PYTHON_SCRIPTS)
+	$(PYTHON) -m ruff format --check . $(PYTHON_SCRIPTS)
+	$(PYTHON) -m mypy
+	shellcheck $(SHELL_SCRIPTS)
+
+format: ## Lay the Python files out as lint wants them
+	@scripts/setup lint
+	$(PYTHON) -m ruff check --fix . $(PYTHON_SCRIPTS)
+	$(PYTHON) -m ruff format . $(PYTHON_SCRIPTS)
+
+# nbdkit runs an executable nbdkit-NAME-plugin in its plugin folder by its first line, so `nbdkit replication` runs
+# plugin.py; plugin.py follows the symbolic link to find replication/ beside itself.
+install: ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DESTDIR)
+	@test -n "$(PLUGINDIR)" || { echo "install: nbdkit is missing: run scripts/setup runtime" >&2; exit 1; }
+	rm -rf "$(DESTDIR)$(LIBRARY)" # modules of an older version
+	for module in $(MODULES); do install -D -m 644 "$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
+	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
+	install -d "$(DESTDIR)$(PLUGINDIR)"
+	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
+
+uninstall: ## Remove what install has put there
+	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
+	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
+	rm -rf "$(DESTDIR)$(LIBRARY)"
+
+clean: ## Remove everything that is not source, .venv included
+	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,256 @@
+#!/usr/bin/nbdkit python
+# SPDX-License-Identifier: BSD-3-Clause
+"""nbdkit plugin: continuous disk replication behind NBD. See README.md.
+
+Only nbdkit's callbacks are here; what they do is in the package `replication`, whose docstring says where to start.
+Errors leave through one place, `_boundary`: those raised on purpose become one line and an errno, anything else a
+traceback, because it is a bug.
+"""
+
+import errno
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import nbdkit
+
+# nbdkit does not put the script's folder on the path, and a link in its plugin folder may have led here.
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
+from replication import VERSION
+from replication.control.commands import Commands
+from replication.control.server import ControlServer
+from replication.errors import ConfigError, DiskError, ReplicationError
+from replication.events import EventHub
+from replication.export import Exports, Face
+from replication.image.qcow2 import BLOCK
+from replication.node import Node
+from replication.options import OptionParser, Options
+
+API_VERSION = 2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_BLOCK = 32 << 20
+"""Largest request that every NBD client and server can handle (NBD specification)."""
+
+
+class Process:
+    """This process's half of the pair, from the first option to the end."""
+
+    parser = OptionParser()
+    options: Options
+    node: Node | None = None
+    exports: Exports
+    control: ControlServer | None = None
+
+
+_format_exception: Callable[..., list[str]] = traceback.format_exception
+
+
+def _format_one_line(*arguments: Any, **options: Any) -> list[str]:
+    """nbdkit prints an exception with traceback.format_exception(type, error, traceback): those raised on purpose
+    are one line."""
+    if len(arguments) > 1 and isinstance(arguments[1], ReplicationError):
+        return [str(arguments[1])]
+    return _format_exception(*arguments, **options)
+
+
+setattr(traceback, "format_exception", _format_one_line)  # noqa: B010 (an assignment would need a type: ignore)
+
+
+def _boundary(callback: Callable[P, R]) -> Callable[P, R]:
+    """Give the client of a failed request its errno. nbdkit prints the exception."""
+
+    @functools.wraps(callback)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return callback(*args, **kwargs)
+        except DiskError as error:
+            nbdkit.set_error(error.wire_errno)
+            raise
+        except MemoryError:
+            nbdkit.set_error(errno.ENOMEM)
+            raise
+
+    return guarded
+
+
+# -- start and end -----------------------------------------------------------------------------------------
+
+
+def dump_plugin() -> None:
+    """`nbdkit plugin.py --dump-plugin`."""
+    print(f"replication_version={VERSION}")
+
+
+def thread_model() -> int:
+    """Requests of one connection run side by side: most of their time they wait for a disk or the peer."""
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def config(key: str, value: str) -> None:
+    """KEY=VALUE of the command line."""
+    Process.parser.add(key, value)
+
+
+def config_complete() -> None:
+    """All keys are there."""
+    Process.options = Process.parser.finish()
+
+
+def get_ready() -> None:
+    """Open disks, images and the control socket, while errors are still seen. nbdkit may fork after this."""
+    hub = EventHub()
+    node = Node(Process.options, hub)
+    if Process.options.control is not None:
+        control = ControlServer(Process.options.control, Commands(node, nbdkit.shutdown).execute, hub)
+        try:
+            control.bind()
+        except ConfigError:
+            node.close()
+            raise
+        Process.control = control
+    Process.node = node
+    Process.exports = Exports(node)
+
+
+def after_fork() -> None:
+    """Start threads, which do not survive a fork."""
+    assert Process.node is not None
+    Process.node.launch()
+    if Process.control is not None:
+        Process.control.start()
+
+
+def cleanup() -> None:
+    """No request is in flight any more, and none will come."""
+    if Process.control is not None:
+        Process.control.stop()
+    if Process.node is not None:
+        Process.node.close()
+
+
+# -- exports -----------------------------------------------------------------------------------------------
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    """All of them."""
+    return Process.exports.names()
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    """What an empty export name means."""
+    return Process.exports.default()
+
+
+@_boundary
+def open(readonly: bool) -> Face:
+    """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
+    return Process.exports.open(nbdkit.export_name())
+
+
+def get_size(h: Face) -> int:
+    """Bytes."""
+    return h.size
+
+
+def export_description(h: Face) -> str:
+    """For nbdinfo."""
+    return h.description
+
+
+def block_size(h: Face) -> tuple[int, int, int]:
+    """Any alignment is accepted; whole blocks of the overlays are fastest."""
+    return (1, BLOCK, MAX_BLOCK)
+
+
+def can_multi_conn(h: Face) -> bool:
+    """A flush on one connection covers what was answered on all: Face.flush."""
+    return True
+
+
+def can_write(h: Face) -> bool:
+    """Both faces and the primary are written to."""
+    return True
+
+
+def can_flush(h: Face) -> bool:
+    """Everywhere."""
+    return True
+
+
+def can_trim(h: Face) -> bool:
+    """Everywhere, as zeroes."""
+    return True
+
+
+def can_zero(h: Face) -> bool:
+    """Everywhere."""
+    return True
+
+
+def can_fast_zero(h: Face) -> bool:
+    """No: copy-before-write may have to read and write what a zero destroys."""
+    return False
+
+
+def can_fua(h: Face) -> int:
+    """Passed down to the disk."""
+    return int(nbdkit.FUA_NATIVE)
+
+
+def can_cache(h: Face) -> int:
+    """nbdkit reads, which fills the page cache below."""
+    return int(nbdkit.CACHE_EMULATE)
+
+
+def can_extents(h: Face) -> bool:
+    """Everywhere."""
+    return True
+
+
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+@_boundary
+def pread(h: Face, buf: memoryview, offset: int, flags: int) -> None:
+    """Read."""
+    h.read(buf, offset)
+
+
+@_boundary
+def pwrite(h: Face, buf: memoryview, offset: int, flags: int) -> None:
+    """Write."""
+    h.write(buf, offset, bool(flags & nbdkit.FLAG_FUA))
+
+
+@_boundary
+def zero(h: Face, count: int, offset: int, flags: int) -> None:
+    """Write zeroes."""
+    h.zero(offset, count, bool(flags & nbdkit.FLAG_MAY_TRIM), bool(flags & nbdkit.FLAG_FUA))
+
+
+@_boundary
+def trim(h: Face, count: int, offset: int, flags: int) -> None:
+    """Trim: zeroes, as holes where possible, so that both sides of the pair read the same afterwards."""
+    h.zero(offset, count, True, bool(flags & nbdkit.FLAG_FUA))
+
+
+@_boundary
+def flush(h: Face, flags: int) -> None:
+    """Flush."""
+    h.flush()
+
+
+@_boundary
+def extents(h: Face, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    """Block status."""
+    return [
+        (item.offset, item.length, nbdkit.EXTENT_ZERO * item.zero | nbdkit.EXTENT_HOLE * item.hole)
+        for item in h.extents(offset, count)
+    ]

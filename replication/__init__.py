@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Continuous disk replication behind NBD: the library that plugin.py puts into nbdkit.
+
+Where to start reading
+----------------------
+A guest write on the primary, from top to bottom, with no step back up:
+
+    plugin.pwrite -> export.PrimaryFace -> primary_disk.PrimaryDisk.write
+        changes.ChangeMap.begin         what the secondary may lack, before the disk changes
+        image.disk.Disk.write           the local disk (file.FileDisk or endpoint.NbdDisk)
+        forward.Forwarder.put           the queue to the secondary, drained by one thread
+
+and what becomes of it on the secondary:
+
+    plugin.pwrite -> export.TargetFace -> secondary_disk.SecondaryDisk.target_write
+        image.stack.Stack.write_below   copy-before-write into hidden, then the secondary disk
+
+The secondary's own guest:
+
+    plugin.pread  -> export.GuestFace -> secondary_disk.SecondaryDisk.guest_read  -> Stack.read
+    plugin.pwrite -> export.GuestFace -> secondary_disk.SecondaryDisk.guest_write -> Stack.write_top
+
+Commands come from the other side: control.server -> control.commands -> node.Node, which owns the
+stage, the disks, the gate and the state folder, and does start, checkpoint and stop for all disks at
+one instant.
+
+Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
+------------------------------------------------------------------------------------------
+    plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    control/server.py           the Unix socket and its clients
+    control/commands.py         the QMP command table over a Node
+    control/qmp.py              the protocol: parsing, greeting, errors
+    export.py                   export name -> Face
+    node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
+    primary.py  secondary.py    all disks of a process in one mode
+    side.py                     what the two modes have in common for the node
+    primary_disk.py             local I/O and forwarding
+    secondary_disk.py           the guest face and the target face
+    commit.py                   the job that commits the overlays down after failover
+    forward.py                  the forward queue and its link
+    image/stack.py              active, hidden and secondary disk as one
+    image/overlay.py            bits and data of one overlay
+    image/qcow2.py              the qcow2 layout: creating, validating, mapping
+    image/disk.py               opening a disk by path or URI
+    image/file.py  endpoint.py  a disk in a file, behind NBD
+    image/face.py               what every disk can do
+    image/connection.py         one libnbd handle with deadlines
+    image/lock.py               QEMU's byte-range locks
+    options.py                  the command line and the TOML file
+    changes.py  state.py        the change map, the state folder
+    jobs.py  fault.py           what query-jobs and get-error report
+    gate.py  rangelock.py       who waits for whom
+    events.py  log.py  pause.py  stage.py  errors.py
+
+Who waits for whom: the lock order
+----------------------------------
+A thread takes these only downwards, and holds none of the locks marked (m) across I/O:
+
+    1. Node._command   one control command that changes the stage at a time
+    2. Gate            every guest and target request is inside the gate; checkpoint, start and stop close it,
+                       wait until it is empty, and work alone. A request takes it once.
+    3. RangeLock       whole 4 KiB blocks, first come first served. The stack has two: `top` (guest writes,
+                       commit) and `below` (target writes). No thread takes both. The primary has one a
+                       disk (guest writes). Held across the I/O of the request that it orders.
+    4. StateFolder._saving (only when a fault is latched or the stage changes)
+    5. Overlay._words (m), ChangeMap._lock (m), Forwarder._lock (m), FaultLatch._lock (m), Connection._lock (m)
+    6. EventHub._lock (m)
+
+Reads take no range lock. What decides for each pair that can meet on one block stands in
+image/stack.py (secondary) and primary.py (primary).
+"""
+
+VERSION = "0.1.0"

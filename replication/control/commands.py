@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The table of control commands, and what each of them asks of the node.
+
+Arguments are checked against the table before a handler runs, so a handler sees only what its row declares,
+and a refused command has changed nothing. query-commands is derived from the table. Names, arguments and
+texts of the commands that QEMU has are QEMU's (qapi/migration.json, qapi/job.json, qapi/control.json).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from replication.control import qmp
+from replication.control.qmp import Answer, Argument
+from replication.errors import CommandError
+from replication.stage import Mode
+
+
+class Replicated(Protocol):
+    """What the commands need of a node. Every method may be called by several threads at once, does its own
+    locking, and raises CommandError when it refuses."""
+
+    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
+        """Start replication; `sync` is "auto", "full" or "none"; None: as configured."""
+
+    def checkpoint(self) -> tuple[int, float]:
+        """Take a checkpoint; its epoch, and the seconds it took."""
+
+    def get_error(self) -> str | None:
+        """The description of the failure that replication has suffered, None if there is none."""
+
+    def stop(self, failover: bool) -> None:
+        """Stop replication, as planned or by failover."""
+
+    def lost_heartbeat(self) -> None:
+        """The peer is dead: a secondary fails over, a primary stops."""
+
+    def query(self) -> dict[str, Any]:
+        """The answer of query-replication."""
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        """The answer of query-jobs."""
+
+    def cancel_job(self, id: str) -> None:
+        """Cancel the job named `id`."""
+
+    def dismiss_job(self, id: str) -> None:
+        """Forget the finished job named `id`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table."""
+
+    handler: Callable[[Commands, Mapping[str, Any]], Any]
+    """Takes the arguments given, already checked; returns QMP's `return`, or an Answer."""
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+
+class Commands:
+    """Runs commands by name on one node. Stateless: any number of threads may call it at once."""
+
+    def __init__(self, node: Replicated, shutdown: Callable[[], None]) -> None:
+        """`shutdown()` ends the process in good order; `quit` calls it after it has answered."""
+        self._node = node
+        self._shutdown = shutdown
+
+    def execute(self, name: str, arguments: dict[str, Any]) -> Answer:
+        """Run the command `name`; raises CommandError if there is none, or if it or the node refuses."""
+        command = TABLE.get(name)
+        if command is None:
+            raise CommandError(f"The command {name} has not been found", "CommandNotFound")
+        qmp.check_arguments(command.arguments, arguments)
+        result = command.handler(self, arguments)
+        return result if isinstance(result, Answer) else Answer(result)
+
+    # Under QEMU's names
+
+    def _xen_set_replication(self, arguments: Mapping[str, Any]) -> Any:
+        failover = arguments.get("failover")
+        if not arguments["enable"]:
+            self._node.stop(failover or False)
+            return {}
+        if failover is not None:
+            raise CommandError("Parameter 'failover' is only for stopping replication")
+        self._node.start(Mode.PRIMARY if arguments["primary"] else Mode.SECONDARY, None, "auto")
+        return {}
+
+    def _xen_checkpoint(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.checkpoint()
+        return {}
+
+    def _xen_status(self, _arguments: Mapping[str, Any]) -> Any:
+        # As in QEMU, a node that replicates nothing reports that as its error instead of failing the query.
+        try:
+            desc = self._node.get_error()
+        except CommandError as error:
+            desc = str(error)
+        return {"error": False} if desc is None else {"error": True, "desc": desc}
+
+    def _lost_heartbeat(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.lost_heartbeat()
+        return {}
+
+    # Replication's own
+
+    def _start(self, arguments: Mapping[str, Any]) -> Any:
+        mode = Mode(arguments["mode"]) if "mode" in arguments else None
+        self._node.start(mode, arguments.get("secondary"), arguments.get("sync", "auto"))
+        return {}
+
+    def _checkpoint(self, _arguments: Mapping[str, Any]) -> Any:
+        epoch, duration_s = self._node.checkpoint()
+        return {"epoch": epoch, "duration": duration_s}
+
+    def _get_error(self, _arguments: Mapping[str, Any]) -> Any:
+        desc = self._node.get_error()
+        if desc is not None:
+            raise CommandError(desc)
+        return {}
+
+    def _stop(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.stop(arguments.get("failover", False))
+        return {}
+
+    def _query(self, _arguments: Mapping[str, Any]) -> Any:
+        return self._node.query()
+
+    # Jobs
+
+    def _query_jobs(self, _arguments: Mapping[str, Any]) -> Any:
+        return self._node.query_jobs()
+
+    def _job_cancel(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.cancel_job(arguments["id"])
+        return {}
+
+    def _job_dismiss(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.dismiss_job(arguments["id"])
+        return {}
+
+    # The process
+
+    def _query_commands(self, _arguments: Mapping[str, Any]) -> Any:
+        return [{"name": name} for name in (qmp.NEGOTIATION, *TABLE)]
+
+    def _query_version(self, _arguments: Mapping[str, Any]) -> Any:
+        return qmp.version()
+
+    def _quit(self, _arguments: Mapping[str, Any]) -> Any:
+        return Answer({}, after=self._shutdown)
+
+    TABLE: Mapping[str, Command] = {
+        "xen-set-replication": Command(
+            _xen_set_replication,
+            {
+                "enable": Argument("boolean", required=True),
+                "primary": Argument("boolean", required=True),
+                "failover": Argument("boolean"),
+            },
+        ),
+        "xen-colo-do-checkpoint": Command(_xen_checkpoint),
+        "query-xen-replication-status": Command(_xen_status),
+        "x-colo-lost-heartbeat": Command(_lost_heartbeat),
+        "replication-start": Command(
+            _start,
+            {
+                "mode": Argument("string", values=tuple(mode.value for mode in Mode)),
+                "secondary": Argument("string"),
+                "sync": Argument("string", values=("auto", "none", "full")),
+            },
+        ),
+        "replication-checkpoint": Command(_checkpoint),
+        "replication-get-error": Command(_get_error),
+        "replication-stop": Command(_stop, {"failover": Argument("boolean")}),
+        "query-replication": Command(_query),
+        "query-jobs": Command(_query_jobs),
+        "job-cancel": Command(_job_cancel, {"id": Argument("string", required=True)}),
+        "job-dismiss": Command(_job_dismiss, {"id": Argument("string", required=True)}),
+        "query-commands": Command(_query_commands),
+        "query-version": Command(_query_version),
+        "quit": Command(_quit),
+    }
+
+
+TABLE = Commands.TABLE
+"""The commands by name, in the order in which query-commands lists them."""

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Errors, split by who has to act on them.
+
+    ReplicationError        anything this package raises on purpose
+     +- ConfigError         the command line or an image is wrong: nbdkit must not serve
+     +- DiskError           one request failed; errno goes to the NBD client
+     +- CommandError        one control command failed; desc goes to the QMP client
+
+Every message is one line that names what failed, on which disk, file or key, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class ReplicationError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(ReplicationError):
+    """An option or an image is unusable; nothing may be served."""
+
+
+class DiskError(ReplicationError):
+    """A request failed with an errno that the NBD protocol can carry.
+
+    `errno` is one of EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN (NBD
+    specification, "Error values"); nbdkit turns any other into EINVAL, so it is made EIO here.
+    """
+
+    WIRE = frozenset(
+        (
+            _errno.EPERM,
+            _errno.EIO,
+            _errno.ENOMEM,
+            _errno.EINVAL,
+            _errno.ENOSPC,
+            _errno.EOVERFLOW,
+            _errno.ENOTSUP,
+            _errno.ESHUTDOWN,
+        )
+    )
+
+    def __init__(self, message: str, errno: int = _errno.EIO) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    @property
+    def wire_errno(self) -> int:
+        """The errno for the NBD client."""
+        return self.errno if self.errno in self.WIRE else _errno.EIO
+
+    @classmethod
+    def from_os(cls, what: str, error: OSError) -> DiskError:
+        """The same failure with what was being done in front of it."""
+        number = error.errno or _errno.EIO
+        return cls(f"{what}: {os.strerror(number)}", number)
+
+
+class CommandError(ReplicationError):
+    """A control command failed and changed nothing; the text is QMP's `desc`."""
+
+    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.error_class = error_class

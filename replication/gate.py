@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The gate: many requests inside at a time, or one command alone.
+
+Invariants
+* While `closed()` is held nobody is inside, and nobody enters until it is left.
+* Closing keeps newcomers out at once, so a stream of requests cannot starve a checkpoint.
+* A command that cannot get the requests out in time opens the gate again and fails; nothing has changed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from replication.errors import DiskError, ReplicationError
+
+ENTER_S = 60.0
+"""Longest wait of a request before a closed gate; a command closes it for milliseconds, and at worst for
+DRAIN_S plus one write of the state file."""
+
+DRAIN_S = 40.0
+"""Longest wait of a command for the requests inside; above the deadline of a request to an NBD endpoint
+(endpoint.TIMEOUT_S), after which the request has failed and left."""
+
+
+class GateStuck(ReplicationError):
+    """The requests inside did not leave in time."""
+
+
+class Gate:
+    """`with gate:` around every request; `with gate.closed():` around what needs them all out."""
+
+    def __init__(self) -> None:
+        # Protects the two fields below. Never held across I/O.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._inside = 0
+        self._shut = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._shut:
+                self._wait_open_locked()
+            self._inside += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._changed.notify_all()
+
+    def _wait_open_locked(self) -> None:
+        if not self._changed.wait_for(lambda: not self._shut, ENTER_S):
+            raise DiskError(f"a control command kept requests waiting for {ENTER_S:.0f} s")
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Work alone. Raises GateStuck when requests inside do not end within DRAIN_S seconds."""
+        deadline = time.monotonic() + DRAIN_S
+        with self._lock:
+            if not self._changed.wait_for(lambda: not self._shut, DRAIN_S):
+                raise GateStuck("another command is still at work")
+            self._shut = True
+            if not self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic())):
+                self._open_locked()
+                raise GateStuck(f"{self._inside} requests in flight did not end within {DRAIN_S:.0f} s")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open_locked()
+
+    def _open_locked(self) -> None:
+        self._shut = False
+        self._changed.notify_all()

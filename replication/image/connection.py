@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One libnbd handle on which many requests run side by side, each with a deadline.
+
+Invariants
+* A request's buffer is not touched after `Request.done`: a connection that fails is shut down at its socket and
+  driven until libnbd has given every request back, so nobody ever returns while libnbd still owns a buffer.
+* No thread of its own: a thread that waits for its request drives the handle for all (the leader) while the others
+  sleep; when the leader's own request is done it wakes one of the others to lead. At queue depth 1 a request
+  therefore costs no hand-over between threads.
+* Waiting ends: without progress for `timeout_s`, or after four times that for one request whatever else moves.
+
+libnbd facts relied on (1.14, see DESIGN 8): the asynchronous calls only take the handle's lock for a moment;
+completion callbacks run inside `aio_notify_*` or the issuing call; a handle whose socket is shut down fails all
+requests in flight with their callbacks; a lost handle cannot reconnect.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import nbd
+
+from replication.errors import DiskError
+
+CHUNK = 32 << 20
+"""Most bytes that one NBD request may carry everywhere (NBD specification, default maximum payload)."""
+
+Completion = Callable[[Any], int]
+Issue = Callable[[nbd.NBD, Completion], object]
+
+
+class Request:
+    """One request in flight."""
+
+    __slots__ = ("done", "errno", "issued", "on_done", "wake")
+
+    def __init__(self, on_done: Callable[[Request], None] | None = None) -> None:
+        self.done = False
+        self.errno = 0
+        self.issued = time.monotonic()
+        self.wake = threading.Semaphore(0)
+        self.on_done = on_done
+
+    def complete(self, error: Any) -> int:
+        """libnbd's completion callback; the value 1 retires the command."""
+        self.errno = error.value
+        self.done = True
+        self.wake.release()
+        if self.on_done is not None:
+            self.on_done(self)
+        return 1
+
+
+class Connection:
+    """A connected handle. Errors are DiskError and name the URI."""
+
+    def __init__(self, uri: str, export: str | None, timeout_s: float) -> None:
+        """Connect within `timeout_s` seconds; `export` replaces the URI's export name unless None."""
+        self.uri = uri
+        self.timeout_s = timeout_s
+        # Protects `_pending` and `_cause`. Never held across I/O.
+        self._lock = threading.Lock()
+        self._pending: dict[int, Request] = {}
+        self._cause: str | None = None
+        self._leader = threading.Lock()
+        self._progress = time.monotonic()
+        self._wakefd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._close_wakefd = weakref.finalize(self, os.close, self._wakefd)
+        self._poll = select.poll()
+        self._poll.register(self._wakefd, select.POLLIN)
+        self._socket: socket.socket | None = None
+        self._fd = -1
+        self.handle = nbd.NBD()
+        try:
+            self._connect(export)
+        except BaseException:
+            self.close()
+            raise
+        self.size = int(self.handle.get_size())
+        self.can_zero = bool(self.handle.can_zero())
+        self.can_fua = bool(self.handle.can_fua())
+        self.can_flush = bool(self.handle.can_flush())
+        self.can_extents = bool(self.handle.can_meta_context("base:allocation"))
+        self.read_only = bool(self.handle.is_read_only())
+        self.block_size = max(1, int(self.handle.get_block_size(nbd.SIZE_MINIMUM)))
+
+    def _connect(self, export: str | None) -> None:
+        handle = self.handle
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            handle.set_uri_allow_local_file(True)
+            handle.add_meta_context("base:allocation")
+            handle.set_opt_mode(True)
+            handle.aio_connect_uri(self.uri)
+            self._until(deadline, handle.aio_is_negotiating)
+            if export is not None:
+                handle.set_export_name(export)
+            failures: list[int] = []
+
+            def gone(error: Any) -> int:
+                failures.extend([error.value] if error.value else [])
+                return 1
+
+            handle.aio_opt_go(gone)
+            self._until(deadline, lambda: handle.aio_is_ready() or bool(failures))
+            if failures:
+                name = handle.get_export_name()
+                raise DiskError(f"the server at {self.uri} refuses the export '{name}': {os.strerror(failures[0])}")
+            self._fd = int(handle.aio_get_fd())
+            self._socket = socket.socket(fileno=os.dup(self._fd))
+            self._poll.register(self._fd, select.POLLIN)
+        except nbd.Error as error:
+            raise DiskError(f"cannot connect to {self.uri}: {error.string}", error.errnum or errno.EIO) from error
+
+    def _until(self, deadline: float, ready: Callable[[], bool]) -> None:
+        """Drive the handle while it connects."""
+        handle = self.handle
+        while not ready():
+            if handle.aio_is_dead() or handle.aio_is_closed():
+                raise DiskError(f"cannot connect to {self.uri}: the server closed the connection")
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise DiskError(f"cannot connect to {self.uri}: no answer within {self.timeout_s:g} s", errno.ETIMEDOUT)
+            poll = select.poll()
+            poll.register(handle.aio_get_fd(), self._wanted())
+            for _, events in poll.poll(left_s * 1000):
+                self._notify(events)
+
+    def _wanted(self) -> int:
+        direction = self.handle.aio_get_direction()
+        wanted = 0
+        if direction & nbd.AIO_DIRECTION_READ:
+            wanted |= select.POLLIN
+        if direction & nbd.AIO_DIRECTION_WRITE:
+            wanted |= select.POLLOUT
+        return wanted
+
+    def _notify(self, events: int) -> None:
+        """Tell libnbd what the socket is ready for; a hang-up shows itself when it reads."""
+        direction = self.handle.aio_get_direction()
+        if events & (select.POLLIN | select.POLLHUP | select.POLLERR) and direction & nbd.AIO_DIRECTION_READ:
+            self.handle.aio_notify_read()
+        elif events & (select.POLLOUT | select.POLLHUP | select.POLLERR) and direction & nbd.AIO_DIRECTION_WRITE:
+            self.handle.aio_notify_write()
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    @property
+    def dead(self) -> bool:
+        """Whether the connection is of no more use."""
+        return self._cause is not None
+
+    @property
+    def cause(self) -> str:
+        """Why the connection is dead; empty while it is not."""
+        return self._cause or ""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests issued and not done."""
+        return len(self._pending)
+
+    def issue(self, issue: Issue, on_done: Callable[[Request], None] | None = None) -> Request:
+        """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
+
+        `on_done` is called by whichever thread drives the handle, with libnbd's lock held: it may only note.
+        """
+        request = Request(on_done)
+        key = id(request)
+
+        def completed(error: Any) -> int:
+            self._pending.pop(key, None)
+            self._progress = time.monotonic()
+            return request.complete(error)
+
+        with self._lock:
+            if self._cause is not None:
+                raise DiskError(self._cause)
+            if not self._pending:
+                self._progress = request.issued
+            self._pending[key] = request
+        try:
+            issue(self.handle, completed)
+            if self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+                os.eventfd_write(self._wakefd, 1)  # the leader must now wait for room in the socket, too
+        except nbd.Error as error:
+            self._pending.pop(key, None)
+            if not self.handle.aio_is_ready() and not self.handle.aio_is_processing():
+                self.fail(f"lost the connection to {self.uri}: {error.string}")
+            raise DiskError(f"{self.uri}: {error.string}", error.errnum or errno.EIO) from error
+        return request
+
+    def wait(self, request: Request) -> None:
+        """Until the request is done; DiskError if it failed."""
+        while not request.done:
+            if self._leader.acquire(blocking=False):
+                try:
+                    while not request.done:
+                        self.drive(self.timeout_s)
+                finally:
+                    self._leader.release()
+                    self._appoint()
+            else:
+                request.wake.acquire(timeout=self.timeout_s)
+        if request.errno:
+            raise DiskError(self._cause or f"{self.uri}: {os.strerror(request.errno)}", request.errno)
+
+    def _appoint(self) -> None:
+        """Wake one of the sleeping threads to lead. A thread that has issued but not yet slept finds its wake-up
+        waiting, so none is lost."""
+        with self._lock:
+            for request in self._pending.values():
+                request.wake.release()
+                return
+
+    def drive(self, wait_s: float) -> None:
+        """Move bytes, or wait for them at most `wait_s` seconds. One thread at a time: `wait` sees to
+        that, and an owner that never calls `wait` does it by itself."""
+        now = time.monotonic()
+        self._check_progress(now)
+        wanted = self._wanted()
+        self._poll.modify(self._fd, wanted)
+        for fd, events in self._poll.poll(max(0.0, min(wait_s, self.timeout_s / 4)) * 1000):
+            if fd == self._wakefd:
+                os.eventfd_read(self._wakefd)
+                continue
+            try:
+                self._notify(events)
+            except nbd.Error as error:
+                self.fail(f"lost the connection to {self.uri}: {error.string}")
+        if self.handle.aio_is_dead() or self.handle.aio_is_closed():
+            self.fail(f"lost the connection to {self.uri}: the server closed it")
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """End what libnbd did not: a closed handle (unlike a dead one) does not call back."""
+        for request in list(self._pending.values()):
+            self._pending.pop(id(request), None)
+            if not request.done:
+                request.errno = errno.ENOTCONN
+                request.done = True
+                request.wake.release()
+                if request.on_done is not None:
+                    request.on_done(request)
+
+    def _check_progress(self, now: float) -> None:
+        if not self._pending:
+            return
+        oldest = min(request.issued for request in list(self._pending.values()))
+        if now - self._progress > self.timeout_s or now - oldest > 4 * self.timeout_s:
+            self.fail(f"no progress on the connection to {self.uri} for {self.timeout_s:g} s")
+
+    def poke(self) -> None:
+        """Wake the thread in `drive`."""
+        os.eventfd_write(self._wakefd, 1)
+
+    def fail(self, cause: str) -> None:
+        """Give the connection up: every request in flight fails soon, later ones at once. First cause wins."""
+        with self._lock:
+            if self._cause is None:
+                self._cause = cause
+        if self._socket is not None:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # the other side was faster
+                    raise
+        os.eventfd_write(self._wakefd, 1)
+
+    def close(self) -> None:
+        """Disconnect, politely when nothing is in flight. The owner makes sure that no thread uses it any more."""
+        if self._cause is None:
+            self._cause = f"the connection to {self.uri} is closed"
+            try:
+                if self.handle.aio_is_ready() and not self._pending:
+                    self.handle.aio_disconnect()
+            except nbd.Error:
+                pass  # it is going away in any case
+        if self._socket is not None:
+            self._socket.close()
+        del self.handle  # libnbd closes a handle that nobody refers to
+        self._close_wakefd()

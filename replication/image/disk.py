@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Opening a disk by what the user wrote after `disk=`."""
+
+from __future__ import annotations
+
+from replication.errors import ConfigError
+from replication.image.endpoint import NbdDisk
+from replication.image.face import Disk
+from replication.image.file import FileDisk
+from replication.options import is_uri
+
+
+def open_disk(name: str, location: str) -> Disk:
+    """Open the disk; ConfigError names what is wrong."""
+    disk = NbdDisk(name, location) if is_uri(location) else FileDisk(name, location)
+    if not disk.size:
+        disk.close()
+        raise ConfigError(f"{location} of disk '{name}' has no bytes")
+    return disk

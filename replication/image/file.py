@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A disk in a raw file or on a block device, and the file operations that overlays share with it.
+
+All data I/O of files goes through FileDisk, so it is the seam for counting, failing and recording it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from replication.errors import ConfigError, DiskError
+from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image.lock import lock_for_writing
+
+_KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
+_ZERO_RANGE = 0x10
+
+# fallocate(2) with a mode is not in Python's os module. ctypes lets go of the GIL meanwhile.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV))
+
+
+class FileDisk(Disk):
+    """A raw file or block device, opened for writing and locked as QEMU locks it."""
+
+    def __init__(self, name: str, path: str) -> None:
+        """Open `path`; ConfigError when it cannot be opened, is neither kind, or is in use."""
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"cannot open {path} of disk '{name}': {error.strerror}") from error
+        try:
+            kind = os.fstat(self._fd).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+                raise ConfigError(f"{path} of disk '{name}' is neither a file nor a block device")
+            lock_for_writing(self._fd, path)
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._maps_holes = stat.S_ISREG(kind)
+        self._open = True
+        super().__init__(name, path, size)
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._fd, [buffer[done:] if done else buffer], offset + done)
+                if not count:
+                    raise DiskError(f"{self.location} ends at {offset + done}: it was truncated while in use")
+                done += count
+        except OSError as error:
+            raise DiskError.from_os(f"reading {len(buffer)} bytes at {offset} of {self.location}", error) from error
+
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        flags = os.RWF_DSYNC if fua else 0
+        length = sum(map(len, pieces))
+        try:
+            done = os.pwritev(self._fd, pieces, offset, flags) if flags else os.pwritev(self._fd, pieces, offset)
+            while done < length:
+                rest = _after(pieces, done)
+                count = os.pwritev(self._fd, rest, offset + done, flags)
+                if not count:
+                    raise DiskError(f"{self.location} takes no more data at {offset + done}", errno.ENOSPC)
+                done += count
+        except OSError as error:
+            raise DiskError.from_os(f"writing {length} bytes at {offset} of {self.location}", error) from error
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        try:
+            if not self._fallocate((_PUNCH_HOLE if may_trim else _ZERO_RANGE) | _KEEP_SIZE, offset, length):
+                stop = offset + length
+                for start in range(offset, stop, len(ZEROES)):
+                    self.write([ZEROES[: min(len(ZEROES), stop - start)]], start)
+            if fua:
+                os.fdatasync(self._fd)
+        except OSError as error:
+            raise DiskError.from_os(f"zeroing {length} bytes at {offset} of {self.location}", error) from error
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the space of a range back; its content is of no use to anybody."""
+        try:
+            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+        except OSError as error:
+            raise DiskError.from_os(f"discarding {length} bytes at {offset} of {self.location}", error) from error
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """fallocate(2); False where the file system cannot do it, OSError for any other failure."""
+        while _fallocate(self._fd, mode, offset, length):
+            number = ctypes.get_errno()
+            if number in _UNSUPPORTED:
+                return False
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+        return True
+
+    def flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise DiskError.from_os(f"flushing {self.location}", error) from error
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        stop = offset + length
+        if not self._maps_holes:
+            return [Extent(offset, length, False, False)]
+        found: list[Extent] = []
+        at = offset
+        while at < stop and len(found) < 1024:
+            data = min(self._seek(at, os.SEEK_DATA, stop), stop)
+            if data > at:
+                found.append(Extent(at, data - at, True, True))
+            if data < stop:
+                hole = min(self._seek(data, os.SEEK_HOLE, stop), stop)
+                found.append(Extent(data, hole - data, False, False))
+                data = hole
+            at = data
+        return found
+
+    def _seek(self, at: int, whence: int, otherwise: int) -> int:
+        try:
+            return os.lseek(self._fd, at, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after `at`
+                return otherwise
+            raise DiskError.from_os(f"looking for holes at {at} of {self.location}", error) from error
+
+    def reachable(self) -> bool:
+        return self._open
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._fd)
+
+
+def _after(pieces: Sequence[Buffer], done: int) -> list[Buffer]:
+    """The pieces without their first `done` bytes."""
+    rest: list[Buffer] = []
+    for piece in pieces:
+        if done >= len(piece):
+            done -= len(piece)
+        else:
+            rest.append(memoryview(piece)[done:])
+            done = 0
+    return rest

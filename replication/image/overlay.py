@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One overlay image: which blocks it holds, and their data.
+
+Invariants
+* A bit says "allocated" only after the block's data is in the data file (a reader, or a process killed in between,
+  never finds a bit without its data).
+* The bits of 32 blocks share one word; a word is changed only under `_words`, with one aligned store, so that
+  neither a thread nor a kill can see half a change.
+* Nobody but `empty` and `forget` clears bits, and both say who must be kept out.
+
+Blocks are 4 KiB. Words are used in the byte order of the mapping (big-endian in the file), so the masks
+below are made once in that order and no word is ever swapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from replication.errors import ConfigError, DiskError
+from replication.image import qcow2
+from replication.image.face import Buffer
+from replication.image.file import FileDisk
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
+
+_PAGE_CLUSTERS = 256
+"""Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work."""
+
+_EMPTIED_BEHIND = 4 << 20
+"""Bytes of stale data that `reclaim` gives back in one step, under one range lock of its caller."""
+
+
+class Held(IntEnum):
+    """What an overlay knows of a block."""
+
+    NOTHING = 0
+    DATA = 1
+    ZERO = 2
+
+
+def _native(bit: int) -> int:
+    """The mask, in the machine's byte order, of a bit of a big-endian word."""
+    return int.from_bytes((1 << bit).to_bytes(8, "big"), sys.byteorder)
+
+
+def _mask_table(first_bit: int) -> list[list[int]]:
+    """table[a][b]: the mask of blocks a to b - 1, for 0 <= a < b <= 32."""
+    table = [[0] * (BLOCKS_PER_CLUSTER + 1) for _ in range(BLOCKS_PER_CLUSTER)]
+    for start in range(BLOCKS_PER_CLUSTER):
+        mask = 0
+        for block in range(start, BLOCKS_PER_CLUSTER):
+            mask |= _native(first_bit + block)
+            table[start][block + 1] = mask
+    return table
+
+
+DATA_MASK = _mask_table(0)
+ZERO_MASK = _mask_table(32)
+
+
+class ReadOnlyImage(ConfigError):
+    """The image cannot be written, so it cannot be emptied."""
+
+
+class Overlay:
+    """An open overlay. Offsets are bytes; ranges that change bits are whole blocks (the last one of the disk may
+    be short)."""
+
+    def __init__(self, role: str, disk_name: str, path: str) -> None:
+        """Open, lock and check the image; ConfigError otherwise. `role` is "active" or "hidden", for messages."""
+        self.role = role
+        self.path = path
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise ReadOnlyImage(f"cannot open the {role} disk {path} for writing: {error.strerror}") from error
+            raise ConfigError(f"cannot open the {role} disk {path}: {error.strerror}") from error
+        try:
+            self.layout = qcow2.open_layout(fd, path)
+            self._map = mmap.mmap(fd, self.layout.table_length, offset=self.layout.table_offset)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        self._view = memoryview(self._map)
+        self._all = self._view.cast("Q")
+        # Protects changes of words, `_dirty` and `allocated_blocks`. Never held across I/O.
+        self._words = threading.Lock()
+        self._table = np.frombuffer(self._map, np.uint64).reshape(-1, 2)
+        try:
+            self.data = FileDisk(f"{disk_name} ({role})", self.layout.data_path)
+            if self.data.size < self.layout.size:
+                raise ConfigError(
+                    f"{self.layout.data_path} is truncated: {self.data.size} bytes instead of {self.layout.size}"
+                )
+        except BaseException:
+            self._unmap()
+            raise
+        pages = np.add.reduceat(self._table[:, 1] != 0, range(0, len(self._table), _PAGE_CLUSTERS))
+        self._dirty = bytearray((pages != 0).astype(np.uint8).tobytes())
+        self.allocated_blocks = sum(self._count(page) for page in self.dirty_pages())
+
+    # -- what is held -------------------------------------------------------------------------------------
+
+    def word(self, cluster: int) -> int:
+        """The state word of a cluster, to be tested with DATA_MASK and ZERO_MASK."""
+        return self._all[2 * cluster + 1]
+
+    def held(self, start: int, stop: int) -> Iterator[tuple[int, int, Held]]:
+        """Runs of blocks [start, stop) in the same state, as (start, stop, state); block numbers."""
+        run_start, run_state = start, None
+        for at, upto, state in self._pieces(start, stop):
+            if state is not run_state:
+                if run_state is not None:
+                    yield run_start, at, run_state
+                run_start, run_state = at, state
+            if upto == stop:
+                yield run_start, stop, state
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Held]]:
+        while start < stop:
+            cluster, first = divmod(start, BLOCKS_PER_CLUSTER)
+            last = min(BLOCKS_PER_CLUSTER, first + stop - start)
+            word = self._all[2 * cluster + 1]
+            data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
+            upto = start + last - first
+            if not word & (data | zero):
+                yield start, upto, Held.NOTHING
+            elif word & data == data:
+                yield start, upto, Held.DATA
+            elif word & zero == zero:
+                yield start, upto, Held.ZERO
+            else:
+                for block in range(first, last):
+                    if word & DATA_MASK[block][block + 1]:
+                        state = Held.DATA
+                    elif word & ZERO_MASK[block][block + 1]:
+                        state = Held.ZERO
+                    else:
+                        state = Held.NOTHING
+                    yield start, start + 1, state
+                    start += 1
+            start = upto
+
+    def holds_any(self, start: int, stop: int) -> bool:
+        """Whether any of the blocks [start, stop) is held."""
+        return any(state is not Held.NOTHING for _, _, state in self._pieces(start, stop))
+
+    def holds_all(self, start: int, stop: int) -> bool:
+        """Whether every one of the blocks [start, stop) is held."""
+        return all(state is not Held.NOTHING for _, _, state in self._pieces(start, stop))
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    def write(self, pieces: Sequence[Buffer], start: int, stop: int) -> None:
+        """Store the blocks [start, stop), then say so. `pieces` are exactly these blocks' bytes."""
+        self.data.write(pieces, start * BLOCK)
+        self.mark(start, stop, Held.DATA)
+
+    def mark(self, start: int, stop: int, state: Held) -> None:
+        """Set the state of blocks [start, stop)."""
+        with self._words:
+            while start < stop:
+                cluster, first = divmod(start, BLOCKS_PER_CLUSTER)
+                last = min(BLOCKS_PER_CLUSTER, first + stop - start)
+                data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
+                old = self._all[2 * cluster + 1]
+                new = old & ~(data | zero)
+                if state is Held.DATA:
+                    new |= data
+                elif state is Held.ZERO:
+                    new |= zero
+                if new != old:
+                    self._all[2 * cluster + 1] = new
+                    self._dirty[cluster // _PAGE_CLUSTERS] = 1
+                    self.allocated_blocks += new.bit_count() - old.bit_count()
+                start += last - first
+
+    def forget(self, start: int, stop: int) -> None:
+        """Let go of blocks [start, stop) (commit). The caller holds their range: nobody writes them now; readers
+        may still be reading the data, so it stays where it is."""
+        self.mark(start, stop, Held.NOTHING)
+
+    def empty(self) -> None:
+        """Let go of all blocks. The caller has closed the gate. Time goes with the pages that hold bits, not with
+        the data, which `reclaim` gives back afterwards."""
+        with self._words:
+            for page in self.dirty_pages():
+                self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS, 1] = 0
+            self._dirty[:] = bytes(len(self._dirty))
+            self.allocated_blocks = 0
+
+    def dirty_pages(self) -> Iterator[int]:
+        """Pages (of _PAGE_CLUSTERS clusters) that may hold bits."""
+        page = self._dirty.find(1)
+        while page >= 0:
+            yield page
+            page = self._dirty.find(1, page + 1)
+
+    def dirty_ranges(self) -> Iterator[tuple[int, int]]:
+        """Block ranges, a cluster each, that hold something now; in ascending order."""
+        for page in list(self.dirty_pages()):
+            first = page * _PAGE_CLUSTERS
+            for cluster in np.flatnonzero(self._table[first : first + _PAGE_CLUSTERS, 1]):
+                block = (first + int(cluster)) * BLOCKS_PER_CLUSTER
+                yield block, min(block + BLOCKS_PER_CLUSTER, self.blocks)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, the last possibly short."""
+        return -(-self.layout.size // BLOCK)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of blocks held, rounded up to whole blocks."""
+        return self.allocated_blocks * BLOCK
+
+    def _count(self, page: int) -> int:
+        words = self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS, 1]
+        return int(np.unpackbits(np.ascontiguousarray(words).view(np.uint8)).sum())
+
+    # -- space ---------------------------------------------------------------------------------------------
+
+    def stale_ranges(self) -> Iterator[tuple[int, int]]:
+        """Block ranges whose space is taken in the data file; `reclaim` finds out which of it is of use."""
+        at = 0
+        while at < self.layout.size:
+            for extent in self.data.extents(at, self.layout.size - at):
+                at = extent.offset + extent.length
+                if not extent.zero:
+                    first = extent.offset // BLOCK
+                    last = -(-at // BLOCK)
+                    step = _EMPTIED_BEHIND // BLOCK
+                    for start in range(first, last, step):
+                        yield start, min(start + step, last)
+
+    def reclaim(self, start: int, stop: int) -> int:
+        """Give back the space of what is not data in blocks [start, stop); bytes given back. The caller holds the
+        range, so that no write is between its data and its bit."""
+        freed = 0
+        for first, last, state in self.held(start, stop):
+            if state is not Held.DATA:
+                self.data.discard(first * BLOCK, (last - first) * BLOCK)
+                freed += (last - first) * BLOCK
+        return freed
+
+    def check(self) -> None:
+        """DiskError when the image is no longer the file that was opened."""
+        status = os.fstat(self._fd)
+        if status.st_size < self.layout.table_offset + self.layout.table_length:
+            raise DiskError(f"{self.path} was truncated while in use")
+        if not status.st_nlink:
+            raise DiskError(f"{self.path} was removed while in use")
+
+    def flush(self) -> None:
+        """Make data, then bits, stable."""
+        self.data.flush()
+        try:
+            self._map.flush()
+        except OSError as error:
+            raise DiskError.from_os(f"flushing {self.path}", error) from error
+
+    def close(self) -> None:
+        """Let go of the files. No method may be called after it."""
+        self.data.close()
+        self._unmap()
+
+    def _unmap(self) -> None:
+        del self._table
+        self._all.release()
+        self._view.release()
+        self._map.close()
+        os.close(self._fd)

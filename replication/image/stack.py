@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Active, hidden and secondary disk as one: the last checkpoint plus the secondary guest's own writes.
+
+Reading a block: active if it holds it, else hidden, else the secondary disk.
+
+Who decides when two requests meet on one block
+-----------------------------------------------
+`top` and `below` are range locks over whole blocks; the gate (in node.py) keeps everything here away from
+checkpoint, start and stop.
+
+guest read, target write
+    No lock. The target write copies the old block into hidden, sets the bit, and only then touches the disk. A
+    read that found the block nowhere and read the disk looks at hidden's bit again afterwards: still clear means
+    that the disk had not been touched, set means that hidden has what the read wants.
+target write, target write
+    `below`, first come first served, over whole blocks: the second one to reach a 4 KiB block finds the bit set, and
+    does not copy the first one's data as if it were the checkpoint's.
+guest write, guest write
+    `top`, over whole blocks: a part of a block is completed from what is below before the block is marked, and
+    nobody else writes the block meanwhile.
+guest write, target write
+    They change different images. The guest write that completes a block reads it like a guest read.
+guest read, guest write
+    No lock. The bit is set after the data is there: the read gets the old or the new block.
+commit, guest write
+    `top`: commit copies, then lets go, within one range; a guest write comes before (and is copied) or after (finds
+    the block let go, and goes to the disk itself). Commit lets go of hidden first, then active, so that a kill between
+    them never uncovers hidden's older data.
+commit, guest read
+    No lock. Commit writes the disk before it lets go of the bit, and the overlays' data stays where it is until the
+    commit is over: a read that saw the bit reads the right data in the overlay.
+reclaim, writes
+    Giving back stale overlay space takes the range lock of the overlay's writers (`top` for active, `below` for
+    hidden), so no data is in the file without its bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+from replication.errors import DiskError
+from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+from replication.pause import pause
+from replication.rangelock import Range, RangeLock
+
+COPY_CHUNK = 1 << 20
+"""Bytes copied at a time by copy-before-write and commit: what a request holds in memory beside its own data."""
+
+_SPARSE_FROM = 64 << 10
+"""From this length on a copy asks for holes first; below, reading is cheaper than asking."""
+
+EXTENTS_MAX = 1 << 30
+"""Longest range of one extents answer; the client asks again for the rest."""
+
+
+class Layer(Enum):
+    """Which image a failed operation was on."""
+
+    ACTIVE = "active disk"
+    HIDDEN = "hidden disk"
+    SECONDARY = "secondary disk"
+
+
+class LayerError(DiskError):
+    """An operation on one image of the stack failed."""
+
+    def __init__(self, cause: DiskError, layer: Layer, operation: str, offset: int, length: int) -> None:
+        super().__init__(f"{layer.value}: {cause}", cause.errno)
+        self.layer = layer
+        self.operation = operation
+        self.offset = offset
+        self.length = length
+
+
+@contextmanager
+def _on(layer: Layer, operation: str, offset: int, length: int) -> Iterator[None]:
+    """Say where a failure happened."""
+    try:
+        yield
+    except LayerError:
+        raise
+    except DiskError as error:
+        raise LayerError(error, layer, operation, offset, length) from error
+
+
+class Source(Enum):
+    """Where the visible content of a run of blocks is."""
+
+    ACTIVE = "active"
+    HIDDEN = "hidden"
+    ZERO = "zero"
+    DISK = "disk"
+
+
+class Stack:
+    """The three images of one disk."""
+
+    def __init__(self, active: Overlay, hidden: Overlay, disk: Disk) -> None:
+        self.active = active
+        self.hidden = hidden
+        self.disk = disk
+        self.size = disk.size
+        # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
+        self.top = RangeLock()
+        self.below = RangeLock()
+
+    # -- guest face: reading -------------------------------------------------------------------------------
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """The last checkpoint plus the guest's own writes."""
+        stop = offset + len(buffer)
+        for start, end, source in self._visible(offset, stop):
+            part = buffer[start - offset : end - offset]
+            if source is Source.DISK:
+                self._read_disk(part, start)
+            else:
+                self._read_overlay(part, start, source)
+
+    def _read_overlay(self, part: memoryview, start: int, source: Source) -> None:
+        if source is Source.ACTIVE:
+            with _on(Layer.ACTIVE, "read", start, len(part)):
+                self.active.data.read(part, start)
+        elif source is Source.HIDDEN:
+            with _on(Layer.HIDDEN, "read", start, len(part)):
+                self.hidden.data.read(part, start)
+        else:
+            _clear(part)
+
+    def _read_disk(self, part: memoryview, start: int) -> None:
+        """Read the disk below, then whatever a target write has preserved meanwhile from hidden."""
+        with _on(Layer.SECONDARY, "read", start, len(part)):
+            self.disk.read(part, start)
+        pause("guest-read.disk-read")
+        stop = start + len(part)
+        for at, end, source in self._layers_of(self.hidden, Source.HIDDEN, start, stop):
+            if source is not Source.DISK:
+                self._read_overlay(part[at - start : end - start], at, source)
+
+    def _visible(self, start: int, stop: int) -> Iterator[tuple[int, int, Source]]:
+        """Runs (start, stop, source) in bytes that cover the range."""
+        cluster = start // CLUSTER
+        if (stop - 1) // CLUSTER == cluster:
+            # Nearly every request lies in one cluster, and there in one image: two words decide.
+            first = start % CLUSTER // BLOCK
+            last = (stop - 1) % CLUSTER // BLOCK + 1
+            data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
+            word = self.active.word(cluster)
+            if word & data == data:
+                yield start, stop, Source.ACTIVE
+                return
+            if not word & (data | zero) and not self.hidden.word(cluster) & (data | zero):
+                yield start, stop, Source.DISK
+                return
+        for at, end, source in self._layers_of(self.active, Source.ACTIVE, start, stop):
+            if source is Source.DISK:
+                yield from self._layers_of(self.hidden, Source.HIDDEN, at, end)
+            else:
+                yield at, end, source
+
+    @staticmethod
+    def _layers_of(overlay: Overlay, name: Source, start: int, stop: int) -> Iterator[tuple[int, int, Source]]:
+        """Runs of one overlay, in bytes; what it does not hold is DISK."""
+        for first, last, held in overlay.held(start // BLOCK, -(-stop // BLOCK)):
+            source = name if held is Held.DATA else Source.ZERO if held is Held.ZERO else Source.DISK
+            yield max(start, first * BLOCK), min(stop, last * BLOCK), source
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the guest face knows about its content; as true as a read at the same moment."""
+        stop = offset + min(length, EXTENTS_MAX)
+        found: list[Extent] = []
+        for start, end, source in self._visible(offset, stop):
+            if source is Source.DISK:
+                found += self._disk_extents(start, end)
+            else:
+                zero = source is Source.ZERO
+                found.append(Extent(start, end - start, zero, zero))
+        return found
+
+    def _disk_extents(self, start: int, stop: int) -> Iterator[Extent]:
+        at = start
+        below: list[Extent] = []
+        while at < stop:
+            with _on(Layer.SECONDARY, "extents", at, stop - at):
+                below += self.disk.extents(at, stop - at)
+            at = below[-1].offset + below[-1].length
+        # As in _read_disk: what hidden holds by now may have been overwritten below.
+        kept = list(self._layers_of(self.hidden, Source.HIDDEN, start, stop))
+        if all(source is Source.DISK for _, _, source in kept):
+            yield from below
+            return
+        for first, last, source in kept:
+            if source is Source.DISK:
+                for extent in below:
+                    begin, end = max(first, extent.offset), min(last, extent.offset + extent.length)
+                    if begin < end:
+                        yield extent._replace(offset=begin, length=end - begin)
+            else:
+                zero = source is Source.ZERO
+                yield Extent(first, last - first, zero, zero)
+
+    # -- guest face: writing -------------------------------------------------------------------------------
+
+    def write_top(self, data: memoryview, offset: int) -> None:
+        """A guest write while replication runs: into active."""
+        held = self._hold(self.top, offset, len(data))
+        try:
+            self._write_active([data], offset, len(data))
+        finally:
+            self.top.release(held)
+
+    def zero_top(self, offset: int, length: int) -> None:
+        """Zeroes from the guest while replication runs: whole blocks are only marked."""
+        held = self._hold(self.top, offset, length)
+        try:
+            self._zero_active(offset, length)
+        finally:
+            self.top.release(held)
+
+    def _zero_active(self, offset: int, length: int) -> None:
+        stop = offset + length
+        first = -(-offset // BLOCK)
+        last = self._whole_blocks_end(stop)
+        if first >= last:
+            self._write_active([ZEROES[:length]], offset, length)
+            return
+        head = first * BLOCK - offset
+        if head:
+            self._write_active([ZEROES[:head]], offset, head)
+        with _on(Layer.ACTIVE, "zero", offset, length):
+            self.active.mark(first, last, Held.ZERO)
+        tail = stop - last * BLOCK
+        if tail > 0:
+            self._write_active([ZEROES[:tail]], last * BLOCK, tail)
+
+    def _whole_blocks_end(self, stop: int) -> int:
+        """The block after the last one that ends at or before `stop`; the disk's last block is whole at its end."""
+        return -(-stop // BLOCK) if stop == self.size else stop // BLOCK
+
+    def _write_active(self, pieces: Sequence[Buffer], offset: int, length: int) -> None:
+        """Write into active; blocks that get only a part are completed from what is visible. `top` is held."""
+        stop = offset + length
+        first, last = offset // BLOCK, -(-stop // BLOCK)
+        start, end = first * BLOCK, min(last * BLOCK, self.size)
+        if (start == offset and end == stop) or self._held_as_data(first, last):
+            with _on(Layer.ACTIVE, "write", offset, length):
+                self._with_room(self.active, lambda: self.active.data.write(pieces, offset))
+        else:
+            head = memoryview(bytearray(offset - start))
+            tail = memoryview(bytearray(end - stop))
+            if head:
+                self.read(head, start)
+            if tail:
+                self.read(tail, stop)
+            pause("guest-write.completed")
+            with _on(Layer.ACTIVE, "write", offset, length):
+                whole = [piece for piece in (head, *pieces, tail) if piece]
+                self._with_room(self.active, lambda: self.active.data.write(whole, start))
+        pause("guest-write.before-mark")
+        self.active.mark(first, last, Held.DATA)
+
+    def _held_as_data(self, first: int, last: int) -> bool:
+        return all(state is Held.DATA for _, _, state in self.active.held(first, last))
+
+    # -- guest face after failover -------------------------------------------------------------------------
+
+    def write_over(self, data: memoryview, offset: int, fua: bool, shelter: bool) -> None:
+        """A guest write during or after a failed commit: blocks held above go to active, the others to the disk, so
+        that the commit meets every block once. With `shelter`, a block that the disk does not take goes to active."""
+        held = self._hold(self.top, offset, len(data))
+        try:
+            for start, end, above in self._held_above(offset, offset + len(data)):
+                part = data[start - offset : end - offset]
+                if above:
+                    self._write_active([part], start, end - start)
+                    continue
+                try:
+                    with _on(Layer.SECONDARY, "write", start, end - start):
+                        self.disk.write([part], start, fua)
+                except LayerError:
+                    if not shelter:
+                        raise
+                    self._write_active([part], start, end - start)
+        finally:
+            self.top.release(held)
+
+    def zero_over(self, offset: int, length: int, may_trim: bool, shelter: bool) -> None:
+        """Zeroes from the guest during or after a failed commit; as write_over."""
+        held = self._hold(self.top, offset, length)
+        try:
+            for start, end, above in self._held_above(offset, offset + length):
+                if above:
+                    self._zero_active(start, end - start)
+                    continue
+                try:
+                    with _on(Layer.SECONDARY, "zero", start, end - start):
+                        self.disk.zero(start, end - start, may_trim)
+                except LayerError:
+                    if not shelter:
+                        raise
+                    self._zero_active(start, end - start)
+        finally:
+            self.top.release(held)
+
+    def _held_above(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """Runs (start, stop, whether active or hidden holds them) in bytes, as of now: `top` is held, so only a run
+        not yet visited can change, and only by its visitor."""
+        runs: list[tuple[int, int, bool]] = []
+        for at, end, source in self._layers_of(self.active, Source.ACTIVE, start, stop):
+            if source is not Source.DISK:
+                runs.append((at, end, True))
+            else:
+                for low, high, below in self._layers_of(self.hidden, Source.HIDDEN, at, end):
+                    runs.append((low, high, below is not Source.DISK))
+        yield from runs
+
+    # -- target face ---------------------------------------------------------------------------------------
+
+    def write_below(self, data: memoryview, offset: int, fua: bool) -> None:
+        """The primary's write: what it overwrites goes to hidden first."""
+        held = self._hold(self.below, offset, len(data))
+        try:
+            self._preserve(offset, len(data))
+            pause("target-write.preserved")
+            with _on(Layer.SECONDARY, "write", offset, len(data)):
+                self.disk.write([data], offset, fua)
+            pause("target-write.written")
+        finally:
+            self.below.release(held)
+
+    def zero_below(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """The primary's zeroes or trim, which destroy data like a write."""
+        held = self._hold(self.below, offset, length)
+        try:
+            self._preserve(offset, length)
+            pause("target-write.preserved")
+            with _on(Layer.SECONDARY, "zero", offset, length):
+                self.disk.zero(offset, length, may_trim, fua)
+        finally:
+            self.below.release(held)
+
+    def _preserve(self, offset: int, length: int) -> None:
+        """Copy what hidden does not hold of the range's blocks from the disk into hidden. `below` is held."""
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        cluster = first // BLOCKS_PER_CLUSTER
+        if (last - 1) // BLOCKS_PER_CLUSTER == cluster:
+            low = first % BLOCKS_PER_CLUSTER
+            data = DATA_MASK[low][low + last - first]
+            if self.hidden.word(cluster) & data == data:
+                return
+        for start, stop, held in list(self.hidden.held(first, last)):
+            if held is Held.NOTHING:
+                self._copy_to_hidden(start * BLOCK, min(stop * BLOCK, self.size))
+
+    def _copy_to_hidden(self, start: int, stop: int) -> None:
+        at = start
+        while at < stop:
+            end = min(stop, (at // COPY_CHUNK + 1) * COPY_CHUNK)
+            if stop - at >= _SPARSE_FROM:
+                with _on(Layer.SECONDARY, "extents", at, stop - at):
+                    extent = self.disk.extents(at, stop - at)[0]
+                whole = (at + extent.length) // BLOCK * BLOCK if at + extent.length < stop else stop
+                if extent.zero and whole > at:
+                    self.hidden.mark(at // BLOCK, -(-whole // BLOCK), Held.ZERO)
+                    at = whole
+                    continue
+            old = memoryview(bytearray(end - at))
+            with _on(Layer.SECONDARY, "read", at, end - at):
+                self.disk.read(old, at)
+            pause("copy-before-write.read")
+            if old == ZEROES[: len(old)]:
+                self.hidden.mark(at // BLOCK, -(-end // BLOCK), Held.ZERO)
+            else:
+                with _on(Layer.HIDDEN, "write", at, end - at):
+                    self._write_hidden(old, at)
+            at = end
+
+    def _write_hidden(self, old: memoryview, at: int) -> None:
+        self._with_room(self.hidden, lambda: self.hidden.data.write([old], at))
+        pause("copy-before-write.before-mark")
+        self.hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.DATA)
+
+    # -- commit --------------------------------------------------------------------------------------------
+
+    def commit(self, first: int, last: int) -> int:
+        """Bring blocks [first, last) down into the disk and let go of them; bytes written."""
+        start, stop = first * BLOCK, min(last * BLOCK, self.size)
+        held = self.top.acquire(start, stop)
+        written = 0
+        try:
+            for at, end, source in list(self._visible(start, stop)):
+                if source is Source.DISK:
+                    continue
+                with _on(Layer.SECONDARY, "commit", at, end - at):
+                    self._bring_down(at, end, source)
+                written += end - at
+            pause("commit.written")
+            self.hidden.forget(first, last)
+            pause("commit.hidden-forgotten")
+            self.active.forget(first, last)
+        finally:
+            self.top.release(held)
+        return written
+
+    def _bring_down(self, start: int, stop: int, source: Source) -> None:
+        if source is Source.ZERO:
+            self.disk.zero(start, stop - start, may_trim=True)
+            return
+        for at in range(start, stop, COPY_CHUNK):
+            data = memoryview(bytearray(min(COPY_CHUNK, stop - at)))
+            self._read_overlay(data, at, source)
+            self.disk.write([data], at)
+
+    def held_ranges(self) -> Iterator[tuple[int, int]]:
+        """Block ranges, a cluster each, of which active or hidden holds something; ascending."""
+        ranges = heapq.merge(self.active.dirty_ranges(), self.hidden.dirty_ranges())
+        return (pair for pair, _ in itertools.groupby(ranges))
+
+    def held_bytes(self) -> int:
+        """Bytes of whole blocks that active or hidden holds."""
+        total = 0
+        for first, last in self.held_ranges():
+            for start, stop, source in self._visible(first * BLOCK, min(last * BLOCK, self.size)):
+                total += 0 if source is Source.DISK else stop - start
+        return total
+
+    # -- all of it -----------------------------------------------------------------------------------------
+
+    def _hold(self, lock: RangeLock, offset: int, length: int) -> Range:
+        """Take the whole blocks of a range."""
+        return lock.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
+
+    def check_images(self) -> None:
+        """LayerError when an overlay was truncated or removed while in use: emptying it would not last, or would
+        kill the process where its mapping has lost its file."""
+        for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
+            with _on(layer, "make-empty", 0, self.size):
+                overlay.check()
+
+    def empty(self) -> None:
+        """Let go of everything the overlays hold. The gate is closed."""
+        self.active.empty()
+        pause("checkpoint.active-emptied")
+        self.hidden.empty()
+
+    def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> bool:
+        """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; False when there are no more.
+
+        Never waits for a range, so that a writer that has run out of space may call it.
+        """
+        lock = self.top if overlay is self.active else self.below
+        for first, last in itertools.islice(ranges, steps):
+            held = lock.try_acquire(first * BLOCK, last * BLOCK)
+            if held is None:
+                continue
+            try:
+                overlay.reclaim(first, last)
+            finally:
+                lock.release(held)
+            steps -= 1
+        return not steps
+
+    def _with_room(self, overlay: Overlay, write: Callable[[], None]) -> None:
+        """Write to an overlay; when its file system is full, first give back what it no longer needs."""
+        try:
+            write()
+        except DiskError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
+            write()
+
+    def flush_top(self) -> None:
+        """Make stable what the guest was answered for."""
+        with _on(Layer.ACTIVE, "flush", 0, 0):
+            self.active.flush()
+
+    def close(self) -> None:
+        """Let go of the overlays; the disk belongs to whoever opened it."""
+        self.active.close()
+        self.hidden.close()
+
+    def flush_below(self) -> None:
+        """Make stable what the primary was answered for: first what hidden preserves, then the disk."""
+        with _on(Layer.HIDDEN, "flush", 0, 0):
+            self.hidden.flush()
+        with _on(Layer.SECONDARY, "flush", 0, 0):
+            self.disk.flush()
+
+
+def _clear(part: memoryview) -> None:
+    for at in range(0, len(part), len(ZEROES)):
+        end = min(at + len(ZEROES), len(part))
+        part[at:end] = ZEROES[: end - at]

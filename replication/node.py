@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The process's half of the pair: one stage for all its disks, and the commands that change it.
+
+Invariants
+* Commands that change the stage come one at a time (`_command`).
+* A stage is in the state file before any request follows it, and the gate is closed while it changes.
+* A command that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from replication.errors import CommandError, ConfigError
+from replication.events import EventHub
+from replication.fault import FaultLatch
+from replication.gate import Gate, GateStuck
+from replication.jobs import JobList
+from replication.log import log
+from replication.options import Options
+from replication.primary import PrimarySide
+from replication.secondary import SecondarySide
+from replication.side import Setting
+from replication.stage import TRANSITIONS, Mode, Stage
+from replication.state import Record, StateError, StateFolder
+
+COMMAND_S = 120.0
+"""Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""
+
+_AUTOSTART_RETRY_S = 1.0
+
+
+class Node:
+    """A primary or a secondary, by `options.mode`."""
+
+    def __init__(self, options: Options, hub: EventHub) -> None:
+        """Open everything; ConfigError says what is wrong. Nothing is served and no thread runs yet."""
+        self.gate = Gate()
+        self._hub = hub
+        self._options = options
+        # One command at a time. First in the lock order. Held across I/O (a start connects, a stop drains), but no
+        # request waits for it.
+        self._command = threading.Lock()
+        self._closing = threading.Event()
+        self._state = StateFolder(options.state)
+        try:
+            self._record = self._former_record() or Record(options.mode)
+            self._jobs = JobList(hub)
+            self._faults = FaultLatch(hub, self._keep_fault)
+            self._faults.restore(self._record.fault)
+            setting = Setting(
+                options,
+                self._state,
+                self._record,
+                hub,
+                self._jobs,
+                self._faults,
+                self.gate,
+                self._enter,
+                self._save,
+            )
+            kind = PrimarySide if options.mode is Mode.PRIMARY else SecondarySide
+            self.side: PrimarySide | SecondarySide = kind(setting)
+            self.side.open()
+            self.side.show_stage(self.stage)
+        except BaseException:
+            self._state.close()
+            raise
+
+    def _former_record(self) -> Record | None:
+        record = self._state.load()
+        if record is not None and record.mode is not self._options.mode:
+            raise ConfigError(
+                f"the state folder {self._options.state} belongs to a {record.mode.value}; "
+                f"start with mode={record.mode.value} or use another folder"
+            )
+        return record
+
+    def launch(self) -> None:
+        """Start the threads; after nbdkit has forked."""
+        self.side.launch()
+        if self._options.autostart and self.stage is Stage.NONE and not self._autostarted():
+            threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
+
+    def _autostarted(self) -> bool:
+        try:
+            self.start(None, None, "auto")
+        except CommandError as error:
+            log(f"autostart: {error}")
+            return False
+        return True
+
+    def _autostart(self) -> None:
+        """Try again until the secondary is there, somebody has started by hand, or the process ends."""
+        while not self._closing.wait(_AUTOSTART_RETRY_S) and self.stage is Stage.NONE:
+            try:
+                self.start(None, None, "auto")
+            except CommandError:
+                continue  # said once in _autostarted; the same failure every second would say nothing new
+
+    def close(self) -> None:
+        """End threads and let go of everything; the stage stays as it is for the next process."""
+        self._closing.set()
+        self.side.close()
+        self._state.close()
+
+    # -- stage ---------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of all disks."""
+        return self._record.stage
+
+    def _enter(self, stage: Stage) -> None:
+        """Make a stage last, then follow it. StateError, with nothing changed, when it cannot be made to last."""
+        former = self._record.stage
+        if stage not in TRANSITIONS[former]:
+            raise AssertionError(f"no way from stage {former.value} to {stage.value}")
+        self._record.stage = stage
+        try:
+            self._save()
+        except StateError:
+            self._record.stage = former
+            raise
+        self.side.show_stage(stage)
+        self._hub.emit("REPLICATION_STAGE_CHANGE", mode=self._record.mode.value, from_=former.value, to=stage.value)
+
+    def _save(self) -> None:
+        fault = self._faults.fault
+        self._record.fault = None if fault is None else fault.to_json()
+        self._state.save(self._record)
+
+    def _keep_fault(self) -> None:
+        try:
+            self._save()
+        except StateError as error:
+            # The fault is latched all the same; only a restart would forget it. There is nobody to give this error to.
+            log(str(error))
+
+    @contextmanager
+    def _commanding(self) -> Iterator[None]:
+        """One command at a time, and failures as the control client sees them."""
+        if not self._command.acquire(timeout=COMMAND_S):
+            raise CommandError(f"another command has been at work for {COMMAND_S:.0f} s")
+        try:
+            yield
+        except (StateError, GateStuck) as error:
+            raise CommandError(str(error)) from error
+        finally:
+            self._command.release()
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
+        """replication-start; texts and their order as in QEMU's replication_start."""
+        with self._commanding():
+            renewed = self.stage is Stage.DONE and secondary is not None
+            if self.stage in (Stage.DONE, Stage.FAILOVER) and not renewed:
+                return
+            if self.stage is not Stage.NONE and not renewed:
+                raise CommandError("Block replication is running or done")
+            if mode is not None and mode is not self.side.mode:
+                raise CommandError(
+                    f"The parameter mode's value is invalid, needs {self.side.mode.value}, but got {mode.value}"
+                )
+            self.side.start(secondary, sync)
+
+    def checkpoint(self) -> tuple[int, float]:
+        """replication-checkpoint: the epoch and the seconds that it took."""
+        with self._commanding():
+            begun = time.monotonic()
+            if self.stage not in (Stage.FAILOVER, Stage.DONE):
+                self.side.checkpoint()
+                duration_s = time.monotonic() - begun
+                self._hub.emit("REPLICATION_CHECKPOINT", epoch=self._state.epoch, duration=duration_s)
+                return self._state.epoch, duration_s
+            return self._state.epoch, 0.0
+
+    def get_error(self) -> str | None:
+        """replication-get-error: QEMU's text, or None."""
+        if self.stage is Stage.NONE:
+            return "Block replication is not running"
+        return None if self._faults.fault is None else "I/O error occurred"
+
+    def stop(self, failover: bool) -> None:
+        """replication-stop."""
+        with self._commanding():
+            if self.stage in (Stage.FAILOVER, Stage.DONE):
+                return
+            if self.stage is not Stage.RUNNING:
+                raise CommandError("Block replication is not running")
+            self.side.stop(failover)
+
+    def lost_heartbeat(self) -> None:
+        """x-colo-lost-heartbeat: the other host is dead."""
+        self.stop(failover=self.side.mode is Mode.SECONDARY)
+
+    def query(self) -> dict[str, Any]:
+        """query-replication."""
+        fault = self._faults.fault
+        return {
+            "mode": self.side.mode.value,
+            "stage": self.stage.value,
+            "error": None if fault is None else fault.to_json(),
+            "epoch": self._state.epoch,
+            "checkpoint": self._state.checkpoint,
+            **self.side.query(),
+        }
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        """query-jobs."""
+        return self._jobs.query()
+
+    def cancel_job(self, job_id: str) -> None:
+        """job-cancel."""
+        self._jobs.cancel(job_id)
+
+    def dismiss_job(self, job_id: str) -> None:
+        """job-dismiss."""
+        self._jobs.dismiss(job_id)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line and the TOML file: from KEY=VALUE to Options, or one clear line."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from replication.errors import ConfigError
+from replication.stage import Mode
+
+DEFAULT_DISK = "disk0"
+CONTROL_EXPORT = ".control"
+"""Reserved export name (DESIGN 6)."""
+
+QUEUE_LIMIT = 64 << 20
+"""Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the
+guest wait, and costs as much memory."""
+
+TIMEOUT_S = 10.0
+"""Longest time without progress before the link counts as lost, and so the longest that a dead secondary can hold up
+a guest. Shorter than the 30 s after which Linux guests report a stuck disk."""
+
+_FILE_MAX = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}\Z")
+_EXPORT_MAX = 4096  # NBD specification: longest string
+_SIZE = re.compile(r"([0-9]{1,15})([kKMGT]?)\Z")
+_SCALE = {"": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40}
+_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on", "y", "t"), True),
+    **dict.fromkeys(("false", "0", "no", "off", "n", "f"), False),
+}
+
+
+def is_uri(location: str) -> bool:
+    """Whether libnbd, not open(2), opens it."""
+    return _URI.match(location) is not None
+
+
+def export_of(uri: str) -> str:
+    """The export name in an NBD URI, empty if it has none (NBD URI specification)."""
+    return urlsplit(uri).path.removeprefix("/")
+
+
+def check_uri(uri: str, disks: int) -> None:
+    """ConfigError unless the URI can name the secondary of that many disks."""
+    if not is_uri(uri):
+        raise ConfigError(f"'{uri}' is not an NBD URI such as nbd://HOST:PORT or nbd+unix:///?socket=PATH")
+    if export_of(uri) and disks > 1:
+        raise ConfigError(f"'{uri}' names an export, but there are {disks} disks; leave the export out")
+
+
+@dataclass
+class DiskOptions:
+    """One disk. `location` is a path, an NBD URI, or None on a primary that only forwards."""
+
+    name: str
+    location: str | None
+    top_id: str | None = None
+    active: str | None = None
+    hidden: str | None = None
+
+
+@dataclass
+class Options:
+    """What the user asked for, complete and checked."""
+
+    mode: Mode
+    disks: list[DiskOptions]
+    state: str | None
+    control: str | None
+    autostart: bool = False
+    secondary: str | None = None
+    sync: bool = False
+    queue_limit: int = QUEUE_LIMIT
+    timeout_s: float = TIMEOUT_S
+
+
+@dataclass
+class _Disk:
+    name: str | None
+    location: str
+    more: dict[str, str] = field(default_factory=dict)
+
+
+class OptionParser:
+    """Collects KEY=VALUE pairs in their order, then checks the whole."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._disks: list[_Disk] = []
+        self._from_file = False
+
+    def add(self, key: str, value: str) -> None:
+        """One pair; ConfigError for an unknown key or one out of place."""
+        if key == "config":
+            self._read_file(os.path.abspath(value))
+        elif key == "disk":
+            self._disks.append(_split_disk(value))
+        elif key in DISK_KEYS:
+            if not self._disks:
+                raise ConfigError(f"{key}={value} belongs to a disk: put it after its disk=")
+            if key in self._disks[-1].more:
+                raise ConfigError(f"{key} is given twice for disk={self._disks[-1].location}")
+            self._disks[-1].more[key] = value
+        elif key in KEYS:
+            if key in self._values:
+                raise ConfigError(f"{key} is given twice")
+            self._values[key] = value
+        else:
+            raise ConfigError(f"unknown key '{key}': the keys are {', '.join(sorted(ALL_KEYS))}")
+
+    # -- TOML ----------------------------------------------------------------------------------------------
+
+    def _read_file(self, path: str) -> None:
+        if self._from_file:
+            raise ConfigError("config is given twice")
+        self._from_file = True
+        try:
+            with open(path, "rb") as file:
+                text = file.read(_FILE_MAX + 1)
+            if len(text) > _FILE_MAX:
+                raise ConfigError(f"{path} is larger than {_FILE_MAX} bytes")
+            content = tomllib.loads(text.decode())
+        except OSError as error:
+            raise ConfigError(f"cannot read config={path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+        disks = content.pop("disk", {})
+        if not isinstance(disks, dict) or not all(isinstance(table, dict) for table in disks.values()):
+            raise ConfigError(f"{path}: write one table [disk.NAME] for each disk")
+        for key, value in content.items():
+            if key == "config" or key in DISK_KEYS:
+                raise ConfigError(f"{path}: {key} does not belong on the top level of the file")
+            self.add(key, _text(path, key, value))
+        for name, table in disks.items():
+            self._add_table(path, name, table)
+
+    def _add_table(self, path: str, name: str, table: dict[str, object]) -> None:
+        if "disk" not in table:
+            raise ConfigError(f"{path}: [disk.{name}] lacks disk = 'PATH-or-NBD-URI'")
+        disk = _Disk(name, _text(path, "disk", table["disk"]))
+        for key, value in table.items():
+            if key in DISK_KEYS:
+                disk.more[key] = _text(path, key, value)
+            elif key != "disk":
+                raise ConfigError(f"{path}: unknown key '{key}' in [disk.{name}]")
+        self._disks.append(disk)
+
+    # -- the whole -----------------------------------------------------------------------------------------
+
+    def finish(self) -> Options:
+        """Check and complete; ConfigError names the first thing that is wrong."""
+        values = self._values
+        mode = self._mode()
+        for key in sorted(values):
+            if mode is Mode.SECONDARY and key in PRIMARY_KEYS:
+                raise ConfigError(f"The secondary side does not support option {key}")
+        state = _path(values.get("state"), "state")
+        options = Options(mode, [], state, _path(values.get("control"), "control"))
+        if options.control is None and state is not None:
+            options.control = os.path.join(state, "control.sock")
+        for key, convert in _CONVERTERS.items():
+            if key in values:
+                convert(options, values[key])
+        options.disks = self._named_disks(options)
+        if options.secondary is not None:
+            try:
+                check_uri(options.secondary, len(options.disks))
+            except ConfigError as error:
+                raise ConfigError(f"secondary={error}") from error
+        if options.control is None and not options.autostart:
+            raise ConfigError(
+                "Missing the option state or control: without a control socket only autostart=true starts replication"
+            )
+        return options
+
+    def _mode(self) -> Mode:
+        if "mode" not in self._values:
+            raise ConfigError("Missing the option mode")
+        try:
+            return Mode(self._values["mode"])
+        except ValueError as error:
+            raise ConfigError("The option mode's value should be primary or secondary") from error
+
+    def _named_disks(self, options: Options) -> list[DiskOptions]:
+        named: list[DiskOptions] = []
+        for disk in self._disks:
+            if disk.name is None and len(self._disks) > 1:
+                raise ConfigError(
+                    f"there are {len(self._disks)} disks, so disk={disk.location} needs a name: disk=NAME:..."
+                )
+            name = disk.name or DEFAULT_DISK
+            if not _NAME.match(name):
+                raise ConfigError(f"'{name}' cannot be a disk's name: use letters, digits and _ . + -")
+            if any(name == other.name for other in named):
+                raise ConfigError(f"there are two disks of the name '{name}'")
+            named.append(DiskOptions(name, _location(disk.location)))
+            if options.mode is Mode.PRIMARY:
+                for key in disk.more:
+                    raise ConfigError(f"The primary side does not support option {key}")
+            else:
+                self._complete_secondary(named[-1], disk.more, options.state)
+        if options.mode is Mode.SECONDARY:
+            _check_top_ids(named)
+        elif not named:
+            if options.secondary is None:
+                raise ConfigError("Missing the option disk or secondary: there is nothing to replicate")
+            named.append(DiskOptions(export_of(options.secondary) or DEFAULT_DISK, None))
+        return named
+
+    @staticmethod
+    def _complete_secondary(disk: DiskOptions, more: dict[str, str], state: str | None) -> None:
+        disk.top_id = more.get("top-id")
+        for key in ("active", "hidden"):
+            path = _path(more.get(key), key)
+            if path is None:
+                if state is None:
+                    raise ConfigError(
+                        f"Missing the option {key} of disk '{disk.name}' (or state, where it goes by default)"
+                    )
+                path = os.path.join(state, f"{disk.name}.{key}.qcow2")
+            setattr(disk, key, path)
+
+
+def _check_top_ids(disks: list[DiskOptions]) -> None:
+    if not disks:
+        raise ConfigError("Missing the option disk")
+    names = {disk.name for disk in disks}
+    for index, disk in enumerate(disks):
+        if not disk.top_id:
+            raise ConfigError(
+                "Missing the option top-id" if len(disks) == 1 else f"Missing the option top-id of disk '{disk.name}'"
+            )
+        if disk.top_id == CONTROL_EXPORT or len(disk.top_id.encode()) > _EXPORT_MAX or "\0" in disk.top_id:
+            raise ConfigError(f"top-id={disk.top_id[:80]} cannot be an export's name")
+        # Its own disk's name is left to start, which says what QEMU says ("No top_bs or it is invalid").
+        if disk.top_id in names - {disk.name} or any(disk.top_id == other.top_id for other in disks[:index]):
+            raise ConfigError(f"top-id={disk.top_id} of disk '{disk.name}' is already the name of another export")
+
+
+def _split_disk(value: str) -> _Disk:
+    name, colon, location = value.partition(":")
+    if colon and not is_uri(value) and "/" not in name:
+        return _Disk(name, location)
+    return _Disk(None, value)
+
+
+def _location(location: str) -> str:
+    if not location:
+        raise ConfigError("disk= needs a path or an NBD URI")
+    return location if is_uri(location) else os.path.abspath(location)
+
+
+def _path(value: str | None, key: str) -> str | None:
+    if value is None:
+        return None
+    if not value or "\0" in value:
+        raise ConfigError(f"{key}= needs a path")
+    return os.path.abspath(value)
+
+
+def _text(path: str, key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ConfigError(f"{path}: the value of {key} must be a string, a number, true or false")
+
+
+def _set_autostart(options: Options, value: str) -> None:
+    if value.lower() not in _BOOLEANS:
+        raise ConfigError(f"autostart={value} should be true or false")
+    options.autostart = _BOOLEANS[value.lower()]
+
+
+def _set_protocol(options: Options, value: str) -> None:
+    if value not in ("async", "sync"):
+        raise ConfigError(f"protocol={value} should be async or sync")
+    options.sync = value == "sync"
+
+
+def _set_queue_limit(options: Options, value: str) -> None:
+    match = _SIZE.match(value)
+    if match is None:
+        raise ConfigError(f"queue-limit={value} is not a size such as 64M")
+    options.queue_limit = int(match[1]) << _SCALE[match[2]]
+    if not 1 << 20 <= options.queue_limit <= 1 << 40:
+        raise ConfigError(f"queue-limit={value} should be between 1M and 1T")
+
+
+def _set_timeout(options: Options, value: str) -> None:
+    try:
+        options.timeout_s = float(value)
+    except ValueError as error:
+        raise ConfigError(f"timeout={value} is not a number of seconds") from error
+    if not 0.1 <= options.timeout_s <= 30:
+        raise ConfigError(f"timeout={value} should be between 0.1 and 30 seconds")
+
+
+def _set_secondary(options: Options, value: str) -> None:
+    options.secondary = value
+
+
+_CONVERTERS: dict[str, Callable[[Options, str], None]] = {
+    "autostart": _set_autostart,
+    "secondary": _set_secondary,
+    "protocol": _set_protocol,
+    "queue-limit": _set_queue_limit,
+    "timeout": _set_timeout,
+}
+
+DISK_KEYS = frozenset(("top-id", "active", "hidden"))
+PRIMARY_KEYS = frozenset(("secondary", "protocol", "queue-limit", "timeout"))
+KEYS = frozenset(("mode", "state", "control", *_CONVERTERS))
+ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Locks on ranges of a disk, first come first served.
+
+Invariants
+* Two holders never overlap.
+* Of two overlapping requests the one that asked first gets the range first, so nobody starves and the
+  order of overlapping writes is the order in which they asked.
+* A holder waits for nobody; a waiter waits only for ranges asked for before its own: no cycles.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from replication.errors import DiskError
+
+WAIT_S = 60.0
+"""Longest wait for a range. Holders do one request's I/O, whose own deadline is shorter."""
+
+
+class Range:
+    """One asked-for or held range [start, stop), in bytes."""
+
+    __slots__ = ("_wake", "followers", "start", "stop", "waits_for")
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.waits_for = 0
+        self.followers: list[Range] = []
+        self._wake: threading.Semaphore | None = None
+
+    def prepare_wait_locked(self) -> threading.Semaphore:
+        """The semaphore that `wake_locked` releases."""
+        self._wake = threading.Semaphore(0)
+        return self._wake
+
+    def wake_locked(self) -> None:
+        """Let the waiting thread go on."""
+        if self._wake is not None:
+            self._wake.release()
+
+
+class RangeLock:
+    """`held = lock.acquire(start, stop)` ... `lock.release(held)`; ranges are bytes, callers round them to blocks."""
+
+    def __init__(self) -> None:
+        # Protects the list and the ranges in it. Never held across I/O.
+        self._lock = threading.Lock()
+        self._asked: list[Range] = []
+
+    def acquire(self, start: int, stop: int) -> Range:
+        """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds."""
+        mine = Range(start, stop)
+        with self._lock:
+            for other in self._asked:
+                if other.start < stop and start < other.stop:
+                    other.followers.append(mine)
+                    mine.waits_for += 1
+            self._asked.append(mine)
+            wake = mine.prepare_wait_locked() if mine.waits_for else None
+        if wake is not None and not wake.acquire(timeout=WAIT_S):
+            self._give_up(mine)
+        return mine
+
+    def try_acquire(self, start: int, stop: int) -> Range | None:
+        """The range if nobody has it or waits for it, else None; never waits, so it is safe for a thread that
+        holds another range."""
+        mine = Range(start, stop)
+        with self._lock:
+            if any(other.start < stop and start < other.stop for other in self._asked):
+                return None
+            self._asked.append(mine)
+        return mine
+
+    def _give_up(self, mine: Range) -> None:
+        with self._lock:
+            if not mine.waits_for:
+                return  # granted between the timeout and here
+            for other in self._asked:
+                if mine in other.followers:
+                    other.followers.remove(mine)
+            self._leave_locked(mine)
+        raise DiskError(f"waited {WAIT_S:.0f} s for another request on bytes {mine.start} to {mine.stop}")
+
+    def release(self, held: Range) -> None:
+        """Give the range back."""
+        with self._lock:
+            self._leave_locked(held)
+
+    def _leave_locked(self, mine: Range) -> None:
+        self._asked.remove(mine)
+        for follower in mine.followers:
+            follower.waits_for -= 1
+            if not follower.waits_for:
+                follower.wake_locked()

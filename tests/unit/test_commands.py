@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command table: what each command accepts, what it asks of the node, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from replication.control import qmp
+from replication.control.commands import TABLE, Commands
+from replication.errors import CommandError
+from replication.stage import Mode
+
+JOBS = [{"id": "commit-disk0", "type": "commit", "status": "running", "current-progress": 1, "total-progress": 2}]
+
+
+class Node:
+    """Records what it is asked; raises `refusal` if there is one."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: str | None = None
+        self.refusal: Exception | None = None
+
+    def _record(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.refusal is not None:
+            raise self.refusal
+
+    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
+        self._record("start", mode, secondary, sync)
+
+    def checkpoint(self) -> tuple[int, float]:
+        self._record("checkpoint")
+        return 7, 0.25
+
+    def get_error(self) -> str | None:
+        self._record("get_error")
+        return self.error
+
+    def stop(self, failover: bool) -> None:
+        self._record("stop", failover)
+
+    def lost_heartbeat(self) -> None:
+        self._record("lost_heartbeat")
+
+    def query(self) -> dict[str, Any]:
+        self._record("query")
+        return {"mode": "primary", "stage": "running"}
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        self._record("query_jobs")
+        return JOBS
+
+    def cancel_job(self, id: str) -> None:
+        self._record("cancel_job", id)
+
+    def dismiss_job(self, id: str) -> None:
+        self._record("dismiss_job", id)
+
+    def shutdown(self) -> None:
+        self._record("shutdown")
+
+
+@pytest.fixture
+def node() -> Node:
+    return Node()
+
+
+def ask(node: Node, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    """The whole answer, through the protocol as a client sees it."""
+    session = qmp.Session(Commands(node, node.shutdown).execute)
+    request = {"execute": command} if arguments is None else {"execute": command, "arguments": arguments}
+    stream = json.dumps({"execute": "qmp_capabilities"}) + json.dumps(request)
+    negotiated, answer = (json.loads(line) for line in session.feed(stream.encode()))
+    assert negotiated == {"return": {}}
+    return answer
+
+
+def failure(desc: str, error_class: str = "GenericError") -> dict[str, Any]:
+    return {"error": {"class": error_class, "desc": desc}}
+
+
+SET = "xen-set-replication"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "calls", "value"),
+    [
+        (SET, {"enable": True, "primary": True}, [("start", Mode.PRIMARY, None, "auto")], {}),
+        (SET, {"enable": True, "primary": False}, [("start", Mode.SECONDARY, None, "auto")], {}),
+        (SET, {"enable": False, "primary": True}, [("stop", False)], {}),
+        (SET, {"enable": False, "primary": False, "failover": False}, [("stop", False)], {}),
+        (SET, {"enable": False, "primary": True, "failover": True}, [("stop", True)], {}),
+        ("xen-colo-do-checkpoint", None, [("checkpoint",)], {}),
+        ("query-xen-replication-status", None, [("get_error",)], {"error": False}),
+        ("x-colo-lost-heartbeat", None, [("lost_heartbeat",)], {}),
+        ("replication-start", None, [("start", None, None, "auto")], {}),
+        (
+            "replication-start",
+            {"mode": "primary", "secondary": "nbd://b", "sync": "full"},
+            [("start", Mode.PRIMARY, "nbd://b", "full")],
+            {},
+        ),
+        ("replication-start", {"mode": "secondary"}, [("start", Mode.SECONDARY, None, "auto")], {}),
+        ("replication-start", {"sync": "none"}, [("start", None, None, "none")], {}),
+        ("replication-checkpoint", None, [("checkpoint",)], {"epoch": 7, "duration": 0.25}),
+        ("replication-get-error", None, [("get_error",)], {}),
+        ("replication-stop", None, [("stop", False)], {}),
+        ("replication-stop", {"failover": True}, [("stop", True)], {}),
+        ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
+        ("query-jobs", None, [("query_jobs",)], JOBS),
+        ("job-cancel", {"id": "a"}, [("cancel_job", "a")], {}),
+        ("job-dismiss", {"id": "a"}, [("dismiss_job", "a")], {}),
+        ("query-version", None, [], qmp.version()),
+        ("quit", None, [("shutdown",)], {}),
+    ],
+)
+def test_what_a_command_does(
+    node: Node, command: str, arguments: dict[str, Any] | None, calls: list[Any], value: Any
+) -> None:
+    assert ask(node, command, arguments) == {"return": value}
+    assert node.calls == calls
+
+
+BOTH = {"enable": True, "primary": True}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "desc"),
+    [
+        (SET, None, "Parameter 'enable' is missing"),
+        (SET, {"primary": True}, "Parameter 'enable' is missing"),
+        (SET, {"enable": True}, "Parameter 'primary' is missing"),
+        (SET, {"enable": False}, "Parameter 'primary' is missing"),
+        # Missing comes before unexpected, as in QEMU.
+        (SET, {"zz": 1}, "Parameter 'enable' is missing"),
+        (SET, BOTH | {"zz": 1}, "Parameter 'zz' is unexpected"),
+        (SET, BOTH | {"enable": 1}, "Invalid parameter type for 'enable', expected: boolean"),
+        (SET, BOTH | {"enable": None}, "Invalid parameter type for 'enable', expected: boolean"),
+        (SET, BOTH | {"primary": "true"}, "Invalid parameter type for 'primary', expected: boolean"),
+        (SET, BOTH | {"failover": 0}, "Invalid parameter type for 'failover', expected: boolean"),
+        (SET, BOTH | {"failover": True}, "Parameter 'failover' is only for stopping replication"),
+        (SET, BOTH | {"failover": False}, "Parameter 'failover' is only for stopping replication"),
+        ("replication-start", {"mode": "third"}, "Parameter 'mode' does not accept value 'third'"),
+        ("replication-start", {"mode": "PRIMARY"}, "Parameter 'mode' does not accept value 'PRIMARY'"),
+        ("replication-start", {"mode": True}, "Invalid parameter type for 'mode', expected: string"),
+        ("replication-start", {"sync": "often"}, "Parameter 'sync' does not accept value 'often'"),
+        ("replication-start", {"sync": None}, "Invalid parameter type for 'sync', expected: string"),
+        ("replication-start", {"secondary": 5}, "Invalid parameter type for 'secondary', expected: string"),
+        ("replication-stop", {"failover": "yes"}, "Invalid parameter type for 'failover', expected: boolean"),
+        ("job-cancel", None, "Parameter 'id' is missing"),
+        ("job-cancel", {"id": 3}, "Invalid parameter type for 'id', expected: string"),
+        ("job-cancel", {"id": "a", "force": True}, "Parameter 'force' is unexpected"),
+        ("job-dismiss", {}, "Parameter 'id' is missing"),
+        ("job-dismiss", {"id": ["a"]}, "Invalid parameter type for 'id', expected: string"),
+    ],
+)
+def test_arguments_that_are_refused_reach_nobody(
+    node: Node, command: str, arguments: dict[str, Any] | None, desc: str
+) -> None:
+    assert ask(node, command, arguments) == failure(desc)
+    assert node.calls == []
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_every_command_refuses_what_it_does_not_know(node: Node, command: str) -> None:
+    filler = {"boolean": False, "string": "primary", "integer": 1, "array": []}
+    needed = {name: filler[a.type] for name, a in TABLE[command].arguments.items() if a.required}
+    assert ask(node, command, needed | {"zz": 1}) == failure("Parameter 'zz' is unexpected")
+    assert node.calls == []
+
+
+def test_a_boolean_is_no_integer() -> None:
+    declared = {"n": qmp.Argument("integer", required=True)}
+    qmp.check_arguments(declared, {"n": 2})
+    for wrong in (True, 1.5, "1", None):
+        with pytest.raises(CommandError, match=r"Invalid parameter type for 'n', expected: integer"):
+            qmp.check_arguments(declared, {"n": wrong})
+
+
+@pytest.mark.parametrize("command", ["foo", "", "Query-Version", "_quit", "TABLE"])
+def test_unknown_command(node: Node, command: str) -> None:
+    assert ask(node, command) == failure(f"The command {command} has not been found", "CommandNotFound")
+
+
+def test_refusal_of_the_node_is_the_answer(node: Node) -> None:
+    node.refusal = CommandError("Block replication is not running", "DeviceNotActive")
+    for command in ("replication-start", "replication-checkpoint", "replication-stop", "replication-get-error"):
+        assert ask(node, command) == failure("Block replication is not running", "DeviceNotActive")
+
+
+def test_error_of_replication_is_reported_in_both_ways(node: Node) -> None:
+    node.error = "I/O error occurred"
+    assert ask(node, "replication-get-error") == failure("I/O error occurred")
+    assert ask(node, "query-xen-replication-status") == {"return": {"error": True, "desc": "I/O error occurred"}}
+    node.refusal = CommandError("Block replication is not running")
+    assert ask(node, "query-xen-replication-status") == {
+        "return": {"error": True, "desc": "Block replication is not running"}
+    }
+
+
+def test_quit_answers_first(node: Node) -> None:
+    session = qmp.Session(Commands(node, node.shutdown).execute)
+    messages = session.feed(b'{"execute": "qmp_capabilities"}{"execute": "quit"}')
+    assert [json.loads(next(messages)) for _ in range(2)] == [{"return": {}}] * 2
+    assert node.calls == []
+    assert list(messages) == []
+    assert node.calls == [("shutdown",)]
+
+
+def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
+    names = [entry["name"] for entry in ask(node, "query-commands")["return"]]
+    assert len(names) == len(set(names))
+    assert set(names) == {
+        "qmp_capabilities",
+        "xen-set-replication",
+        "xen-colo-do-checkpoint",
+        "query-xen-replication-status",
+        "x-colo-lost-heartbeat",
+        "replication-start",
+        "replication-checkpoint",
+        "replication-get-error",
+        "replication-stop",
+        "query-replication",
+        "query-jobs",
+        "job-cancel",
+        "job-dismiss",
+        "query-commands",
+        "query-version",
+        "quit",
+    }
+    for name in names:
+        assert ask(node, name, {"zz": 1})["error"]["class"] == "GenericError"
+
+
+# Messages that QEMU answers with an error whatever machine it runs, one answer each.
+REFUSED_BY_BOTH = [
+    '{"execute": "qmp_capabilities"}',
+    '{"execute": "qmp_capabilities", "arguments": {"foo": 1}, "id": 1}',
+    '{"execute": "qmp_capabilities", "arguments": {"enable": 1}}',
+    '{"execute": "qmp_capabilities", "arguments": {"enable": [1]}}',
+    '{"execute": "foo", "id": [1, {"a": null}]}',
+    "[1]",
+    '"abc"',
+    "null",
+    "{}",
+    '{"id": 3}',
+    '{"execute": 1, "id": "\\u00e9"}',
+    '{"execute": "query-version", "foo": 1, "id": 99999999999999999999}',
+    '{"execute": "query-version", "arguments": []}',
+    '{"execute": "query-version", "arguments": {"x": 1}}',
+    '{"exec-oob": "query-version", "id": 1.5}',
+    '{"execute": "query-version", "execute": "query-version"}',
+    '{"id": "\\ud83d"}',
+    '{"execute": "xen-set-replication"}',
+    '{"execute": "xen-set-replication", "arguments": {"primary": true}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": true}}',
+    '{"execute": "xen-set-replication", "arguments": {"zz": 1}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": 1, "primary": true}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": null, "primary": true}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": true, "primary": true, "zz": 1}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": true, "primary": true, "failover": "x"}}',
+    '{"execute": "xen-set-replication", "arguments": {"enable": true, "primary": true, "failover": true}}',
+    '{"execute": "xen-colo-do-checkpoint", "arguments": {"a": 1}}',
+    '{"execute": "job-cancel"}',
+    '{"execute": "job-cancel", "arguments": {"id": 3}}',
+    '{"execute": "job-cancel", "arguments": {"id": "zz"}}',
+    '{"execute": "job-dismiss", "arguments": {"id": "zz"}}',
+]
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no qemu-system-x86_64 to compare with")
+def test_errors_are_those_of_qemu_itself(node: Node) -> None:
+    stream = "\n".join(
+        ['{"execute": "query-version"}', '{"execute": "qmp_capabilities"}', *REFUSED_BY_BOTH, '{"execute": "quit"}', ""]
+    )
+    qemu = subprocess.run(
+        ["qemu-system-x86_64", "-M", "none", "-display", "none", "-nodefaults", "-qmp", "stdio"],
+        input=stream,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    greeting, *theirs = (m for m in map(json.loads, qemu.stdout.splitlines()) if "event" not in m)
+    node.refusal = CommandError("Job not found")
+    session = qmp.Session(Commands(node, lambda: None).execute)
+    ours = [json.loads(message) for message in session.feed(stream.encode())]
+    assert set(greeting["QMP"]) == set(json.loads(session.greeting())["QMP"])
+    assert len(ours) == len(REFUSED_BY_BOTH) + 3
+    assert ours == theirs
+    assert all("error" in answer for answer in ours[2:-1])
+    assert set(node.calls) == {("cancel_job", "zz"), ("dismiss_job", "zz")}
