@@ -16,6 +16,7 @@ requests in flight with their callbacks; a lost handle cannot reconnect.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -33,6 +34,8 @@ from replication.errors import DiskError
 CHUNK = 32 << 20
 """Most bytes that one NBD request may carry everywhere (NBD specification, default maximum payload)."""
 
+_DRAIN_MAX = 256
+
 Completion = Callable[[Any], int]
 Issue = Callable[[nbd.NBD, Completion], object]
 
@@ -40,20 +43,32 @@ Issue = Callable[[nbd.NBD, Completion], object]
 class Request:
     """One request in flight."""
 
-    __slots__ = ("done", "errno", "issued", "on_done", "wake")
+    __slots__ = ("_wake", "done", "errno", "issued", "on_done")
 
     def __init__(self, on_done: Callable[[Request], None] | None = None) -> None:
         self.done = False
         self.errno = 0
         self.issued = time.monotonic()
-        self.wake = threading.Semaphore(0)
         self.on_done = on_done
+        # A lock as a binary semaphore: held until there is something to wake up for.
+        self._wake = threading.Lock()
+        self._wake.acquire()
+
+    def wake(self) -> None:
+        """Let the thread in `sleep` go on, or the next one that comes there."""
+        # Two wakers may race for the release; the loser finds the sleeper already awake, which is all it wants.
+        with contextlib.suppress(RuntimeError):
+            self._wake.release()
+
+    def sleep(self, timeout_s: float) -> None:
+        """Until somebody calls `wake`."""
+        self._wake.acquire(timeout=timeout_s)
 
     def complete(self, error: Any) -> int:
         """libnbd's completion callback; the value 1 retires the command."""
         self.errno = error.value
         self.done = True
-        self.wake.release()
+        self.wake()
         if self.on_done is not None:
             self.on_done(self)
         return 1
@@ -71,11 +86,16 @@ class Connection:
         self._pending: dict[int, Request] = {}
         self._cause: str | None = None
         self._leader = threading.Lock()
+        self._completed = 0
+        self._polled = 0
+        self._check_at = 0.0
         self._progress = time.monotonic()
         self._wakefd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._close_wakefd = weakref.finalize(self, os.close, self._wakefd)
         self._poll = select.poll()
         self._poll.register(self._wakefd, select.POLLIN)
+        self._napping = select.poll()
+        self._napping.register(self._wakefd, select.POLLIN)
         self._socket: socket.socket | None = None
         self._fd = -1
         self.handle = nbd.NBD()
@@ -168,16 +188,18 @@ class Connection:
         """Requests issued and not done."""
         return len(self._pending)
 
-    def issue(self, issue: Issue, on_done: Callable[[Request], None] | None = None) -> Request:
+    def issue(self, issue: Issue, on_done: Callable[[Request], None] | None = None, driving: bool = False) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
 
         `on_done` is called by whichever thread drives the handle, with libnbd's lock held: it may only note.
+        `driving`: the caller is the one thread that drives, so nobody has to be told that the socket was full.
         """
         request = Request(on_done)
         key = id(request)
 
         def completed(error: Any) -> int:
             self._pending.pop(key, None)
+            self._completed += 1
             self._progress = time.monotonic()
             return request.complete(error)
 
@@ -189,7 +211,7 @@ class Connection:
             self._pending[key] = request
         try:
             issue(self.handle, completed)
-            if self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+            if not driving and self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
                 os.eventfd_write(self._wakefd, 1)  # the leader must now wait for room in the socket, too
         except nbd.Error as error:
             self._pending.pop(key, None)
@@ -209,7 +231,7 @@ class Connection:
                     self._leader.release()
                     self._appoint()
             else:
-                request.wake.acquire(timeout=self.timeout_s)
+                request.sleep(self.timeout_s)
         if request.errno:
             raise DiskError(self._cause or f"{self.uri}: {os.strerror(request.errno)}", request.errno)
 
@@ -218,25 +240,31 @@ class Connection:
         waiting, so none is lost."""
         with self._lock:
             for request in self._pending.values():
-                request.wake.release()
+                request.wake()
                 return
 
     def drive(self, wait_s: float) -> None:
         """Move bytes, or wait for them at most `wait_s` seconds. One thread at a time: `wait` sees to
         that, and an owner that never calls `wait` does it by itself."""
-        now = time.monotonic()
-        self._check_progress(now)
+        self.check_progress()
+        # Every libnbd call lets go of the GIL and has to win it back, so as few as possible are made here.
         wanted = self._wanted()
-        self._poll.modify(self._fd, wanted)
+        if wanted != self._polled:
+            self._polled = wanted
+            self._poll.modify(self._fd, wanted)
+        before = self._completed
         for fd, events in self._poll.poll(max(0.0, min(wait_s, self.timeout_s / 4)) * 1000):
             if fd == self._wakefd:
                 os.eventfd_read(self._wakefd)
                 continue
             try:
-                self._notify(events)
+                if events & ~select.POLLOUT and wanted & select.POLLIN:
+                    self.handle.aio_notify_read()
+                else:
+                    self.handle.aio_notify_write()
             except nbd.Error as error:
                 self.fail(f"lost the connection to {self.uri}: {error.string}")
-        if self.handle.aio_is_dead() or self.handle.aio_is_closed():
+        if self._completed == before and (self.handle.aio_is_dead() or self.handle.aio_is_closed()):
             self.fail(f"lost the connection to {self.uri}: the server closed it")
             self._give_back()
 
@@ -247,19 +275,37 @@ class Connection:
             if not request.done:
                 request.errno = errno.ENOTCONN
                 request.done = True
-                request.wake.release()
+                request.wake()
                 if request.on_done is not None:
                     request.on_done(request)
 
-    def _check_progress(self, now: float) -> None:
-        if not self._pending:
+    def check_progress(self) -> None:
+        """Give the connection up when nothing has come for too long; part of `drive`."""
+        now = time.monotonic()
+        if now < self._check_at or not self._pending:
             return
+        self._check_at = now + self.timeout_s / 16
         oldest = min(request.issued for request in list(self._pending.values()))
         if now - self._progress > self.timeout_s or now - oldest > 4 * self.timeout_s:
             self.fail(f"no progress on the connection to {self.uri} for {self.timeout_s:g} s")
 
+    def drain(self) -> None:
+        """Take the answers that are there, without waiting; for the one thread that drives."""
+        try:
+            # One libnbd call an answer: it moves one at a time, and every call costs a fight for the GIL.
+            for _ in range(_DRAIN_MAX):
+                if self.handle.poll(0) != 1:
+                    return
+        except nbd.Error as error:
+            self.fail(f"lost the connection to {self.uri}: {error.string}")
+
+    def nap(self, wait_s: float) -> None:
+        """Let others work for at most `wait_s` seconds, unless somebody calls `poke`."""
+        if self._napping.poll(wait_s * 1000):
+            os.eventfd_read(self._wakefd)
+
     def poke(self) -> None:
-        """Wake the thread in `drive`."""
+        """Wake the thread in `drive` or `nap`."""
         os.eventfd_write(self._wakefd, 1)
 
     def fail(self, cause: str) -> None:

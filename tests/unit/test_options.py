@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""options.py: from KEY=VALUE and TOML to Options, or one line that names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from replication.errors import ConfigError
+from replication.options import ALL_KEYS, DISK_KEYS, KEYS, OptionParser, Options, export_of, is_uri
+from replication.stage import Mode
+
+PRIMARY = ["mode=primary", "state=/s"]
+SECONDARY = ["mode=secondary", "state=/s"]
+
+
+def parse(*pairs: str) -> Options:
+    """What nbdkit does with a command line."""
+    parser = OptionParser()
+    for pair in pairs:
+        parser.add(*pair.split("=", 1))
+    return parser.finish()
+
+
+def refusal(*pairs: str) -> str:
+    """The one line that refuses these options."""
+    with pytest.raises(ConfigError) as caught:
+        parse(*pairs)
+    text = str(caught.value)
+    assert text
+    return text
+
+
+def written(folder: Path, text: str | bytes) -> str:
+    """config=FILE with this content."""
+    path = folder / "pair.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return f"config={path}"
+
+
+# -- what is accepted ------------------------------------------------------------------------------------------
+
+
+def test_a_primary_needs_a_mode_a_state_and_a_disk() -> None:
+    options = parse(*PRIMARY, "disk=/d.raw")
+    assert options.mode is Mode.PRIMARY
+    assert [(disk.name, disk.location, disk.top_id) for disk in options.disks] == [("disk0", "/d.raw", None)]
+    assert (options.state, options.control) == ("/s", "/s/control.sock")
+    assert (options.autostart, options.sync, options.secondary) == (False, False, None)
+    assert options.queue_limit == 64 << 20
+
+
+def test_a_secondary_keeps_its_overlays_in_the_state_folder_by_default() -> None:
+    (disk,) = parse(*SECONDARY, "disk=a:/d.raw", "top-id=t").disks
+    assert (disk.name, disk.location, disk.top_id) == ("a", "/d.raw", "t")
+    assert (disk.active, disk.hidden) == ("/s/a.active.qcow2", "/s/a.hidden.qcow2")
+
+
+def test_disk_keys_belong_to_the_disk_before_them() -> None:
+    first, second = parse(
+        *SECONDARY, "disk=a:/1", "top-id=ta", "active=/x", "disk=b:/2", "hidden=/y", "top-id=tb"
+    ).disks
+    assert (first.top_id, first.active, first.hidden) == ("ta", "/x", "/s/a.hidden.qcow2")
+    assert (second.top_id, second.active, second.hidden) == ("tb", "/s/b.active.qcow2", "/y")
+
+
+def test_keys_of_the_process_may_stand_anywhere() -> None:
+    options = parse("disk=a:/1", "top-id=t", "state=/s", "mode=secondary", "autostart=true")
+    assert options.autostart
+    assert options.disks[0].hidden == "/s/a.hidden.qcow2"
+
+
+def test_relative_paths_count_from_the_folder_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = parse("mode=secondary", "state=s", "control=c", "disk=d.raw", "top-id=t", "active=a", "hidden=../h")
+    (disk,) = options.disks
+    assert (options.state, options.control, disk.location) == (f"{tmp_path}/s", f"{tmp_path}/c", f"{tmp_path}/d.raw")
+    assert (disk.active, disk.hidden) == (f"{tmp_path}/a", f"{tmp_path.parent}/h")
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "location"),
+    [
+        ("/a:b.raw", "disk0", "/a:b.raw"),
+        ("name:/a:b.raw", "name", "/a:b.raw"),
+        ("x:nbd://host:10809/e", "x", "nbd://host:10809/e"),
+        ("nbd://host:10809/e", "disk0", "nbd://host:10809/e"),
+        ("nbd+unix:///e?socket=/s", "disk0", "nbd+unix:///e?socket=/s"),
+        ("nbds+vsock://1:2/", "disk0", "nbds+vsock://1:2/"),
+        ("/dev/disk/by-path/pci-0000:00:1f.2", "disk0", "/dev/disk/by-path/pci-0000:00:1f.2"),
+        ("a.b_c-d+e:/x", "a.b_c-d+e", "/x"),
+        ("9:/x", "9", "/x"),
+    ],
+)
+def test_a_disk_is_a_path_or_uri_with_or_without_a_name(value: str, name: str, location: str) -> None:
+    (disk,) = parse(*PRIMARY, f"disk={value}").disks
+    assert (disk.name, disk.location) == (name, location)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1M", 1 << 20), ("64M", 64 << 20), ("2048k", 2 << 20), ("2048K", 2 << 20), ("1G", 1 << 30), ("1T", 1 << 40)]
+    + [("1048576", 1 << 20)],
+)
+def test_a_queue_limit_has_a_unit_or_is_in_bytes(text: str, size: int) -> None:
+    assert parse(*PRIMARY, "disk=/d", f"queue-limit={text}").queue_limit == size
+
+
+@pytest.mark.parametrize("word", ["true", "TRUE", "1", "yes", "on", "y", "t"])
+def test_autostart_takes_the_words_that_nbdkit_takes_for_true(word: str) -> None:
+    assert parse(*PRIMARY, "disk=/d", f"autostart={word}").autostart
+
+
+@pytest.mark.parametrize("word", ["false", "False", "0", "no", "off", "n", "f"])
+def test_autostart_takes_the_words_that_nbdkit_takes_for_false(word: str) -> None:
+    assert not parse(*PRIMARY, "disk=/d", f"autostart={word}").autostart
+
+
+def test_protocol_and_timeout_are_taken_over() -> None:
+    options = parse(*PRIMARY, "disk=/d", "protocol=sync", "timeout=2.5")
+    assert (options.sync, options.timeout_s) == (True, 2.5)
+    assert not parse(*PRIMARY, "disk=/d", "protocol=async").sync
+
+
+def test_without_a_disk_the_primary_is_named_as_the_export_of_the_secondary() -> None:
+    (disk,) = parse(*PRIMARY, "secondary=nbd://host/colo").disks
+    assert (disk.name, disk.location) == ("colo", None)
+    (disk,) = parse(*PRIMARY, "secondary=nbd+unix:///?socket=/s").disks
+    assert (disk.name, disk.location) == ("disk0", None)
+
+
+def test_an_export_name_in_a_uri_is_percent_encoded() -> None:
+    """NBD URI specification: as libnbd, which decodes it when it connects."""
+    assert export_of("nbd://host/a%20b%2Fc") == "a b/c"
+
+
+def test_a_uri_is_what_libnbd_opens() -> None:
+    for uri in ("nbd://h", "nbds://h", "nbd+unix:///?socket=s", "nbds+unix:///", "nbd+vsock://1", "nbds+vsock://1"):
+        assert is_uri(uri)
+    for path in ("nbd:h:1", "nbd", "/nbd://h", "http://h", "./nbd://h", "nbd+tcp://h", "NBD://h"):
+        assert not is_uri(path)
+
+
+def test_without_a_state_folder_an_autostarted_primary_needs_no_control_socket() -> None:
+    options = parse("mode=primary", "disk=/d", "secondary=nbd://h", "autostart=true")
+    assert (options.state, options.control) == (None, None)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        ([], "Missing the option mode"),
+        (["disk=/d", "state=/s"], "Missing the option mode"),
+        (["mode=", "state=/s"], "The option mode's value should be primary or secondary"),
+        (["mode=Primary", "state=/s"], "The option mode's value should be primary or secondary"),
+        (["mode=both", "state=/s"], "The option mode's value should be primary or secondary"),
+        ([*PRIMARY, "disk=/d", "top-id=t"], "The primary side does not support option top-id"),
+        ([*PRIMARY, "disk=/d", "active=t"], "The primary side does not support option active"),
+        ([*PRIMARY, "disk=/d", "hidden=t"], "The primary side does not support option hidden"),
+        ([*SECONDARY, "disk=/d"], "Missing the option top-id"),
+        ([*SECONDARY, "disk=/d", "top-id="], "Missing the option top-id"),
+        ([*SECONDARY, "disk=a:/d", "top-id=t", "disk=b:/e"], "Missing the option top-id of disk 'b'"),
+        (SECONDARY, "Missing the option disk"),
+    ],
+)
+def test_qemus_texts_are_kept(pairs: list[str], text: str) -> None:
+    assert refusal(*pairs) == text
+
+
+@pytest.mark.parametrize("key", ["secondary=nbd://h", "protocol=sync", "queue-limit=64M", "timeout=5"])
+def test_a_secondary_refuses_the_keys_of_a_primary(key: str) -> None:
+    name = key.split("=")[0]
+    text = f"The secondary side does not support option {name}"
+    assert refusal(*SECONDARY, "disk=/d", "top-id=t", key) == text
+
+
+@pytest.mark.parametrize(
+    ("pair", "named"),
+    [
+        ("queue-limit=", "queue-limit="),
+        ("queue-limit=64", "queue-limit=64"),
+        ("queue-limit=1023K", "queue-limit=1023K"),
+        ("queue-limit=2T", "queue-limit=2T"),
+        ("queue-limit=-1M", "queue-limit=-1M"),
+        ("queue-limit=64m", "queue-limit=64m"),
+        ("queue-limit=64MB", "queue-limit=64MB"),
+        ("queue-limit=1.5M", "queue-limit=1.5M"),
+        ("queue-limit= 64M", "queue-limit= 64M"),
+        ("queue-limit=9999999999999999999999", "queue-limit="),
+        ("queue-limit=٦٤M", "queue-limit="),
+        ("timeout=", "timeout="),
+        ("timeout=soon", "timeout=soon"),
+        ("timeout=0", "timeout=0"),
+        ("timeout=-1", "timeout=-1"),
+        ("timeout=31", "timeout=31"),
+        ("timeout=nan", "timeout=nan"),
+        ("timeout=inf", "timeout=inf"),
+        ("timeout=1e400", "timeout=1e400"),
+        ("protocol=", "protocol="),
+        ("protocol=C", "protocol=C"),
+        ("protocol=SYNC", "protocol=SYNC"),
+        ("autostart=", "autostart="),
+        ("autostart=maybe", "autostart=maybe"),
+        ("autostart=2", "autostart=2"),
+        ("secondary=", "secondary="),
+        ("secondary=/path", "secondary="),
+        ("secondary=http://host/", "secondary="),
+        ("secondary=host:10809", "secondary="),
+        ("secondary=nbd://[::1/", "secondary="),
+        ("secondary=nbd://h\u2100st/", "secondary="),
+        ("state=", "state"),
+        ("control=", "control"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key(pair: str, named: str) -> None:
+    others = [other for other in PRIMARY if other.split("=")[0] != pair.split("=")[0]]
+    assert named in refusal(*others, "disk=/d", pair)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [
+        (["disk="], "disk="),
+        (["disk=a:"], "disk="),
+        (["disk=:/d"], "disk"),
+        (["disk=.hidden:/d"], "'.hidden'"),
+        (["disk=a b:/d"], "'a b'"),
+        (["disk=" + "n" * 256 + ":/d"], "name"),
+        (["disk=/1", "disk=b:/2"], "/1"),
+        (["disk=a:/1", "disk=/2"], "/2"),
+        (["disk=a:/1", "disk=a:/2"], "'a'"),
+    ],
+)
+def test_a_bad_disk_is_refused_by_name(pairs: list[str], named: str) -> None:
+    assert named in refusal(*PRIMARY, *pairs)
+
+
+@pytest.mark.parametrize("key", sorted(DISK_KEYS))
+def test_a_disk_key_before_any_disk_is_refused(key: str) -> None:
+    assert key in refusal(*SECONDARY, f"{key}=/x", "disk=/d")
+
+
+@pytest.mark.parametrize("key", sorted(DISK_KEYS))
+def test_a_disk_key_given_twice_is_refused(key: str) -> None:
+    text = refusal(*SECONDARY, "disk=/d", f"{key}=/x", f"{key}=/x")
+    assert key in text
+    assert "twice" in text
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_a_key_of_the_process_given_twice_is_refused(key: str) -> None:
+    assert refusal(f"{key}=x", f"{key}=x") == f"{key} is given twice"
+
+
+@pytest.mark.parametrize("key", ["bogus", "Mode", "top_id", "", "disk ", "mode\n", "readonly"])
+def test_an_unknown_key_is_refused_naming_the_known_ones(key: str) -> None:
+    text = refusal(f"{key}=x")
+    assert "unknown key" in text
+    assert all(known in text for known in ALL_KEYS)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ["disk=a:/1", "top-id=b", "disk=b:/2", "top-id=t"],
+        ["disk=a:/1", "top-id=t", "disk=b:/2", "top-id=t"],
+        ["disk=a:/1", "top-id=.control"],
+        ["disk=a:/1", "top-id=" + "t" * 4097],
+        ["disk=a:/1", "top-id=" + "é" * 2049],
+    ],
+)
+def test_a_top_id_that_cannot_be_an_export_of_its_own_is_refused(pairs: list[str]) -> None:
+    text = refusal(*SECONDARY, *pairs)
+    assert "top-id" in text
+    assert len(text) < 300
+
+
+def test_a_top_id_of_4096_bytes_is_an_export_name() -> None:
+    assert parse(*SECONDARY, "disk=/d", "top-id=" + "é" * 2048).disks[0].top_id == "é" * 2048
+
+
+@pytest.mark.parametrize("key", ["active", "hidden"])
+def test_an_empty_overlay_path_is_refused(key: str) -> None:
+    assert key in refusal(*SECONDARY, "disk=/d", "top-id=t", f"{key}=")
+
+
+def test_a_secondary_without_state_needs_both_overlays() -> None:
+    pairs = ["mode=secondary", "control=/c", "disk=/d", "top-id=t"]
+    assert "active" in refusal(*pairs)
+    assert "hidden" in refusal(*pairs, "active=/a")
+    assert parse(*pairs, "active=/a", "hidden=/h").state is None
+
+
+def test_a_uri_with_an_export_cannot_stand_for_several_disks() -> None:
+    text = refusal(*PRIMARY, "disk=a:/1", "disk=b:/2", "secondary=nbd://h/e")
+    assert "secondary=" in text
+    assert "2 disks" in text
+
+
+def test_a_primary_with_neither_disk_nor_secondary_is_refused() -> None:
+    assert "disk or secondary" in refusal(*PRIMARY)
+
+
+def test_without_a_control_socket_only_autostart_starts_anything() -> None:
+    assert "state or control" in refusal("mode=primary", "disk=/d", "secondary=nbd://h")
+
+
+# -- TOML ------------------------------------------------------------------------------------------------------
+
+
+def test_a_toml_file_has_the_same_options_and_one_table_per_disk(tmp_path: Path) -> None:
+    options = parse(
+        written(
+            tmp_path,
+            """
+            mode = "secondary"
+            state = "/s"
+            autostart = true
+            [disk.a]
+            disk = "/1"
+            top-id = "ta"
+            [disk."b"]
+            disk = "nbd://h/x"
+            top-id = "tb"
+            active = "/x"
+            """,
+        )
+    )
+    assert options.autostart
+    assert [(disk.name, disk.location, disk.top_id, disk.active) for disk in options.disks] == [
+        ("a", "/1", "ta", "/s/a.active.qcow2"),
+        ("b", "nbd://h/x", "tb", "/x"),
+    ]
+
+
+def test_numbers_in_toml_need_no_quotes(tmp_path: Path) -> None:
+    text = 'timeout = 2.5\nqueue-limit = 1048576\nmode = "primary"\nstate = "/s"\n[disk.a]\ndisk = "/1"\n'
+    options = parse(written(tmp_path, text))
+    assert (options.timeout_s, options.queue_limit) == (2.5, 1 << 20)
+
+
+def test_command_line_and_file_add_up(tmp_path: Path) -> None:
+    config = written(tmp_path, 'state = "/s"\n[disk.a]\ndisk = "/1"\n')
+    options = parse("mode=primary", config, "disk=b:/2")
+    assert [disk.name for disk in options.disks] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("mode", "pair.toml"),
+        ('mode = "primary', "pair.toml"),
+        ('mode = "primary"\nmode = "primary"', "pair.toml"),
+        (b'mode = "\xff"', "pair.toml"),
+        (b"\xff\xfe", "pair.toml"),
+        ("bogus = 1", "bogus"),
+        ("mode = []", "mode"),
+        ('mode = {x = "y"}', "mode"),
+        ("timeout = 1979-05-27", "timeout"),
+        ("timeout = true", "timeout"),
+        ("timeout = nan", "timeout"),
+        ("queue-limit = -5", "queue-limit"),
+        ('config = "x"', "config"),
+        ('top-id = "t"', "top-id"),
+        ('disk = "/d"', "[disk.NAME]"),
+        ('[[disk]]\nname = "a"', "[disk.NAME]"),
+        ('[disk]\na = "/1"', "[disk.NAME]"),
+        ("[disk.a]", "[disk.a]"),
+        ('[disk.a]\ntop-id = "t"', "[disk.a]"),
+        ('[disk.a]\ndisk = "/1"\nbogus = 1', "bogus"),
+        ('[disk.a]\ndisk = "/1"\nmode = "primary"', "mode"),
+        ("[disk.a]\ndisk = []", "disk"),
+        ('[disk.a]\ndisk = "/1"\ntop-id = {}', "top-id"),
+        ('[disk."a b"]\ndisk = "/1"', "'a b'"),
+        ('[disk.""]\ndisk = "/1"', "name"),
+        ('[disk."../x"]\ndisk = "/1"', "'../x'"),
+        ('[disk.a]\ndisk = "/d\\u0000x"', "disk"),
+        ('state = "/s\\u0000x"', "state"),
+        ('"two\\nlines" = 1', "two"),
+        ('timeout = "1\\n2"', "timeout"),
+        ("timeout = " + "[" * 5000 + "]" * 5000, "pair.toml"),
+        ("timeout = " + "9" * 5000, "pair.toml"),
+        ("queue-limit = 0x" + "f" * 5000, "queue-limit"),
+        ("x = 1\n" * 200000, "pair.toml"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_bad_toml_file_is_refused_naming_the_file_or_key(tmp_path: Path, text: str | bytes, named: str) -> None:
+    already = ["mode=primary"] if b"mode" not in (text.encode() if isinstance(text, str) else text) else []
+    already += ["state=/s"] if "state" not in str(text) else []
+    already += ["disk=z:/z"] if "disk" not in str(text) else []
+    assert named in refusal(*already, written(tmp_path, text))
+
+
+def test_an_unreadable_config_file_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.toml" in refusal(f"config={tmp_path}/none.toml")
+    assert str(tmp_path) in refusal(f"config={tmp_path}")
+    assert "config" in refusal("config=")
+
+
+def test_config_given_twice_is_refused(tmp_path: Path) -> None:
+    config = written(tmp_path, 'mode = "primary"')
+    assert refusal(config, config) == "config is given twice"
+
+
+def test_a_key_both_in_the_file_and_on_the_command_line_is_given_twice(tmp_path: Path) -> None:
+    assert refusal("mode=primary", written(tmp_path, 'mode = "primary"')) == "mode is given twice"
+
+
+# -- anything at all -------------------------------------------------------------------------------------------
+
+PLAUSIBLE = st.sampled_from(
+    [
+        *("primary", "secondary", "a", "b:/x", "c:nbd://h", "nbd://h/e", "nbd+unix:///?socket=/s", "nbd://[", "64M"),
+        *("true", "5", "", "/d", "t", "sync", ":", "nbd://", "nbds://h:99999/%", ".control", "\n", "x" * 5000),
+    ]
+)
+# NUL cannot come from a command line; from a TOML file it can, and has its own test above.
+VALUES = PLAUSIBLE | st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]))
+SETTING_KEYS = st.sampled_from(sorted(ALL_KEYS - {"config"})) | st.text(max_size=20)
+
+
+@settings(max_examples=400, deadline=None)
+@given(pairs=st.lists(st.tuples(SETTING_KEYS.filter(lambda key: key != "config"), VALUES), max_size=12))
+def test_any_pairs_give_options_or_one_config_error(pairs: list[tuple[str, str]]) -> None:
+    parser = OptionParser()
+    try:
+        for key, value in pairs:
+            parser.add(key, value)
+        options = parser.finish()
+    except ConfigError as error:
+        assert str(error)
+        return
+    names = [disk.name for disk in options.disks]
+    assert names
+    assert len(set(names)) == len(names)
+    assert options.control is not None or options.autostart
+
+
+URI_TEXT = st.text(st.sampled_from("abz019.:[]/?#@%&=+-\u2100\u00e9 \n"), max_size=25)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rest=URI_TEXT, disks=st.integers(0, 2))
+def test_any_secondary_uri_gives_options_or_one_config_error(rest: str, disks: int) -> None:
+    pairs = [*PRIMARY, f"secondary=nbd://{rest}", *(f"disk=d{number}:/{number}" for number in range(disks))]
+    try:
+        options = parse(*pairs)
+    except ConfigError as error:
+        assert str(error)
+        return
+    assert options.secondary == f"nbd://{rest}"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=80)
+    | st.lists(
+        st.sampled_from(
+            ['mode="primary"', "[disk.a]", 'disk="/1"', "[disk]", "[[disk]]", "x=1", "timeout=[[1]]", 'state="/s"']
+            + ["queue-limit=1e99", "a.b.c=1", '"\\u0000"=1', 'secondary="nbd://["', "autostart=true", "config=1"]
+        ),
+        max_size=6,
+    ).map(lambda lines: "\n".join(lines).encode())
+)
+def test_any_config_file_gives_options_or_one_config_error(tmp_path: Path, content: bytes) -> None:
+    config = written(tmp_path, content)
+    try:
+        assert parse(config).disks
+    except ConfigError as error:
+        assert str(error)
