@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from replication import VERSION
 from replication.control.commands import Commands
 from replication.control.server import ControlServer
+from replication.disconnect import Disconnector
 from replication.errors import ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
 from replication.export import Exports, Face
@@ -47,6 +48,7 @@ class Process:
     node: Node | None = None
     exports: Exports
     control: ControlServer | None = None
+    disconnector: Disconnector
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -107,8 +109,9 @@ def get_ready() -> None:
     """Open disks, images and the control socket, while errors are still seen. nbdkit may fork after this."""
     hub = EventHub()
     node = Node(Process.options, hub)
+    Process.disconnector = Disconnector(nbdkit.shutdown, Process.options.control)
     if Process.options.control is not None:
-        control = ControlServer(Process.options.control, Commands(node, nbdkit.shutdown).execute, hub)
+        control = ControlServer(Process.options.control, Commands(node, Process.disconnector.end).execute, hub)
         try:
             control.bind()
         except ConfigError:
@@ -122,6 +125,7 @@ def get_ready() -> None:
 def after_fork() -> None:
     """Start threads, which do not survive a fork."""
     assert Process.node is not None
+    Process.disconnector.start()
     Process.node.launch()
     if Process.control is not None:
         Process.control.start()

@@ -55,12 +55,12 @@ class Commit:
             self._stack.disk.flush()
         except DiskError as error:
             if not self._closing.is_set():
-                self._jobs.conclude(self.job, str(error))
+                self.conclude(str(error))
             raise
 
-    def conclude(self) -> None:
-        """The stage is done as well."""
-        self._jobs.conclude(self.job)
+    def conclude(self, error: str | None = None) -> None:
+        """All disks are done, or one of them has failed."""
+        self._jobs.conclude(self.job, error)
 
 
 def _runs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -78,28 +78,38 @@ def _runs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class CommitThread:
-    """Commits the disks of a node one after the other, then says how it went."""
+    """Commits the disks of a node one after the other, then says how it went: `finished()` answers whether that was
+    all, `failed(commit, error)` is called for the disk that failed."""
 
     def __init__(
         self,
         commits: list[Commit],
-        finished: Callable[[], None],
+        closing: threading.Event,
+        finished: Callable[[], bool],
         failed: Callable[[Commit, DiskError], None],
     ) -> None:
         self._commits = commits
+        self._closing = closing
         self._finished = finished
         self._failed = failed
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        for commit in self._commits:
-            try:
-                commit.run()
-            except DiskError as error:
-                self._failed(commit, error)
+        while True:
+            for commit in self._commits:
+                try:
+                    commit.run()
+                except DiskError as error:
+                    if not self._closing.is_set():
+                        for other in self._commits:
+                            other.conclude(f"the commit of disk '{commit.disk_name}' failed: {error}")
+                    self._failed(commit, error)
+                    return
+            if self._finished():
+                break
+            if self._closing.is_set():
                 return
-        self._finished()
         for commit in self._commits:
             commit.conclude()
 

@@ -35,9 +35,6 @@ class Case(IntEnum):
     LINK = 8
 
 
-_GUESTS = frozenset((Case.PRIMARY_DISK, Case.ACTIVE_DISK))
-
-
 @dataclass
 class Fault:
     """The first failure that is still latched. `first` and `last` are seconds since 1970."""
@@ -84,27 +81,32 @@ class FaultLatch:
         """Note a failure. `write_lost`: the secondary disk lacks a write of the primary, so no checkpoint may
         be taken on it."""
         now = time.time()
-        latched = False
+        changed = False
         with self._lock:
-            if case not in _GUESTS:
-                if self._fault is None:
-                    latched = True
-                    name = errno.errorcode.get(error.errno, str(error.errno))
-                    self._fault = Fault(
-                        int(case), disk, operation, offset, length, name, str(error), 0, now, now, write_lost
-                    )
-                self._fault.count += 1
-                self._fault.last = now
-                latched |= write_lost and not self._fault.write_lost
-                self._fault.write_lost |= write_lost
-            key = (int(case), disk)
-            tell = now - self._told.get(key, 0.0) >= _EVENT_EVERY_S
-            if tell:
-                self._told[key] = now
-        if tell:
-            self._hub.emit("REPLICATION_ERROR", case=int(case), disk=disk, desc=str(error))
-        if latched:
+            if self._fault is None:
+                changed = True
+                name = errno.errorcode.get(error.errno, str(error.errno))
+                self._fault = Fault(
+                    int(case), disk, operation, offset, length, name, str(error), 0, now, now, write_lost
+                )
+            self._fault.count += 1
+            self._fault.last = now
+            changed |= write_lost and not self._fault.write_lost
+            self._fault.write_lost |= write_lost
+        self.tell(case, disk, error)
+        if changed:
             self._changed()
+
+    def tell(self, case: Case, disk: str, error: DiskError) -> None:
+        """The event alone: for a failure that the guest has learned of (cases 1 and 5, and what its reads meet)."""
+        now = time.time()
+        with self._lock:
+            key = (int(case), disk)
+            due = now - self._told.get(key, 0.0) >= _EVENT_EVERY_S
+            if due:
+                self._told[key] = now
+        if due:
+            self._hub.emit("REPLICATION_ERROR", case=int(case), disk=disk, desc=str(error))
 
     @property
     def fault(self) -> Fault | None:

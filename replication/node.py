@@ -195,6 +195,13 @@ class Node:
                 raise CommandError("Block replication is not running")
             self.side.stop(failover)
 
+    def retry(self) -> None:
+        """replication-retry: go on with a commit that has failed."""
+        with self._commanding():
+            if self.stage is not Stage.FAILOVER_FAILED:
+                raise CommandError(f"There is no failed commit to retry: the stage is {self.stage.value}")
+            self.side.retry()
+
     def lost_heartbeat(self) -> None:
         """x-colo-lost-heartbeat: the other host is dead."""
         self.stop(failover=self.side.mode is Mode.SECONDARY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from replication.side import Setting, Side
 from replication.stage import Mode, Stage
 
 _RETRY_S = 0.2
+_RESEND_PASSES = 3
 _STOP_S = 3.0
 """At the end of the process the queue is sent for at most this long; what is left is in the change map."""
 
@@ -183,6 +185,9 @@ class PrimarySide(Side):
         for disk in self.disks:
             disk.forwarder.stop(self._set.options.timeout_s)
 
+    def retry(self) -> None:
+        raise AssertionError("a primary is never in stage failover-failed")
+
     # -- link ----------------------------------------------------------------------------------------------
 
     def _forward_failed(self, name: str, entry: Entry | None, error: DiskError) -> None:
@@ -225,7 +230,7 @@ class PrimarySide(Side):
         job = self._set.jobs.add(Job("resync", disk.name, lambda: max(total, sent), lambda: arrived[0]))
         failure: str | None = None
         try:
-            for offset, length in disk.changes.missing_ranges():
+            for offset, length in self._missing_of(disk):
                 if self._closing.is_set() or disk.stage is not Stage.RUNNING:
                     failure = "replication was stopped"
                     break
@@ -241,6 +246,13 @@ class PrimarySide(Side):
         self._set.jobs.conclude(job, failure)
         if failure is not None:
             log(f"disk '{disk.name}': what the secondary lacks was not sent: {failure}")
+
+    @staticmethod
+    def _missing_of(disk: PrimaryDisk) -> Iterator[tuple[int, int]]:
+        """What is missing; looked through again for what was marked behind the first look (a write that had found no
+        link just before there was one)."""
+        for _ in range(_RESEND_PASSES):
+            yield from disk.changes.missing_ranges()
 
     # -- the rest ------------------------------------------------------------------------------------------
 

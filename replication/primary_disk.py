@@ -65,7 +65,7 @@ class PrimaryDisk:
     def read(self, buffer: memoryview, offset: int) -> None:
         """Local; an export that only forwards has nothing to read (as QEMU's primary, whose quorum reads elsewhere)."""
         local = self._readable()
-        self._tell(Case.PRIMARY_DISK, "read", offset, len(buffer), lambda: local.read(buffer, offset))
+        self._tell(lambda: local.read(buffer, offset))
         self.bytes_read += len(buffer)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
@@ -77,11 +77,12 @@ class PrimaryDisk:
             raise DiskError(f"disk '{self.name}' only forwards writes and cannot be read", errno.EIO)
         return self.local
 
-    def _tell(self, case: Case, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
+    def _tell(self, action: Callable[[], None]) -> None:
+        """Local I/O: its failure is the guest's to know (case 1), and an event's."""
         try:
             action()
         except DiskError as error:
-            self._faults.report(case, self.name, operation, offset, length, error)
+            self._faults.tell(Case.PRIMARY_DISK, self.name, error)
             raise
 
     # -- writes --------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.write([data], offset, fua)
 
-        self._change("write", offset, len(data), entries, locally)
+        self._change(offset, len(data), entries, locally)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
@@ -117,33 +118,31 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.zero(offset, length, may_trim, fua)
 
-        self._change("zero", offset, length, entries, locally)
+        self._change(offset, length, entries, locally)
 
     def flush(self) -> None:
         """Make stable what the guest was answered for: on the local disk, and with protocol=sync on the
         secondary. With async the secondary's disk is flushed by barriers."""
         if self.local is not None:
-            self._tell(Case.PRIMARY_DISK, "flush", 0, 0, self.local.flush)
+            self._tell(self.local.flush)
         elif self.stage is not Stage.RUNNING:
             raise self._not_running()
         if self._sync and self.stage is Stage.RUNNING:
             self.finish_barrier(self.begin_barrier())
 
-    def _change(
-        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
-    ) -> None:
+    def _change(self, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]) -> None:
         local = self.local
         if self.stage is not Stage.RUNNING:
             if local is None:
                 raise self._not_running()
             # Not forwarded, but remembered for the resync of the next pair.
             self.changes.mark(offset, length)
-            self._tell(Case.PRIMARY_DISK, operation, offset, length, lambda: locally(local))
+            self._tell(lambda: locally(local))
             self.bytes_written += length
             return
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            self._change_held(operation, offset, length, entries, locally)
+            self._change_held(offset, length, entries, locally)
         finally:
             self.ranges.release(held)
         if self._sync:
@@ -151,9 +150,7 @@ class PrimaryDisk:
                 self.forwarder.await_end(entry)
         self.bytes_written += length
 
-    def _change_held(
-        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
-    ) -> None:
+    def _change_held(self, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]) -> None:
         """One write in `running`, with its range held: mark, write, queue."""
         local = self.local
         for entry in entries:
@@ -169,7 +166,7 @@ class PrimaryDisk:
             self._put(entries)
         try:
             if local is not None:
-                self._tell(Case.PRIMARY_DISK, operation, offset, length, lambda: locally(local))
+                self._tell(lambda: locally(local))
         except DiskError:
             # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
             self.changes.mark(offset, length)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from replication.commit import Commit, CommitThread
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
+from replication.gate import GateStuck
 from replication.image.disk import open_disk
 from replication.image.face import Disk
 from replication.image.overlay import Overlay, ReadOnlyImage
@@ -24,6 +26,7 @@ from replication.pause import pause
 from replication.secondary_disk import SecondaryDisk, backup_job
 from replication.side import Setting, Side
 from replication.stage import Mode, Stage
+from replication.state import StateError
 
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
@@ -35,6 +38,8 @@ _RECLAIM_AFTER_S = 1.0
 is written again at once, and giving it back in between only costs."""
 
 _RECLAIM_STEPS = 4
+
+_SETTLE_RETRY_S = 1.0
 
 
 class SecondarySide(Side):
@@ -153,6 +158,8 @@ class SecondarySide(Side):
         for disk in self.disks:
             disk.stage = stage
             disk.backup_running = self._set.record.backup == "running"
+            if disk.stack is not None:
+                disk.stack.committing = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -176,9 +183,11 @@ class SecondarySide(Side):
         self._check_images()
         with self._set.gate.closed():
             self._set.record.backup = "running"
-            pause("start.closed")
-            self._set.enter(Stage.RUNNING)
+            # Empty before the stage is saved: what the overlays hold in stage none is of no use, but a process killed
+            # in between must not come back as running with it.
             self._empty_all()
+            pause("start.emptied")
+            self._set.enter(Stage.RUNNING)
         self._begin_backup()
         self._stale.set()
 
@@ -210,9 +219,11 @@ class SecondarySide(Side):
             )
         self._check_images()
         with self._set.gate.closed():
-            # Empty first: a process killed before the stage is saved is running, just after a checkpoint.
-            self._empty_all()
+            # The stage first: in done nobody looks at the overlays any more, so a process killed in between has
+            # dropped them all the same, and one that cannot save the stage has dropped nothing.
             self._set.enter(Stage.DONE)
+            pause("stop.entered")
+            self._empty_all()
         self._end_backup_jobs(None)
         self._stale.set()
 
@@ -221,6 +232,11 @@ class SecondarySide(Side):
             self._set.enter(Stage.FAILOVER)
         self._end_backup_jobs(None)
         pause("failover.entered")
+        self._begin_commit()
+
+    def retry(self) -> None:
+        with self._set.gate.closed():
+            self._set.enter(Stage.FAILOVER)
         self._begin_commit()
 
     # -- checkpoint ----------------------------------------------------------------------------------------
@@ -272,7 +288,11 @@ class SecondarySide(Side):
         for disk in self.disks:
             disk.backup_running = False
         self._end_backup_jobs(why)
-        self._set.save()
+        try:
+            self._set.save()
+        except StateError as error:
+            # It has ended all the same, and the fault says so; only a restart would try to go on with it.
+            log(str(error))
 
     def _end_backup_jobs(self, error: str | None) -> None:
         jobs, self._backup_jobs = self._backup_jobs, []
@@ -286,13 +306,34 @@ class SecondarySide(Side):
         for disk in self.disks:
             assert disk.stack is not None
             commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
-        self._commit = CommitThread(commits, self._committed, self._commit_failed)
+        self._commit = CommitThread(commits, self._closing, self._committed, self._commit_failed)
 
-    def _committed(self) -> None:
-        with self._set.gate.closed():
-            self._set.faults.clear()
-            self._set.enter(Stage.DONE)
+    def _committed(self) -> bool:
+        """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
+
+        def all_down() -> bool:
+            return not any(disk.stack is not None and any(disk.stack.held_ranges()) for disk in self.disks)
+
+        if not self._settle(Stage.DONE, all_down):
+            return False
+        self._set.faults.clear()
         self._stale.set()
+        return True
+
+    def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
+        """Enter the stage in which a commit has ended, if `still()` with the gate closed. There is nobody to give a
+        failure to, so it is tried again until it works or the process ends."""
+        while not self._closing.is_set():
+            try:
+                with self._set.gate.closed():
+                    if not still():
+                        return False
+                    self._set.enter(stage)
+                    return True
+            except (StateError, GateStuck) as error:
+                log(f"the commit has ended, but stage {stage.value} cannot be entered yet: {error}")
+            self._closing.wait(_SETTLE_RETRY_S)
+        return False
 
     def _commit_failed(self, commit: Commit, error: DiskError) -> None:
         if self._closing.is_set():
@@ -300,9 +341,8 @@ class SecondarySide(Side):
         operation, offset, length = "commit", 0, 0
         if isinstance(error, LayerError):
             offset, length = error.offset, error.length
-        with self._set.gate.closed():
-            self._set.enter(Stage.FAILOVER_FAILED)
-        self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
+        if self._settle(Stage.FAILOVER_FAILED):
+            self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
 
     # -- space ---------------------------------------------------------------------------------------------
 

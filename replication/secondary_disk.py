@@ -50,12 +50,7 @@ class SecondaryDisk:
     def guest_read(self, buffer: memoryview, offset: int) -> None:
         """The last checkpoint plus the guest's own writes; once done, the disk."""
         stack = self._for_guest()
-        self._guest(
-            "read",
-            offset,
-            len(buffer),
-            lambda: self.disk.read(buffer, offset) if stack is None else stack.read(buffer, offset),
-        )
+        self._guest(lambda: self.disk.read(buffer, offset) if stack is None else stack.read(buffer, offset))
         self.totals["guest-read"] += len(buffer)
 
     def guest_write(self, data: memoryview, offset: int, fua: bool) -> None:
@@ -72,7 +67,7 @@ class SecondaryDisk:
             if fua and stack is not None:
                 stack.flush_top()
 
-        self._guest("write", offset, len(data), write)
+        self._guest(write)
         self.totals["guest-written"] += len(data)
 
     def guest_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
@@ -89,7 +84,7 @@ class SecondaryDisk:
             if fua and stack is not None:
                 stack.flush_top()
 
-        self._guest("zero", offset, length, zero)
+        self._guest(zero)
         self.totals["guest-written"] += length
 
     def guest_flush(self) -> None:
@@ -102,7 +97,7 @@ class SecondaryDisk:
             if self.stage is not Stage.RUNNING:
                 self.disk.flush()
 
-        self._guest("flush", 0, 0, flush)
+        self._guest(flush)
 
     def guest_extents(self, offset: int, length: int) -> list[Extent]:
         """What is known of the content."""
@@ -119,12 +114,13 @@ class SecondaryDisk:
             )
         return self.stack
 
-    def _guest(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
+    def _guest(self, action: Callable[[], None]) -> None:
+        """A failure here is the guest's to know, whichever image it was on; nothing is latched."""
         try:
             action()
         except DiskError as error:
-            # A failure below active is the guest's, too; only what the primary's writes meet is latched.
-            self._faults.report(Case.ACTIVE_DISK, self.name, operation, offset, length, error)
+            below = isinstance(error, LayerError) and error.layer is Layer.SECONDARY
+            self._faults.tell(Case.SECONDARY_DISK if below else Case.ACTIVE_DISK, self.name, error)
             raise
 
     # -- target face ---------------------------------------------------------------------------------------

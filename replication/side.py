@@ -67,6 +67,10 @@ class Side(ABC):
         """Leave stage running."""
 
     @abstractmethod
+    def retry(self) -> None:
+        """From failover-failed back to failover."""
+
+    @abstractmethod
     def query(self) -> dict[str, Any]:
         """The members of query-replication that depend on the mode: `consistent`, `link`, `disks`."""
 

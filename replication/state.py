@@ -163,8 +163,10 @@ class StateFolder:
         return bool(self._words[0] & 1)
 
     def begin_epoch(self) -> None:
-        """From here on the next checkpoint will be finished, if not by this process then by the next."""
-        self._words[0] = (self.epoch + 1) << 1 | 1
+        """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
+        the same one again."""
+        if not self.emptying:
+            self._words[0] = (self.epoch + 1) << 1 | 1
 
     def end_epoch(self, duration_s: float) -> None:
         """The checkpoint is complete."""

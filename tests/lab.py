@@ -302,17 +302,23 @@ class Process:
         """SIGTERM and wait; raises AssertionError if it does not end in time or not with exit code 0."""
         if self._process is None:
             return
+        self._process.terminate()
+        self.wait_ended(timeout_s)
+
+    def wait_ended(self, timeout_s: float = DEADLINE_S) -> None:
+        """Wait for a process that was told to end; raises AssertionError if it does not in time or not with 0."""
         process = self._process
-        process.terminate()
+        if process is None:
+            raise AssertionError(f"{self.name} is not running")
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.misbehaviour.append(f"{self.name} had to be killed {timeout_s:g} s after SIGTERM")
+            self.misbehaviour.append(f"{self.name} had to be killed after {timeout_s:g} s")
             self.kill()
-            raise Stuck(f"{self.name} did not end within {timeout_s:g} s of SIGTERM: {self.stderr()}") from None
+            raise Stuck(f"{self.name} did not end within {timeout_s:g} s: {self.stderr()}") from None
         self._process = None
         if code != 0:
-            raise AssertionError(f"{self.name} ended with {code} after SIGTERM: {self.stderr()}")
+            raise AssertionError(f"{self.name} ended with {code}: {self.stderr()}")
 
     def restart(self, how: signal.Signals = signal.SIGTERM) -> Self:
         """End by SIGTERM or SIGKILL and start again."""

@@ -34,6 +34,9 @@ class Replicated(Protocol):
     def stop(self, failover: bool) -> None:
         """Stop replication, as planned or by failover."""
 
+    def retry(self) -> None:
+        """Go on with a commit that has failed."""
+
     def lost_heartbeat(self) -> None:
         """The peer is dead: a secondary fails over, a primary stops."""
 
@@ -125,6 +128,10 @@ class Commands:
         self._node.stop(arguments.get("failover", False))
         return {}
 
+    def _retry(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.retry()
+        return {}
+
     def _query(self, _arguments: Mapping[str, Any]) -> Any:
         return self._node.query()
 
@@ -175,6 +182,7 @@ class Commands:
         "replication-checkpoint": Command(_checkpoint),
         "replication-get-error": Command(_get_error),
         "replication-stop": Command(_stop, {"failover": Argument("boolean")}),
+        "replication-retry": Command(_retry),
         "query-replication": Command(_query),
         "query-jobs": Command(_query_jobs),
         "job-cancel": Command(_job_cancel, {"id": Argument("string", required=True)}),

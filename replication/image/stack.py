@@ -108,6 +108,9 @@ class Stack:
         self.hidden = hidden
         self.disk = disk
         self.size = disk.size
+        self.committing = False
+        """Set by the node while the gate is closed: from here on bits go while their data is still being read, so no
+        space may be given back."""
         # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
         self.top = RangeLock()
         self.below = RangeLock()
@@ -472,7 +475,7 @@ class Stack:
         try:
             write()
         except DiskError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno != errno.ENOSPC or self.committing:
                 raise
             self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
             write()

@@ -45,6 +45,9 @@ class Node:
     def stop(self, failover: bool) -> None:
         self._record("stop", failover)
 
+    def retry(self) -> None:
+        self._record("retry")
+
     def lost_heartbeat(self) -> None:
         self._record("lost_heartbeat")
 
@@ -99,6 +102,7 @@ SET = "xen-set-replication"
         ("xen-colo-do-checkpoint", None, [("checkpoint",)], {}),
         ("query-xen-replication-status", None, [("get_error",)], {"error": False}),
         ("x-colo-lost-heartbeat", None, [("lost_heartbeat",)], {}),
+        ("replication-retry", None, [("retry",)], {}),
         ("replication-start", None, [("start", None, None, "auto")], {}),
         (
             "replication-start",
@@ -226,6 +230,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-checkpoint",
         "replication-get-error",
         "replication-stop",
+        "replication-retry",
         "query-replication",
         "query-jobs",
         "job-cancel",

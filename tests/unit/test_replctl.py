@@ -103,6 +103,9 @@ class Node:
     def stop(self, failover: bool) -> None:
         self._act("stop", failover)
 
+    def retry(self) -> None:
+        self._act("retry")
+
     def lost_heartbeat(self) -> None:
         self._act("lost_heartbeat")
 
@@ -278,6 +281,7 @@ def test_where_the_socket_is(stage: Stage) -> None:
         ),
         (["checkpoint"], ("checkpoint",), "checkpoint 13 took 42.1 ms\n"),
         (["stop"], ("stop", False), "replication stopped\n"),
+        (["retry"], ("retry",), "the commit goes on; `replctl jobs --watch` shows it\n"),
         (["failover", "--yes"], ("stop", True), "failed over; `replctl jobs --watch` shows the commit\n"),
         (["cancel", "commit-disk0"], ("cancel", "commit-disk0"), "job commit-disk0 cancelled\n"),
     ],
