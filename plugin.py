@@ -19,17 +19,22 @@ import nbdkit
 
 # nbdkit does not put the script's folder on the path, and a link in its plugin folder may have led here.
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+# nbdkit's Python takes its prefix from the first python3 on PATH; the modules that it needs (nbd, numpy) are Debian's.
+sys.path.append("/usr/lib/python3/dist-packages")
 
 from replication import VERSION
 from replication.control.commands import Commands
+from replication.control.qmp import Answer
 from replication.control.server import ControlServer
 from replication.disconnect import Disconnector
 from replication.errors import ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
 from replication.export import Exports, Face
+from replication.hangup import HangupGuard
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import OptionParser, Options
+from replication.state import StateFolder
 
 API_VERSION = 2
 
@@ -48,7 +53,9 @@ class Process:
     node: Node | None = None
     exports: Exports
     control: ControlServer | None = None
+    commands: Commands
     disconnector: Disconnector
+    hangup_guard = HangupGuard()
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -58,7 +65,8 @@ def _format_one_line(*arguments: Any, **options: Any) -> list[str]:
     """nbdkit prints an exception with traceback.format_exception(type, error, traceback): those raised on purpose
     are one line."""
     if len(arguments) > 1 and isinstance(arguments[1], ReplicationError):
-        return [str(arguments[1])]
+        # A name that the user or a client sent may hold a line end.
+        return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in str(arguments[1]))]
     return _format_exception(*arguments, **options)
 
 
@@ -106,25 +114,43 @@ def config_complete() -> None:
 
 
 def get_ready() -> None:
-    """Open disks, images and the control socket, while errors are still seen. nbdkit may fork after this."""
+    """Open control socket, disks and images, while errors are still seen. nbdkit may fork after this.
+
+    The socket before the images: what is refused because of it has made no image yet.
+    """
     hub = EventHub()
-    node = Node(Process.options, hub)
-    Process.disconnector = Disconnector(nbdkit.shutdown, Process.options.control)
-    if Process.options.control is not None:
-        control = ControlServer(Process.options.control, Commands(node, Process.disconnector.end).execute, hub)
-        try:
+    state = StateFolder(Process.options.state)
+    try:
+        if Process.options.control is not None:
+            control = ControlServer(Process.options.control, _execute, hub)
             control.bind()
-        except ConfigError:
-            node.close()
-            raise
-        Process.control = control
+            Process.control = control
+        node = Node(Process.options, hub, state)
+    except ConfigError:
+        if Process.control is not None:
+            Process.control.stop()
+        state.close()
+        raise
     Process.node = node
     Process.exports = Exports(node)
+    Process.disconnector = Disconnector(nbdkit.shutdown, Process.options.control, _unended, cleanup)
+    Process.commands = Commands(node, Process.disconnector.end)
+
+
+def _execute(name: str, arguments: dict[str, Any]) -> Answer:
+    """A control command; clients are served only after `after_fork`, when all is there."""
+    return Process.commands.execute(name, arguments)
+
+
+def _unended() -> bool:
+    """While nbdkit ends: it waits for threads that will never come, and no request is in flight any more."""
+    return Process.hangup_guard.stuck > 0 and (Process.node is None or Process.node.gate.idle)
 
 
 def after_fork() -> None:
     """Start threads, which do not survive a fork."""
     assert Process.node is not None
+    Process.hangup_guard.install()
     Process.disconnector.start()
     Process.node.launch()
     if Process.control is not None:

@@ -27,6 +27,7 @@ one instant.
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    hangup.py                   a client that dies must not end the process
     disconnect.py               ending the process although clients are connected
     control/server.py           the Unix socket and its clients
     control/commands.py         the QMP command table over a Node

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from replication.log import log
@@ -20,14 +21,27 @@ from replication.log import log
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _AGAIN_S = 0.5
 
+_GRACE_S = 2.0
+"""How long nbdkit may take to end by itself when it waits for threads that sleep for good (hangup.py)."""
+
 
 class Disconnector:
     """Hears the signals that end the process, and sends its NBD clients away."""
 
-    def __init__(self, shutdown: Callable[[], None], control_path: str | None) -> None:
-        """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients."""
+    def __init__(
+        self,
+        shutdown: Callable[[], None],
+        control_path: str | None,
+        unended: Callable[[], bool],
+        cleanup: Callable[[], None],
+    ) -> None:
+        """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients. `unended()` is asked
+        while nbdkit is ending: True when no request is in flight and nbdkit would wait in vain; then the process is
+        ended from here, after `cleanup`."""
         self._shutdown = shutdown
         self._control_path = control_path
+        self._unended = unended
+        self._cleanup = cleanup
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def start(self) -> None:
@@ -48,7 +62,11 @@ class Disconnector:
         self._shutdown()
         # A client that nbdkit was just accepting is found the next time round.
         again = threading.Event()
+        deadline = time.monotonic() + _GRACE_S
         while True:
+            if time.monotonic() > deadline and self._unended():
+                self._cleanup()
+                os._exit(0)
             for connection in self._clients():
                 try:
                     connection.shutdown(socket.SHUT_RD)

@@ -55,6 +55,23 @@ class Fault:
         """As in query-replication and in the state file."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Fault:
+        """Raises TypeError for anything that `to_json` has not written."""
+        fault = cls(**saved)
+        for name, kind in _KINDS.items():
+            if type(getattr(fault, name)) is not kind:
+                raise TypeError(f"{name} of the fault is not of type {kind.__name__}")
+        return fault
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("case", "offset", "length", "count"), int),
+    **dict.fromkeys(("disk", "operation", "errno", "desc"), str),
+    **dict.fromkeys(("first", "last"), float),
+    "write_lost": bool,
+}
+
 
 class FaultLatch:
     """Keeps the first fault and counts those of the same kind."""
@@ -99,10 +116,10 @@ class FaultLatch:
 
     def tell(self, case: Case, disk: str, error: DiskError) -> None:
         """The event alone: for a failure that the guest has learned of (cases 1 and 5, and what its reads meet)."""
-        now = time.time()
+        now = time.monotonic()
         with self._lock:
             key = (int(case), disk)
-            due = now - self._told.get(key, 0.0) >= _EVENT_EVERY_S
+            due = now - self._told.get(key, -_EVENT_EVERY_S) >= _EVENT_EVERY_S
             if due:
                 self._told[key] = now
         if due:
@@ -131,4 +148,4 @@ class FaultLatch:
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Take over the fault that a former process had latched."""
         with self._lock:
-            self._fault = Fault(**saved) if saved is not None else None
+            self._fault = Fault.from_json(saved) if saved is not None else None

@@ -66,30 +66,46 @@ class Budget:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._used = 0
-        self._waiting = 0
+        self._given = 0
+        # Who waits for room, first come first served, so that small entries do not starve a large one.
+        self._line: deque[object] = deque()
 
     def take(self, count: int, pointless: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for room; False when `pointless()` has become true or no room came within `timeout_s` seconds."""
-
-        def ready() -> bool:
-            return pointless() or not self._used or self._used + count <= self.limit
-
+        """Wait for room; False when `pointless()` has become true, or when no entry has left any queue for
+        `timeout_s` seconds: as long as some do, the link is slow but not lost."""
         with self._lock:
-            if self._used + count > self.limit and self._used:
-                self._waiting += 1
-                try:
-                    if not self._room.wait_for(ready, timeout_s) or pointless():
-                        return False
-                finally:
-                    self._waiting -= 1
-            self._used += count
-            return True
+            if not self._line and self._fits(count):
+                self._used += count
+                return True
+            ticket = object()
+            self._line.append(ticket)
+            try:
+                given = -1
+                while given != self._given:
+                    given = self._given
+                    if self._room.wait_for(
+                        lambda: pointless() or (self._line[0] is ticket and self._fits(count)), timeout_s
+                    ):
+                        break
+                else:
+                    return False
+                if pointless():
+                    return False
+                self._used += count
+                return True
+            finally:
+                self._line.remove(ticket)
+                self._room.notify_all()
+
+    def _fits(self, count: int) -> bool:
+        return not self._used or self._used + count <= self.limit
 
     def give(self, count: int) -> None:
         """An entry has left its queue."""
         with self._lock:
             self._used -= count
-            if self._waiting:
+            self._given += 1
+            if self._line:
                 self._room.notify_all()
 
     def wake(self) -> None:
@@ -275,8 +291,6 @@ class Forwarder:
 
     def adopt(self, connection: Connection) -> None:
         """Begin to forward over a fresh connection; the former one, if any, was lost or stopped."""
-        if not (connection.can_zero and connection.can_flush and connection.can_fua):
-            raise DiskError(f"{connection.uri} lacks write-zeroes, flush or FUA: it is no secondary")
         connection.timeout_s = self.timeout_s
         with self._lock:
             self._connection = connection

@@ -54,6 +54,12 @@ class Gate:
             if self._shut and not self._inside:
                 self._changed.notify_all()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is inside."""
+        with self._lock:
+            return not self._inside
+
     def _wait_open_locked(self) -> None:
         if not self._changed.wait_for(lambda: not self._shut, ENTER_S):
             raise DiskError(f"a control command kept requests waiting for {ENTER_S:.0f} s")

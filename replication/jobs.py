@@ -74,8 +74,8 @@ class JobList:
                 return
             job.status = JobStatus.CONCLUDED
             job.error = error
-            if error is None:
-                self._jobs.pop(job.id, None)
+            if error is None and self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
         self._hub.emit("JOB_STATUS_CHANGE", id=job.id, status=JobStatus.CONCLUDED.value)
         if error is None:
             self._hub.emit("JOB_STATUS_CHANGE", id=job.id, status=JobStatus.NULL.value)

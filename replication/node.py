@@ -37,8 +37,9 @@ _AUTOSTART_RETRY_S = 1.0
 class Node:
     """A primary or a secondary, by `options.mode`."""
 
-    def __init__(self, options: Options, hub: EventHub) -> None:
-        """Open everything; ConfigError says what is wrong. Nothing is served and no thread runs yet."""
+    def __init__(self, options: Options, hub: EventHub, state: StateFolder) -> None:
+        """Open everything; ConfigError says what is wrong, and the state folder stays the caller's to close. Nothing is
+        served and no thread runs yet."""
         self.gate = Gate()
         self._hub = hub
         self._options = options
@@ -46,30 +47,26 @@ class Node:
         # request waits for it.
         self._command = threading.Lock()
         self._closing = threading.Event()
-        self._state = StateFolder(options.state)
-        try:
-            self._record = self._former_record() or Record(options.mode)
-            self._jobs = JobList(hub)
-            self._faults = FaultLatch(hub, self._keep_fault)
-            self._faults.restore(self._record.fault)
-            setting = Setting(
-                options,
-                self._state,
-                self._record,
-                hub,
-                self._jobs,
-                self._faults,
-                self.gate,
-                self._enter,
-                self._save,
-            )
-            kind = PrimarySide if options.mode is Mode.PRIMARY else SecondarySide
-            self.side: PrimarySide | SecondarySide = kind(setting)
-            self.side.open()
-            self.side.show_stage(self.stage)
-        except BaseException:
-            self._state.close()
-            raise
+        self._state = state
+        self._record = self._former_record() or Record(options.mode)
+        self._jobs = JobList(hub)
+        self._faults = FaultLatch(hub, self._keep_fault)
+        self._faults.restore(self._record.fault)
+        setting = Setting(
+            options,
+            self._state,
+            self._record,
+            hub,
+            self._jobs,
+            self._faults,
+            self.gate,
+            self._enter,
+            self._save,
+        )
+        kind = PrimarySide if options.mode is Mode.PRIMARY else SecondarySide
+        self.side: PrimarySide | SecondarySide = kind(setting)
+        self.side.open()
+        self.side.show_stage(self.stage)
 
     def _former_record(self) -> Record | None:
         record = self._state.load()

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from replication.errors import ConfigError
 from replication.stage import Mode
@@ -21,7 +21,7 @@ QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the
 guest wait, and costs as much memory."""
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 """Longest time without progress before the link counts as lost, and so the longest that a dead secondary can hold up
 a guest. Shorter than the 30 s after which Linux guests report a stuck disk."""
 
@@ -44,7 +44,10 @@ def is_uri(location: str) -> bool:
 
 def export_of(uri: str) -> str:
     """The export name in an NBD URI, empty if it has none (NBD URI specification)."""
-    return urlsplit(uri).path.removeprefix("/")
+    try:
+        return unquote(urlsplit(uri).path.removeprefix("/"))
+    except ValueError as error:
+        raise ConfigError(f"'{uri}' is not an NBD URI: {error}") from error
 
 
 def check_uri(uri: str, disks: int) -> None:
@@ -129,7 +132,7 @@ class OptionParser:
             content = tomllib.loads(text.decode())
         except OSError as error:
             raise ConfigError(f"cannot read config={path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of tomllib, also for numbers of 4300 digits
             raise ConfigError(f"{path} is not TOML: {error}") from error
         disks = content.pop("disk", {})
         if not isinstance(disks, dict) or not all(isinstance(table, dict) for table in disks.values()):
@@ -195,7 +198,7 @@ class OptionParser:
                 raise ConfigError(
                     f"there are {len(self._disks)} disks, so disk={disk.location} needs a name: disk=NAME:..."
                 )
-            name = disk.name or DEFAULT_DISK
+            name = DEFAULT_DISK if disk.name is None else disk.name
             if not _NAME.match(name):
                 raise ConfigError(f"'{name}' cannot be a disk's name: use letters, digits and _ . + -")
             if any(name == other.name for other in named):
@@ -211,7 +214,11 @@ class OptionParser:
         elif not named:
             if options.secondary is None:
                 raise ConfigError("Missing the option disk or secondary: there is nothing to replicate")
-            named.append(DiskOptions(export_of(options.secondary) or DEFAULT_DISK, None))
+            try:
+                name = export_of(options.secondary)
+            except ConfigError as error:
+                raise ConfigError(f"secondary={error}") from error
+            named.append(DiskOptions(name or DEFAULT_DISK, None))
         return named
 
     @staticmethod
@@ -252,7 +259,7 @@ def _split_disk(value: str) -> _Disk:
 
 
 def _location(location: str) -> str:
-    if not location:
+    if not location or "\0" in location:
         raise ConfigError("disk= needs a path or an NBD URI")
     return location if is_uri(location) else os.path.abspath(location)
 
@@ -268,8 +275,11 @@ def _path(value: str | None, key: str) -> str | None:
 def _text(path: str, key: str, value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str | int | float):
-        return str(value)
+    try:
+        if isinstance(value, str | int | float):
+            return str(value)
+    except ValueError as error:  # more digits than Python prints
+        raise ConfigError(f"{path}: the value of {key} is too large") from error
     raise ConfigError(f"{path}: the value of {key} must be a string, a number, true or false")
 
 

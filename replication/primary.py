@@ -15,11 +15,12 @@ from replication.fault import Case
 from replication.forward import Budget, Entry, Forwarder, LinkState
 from replication.image.connection import Connection
 from replication.image.disk import open_disk
+from replication.image.face import Disk
 from replication.jobs import Job
 from replication.log import log
 from replication.options import check_uri, export_of
 from replication.primary_disk import PrimaryDisk
-from replication.side import Setting, Side
+from replication.side import Setting, Side, disk_list
 from replication.stage import Mode, Stage
 
 _RETRY_S = 0.2
@@ -50,17 +51,24 @@ class PrimarySide(Side):
     def open(self) -> None:
         options, state, record = self._set.options, self._set.state, self._set.record
         budget = Budget(options.queue_limit)
+        locals_: list[Disk | None] = []
         try:
             for disk in options.disks:
-                local = None if disk.location is None else open_disk(disk.name, disk.location)
-                size = local.size if local is not None else record.disks.get(disk.name, 0)
-                if disk.name in record.disks and record.disks[disk.name] != size:
-                    raise ConfigError(
-                        f"the state folder {options.state} is of a disk '{disk.name}' of {record.disks[disk.name]} "
-                        f"bytes, but {disk.location} has {size}"
-                    )
-                path = state.file(f"{disk.name}.changes") if state.path is not None and local is not None else None
-                changes = ChangeMap(path, max(size, 1))
+                locals_.append(None if disk.location is None else open_disk(disk.name, disk.location))
+            sizes = {
+                disk.name: record.disks.get(disk.name, 0) if local is None else local.size
+                for disk, local in zip(options.disks, locals_, strict=True)
+            }
+            if record.disks and record.disks != sizes:
+                raise ConfigError(
+                    f"the state folder {options.state} is of the disks {disk_list(record.disks)}, "
+                    f"but these are {disk_list(sizes)}"
+                )
+            record.disks = {name: size for name, size in sizes.items() if size}
+            for disk, local in zip(options.disks, locals_, strict=True):
+                # The maps last: a start that is refused because of a disk has made none.
+                persistent = state.path is not None and local is not None
+                path = state.file(f"{disk.name}.changes") if persistent else None
                 forwarder = Forwarder(
                     disk.name,
                     budget,
@@ -68,12 +76,14 @@ class PrimarySide(Side):
                     partial(self._forward_failed, disk.name),
                     lambda link: self._set.hub.emit("REPLICATION_LINK", state=link.value),
                 )
+                changes = ChangeMap(path, max(sizes[disk.name], 1))
                 opened = PrimaryDisk(disk.name, local, changes, forwarder, self._set.faults, options.sync)
-                if size:
-                    opened.size = size
-                    record.disks[disk.name] = size
+                opened.size = sizes[disk.name]
                 self.disks.append(opened)
         except BaseException:
+            for local in locals_[len(self.disks) :]:
+                if local is not None:
+                    local.close()
             self.close()
             raise
 
@@ -110,6 +120,9 @@ class PrimarySide(Side):
             raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
         export = None if export_of(uri) else disk.name
         connection = Connection(uri, export, self._set.options.timeout_s)
+        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
+            connection.close()
+            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
         if disk.size and connection.size != disk.size:
             size = connection.size
             connection.close()
@@ -148,6 +161,9 @@ class PrimarySide(Side):
                 # between sends some grains for nothing, the other way round it would forget what it has recorded.
                 for disk in self.disks:
                     disk.changes.clear()
+                # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
+                self._set.state.begin_epoch()
+                self._set.state.end_epoch(0.0)
                 for disk, connection in zip(self.disks, connections, strict=True):
                     disk.forwarder.adopt(connection)
         except BaseException:

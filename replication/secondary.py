@@ -15,16 +15,15 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
 from replication.gate import GateStuck
 from replication.image.disk import open_disk
-from replication.image.face import Disk
 from replication.image.overlay import Overlay, ReadOnlyImage
-from replication.image.qcow2 import create, image_size
+from replication.image.qcow2 import Layout, create, image_size, read_layout, remove
 from replication.image.stack import LayerError, Stack
 from replication.jobs import Job
 from replication.log import log
 from replication.options import DiskOptions, is_uri
 from replication.pause import pause
 from replication.secondary_disk import SecondaryDisk, backup_job
-from replication.side import Setting, Side
+from replication.side import Setting, Side, disk_list
 from replication.stage import Mode, Stage
 from replication.state import StateError
 
@@ -67,11 +66,10 @@ class SecondarySide(Side):
                 assert options.location is not None
                 assert options.top_id is not None
                 disk = open_disk(options.name, options.location)
-                opened = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._end_backup)
-                self.disks.append(opened)
-                if stage is not Stage.DONE:
-                    self._open_overlays(opened, options, disk)
+                self.disks.append(SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._end_backup))
             self._check_same_disks()
+            if stage is not Stage.DONE:
+                self._open_overlays()
         except BaseException:
             self.close()
             raise
@@ -86,64 +84,96 @@ class SecondarySide(Side):
         sizes = {disk.name: disk.size for disk in self.disks}
         if record.disks and record.disks != sizes:
             raise ConfigError(
-                f"the state folder {self._set.options.state} is of the disks {_list(record.disks)}, "
-                f"but these are {_list(sizes)}"
+                f"the state folder {self._set.options.state} is of the disks {disk_list(record.disks)}, "
+                f"but these are {disk_list(sizes)}"
             )
         record.disks = sizes
 
-    def _open_overlays(self, disk: SecondaryDisk, options: DiskOptions, below: Disk) -> None:
-        """Open hidden over the disk and active over hidden, making what is missing in stage none."""
-        assert options.active is not None
-        assert options.hidden is not None
-        backing = (options.hidden, options.location), (options.active, options.hidden)
+    def _open_overlays(self) -> None:
+        """Open the overlays of all disks. In stage none those that do not exist are made, after all that do were found
+        to be good; a start that is refused all the same takes away what it has made."""
         fresh = self._set.record.stage is Stage.NONE
-        for path, base in backing:
-            if not os.path.lexists(path):
-                if not fresh:
+        wanted = [
+            (disk, role, path, base)
+            for disk, options in zip(self.disks, self._set.options.disks, strict=True)
+            for role, path, base in (
+                ("hidden", _known(options.hidden), _known(options.location)),
+                ("active", _known(options.active), _known(options.hidden)),
+            )
+        ]
+        opened: dict[str, Overlay | None] = {}
+        made: list[str] = []
+        try:
+            for disk, role, path, _ in wanted:
+                if os.path.lexists(path):
+                    opened[path] = self._open_overlay(role, disk, path, fresh)
+                elif not fresh:
                     raise ConfigError(
                         f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back, or "
                         f"give up the state folder {self._set.options.state} and copy the disk anew from the primary"
                     )
-                assert base is not None
-                create(path, base, "qcow2" if base == options.hidden else "raw", below.size)
-        opened: list[Overlay] = []
+            for disk, role, path, base in wanted:
+                if path not in opened:
+                    create(path, base, "raw" if role == "hidden" else "qcow2", disk.size)
+                    made.append(path)
+                    opened[path] = self._open_overlay(role, disk, path, fresh)
+            for disk, options in zip(self.disks, self._set.options.disks, strict=True):
+                self._stack(disk, options, opened, fresh)
+        except BaseException:
+            for overlay in opened.values():
+                if overlay is not None:
+                    overlay.close()
+            for path in made:
+                remove(path)
+            raise
+
+    @staticmethod
+    def _open_overlay(role: str, disk: SecondaryDisk, path: str, fresh: bool) -> Overlay | None:
+        """None for an image that cannot be written, where `start` is going to say so."""
         try:
-            for role, path in (("hidden", options.hidden), ("active", options.active)):
-                opened.append(Overlay(role, disk.name, path))
-            hidden, active = opened
-            refusal = self._refusal(active, hidden, disk, options)
+            return Overlay(role, disk.name, path)
         except ReadOnlyImage as error:
             if not fresh:
                 raise
-            refusal = "Active disk or hidden disk doesn't support make_empty"
             log(str(error))
-        except BaseException:
-            for overlay in opened:
-                overlay.close()
-            raise
-        if refusal is None:
-            disk.stack = Stack(active, hidden, below)
+            return None
+
+    def _stack(self, disk: SecondaryDisk, options: DiskOptions, opened: dict[str, Overlay | None], fresh: bool) -> None:
+        """Put the images of one disk together, or note why `start` will be refused."""
+        active, hidden = opened[_known(options.active)], opened[_known(options.hidden)]
+        layouts = [
+            read_layout(path) if overlay is None else overlay.layout
+            for overlay, path in ((active, _known(options.active)), (hidden, _known(options.hidden)))
+        ]
+        refusal = self._refusal(layouts[0], layouts[1], disk, options)
+        if refusal is None and active is not None and hidden is not None:
+            disk.stack = Stack(active, hidden, disk.disk)
             return
-        for overlay in opened:
-            overlay.close()
+        refusal = refusal or "Active disk or hidden disk doesn't support make_empty"
         if not fresh:
             raise ConfigError(f"disk '{disk.name}': {refusal}")
+        for overlay in (active, hidden):
+            if overlay is not None:
+                overlay.close()
         self._refusals[disk.name] = refusal
 
-    def _refusal(self, active: Overlay, hidden: Overlay, disk: SecondaryDisk, options: DiskOptions) -> str | None:
+    def _refusal(self, active: Layout, hidden: Layout, disk: SecondaryDisk, options: DiskOptions) -> str | None:
         """What start says to these images (QEMU's texts, in QEMU's order), None if it accepts them. A wrong backing
         file, which QEMU cannot see, is a ConfigError: writing over it would destroy data."""
-        if active.layout.backing is None:
+        if active.backing is None:
             return "Active disk doesn't have backing file"
-        if hidden.layout.backing is None:
+        if hidden.backing is None:
             return "Hidden disk doesn't have backing file"
-        for overlay, expected in ((active, options.hidden), (hidden, options.location)):
-            found = overlay.layout.backing
+        for path, layout, expected in (
+            (options.active, active, options.hidden),
+            (options.hidden, hidden, options.location),
+        ):
+            found = layout.backing
             assert expected is not None
             assert found is not None
             if found != expected and (is_uri(expected) or os.path.realpath(found) != os.path.realpath(expected)):
-                raise ConfigError(f"{overlay.path} of disk '{disk.name}' has the backing file {found}, not {expected}")
-        if not active.layout.size == hidden.layout.size == image_size(disk.size):
+                raise ConfigError(f"{path} of disk '{disk.name}' has the backing file {found}, not {expected}")
+        if not active.size == hidden.size == image_size(disk.size):
             return "Active disk, hidden disk, secondary disk's length are not the same"
         return None
 
@@ -403,5 +433,7 @@ class SecondarySide(Side):
             disk.close()
 
 
-def _list(disks: dict[str, int]) -> str:
-    return ", ".join(f"'{name}' of {size} bytes" for name, size in disks.items())
+def _known(path: str | None) -> str:
+    """An option that options.py has completed."""
+    assert path is not None
+    return path

@@ -80,7 +80,7 @@ class SecondaryDisk:
             elif self.stage is Stage.RUNNING:
                 stack.zero_top(offset, length)
             else:
-                stack.zero_over(offset, length, may_trim, shelter=self.stage is Stage.FAILOVER)
+                stack.zero_over(offset, length, may_trim, fua, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
 

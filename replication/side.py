@@ -77,3 +77,8 @@ class Side(ABC):
     @abstractmethod
     def close(self) -> None:
         """End threads, within bounded time, and let go of disks."""
+
+
+def disk_list(disks: dict[str, int]) -> str:
+    """Names and sizes for a message."""
+    return ", ".join(f"'{name}' of {size} bytes" for name, size in disks.items())

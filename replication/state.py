@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from replication.errors import ConfigError, ReplicationError
+from replication.fault import Fault
 from replication.stage import Mode, Stage
 
 _FORMAT = 1
@@ -64,8 +65,14 @@ class Record:
         if saved.pop("format") != _FORMAT:
             raise ValueError("unknown format")
         record = cls(**{**saved, "mode": Mode(saved["mode"]), "stage": Stage(saved["stage"])})
-        if not isinstance(record.disks, dict):
-            raise TypeError("disks")
+        if not isinstance(record.backup, str):
+            raise TypeError("backup is not a text")
+        if not isinstance(record.secondary, str | None):
+            raise TypeError("secondary is not a text")
+        if record.fault is not None:
+            Fault.from_json(record.fault)
+        if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
+            raise TypeError("disks is not a table of sizes")
         return record
 
 
@@ -125,7 +132,7 @@ class StateFolder:
             return None
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not a state file of this program ({error}); move it away to start anew"
             ) from error

@@ -81,12 +81,13 @@ class Connection:
         """Connect within `timeout_s` seconds; `export` replaces the URI's export name unless None."""
         self.uri = uri
         self.timeout_s = timeout_s
-        # Protects `_pending` and `_cause`. Never held across I/O.
+        # Protects `_cause`, `_socket` and the wake-up descriptor against `close`. Never held across I/O.
         self._lock = threading.Lock()
         self._pending: dict[int, Request] = {}
         self._cause: str | None = None
         self._leader = threading.Lock()
         self._completed = 0
+        self._suspect = False
         self._polled = 0
         self._check_at = 0.0
         self._progress = time.monotonic()
@@ -198,7 +199,11 @@ class Connection:
         key = id(request)
 
         def completed(error: Any) -> int:
-            self._pending.pop(key, None)
+            if self._pending.pop(key, None) is None:
+                return 1  # given back already
+            if error.value:
+                # Perhaps the server's answer, perhaps the end of the connection: whoever drives has to look.
+                self._suspect = True
             self._completed += 1
             self._progress = time.monotonic()
             return request.complete(error)
@@ -212,13 +217,25 @@ class Connection:
         try:
             issue(self.handle, completed)
             if not driving and self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
-                os.eventfd_write(self._wakefd, 1)  # the leader must now wait for room in the socket, too
+                self.poke()  # the leader must now wait for room in the socket, too
         except nbd.Error as error:
-            self._pending.pop(key, None)
-            if not self.handle.aio_is_ready() and not self.handle.aio_is_processing():
-                self.fail(f"lost the connection to {self.uri}: {error.string}")
-            raise DiskError(f"{self.uri}: {error.string}", error.errnum or errno.EIO) from error
+            self._suspect = True
+            self._look_if_suspect(error.string)
+            if self._pending.pop(key, None) is not None:
+                if self._cause is not None:
+                    raise DiskError(self._cause) from error
+                raise DiskError(f"{self.uri}: {error.string}", error.errnum or errno.EIO) from error
+        else:
+            # Sending may have found out that the server has gone; libnbd has ended the request then.
+            self._look_if_suspect("the server closed it")
         return request
+
+    def _look_if_suspect(self, reason: str) -> None:
+        """Mark a connection as lost when libnbd has given it up."""
+        if self._suspect:
+            self._suspect = False
+            if self.handle.aio_is_dead() or self.handle.aio_is_closed():
+                self.fail(f"lost the connection to {self.uri}: {reason}")
 
     def wait(self, request: Request) -> None:
         """Until the request is done; DiskError if it failed."""
@@ -264,8 +281,10 @@ class Connection:
                     self.handle.aio_notify_write()
             except nbd.Error as error:
                 self.fail(f"lost the connection to {self.uri}: {error.string}")
-        if self._completed == before and (self.handle.aio_is_dead() or self.handle.aio_is_closed()):
-            self.fail(f"lost the connection to {self.uri}: the server closed it")
+        if self._completed == before:
+            self._suspect = True
+        self._look_if_suspect("the server closed it")
+        if self._cause is not None and (self.handle.aio_is_dead() or self.handle.aio_is_closed()):
             self._give_back()
 
     def _give_back(self) -> None:
@@ -295,9 +314,10 @@ class Connection:
             # One libnbd call an answer: it moves one at a time, and every call costs a fight for the GIL.
             for _ in range(_DRAIN_MAX):
                 if self.handle.poll(0) != 1:
-                    return
+                    break
         except nbd.Error as error:
             self.fail(f"lost the connection to {self.uri}: {error.string}")
+        self._look_if_suspect("the server closed it")
 
     def nap(self, wait_s: float) -> None:
         """Let others work for at most `wait_s` seconds, unless somebody calls `poke`."""
@@ -305,32 +325,37 @@ class Connection:
             os.eventfd_read(self._wakefd)
 
     def poke(self) -> None:
-        """Wake the thread in `drive` or `nap`."""
-        os.eventfd_write(self._wakefd, 1)
+        """Wake the thread in `drive` or `nap`; no effect on a closed connection."""
+        with self._lock:
+            self._poke_locked()
+
+    def _poke_locked(self) -> None:
+        if self._close_wakefd.alive:
+            os.eventfd_write(self._wakefd, 1)
 
     def fail(self, cause: str) -> None:
         """Give the connection up: every request in flight fails soon, later ones at once. First cause wins."""
         with self._lock:
             if self._cause is None:
                 self._cause = cause
-        if self._socket is not None:
-            try:
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:  # the other side was faster
-                    raise
-        os.eventfd_write(self._wakefd, 1)
+            if self._socket is not None:
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                except OSError as error:
+                    if error.errno != errno.ENOTCONN:  # the other side was faster
+                        raise
+            self._poke_locked()
 
     def close(self) -> None:
         """Disconnect, politely when nothing is in flight. The owner makes sure that no thread uses it any more."""
-        if self._cause is None:
-            self._cause = f"the connection to {self.uri} is closed"
-            try:
-                if self.handle.aio_is_ready() and not self._pending:
-                    self.handle.aio_disconnect()
-            except nbd.Error:
-                pass  # it is going away in any case
-        if self._socket is not None:
-            self._socket.close()
+        with self._lock:
+            polite = self._cause is None and not self._pending
+            self._cause = self._cause or f"the connection to {self.uri} is closed"
+            connected, self._socket = self._socket, None
+            self._close_wakefd()
+        if polite:
+            with contextlib.suppress(nbd.Error):  # it is going away in any case
+                self.handle.aio_disconnect()
+        if connected is not None:
+            connected.close()
         del self.handle  # libnbd closes a handle that nobody refers to
-        self._close_wakefd()

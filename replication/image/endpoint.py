@@ -57,7 +57,9 @@ class NbdDisk(Disk):
         self._lock = threading.Lock()
         self._connection: Connection | None = connection
         self._retry_at = 0.0
-        self._unflushed = False
+        # What was written last, and what of it the last flush has covered: a fresh token for every write that was
+        # answered, so that a flush covers just what had been answered when it was sent. No lock: one store each.
+        self._written = self._flushed = object()
         self._lost_writes = False
         self._edges = RangeLock()
 
@@ -96,7 +98,7 @@ class NbdDisk(Disk):
         for start in range(offset, offset + length, _ZERO_CHUNK):
             count = min(_ZERO_CHUNK, offset + length - start)
             self._run(partial(_zero, count, start, flags))
-        self._unflushed = True
+        self._written = object()
         if fua:
             self.flush()
 
@@ -105,13 +107,10 @@ class NbdDisk(Disk):
         if self._lost_writes:
             self._lost_writes = False
             raise DiskError(f"{self.location}: the connection was lost with unflushed writes, some may be gone")
-        self._unflushed = False
+        covered = self._written
         if connection.can_flush:
-            try:
-                self._run(lambda handle, done: handle.aio_flush(done))
-            except DiskError:
-                self._unflushed = True
-                raise
+            self._run(lambda handle, done: handle.aio_flush(done))
+        self._flushed = covered
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
@@ -133,11 +132,15 @@ class NbdDisk(Disk):
         return found or [Extent(offset, length, False, False)]
 
     def reachable(self) -> bool:
-        try:
-            self._connected()
-        except DiskError:
-            return False
-        return True
+        # Asked of the server, because an idle connection does not notice that it has gone; twice, because the first
+        # request may only find that out and the second connects anew.
+        for _ in range(2):
+            try:
+                self.read(memoryview(bytearray(1)), 0)
+            except DiskError:
+                continue
+            return True
+        return False
 
     def close(self) -> None:
         with self._lock:
@@ -164,8 +167,9 @@ class NbdDisk(Disk):
             if now < self._retry_at:
                 raise DiskError(f"{self.location} is not connected", errno.EIO)
             self._retry_at = now + RETRY_S
-            if self._unflushed:
-                self._unflushed, self._lost_writes = False, True
+            if self._written is not self._flushed:
+                self._lost_writes = True
+                self._flushed = self._written
             # The lost connection is not closed here: other threads may still be fetching their errors from it.
             # It goes when the last of them lets go of it.
             fresh = Connection(self.location, None, CONNECT_S)
@@ -177,12 +181,13 @@ class NbdDisk(Disk):
             return fresh
 
     def _write_aligned(self, view: memoryview, offset: int, fua: bool) -> None:
-        self._unflushed = True
-        native = fua and self._connected().can_fua
+        native = self._connected().can_fua and fua
         flags = nbd.CMD_FLAG_FUA if native else 0
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
             self._run(partial(_pwrite, part, offset + start, flags))
+        if not native:
+            self._written = object()
         if fua and not native:
             self.flush()
 

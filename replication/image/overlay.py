@@ -98,6 +98,7 @@ class Overlay:
         try:
             self.data = FileDisk(f"{disk_name} ({role})", self.layout.data_path)
             if self.data.size < self.layout.size:
+                self.data.close()
                 raise ConfigError(
                     f"{self.layout.data_path} is truncated: {self.data.size} bytes instead of {self.layout.size}"
                 )

@@ -16,6 +16,7 @@ So only second words ever change, and each change is one aligned 64-bit store.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import struct
@@ -108,8 +109,18 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
     except OSError as error:
         raise ConfigError(f"cannot create {path}: {error.strerror}") from error
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        if not os.path.exists(path):
+            # Neither a half-made image nor its data file (which had no content before) stays behind.
+            for name in (temporary, data):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+
+def remove(path: str) -> None:
+    """Take back what `create` has made."""
+    for name in (path, default_data_path(path)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def open_layout(fd: int, path: str) -> Layout:
@@ -118,6 +129,18 @@ def open_layout(fd: int, path: str) -> Layout:
         raise ConfigError(f"{path} is not a regular file, so it cannot be an overlay")
     lock_for_writing(fd, path)
     return _Parser(fd, path).layout()
+
+
+def read_layout(path: str) -> Layout:
+    """Check an image that is not going to be used; ConfigError as `open_layout`, nothing is locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        return _Parser(fd, path).layout()
+    finally:
+        os.close(fd)
 
 
 class _Parser:
@@ -141,10 +164,10 @@ class _Parser:
             raise self._corrupt("it is marked as corrupt")
         if version == 3 and incompatible & _DIRTY:
             raise ConfigError(f"{self._path} is marked as dirty: repair it with qemu-img check -r all")
-        if (version, incompatible, 1 << cluster_bits, encryption, snapshots) != (
+        if (version, incompatible, cluster_bits, encryption, snapshots) != (
             3,
             _EXTERNAL_DATA | _EXTENDED_L2,
-            CLUSTER,
+            CLUSTER.bit_length() - 1,
             0,
             0,
         ):
@@ -194,10 +217,13 @@ class _Parser:
     def _text(self, offset: int, length: int) -> str:
         if not 0 < length <= _NAME_MAX:
             raise self._corrupt(f"a name of {length} bytes in the header")
+        name = self._read(offset, length, "header")
         try:
-            return self._read(offset, length, "header").decode()
-        except UnicodeDecodeError as error:
-            raise self._corrupt("a name in the header is not text") from error
+            if b"\0" not in name:
+                return name.decode()
+        except UnicodeDecodeError:
+            pass
+        raise self._corrupt("a name in the header is not text")
 
     def _first_table(self, l1_offset: int, tables: int) -> int:
         if l1_offset % CLUSTER or not l1_offset:
@@ -238,6 +264,8 @@ class _Parser:
 
     def _read(self, offset: int, length: int, what: str) -> bytes:
         """Exactly `length` bytes, or the error that the image is truncated."""
+        if offset + length > self._length:
+            raise self._corrupt(f"truncated in its {what}")
         try:
             parts = []
             while length:

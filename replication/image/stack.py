@@ -252,10 +252,7 @@ class Stack:
         stop = offset + length
         first, last = offset // BLOCK, -(-stop // BLOCK)
         start, end = first * BLOCK, min(last * BLOCK, self.size)
-        if (start == offset and end == stop) or self._held_as_data(first, last):
-            with _on(Layer.ACTIVE, "write", offset, length):
-                self._with_room(self.active, lambda: self.active.data.write(pieces, offset))
-        else:
+        if not ((start == offset and end == stop) or self._held_as_data(first, last)):
             head = memoryview(bytearray(offset - start))
             tail = memoryview(bytearray(end - stop))
             if head:
@@ -263,11 +260,31 @@ class Stack:
             if tail:
                 self.read(tail, stop)
             pause("guest-write.completed")
+            pieces = [piece for piece in (head, *pieces, tail) if piece]
+            offset, length = start, end - start
+        try:
             with _on(Layer.ACTIVE, "write", offset, length):
-                whole = [piece for piece in (head, *pieces, tail) if piece]
-                self._with_room(self.active, lambda: self.active.data.write(whole, start))
+                self._with_room(lambda: self.active.data.write(pieces, offset))
+        except LayerError as error:
+            if error.errno != errno.ENOSPC or not self.committing:
+                raise
+            self._settle(pieces, offset, length)
+            return
         pause("guest-write.before-mark")
         self.active.mark(first, last, Held.DATA)
+
+    def _settle(self, pieces: Sequence[Buffer], offset: int, length: int) -> None:
+        """During a commit, a write for which active has no room: its blocks are committed here and now. `top` is
+        held."""
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        start, end = first * BLOCK, min(last * BLOCK, self.size)
+        whole = memoryview(bytearray(end - start))
+        self.read(whole, start)
+        whole[offset - start : offset - start + length] = b"".join(pieces)
+        with _on(Layer.SECONDARY, "write", start, end - start):
+            self.disk.write([whole], start)
+        self.hidden.forget(first, last)
+        self.active.forget(first, last)
 
     def _held_as_data(self, first: int, last: int) -> bool:
         return all(state is Held.DATA for _, _, state in self.active.held(first, last))
@@ -294,7 +311,7 @@ class Stack:
         finally:
             self.top.release(held)
 
-    def zero_over(self, offset: int, length: int, may_trim: bool, shelter: bool) -> None:
+    def zero_over(self, offset: int, length: int, may_trim: bool, fua: bool, shelter: bool) -> None:
         """Zeroes from the guest during or after a failed commit; as write_over."""
         held = self._hold(self.top, offset, length)
         try:
@@ -304,7 +321,7 @@ class Stack:
                     continue
                 try:
                     with _on(Layer.SECONDARY, "zero", start, end - start):
-                        self.disk.zero(start, end - start, may_trim)
+                        self.disk.zero(start, end - start, may_trim, fua)
                 except LayerError:
                     if not shelter:
                         raise
@@ -386,7 +403,7 @@ class Stack:
             at = end
 
     def _write_hidden(self, old: memoryview, at: int) -> None:
-        self._with_room(self.hidden, lambda: self.hidden.data.write([old], at))
+        self._with_room(lambda: self.hidden.data.write([old], at))
         pause("copy-before-write.before-mark")
         self.hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.DATA)
 
@@ -456,28 +473,35 @@ class Stack:
     def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> bool:
         """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; False when there are no more.
 
-        Never waits for a range, so that a writer that has run out of space may call it.
+        Never waits for a range, so that a writer that has run out of space may call it while it holds one.
         """
         lock = self.top if overlay is self.active else self.below
         for first, last in itertools.islice(ranges, steps):
-            held = lock.try_acquire(first * BLOCK, last * BLOCK)
-            if held is None:
-                continue
+            self._reclaim_unheld(overlay, lock, first, last, (BLOCKS_PER_CLUSTER, 1))
+            steps -= 1
+        return not steps
+
+    def _reclaim_unheld(self, overlay: Overlay, lock: RangeLock, first: int, last: int, units: tuple[int, ...]) -> None:
+        """Reclaim what nobody holds of blocks [first, last): all at once, or else in ever smaller units."""
+        held = lock.try_acquire(first * BLOCK, last * BLOCK)
+        if held is not None:
             try:
                 overlay.reclaim(first, last)
             finally:
                 lock.release(held)
-            steps -= 1
-        return not steps
+        elif units:
+            for start in range(first, last, units[0]):
+                self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
 
-    def _with_room(self, overlay: Overlay, write: Callable[[], None]) -> None:
-        """Write to an overlay; when its file system is full, first give back what it no longer needs."""
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Write to an overlay; when its file system is full, first give back what neither overlay needs any more."""
         try:
             write()
         except DiskError as error:
             if error.errno != errno.ENOSPC or self.committing:
                 raise
-            self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
+            for overlay in (self.active, self.hidden):
+                self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
             write()
 
     def flush_top(self) -> None:

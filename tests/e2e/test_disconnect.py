@@ -9,6 +9,7 @@ import threading
 
 import nbd
 import pytest
+
 from lab import Lab, PausePoints, wait_until
 
 END_S = 5.0

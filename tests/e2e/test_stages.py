@@ -487,9 +487,9 @@ def test_the_empty_export_name_is_the_first_disk_of_a_primary(lab: Lab) -> None:
 
 def test_the_empty_export_name_is_refused_on_a_secondary_with_the_valid_ones(secondary: Secondary) -> None:
     for name in ("", "disk1", ".control2", "top0 "):
+        handle = nbd.NBD()
+        handle.set_export_name(name)
         with pytest.raises(nbd.Error):
-            handle = nbd.NBD()
-            handle.set_export_name(name)
             handle.connect_unix(str(secondary.socket_path))
     said = secondary.stderr()
     assert "there is no export ''" in said

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""overlay.py: bits and data of one image, against a dictionary, over reopening and kills. (Opening: test_qcow2.py.)"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lab import make_raw, pattern, qemu_img
+from replication.errors import DiskError
+from replication.image import qcow2
+from replication.image.file import FileDisk
+from replication.image.overlay import Held, Overlay
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+
+CLUSTERS = 600
+SIZE = CLUSTERS * CLUSTER - BLOCK - 512
+"""More than two pages of words, the last cluster and its last block short."""
+BLOCKS = -(-SIZE // BLOCK)
+
+
+@functools.cache
+def pristine() -> bytes:
+    """The bytes of an empty image made by qemu-img, whose data file X.data is looked for beside it."""
+    with tempfile.TemporaryDirectory(prefix="o-") as folder:
+        make_raw(Path(folder) / "disk", SIZE)
+        command = qcow2.create_command(f"{folder}/x.qcow2", "disk", "raw", SIZE)
+        subprocess.run(
+            [part.replace(f"{folder}/x.data", "x.data") for part in command], check=True, cwd=folder, timeout=60
+        )
+        return (Path(folder) / "x.qcow2").read_bytes()
+
+
+def make(folder: Path) -> Path:
+    """An empty overlay in `folder`."""
+    path = folder / "x.qcow2"
+    path.write_bytes(pristine())
+    make_raw(folder / "x.data", SIZE)
+    make_raw(folder / "disk", SIZE)
+    return path
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Overlay]:
+    opened = Overlay("active", "disk0", str(make(tmp_path)))
+    yield opened
+    opened.close()
+
+
+class Histories(RuleBasedStateMachine):
+    """Marking, emptying, reopening and kills, against the state of every block."""
+
+    ranges = st.one_of(
+        st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 80)),
+        st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS)),
+        st.tuples(st.sampled_from([0, 31, 32, 256 * 32 - 1, 256 * 32, BLOCKS - 1]), st.integers(1, 33)),
+    ).map(lambda at: (at[0], min(at[0] + at[1], BLOCKS)))
+
+    @initialize()
+    def open(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="overlay-"))
+        self.overlay = Overlay("active", "disk0", str(make(self.folder)))
+        self.model: dict[int, Held] = {}
+
+    def teardown(self) -> None:
+        self.overlay.close()
+        # QEMU looks for the data file in its working folder.
+        done = subprocess.run(["qemu-img", "check", "x.qcow2"], cwd=self.folder, capture_output=True, timeout=60)
+        assert done.returncode == 0, done
+        shutil.rmtree(self.folder)
+
+    @rule(where=ranges, state=st.sampled_from(Held))
+    def mark(self, where: tuple[int, int], state: Held) -> None:
+        self.overlay.mark(*where, state)
+        for block in range(*where):
+            if state is Held.NOTHING:
+                self.model.pop(block, None)
+            else:
+                self.model[block] = state
+
+    @rule(where=ranges)
+    def forget(self, where: tuple[int, int]) -> None:
+        self.overlay.forget(*where)
+        for block in range(*where):
+            self.model.pop(block, None)
+
+    @rule()
+    def empty(self) -> None:
+        self.overlay.empty()
+        self.model.clear()
+
+    @rule()
+    def reopen(self) -> None:
+        self.overlay.close()
+        self.overlay = Overlay("active", "disk0", str(self.folder / "x.qcow2"))
+
+    @rule()
+    def be_killed(self) -> None:
+        """Nothing is closed or flushed: the next process sees what is in the mapping."""
+        after = Path(tempfile.mkdtemp(prefix="overlay-"))
+        shutil.copy(self.folder / "x.qcow2", after)
+        make_raw(after / "x.data", SIZE)
+        make_raw(after / "disk", SIZE)
+        self.overlay.close()
+        shutil.rmtree(self.folder)
+        self.folder = after
+        self.overlay = Overlay("active", "disk0", str(after / "x.qcow2"))
+
+    @rule(where=ranges)
+    def look(self, where: tuple[int, int]) -> None:
+        start, stop = where
+        states = [self.model.get(block, Held.NOTHING) for block in range(start, stop)]
+        at, former = start, None
+        for first, last, state in self.overlay.held(start, stop):
+            assert first == at
+            assert last > first
+            assert state is not former, "neighbouring runs are one"
+            assert states[first - start : last - start] == [state] * (last - first)
+            at, former = last, state
+        assert at == stop
+        assert self.overlay.holds_any(start, stop) == any(state is not Held.NOTHING for state in states)
+        assert self.overlay.holds_all(start, stop) == all(state is not Held.NOTHING for state in states)
+
+    @invariant()
+    def what_is_held_is_counted_and_found(self) -> None:
+        assert self.overlay.blocks == BLOCKS
+        assert self.overlay.allocated_blocks == len(self.model)
+        assert self.overlay.bytes_held == len(self.model) * BLOCK
+        clusters = sorted({block // BLOCKS_PER_CLUSTER for block in self.model})
+        assert list(self.overlay.dirty_ranges()) == [
+            (cluster * BLOCKS_PER_CLUSTER, min((cluster + 1) * BLOCKS_PER_CLUSTER, BLOCKS)) for cluster in clusters
+        ]
+
+
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestHistories = Histories.TestCase
+
+
+def test_an_image_fresh_from_qemu_img_holds_nothing(overlay: Overlay) -> None:
+    assert list(overlay.held(0, BLOCKS)) == [(0, BLOCKS, Held.NOTHING)]
+    assert overlay.allocated_blocks == 0
+    assert list(overlay.dirty_ranges()) == []
+
+
+def test_the_bit_comes_after_the_data(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_write: list[bool] = []
+    real = FileDisk.write
+
+    def write(self: FileDisk, *arguments: Any) -> None:
+        at_write.append(overlay.holds_any(3, 5))
+        real(self, *arguments)
+        at_write.append(overlay.holds_any(3, 5))
+
+    monkeypatch.setattr(FileDisk, "write", write)
+    overlay.write([pattern(1, 2 * BLOCK)], 3, 5)
+    assert at_write == [False, False]
+    assert overlay.holds_all(3, 5)
+
+
+def test_a_write_that_failed_sets_no_bit(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise DiskError("no")
+
+    monkeypatch.setattr(FileDisk, "write", write)
+    with pytest.raises(DiskError):
+        overlay.write([bytes(BLOCK)], 3, 4)
+    assert not overlay.holds_any(0, BLOCKS)
+
+
+def test_stock_qemu_reads_what_an_overlay_holds(tmp_path: Path) -> None:
+    path = tmp_path / "y.qcow2"
+    make_raw(tmp_path / "disk", SIZE, b"\x11" * CLUSTER)
+    qcow2.create(str(path), str(tmp_path / "disk"), "raw", SIZE)
+    overlay = Overlay("active", "disk0", str(path))
+    data = pattern(7, 3 * BLOCK)
+    overlay.write([data], 1, 4)
+    overlay.mark(10, 12, Held.ZERO)
+    overlay.flush()
+    overlay.close()
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", str(path), str(tmp_path / "flat"))
+    expected = bytearray(b"\x11" * CLUSTER)
+    expected[BLOCK : 4 * BLOCK] = data
+    expected[10 * BLOCK : 12 * BLOCK] = bytes(2 * BLOCK)
+    assert (tmp_path / "flat").read_bytes()[:CLUSTER] == expected
+
+
+def test_reclaiming_gives_back_what_is_not_data_and_nothing_else(overlay: Overlay) -> None:
+    data = pattern(3, 8 * BLOCK)
+    overlay.write([data], 0, 8)
+    overlay.mark(2, 4, Held.ZERO)
+    overlay.forget(6, 8)
+    used = os.stat(overlay.data.location).st_blocks
+    ranges = list(overlay.stale_ranges())
+    assert ranges
+    assert sum(overlay.reclaim(*where) for where in ranges) >= 4 * BLOCK
+    assert os.stat(overlay.data.location).st_blocks == used - 4 * BLOCK // 512
+    for first, last in ((0, 2), (4, 6)):
+        kept = bytearray((last - first) * BLOCK)
+        overlay.data.read(memoryview(kept), first * BLOCK)
+        assert kept == data[first * BLOCK : last * BLOCK]
+
+
+def test_an_image_that_went_away_while_in_use_is_noticed(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    overlay = Overlay("active", "disk0", str(path))
+    overlay.check()
+    path.unlink()
+    with pytest.raises(DiskError, match="was removed while in use"):
+        overlay.check()
+    overlay.close()
+
+
+def test_an_image_cut_off_while_in_use_is_noticed_without_touching_its_map(overlay: Overlay) -> None:
+    os.truncate(overlay.path, CLUSTER)
+    try:
+        with pytest.raises(DiskError, match="was truncated while in use"):
+            overlay.check()
+    finally:
+        os.truncate(overlay.path, len(pristine()))

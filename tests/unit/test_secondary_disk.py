@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""secondary_disk.py: what each face does in each stage (the table of the design), and who learns of a failure."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from lab import make_raw
+from replication.errors import DiskError
+from replication.events import EventHub
+from replication.fault import Case, FaultLatch
+from replication.image import qcow2
+from replication.image.face import Buffer
+from replication.image.file import FileDisk
+from replication.image.overlay import Overlay
+from replication.image.stack import Stack
+from replication.jobs import JobList
+from replication.secondary_disk import SecondaryDisk, backup_job
+from replication.stage import Stage
+
+SIZE = 256 << 10
+
+
+class Disk(FileDisk):
+    """A raw file that knows which of its writes are not stable yet, and may be told to fail."""
+
+    unstable = 0
+    broken = False
+
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        if self.broken:
+            raise DiskError("broken", errno.EIO)
+        super().write(pieces, offset, fua)
+        self.unstable += not fua
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        if self.broken:
+            raise DiskError("broken", errno.EIO)
+        super().zero(offset, length, may_trim, fua)
+        self.unstable += not fua
+
+    def flush(self) -> None:
+        super().flush()
+        self.unstable = 0
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        make_raw(folder / "disk", SIZE, b"\x11" * SIZE)
+        for name in ("active", "hidden"):
+            qcow2.create(str(folder / f"{name}.qcow2"), str(folder / "disk"), "raw", SIZE)
+        self.raw = Disk("disk0", str(folder / "disk"))
+        hub = EventHub()
+        self.told: list[int] = []
+        hub.subscribe(lambda event: self.told.append(event["data"]["case"]))
+        self.faults = FaultLatch(hub, lambda: None)
+        self.ended: list[str] = []
+        self.disk = SecondaryDisk("disk0", "top", self.raw, self.faults, self.ended.append)
+        overlays = (Overlay(name, "disk0", str(folder / f"{name}.qcow2")) for name in ("active", "hidden"))
+        self.stack = Stack(*overlays, self.raw)
+        self.disk.stack = self.stack
+
+    def guest(self, offset: int = 0) -> bytes:
+        data = bytearray(8)
+        self.disk.guest_read(memoryview(data), offset)
+        return bytes(data)
+
+    def target(self, offset: int = 0) -> bytes:
+        data = bytearray(8)
+        self.disk.target_read(memoryview(data), offset)
+        return bytes(data)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    opened = Bench(tmp_path)
+    yield opened
+    opened.disk.close()
+
+
+def refused(number: int, *actions: Callable[[], object]) -> None:
+    for action in actions:
+        with pytest.raises(DiskError) as refusal:
+            action()
+        assert refusal.value.wire_errno == number
+
+
+DATA = memoryview(b"\xaa" * 8)
+
+
+def guest_requests(disk: SecondaryDisk) -> list[Callable[[], object]]:
+    return [
+        lambda: disk.guest_read(memoryview(bytearray(8)), 0),
+        lambda: disk.guest_write(DATA, 0, False),
+        lambda: disk.guest_zero(0, 8, True, False),
+        disk.guest_flush,
+        lambda: disk.guest_extents(0, 8),
+    ]
+
+
+def target_requests(disk: SecondaryDisk) -> list[Callable[[], object]]:
+    return [
+        lambda: disk.target_read(memoryview(bytearray(8)), 0),
+        lambda: disk.target_write(DATA, 0, False),
+        lambda: disk.target_zero(0, 8, True, False),
+        disk.target_flush,
+        lambda: disk.target_extents(0, 8),
+    ]
+
+
+def test_before_start_the_guest_is_refused_and_the_primary_writes_through(bench: Bench) -> None:
+    refused(errno.EIO, *guest_requests(bench.disk))
+    bench.disk.target_write(DATA, 0, False)
+    assert bench.target() == bytes(DATA)
+    assert bench.stack.held_bytes() == 0
+
+
+def test_while_running_each_face_has_its_own_view(bench: Bench) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.target_write(DATA, 0, False)
+    assert (bench.guest(), bench.target()) == (b"\x11" * 8, bytes(DATA))
+    bench.disk.guest_write(memoryview(b"g" * 8), 0, True)
+    bench.disk.guest_zero(8, 8, True, True)
+    assert (bench.guest(), bench.guest(8)) == (b"g" * 8, bytes(8))
+    assert bench.target() == bytes(DATA)
+    assert bench.target(8) == b"\x11" * 8
+
+
+@pytest.mark.parametrize("stage", [Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE], ids=lambda stage: stage.value)
+def test_from_failover_on_the_old_primary_is_shut_out_and_latches_nothing(bench: Bench, stage: Stage) -> None:
+    bench.disk.stage = stage
+    refused(errno.ESHUTDOWN, *target_requests(bench.disk))
+    assert bench.faults.fault is None
+    for request in guest_requests(bench.disk):
+        request()
+
+
+@pytest.mark.parametrize("stage", [Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE], ids=lambda stage: stage.value)
+@pytest.mark.parametrize("kind", ["write", "zero"])
+def test_a_forced_change_of_the_guest_is_stable_when_it_is_answered(bench: Bench, stage: Stage, kind: str) -> None:
+    bench.disk.stage = stage
+    if kind == "write":
+        bench.disk.guest_write(DATA, 0, True)
+    else:
+        bench.disk.guest_zero(0, 8192, True, True)
+    assert bench.raw.unstable == 0
+
+
+@pytest.mark.parametrize("kind", ["write", "zero"])
+def test_a_write_that_the_secondary_disk_refuses_is_latched_as_lost(bench: Bench, kind: str) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.raw.broken = True
+    refused(errno.EIO, target_requests(bench.disk)[1 if kind == "write" else 2])
+    fault = bench.faults.fault
+    assert fault is not None
+    assert (fault.case, fault.operation, fault.write_lost) == (Case.SECONDARY_DISK, kind, True)
+    assert bench.ended == []
+    assert bench.guest() == b"\x11" * 8
+
+
+def test_when_copy_before_write_fails_the_write_fails_and_the_backup_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("full", errno.ENOSPC)
+
+    bench.disk.stage = Stage.RUNNING
+    monkeypatch.setattr(bench.stack.hidden.data, "write", full)
+    refused(errno.ENOSPC, lambda: bench.disk.target_write(DATA, 0, False))
+    fault = bench.faults.fault
+    assert fault is not None
+    assert (fault.case, fault.write_lost) == (Case.COPY_BEFORE_WRITE, True)
+    assert len(bench.ended) == 1
+    assert bench.target() == bench.guest() == b"\x11" * 8
+
+
+def test_once_the_backup_has_ended_nothing_is_overwritten(bench: Bench) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.backup_running = False
+    refused(errno.EIO, *target_requests(bench.disk)[1:3])
+    assert bench.target() == b"\x11" * 8
+    assert bench.faults.write_lost
+
+
+def test_what_the_guest_meets_is_told_and_not_latched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise DiskError("broken")
+
+    bench.disk.stage = Stage.RUNNING
+    monkeypatch.setattr(bench.stack.active.data, "write", broken)
+    refused(errno.EIO, lambda: bench.disk.guest_write(DATA, 0, False))
+    monkeypatch.setattr(bench.raw, "read", broken)
+    refused(errno.EIO, lambda: bench.guest(64 << 10))
+    assert bench.faults.fault is None
+    assert bench.told == [Case.ACTIVE_DISK, Case.SECONDARY_DISK]
+
+
+def test_copy_before_write_is_a_job_that_shows_what_hidden_holds(bench: Bench) -> None:
+    jobs = JobList(EventHub())
+    backup_job(jobs, bench.disk, bench.ended.append)
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.target_write(DATA, 0, False)
+    (shown,) = jobs.query()
+    assert (shown["id"], shown["current-progress"], shown["total-progress"]) == ("backup-disk0", 4096, SIZE)
+    jobs.cancel("backup-disk0")
+    assert bench.ended == ["cancelled by job-cancel"]

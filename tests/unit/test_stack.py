@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""stack.py: the three images of a disk against byte arrays, and the pairs of requests that its docstring decides.
+
+The interleavings are forced by a secondary disk that calls back in the midst of a request.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lab import DEADLINE_S, make_raw, pattern, wait_until
+from replication.errors import DiskError
+from replication.image import overlay as overlay_module
+from replication.image import qcow2
+from replication.image.face import Buffer
+from replication.image.file import FileDisk
+from replication.image.overlay import Overlay
+from replication.image.qcow2 import BLOCK, CLUSTER
+from replication.image.stack import Layer, LayerError, Stack
+
+SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
+"""The last block is short, and not even whole sectors."""
+
+
+class Disk(FileDisk):
+    """A raw file that calls `before(operation)` and `after(operation)`; either may raise."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("disk0", str(path))
+        self.before: Callable[[str], None] = lambda _: None
+        self.after: Callable[[str], None] = lambda _: None
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self.before("read")
+        super().read(buffer, offset)
+        self.after("read")
+
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        self.before("write")
+        super().write(pieces, offset, fua)
+        self.after("write")
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        self.before("zero")
+        super().zero(offset, length, may_trim, fua)
+        self.after("zero")
+
+
+class Images:
+    """A disk, its overlays and its stack in a folder; `disk.raw` begins with `content`."""
+
+    def __init__(self, folder: Path, content: bytes = b"", size: int = SIZE) -> None:
+        self.folder = folder
+        make_raw(folder / "disk.raw", size, content)
+        for name, backing, image_format in (("hidden", "disk.raw", "raw"), ("active", "hidden.qcow2", "qcow2")):
+            qcow2.create(str(folder / f"{name}.qcow2"), str(folder / backing), image_format, size)
+        self.open()
+
+    def open(self) -> None:
+        self.disk = Disk(self.folder / "disk.raw")
+        hidden = Overlay("hidden", "disk0", str(self.folder / "hidden.qcow2"))
+        self.stack = Stack(Overlay("active", "disk0", str(self.folder / "active.qcow2")), hidden, self.disk)
+
+    def close(self) -> None:
+        self.stack.close()
+        self.disk.close()
+
+    def top(self, offset: int = 0, length: int | None = None) -> bytes:
+        """What the guest sees."""
+        data = bytearray(self.stack.size - offset if length is None else length)
+        self.stack.read(memoryview(data), offset)
+        return bytes(data)
+
+    def below(self, offset: int = 0, length: int | None = None) -> bytes:
+        """What is in the secondary disk."""
+        with open(self.folder / "disk.raw", "rb") as file:
+            file.seek(offset)
+            return file.read(self.stack.size - offset if length is None else length)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Iterator[Images]:
+    opened = Images(tmp_path, pattern(1, SIZE))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+def once(action: Callable[[], object], operation: str) -> Callable[[str], None]:
+    """A hook that runs `action` at the first `operation`."""
+    left = [action]
+
+    def hook(name: str) -> None:
+        if name == operation and left:
+            left.pop()()
+
+    return hook
+
+
+class Histories(RuleBasedStateMachine):
+    """Any requests one after the other: the guest sees the last checkpoint and its own writes, always."""
+
+    ranges = st.one_of(
+        st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK)),
+        st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)),
+        st.tuples(st.integers(0, SIZE // BLOCK).map(lambda block: block * BLOCK), st.integers(1, 40 * BLOCK)),
+        st.tuples(st.integers(0, SIZE // BLOCK).map(lambda block: block * BLOCK), st.just(SIZE)),
+    ).map(lambda at: (at[0], min(at[1], SIZE - at[0])))
+    serial = 0
+
+    @initialize(seed=st.integers(0, 5), holes=st.booleans())
+    def open(self, seed: int, holes: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="stack-"))
+        content = pattern(seed, CLUSTER if holes else SIZE)
+        self.images = Images(self.folder, content)
+        self.below = bytearray(content + bytes(SIZE - len(content)))
+        self.top = bytearray(self.below)
+
+    def teardown(self) -> None:
+        self.images.close()
+        shutil.rmtree(self.folder)
+
+    def data(self, length: int) -> bytes:
+        self.serial += 1
+        return pattern(1000 + self.serial, length)
+
+    @rule(where=ranges)
+    def guest_writes(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        data = self.data(length)
+        self.images.stack.write_top(memoryview(data), offset)
+        self.top[offset : offset + length] = data
+
+    @rule(where=ranges)
+    def guest_zeroes(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        self.images.stack.zero_top(offset, length)
+        self.top[offset : offset + length] = bytes(length)
+
+    @rule(where=ranges, fua=st.booleans(), zeroes=st.booleans())
+    def primary_writes(self, where: tuple[int, int], fua: bool, zeroes: bool) -> None:
+        offset, length = where
+        data = bytes(length) if zeroes else self.data(length)
+        self.images.stack.write_below(memoryview(data), offset, fua)
+        self.below[offset : offset + length] = data
+
+    @rule(where=ranges, may_trim=st.booleans())
+    def primary_zeroes(self, where: tuple[int, int], may_trim: bool) -> None:
+        offset, length = where
+        self.images.stack.zero_below(offset, length, may_trim, False)
+        self.below[offset : offset + length] = bytes(length)
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.images.stack.empty()
+        self.top[:] = self.below
+        assert self.images.stack.held_bytes() == 0
+
+    @rule(where=ranges)
+    def part_is_committed(self, where: tuple[int, int]) -> None:
+        first, last = where[0] // BLOCK, -(-(where[0] + where[1]) // BLOCK)
+        # What neither overlay holds already is below as it is seen.
+        self.images.stack.commit(first, last)
+        self.below[first * BLOCK : last * BLOCK] = self.top[first * BLOCK : min(last * BLOCK, SIZE)]
+
+    @rule()
+    def all_is_committed(self) -> None:
+        held = self.images.stack.held_bytes()
+        written = sum(self.images.stack.commit(first, last) for first, last in list(self.images.stack.held_ranges()))
+        assert written == held
+        self.below[:] = self.top
+        assert list(self.images.stack.held_ranges()) == []
+
+    @rule(where=ranges, zeroes=st.booleans())
+    def guest_writes_during_a_commit(self, where: tuple[int, int], zeroes: bool) -> None:
+        """By the table's row failover: above where held, else the disk. Both are seen the same."""
+        offset, length = where
+        data = bytes(length) if zeroes else self.data(length)
+        if zeroes:
+            self.images.stack.zero_over(offset, length, True, False, False)
+        else:
+            self.images.stack.write_over(memoryview(data), offset, False, False)
+        self.top[offset : offset + length] = data
+        self.below[:] = self.images.below()
+
+    @rule()
+    def reopen(self) -> None:
+        self.images.close()
+        self.images.open()
+
+    @rule(where=ranges)
+    def reclaim(self, where: tuple[int, int]) -> None:
+        for overlay in (self.images.stack.active, self.images.stack.hidden):
+            self.images.stack.reclaim_some(overlay, overlay.stale_ranges(), 100)
+
+    @rule(where=ranges)
+    def look(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        assert self.images.top(offset, length) == self.top[offset : offset + length]
+        at = offset
+        for extent in self.images.stack.extents(offset, length):
+            assert extent.offset == at
+            at += extent.length
+            assert not extent.zero or not any(self.top[extent.offset : at])
+        assert at == offset + length
+
+    @invariant()
+    def both_sides_are_as_the_model(self) -> None:
+        assert self.images.top() == self.top
+        assert self.images.below() == self.below
+
+
+Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestHistories = Histories.TestCase
+
+
+# -- two requests on one block -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeroes", [False, True], ids=["write", "zero"])
+def test_a_guest_read_that_the_target_overtakes_on_the_disk_still_gets_the_checkpoint(
+    images: Images, pool: ThreadPoolExecutor, zeroes: bool
+) -> None:
+    expected = images.top()
+
+    def overtake() -> None:
+        images.disk.before = lambda _: None
+        if zeroes:
+            pool.submit(images.stack.zero_below, 100, 2 * CLUSTER, True, False).result(DEADLINE_S)
+        else:
+            new = memoryview(pattern(9, 2 * CLUSTER))
+            pool.submit(images.stack.write_below, new, 100, False).result(DEADLINE_S)
+
+    # The read has found its blocks in no overlay when the target write changes them.
+    images.disk.before = once(overtake, "read")
+    assert images.top(0, CLUSTER) == expected[:CLUSTER]
+    assert images.below(4096, 10) != expected[4096:4106]
+    assert images.top() == expected
+
+
+def test_a_guest_write_that_completes_a_block_under_a_target_write_completes_it_from_the_checkpoint(
+    images: Images, pool: ThreadPoolExecutor
+) -> None:
+    expected = bytearray(images.top())
+
+    def overtake() -> None:
+        images.disk.before = lambda _: None
+        pool.submit(images.stack.write_below, memoryview(b"\xee" * BLOCK), 0, False).result(DEADLINE_S)
+
+    images.disk.before = once(overtake, "read")
+    images.stack.write_top(memoryview(b"guest"), 1000)
+    expected[1000:1005] = b"guest"
+    assert images.top() == expected
+
+
+def test_the_second_target_write_to_a_block_does_not_preserve_the_first_ones_data(
+    images: Images, pool: ThreadPoolExecutor
+) -> None:
+    expected = images.top()
+    second: list[Any] = []
+
+    def start_second() -> None:
+        # The first one has copied the block and not yet written; the second must wait for it, whole.
+        images.disk.before = lambda _: None
+        second.append(pool.submit(images.stack.write_below, memoryview(b"\xbb" * 512), 512, False))
+        wait_until(lambda: len(images.stack.below._asked) == 2, "the second target write asks for the block")
+        assert not second[0].done()
+
+    images.disk.before = once(start_second, "write")
+    images.stack.write_below(memoryview(b"\xaa" * 512), 0, False)
+    second[0].result(DEADLINE_S)
+    assert images.top() == expected
+    assert images.below(0, 1025) == b"\xaa" * 512 + b"\xbb" * 512 + expected[1024:1025]
+
+
+def test_the_old_block_is_in_hidden_before_the_disk_changes(images: Images) -> None:
+    def look(operation: str) -> None:
+        assert operation != "write" or images.stack.hidden.holds_all(0, 3)
+
+    images.disk.before = look
+    images.stack.write_below(memoryview(bytes(2 * BLOCK)), 100, False)
+    assert images.stack.hidden.holds_all(0, 3)
+
+
+def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_by_it(
+    images: Images, pool: ThreadPoolExecutor
+) -> None:
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 0)
+    guest: list[Any] = []
+
+    def write() -> None:
+        images.disk.after = lambda _: None
+        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False, False))
+        wait_until(lambda: len(images.stack.top._asked) == 2, "the guest's write waits for the commit")
+
+    images.disk.after = once(write, "write")
+    images.stack.commit(0, 1)
+    guest[0].result(DEADLINE_S)
+    assert images.below(0, BLOCK) == b"\xaa" * 5 + b"\xbb" * 10 + b"\xaa" * (BLOCK - 15)
+    assert images.top(0, BLOCK) == images.below(0, BLOCK)
+
+
+def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.stack.write_below(memoryview(b"\xaa" * BLOCK), 0, False)
+    images.stack.write_top(memoryview(b"\xbb" * BLOCK), 0)
+    order: list[str] = []
+    real = Overlay.forget
+
+    def forget(self: Overlay, start: int, stop: int) -> None:
+        order.append(self.role)
+        assert images.below(0, BLOCK) == b"\xbb" * BLOCK
+        real(self, start, stop)
+        assert images.top(0, BLOCK) == b"\xbb" * BLOCK, "at every step, so after every kill"
+
+    monkeypatch.setattr(Overlay, "forget", forget)
+    images.stack.commit(0, 1)
+    assert order == ["hidden", "active"]
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def failing(operation: str, number: int = errno.EIO) -> Callable[[str], None]:
+    """A hook that fails every `operation`."""
+
+    def hook(name: str) -> None:
+        if name == operation:
+            raise DiskError("broken", number)
+
+    return hook
+
+
+def break_overlay(monkeypatch: pytest.MonkeyPatch, overlay: Overlay, times: int, number: int) -> list[int]:
+    """Let the overlay's next `times` writes fail; the list grows by one each time."""
+    failures: list[int] = []
+    real = overlay.data.write
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        if len(failures) < times:
+            failures.append(offset)
+            raise DiskError("full", number)
+        real(pieces, offset, fua)
+
+    monkeypatch.setattr(overlay.data, "write", write)
+    return failures
+
+
+def test_when_copy_before_write_fails_the_disk_is_not_touched(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = images.top()
+    break_overlay(monkeypatch, images.stack.hidden, 10, errno.EIO)
+    for action in (
+        lambda: images.stack.write_below(memoryview(b"x" * 9000), 10, False),
+        lambda: images.stack.zero_below(10, 9000, True, False),
+    ):
+        with pytest.raises(LayerError, match="^hidden disk: full$") as refusal:
+            action()
+        assert (refusal.value.layer, refusal.value.operation) == (Layer.HIDDEN, "write")
+        assert images.below() == expected
+        assert images.top() == expected
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "zero"])
+def test_a_failure_of_the_secondary_disk_is_named_and_the_checkpoint_stays(images: Images, operation: str) -> None:
+    expected = images.top()
+    images.disk.before = failing(operation, errno.ENOSPC)
+    with pytest.raises(LayerError, match="^secondary disk: broken$") as refusal:
+        if operation == "zero":
+            images.stack.zero_below(0, BLOCK, False, False)
+        else:
+            images.stack.write_below(memoryview(b"x" * 10), 0, False)
+    images.disk.before = lambda _: None
+    assert (refusal.value.layer, refusal.value.errno) == (Layer.SECONDARY, errno.ENOSPC)
+    assert images.top() == expected
+    # The range is free again.
+    images.stack.write_below(memoryview(b"x" * 10), 0, False)
+    assert images.top() == expected
+
+
+def test_a_guest_write_that_active_refuses_leaves_the_block_as_it_was(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = images.top()
+    break_overlay(monkeypatch, images.stack.active, 1, errno.EIO)
+    with pytest.raises(LayerError) as refusal:
+        images.stack.write_top(memoryview(b"x"), 5)
+    assert refusal.value.layer is Layer.ACTIVE
+    assert images.top() == expected
+    images.stack.write_top(memoryview(b"x"), 5)
+    assert images.top(4, 3) == expected[4:5] + b"x" + expected[6:7]
+
+
+def test_a_full_overlay_gives_back_stale_space_and_goes_on(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
+    images.stack.empty()
+    full = images.stack.active.data
+    assert not full.extents(0, CLUSTER)[0].hole
+    failures = break_overlay(monkeypatch, images.stack.active, 1, errno.ENOSPC)
+    images.stack.write_top(memoryview(b"\xbb" * BLOCK), 2 * CLUSTER)
+    assert len(failures) == 1
+    assert full.extents(0, CLUSTER)[0].hole
+    assert images.top(2 * CLUSTER, BLOCK) == b"\xbb" * BLOCK
+
+
+def test_while_bits_go_no_space_is_given_back_under_a_reader(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
+    images.stack.committing = True
+    images.stack.commit(0, 32)
+    break_overlay(monkeypatch, images.stack.active, 1, errno.ENOSPC)
+    images.stack.write_top(memoryview(b"\xbb" * 100), 2 * CLUSTER + 50)
+    assert images.top(2 * CLUSTER + 50, 100) == b"\xbb" * 100, "it has gone to the disk instead"
+    assert not images.stack.active.holds_any(64, 96)
+    assert not images.stack.active.data.extents(0, CLUSTER)[0].hole
+
+
+def test_a_disk_that_refuses_a_guest_write_during_the_commit_gets_it_later(images: Images) -> None:
+    expected = bytearray(images.top())
+    images.disk.before = failing("write")
+    images.stack.write_over(memoryview(b"guest"), 7, False, shelter=True)
+    with pytest.raises(LayerError):
+        images.stack.write_over(memoryview(b"other"), CLUSTER, False, shelter=False)
+    images.disk.before = failing("zero")
+    images.stack.zero_over(2 * BLOCK, BLOCK, False, False, shelter=True)
+    images.disk.before = lambda _: None
+    expected[7:12] = b"guest"
+    expected[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
+    assert images.top() == expected
+    for first, last in list(images.stack.held_ranges()):
+        images.stack.commit(first, last)
+    assert images.below() == expected
+
+
+def test_reclaiming_goes_on_behind_a_range_that_somebody_holds(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay_module, "_EMPTIED_BEHIND", BLOCK)
+    images.stack.write_top(memoryview(b"\xaa" * 3 * BLOCK), 0)
+    images.stack.empty()
+    ranges = images.stack.active.stale_ranges()
+    held = images.stack.top.acquire(0, BLOCK)
+    steps = 0
+    while images.stack.reclaim_some(images.stack.active, ranges, 1):
+        steps += 1
+    images.stack.top.release(held)
+    assert images.stack.active.data.extents(BLOCK, 2 * BLOCK)[0].hole, "only the held block may be left"
+    assert not images.stack.active.data.extents(0, BLOCK)[0].hole
+
+
+def test_images_that_went_away_are_named(images: Images) -> None:
+    images.stack.check_images()
+    (images.folder / "hidden.qcow2").unlink()
+    with pytest.raises(LayerError, match="hidden disk: .*was removed") as refusal:
+        images.stack.check_images()
+    assert refusal.value.layer is Layer.HIDDEN

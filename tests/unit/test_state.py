@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""state.py: after a kill at any point the next process finds the old record or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import DEADLINE_S, REPOSITORY
+from replication import state as state_module
+from replication.errors import ConfigError
+from replication.fault import Fault
+from replication.stage import Mode, Stage
+from replication.state import Record, StateError, StateFolder
+
+OLD = Record(Mode.SECONDARY, Stage.RUNNING, disks={"disk0": 4096})
+NEW = Record(
+    Mode.SECONDARY,
+    Stage.FAILOVER,
+    "failed",
+    "nbd://other/disk0",
+    Fault(3, "disk0", "write", 0, 512, "ENOSPC", "Störung", 1, 1.5, 2.5, True).to_json(),
+    {"disk0": 4096},
+)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[StateFolder]:
+    """A state folder of this process."""
+    folder = StateFolder(str(path))
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+def crashed(path: Path) -> Path:
+    """What a process finds that is started after the one that has `path` was killed now."""
+    copy = path.with_name(path.name + "-after")
+    if copy.exists():
+        shutil.rmtree(copy)
+    shutil.copytree(path, copy)
+    return copy
+
+
+@contextlib.contextmanager
+def child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process with replication.state; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys\nfrom replication.state import *\n" + code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(DEADLINE_S)
+
+
+@pytest.mark.parametrize("record", [OLD, NEW, Record(Mode.PRIMARY)], ids=["old", "new", "least"])
+def test_a_record_comes_back_as_it_was_saved(tmp_path: Path, record: Record) -> None:
+    with opened(tmp_path / "s") as folder:
+        assert folder.load() is None
+        folder.save(record)
+        assert folder.load() == record
+    with opened(tmp_path / "s") as folder:
+        assert folder.load() == record
+
+
+@pytest.mark.parametrize("call", ["open", "dump", "fsync", "rename"])
+def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fails(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with opened(tmp_path / "s") as folder:
+        folder.save(OLD)
+        with monkeypatch.context() as broken:
+            if call == "dump":
+                broken.setattr(state_module.json, "dump", fails)
+            elif call == "open":
+                broken.setattr("builtins.open", fails)
+            else:
+                broken.setattr(state_module.os, call, fails)
+            with pytest.raises(StateError, match="cannot write .*state.json: No space left"):
+                folder.save(NEW)
+        assert folder.load() == OLD
+        folder.save(NEW)
+        assert folder.load() == NEW
+
+
+def test_the_record_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+        steps.append("sync " + os.path.basename(target))
+        real_fsync(fd)
+
+    def rename(source: str, target: str) -> None:
+        assert Record.from_json(json.loads(Path(source).read_text())) == NEW
+        steps.append("rename")
+        real_rename(source, target)
+
+    with opened(tmp_path / "s") as folder:
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "rename", rename)
+        folder.save(NEW)
+    assert steps == ["sync state.json.new", "rename", "sync s"]
+
+
+def test_what_a_killed_save_left_behind_is_of_no_consequence(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with opened(path) as folder:
+        folder.save(OLD)
+    (path / "state.json.new").write_text('{"format": 1, "mo')
+    with opened(path) as folder:
+        assert folder.load() == OLD
+        folder.save(NEW)
+        assert folder.load() == NEW
+    assert not (path / "state.json.new").exists()
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_record(tmp_path: Path) -> None:
+    code = (
+        "folder = StateFolder(sys.argv[1])\n"
+        "number = 0\n"
+        "while True:\n"
+        "    number += 1\n"
+        "    folder.save(Record(Mode.PRIMARY, disks={f'disk{n}': number for n in range(200)}))\n"
+        "    print(number, flush=True)\n"
+    )
+    former = 0
+    for enough in (1, 4, 9, 16):
+        with child(code, str(tmp_path / "s")) as process:
+            assert process.stdout is not None
+            answered = 0
+            while answered < enough:
+                answered = int(process.stdout.readline())
+            process.kill()
+            answered = max([answered, *map(int, process.stdout.read().split())])
+        with opened(tmp_path / "s") as folder:
+            record = folder.load()
+            assert record is not None
+            (found,) = set(record.disks.values())
+            assert answered <= found <= answered + 1, "a saved record is not lost"
+            former = max(former, found)
+    assert former >= 16
+
+
+WRONG = {
+    "empty": "",
+    "cut off": json.dumps(OLD.to_json())[:-20],
+    "not an object": "[1, 2]",
+    "a text": '"running"',
+    "nothing": "null",
+    "another format": json.dumps({**OLD.to_json(), "format": 2}),
+    "no format": json.dumps({key: value for key, value in OLD.to_json().items() if key != "format"}),
+    "unknown stage": json.dumps({**OLD.to_json(), "stage": "sleeping"}),
+    "unknown mode": json.dumps({**OLD.to_json(), "mode": "tertiary"}),
+    "no mode": json.dumps({key: value for key, value in OLD.to_json().items() if key != "mode"}),
+    "unknown member": json.dumps({**OLD.to_json(), "colour": "red"}),
+    "disks of another type": json.dumps({**OLD.to_json(), "disks": [1]}),
+    "sizes of another type": json.dumps({**OLD.to_json(), "disks": {"disk0": "big"}}),
+    "backup of another type": json.dumps({**OLD.to_json(), "backup": 5}),
+    "fault of another type": json.dumps({**OLD.to_json(), "fault": [1]}),
+    "secondary of another type": json.dumps({**OLD.to_json(), "secondary": 7}),
+    "nested without end": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", WRONG.values(), ids=WRONG.keys())
+def test_a_state_file_that_this_program_did_not_write_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "s"
+    with opened(path) as folder:
+        (path / "state.json").write_text(text)
+        with pytest.raises(ConfigError, match="is not a state file of this program .*move it away to start anew"):
+            folder.load()
+    assert (path / "state.json").read_text() == text
+
+
+def test_a_state_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as folder:
+        (tmp_path / "s" / "state.json").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ConfigError, match="not a state file"):
+            folder.load()
+
+
+def test_a_state_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as folder:
+        (tmp_path / "s" / "state.json").mkdir()
+        with pytest.raises(ConfigError, match="cannot read .*Is a directory"):
+            folder.load()
+
+
+# -- epoch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_not_begun_or_to_be_finished_or_complete_for_the_next_process(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with opened(path) as folder:
+
+        def after_a_kill() -> tuple[int, bool, bool]:
+            with opened(crashed(path)) as following:
+                return following.epoch, following.emptying, following.checkpoint["time"] is not None
+
+        assert after_a_kill() == (0, False, False)
+        folder.begin_epoch()
+        assert after_a_kill() == (1, True, False)
+        folder.end_epoch(0.25)
+        assert after_a_kill() == (1, False, True)
+        folder.begin_epoch()
+        assert after_a_kill() == (2, True, True)
+    with opened(path) as folder:
+        folder.end_epoch(0.5)
+        assert (folder.epoch, folder.emptying) == (2, False)
+        assert folder.checkpoint["duration"] == 0.5
+
+
+def test_the_epoch_survives_a_real_kill(tmp_path: Path) -> None:
+    code = (
+        "folder = StateFolder(sys.argv[1])\n"
+        "folder.begin_epoch()\nfolder.end_epoch(0.1)\nfolder.begin_epoch()\nprint('begun', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with child(code, str(tmp_path / "s")) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+    with opened(tmp_path / "s") as folder:
+        assert (folder.epoch, folder.emptying) == (2, True)
+
+
+def test_an_epoch_file_cut_off_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with opened(path):
+        pass
+    os.truncate(path / "epoch", 0)
+    with opened(path) as folder:
+        assert (folder.epoch, folder.emptying) == (0, False)
+        folder.begin_epoch()
+    assert (path / "epoch").stat().st_size == 4096
+    assert (path / "epoch").stat().st_blocks, "a mapped hole on a full disk would kill the process"
+
+
+# -- the folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_by_another_process_is_refused_until_that_one_is_killed(tmp_path: Path) -> None:
+    with child(
+        "folder = StateFolder(sys.argv[1])\nprint('mine', flush=True)\nsys.stdin.read()", str(tmp_path)
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match=r"the state folder .* is in use by another process"):
+            StateFolder(str(tmp_path))
+    with opened(tmp_path):
+        pass
+
+
+def test_a_folder_in_use_here_is_refused_elsewhere(tmp_path: Path) -> None:
+    with opened(tmp_path), child("StateFolder(sys.argv[1])", str(tmp_path)) as other:
+        assert other.wait(DEADLINE_S) != 0
+    with opened(tmp_path), pytest.raises(ConfigError, match="in use"):
+        StateFolder(str(tmp_path))
+
+
+def test_the_folder_is_for_its_owner_only(tmp_path: Path) -> None:
+    with opened(tmp_path / "a" / "s") as folder:
+        folder.save(OLD)
+    assert (tmp_path / "a" / "s").stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot use the state folder .*Not a directory"):
+        StateFolder(str(tmp_path / "file" / "s"))
+
+
+def test_without_a_folder_the_same_calls_work_in_memory() -> None:
+    folder = StateFolder(None)
+    folder.save(NEW)
+    assert folder.load() is None
+    assert folder.checkpoint == {"time": None, "duration": None}
+    folder.begin_epoch()
+    assert (folder.epoch, folder.emptying) == (1, True)
+    folder.end_epoch(1.5)
+    assert (folder.epoch, folder.emptying, folder.checkpoint["duration"]) == (1, False, 1.5)
+    folder.close()
