@@ -428,8 +428,8 @@ class Forwarder:
         try:
             connection.issue(
                 entry.issue,
+                len(entry.data),
                 lambda request: self._answered.append((entry, request.errno)),
-                driving=True,
             )
         except DiskError as error:
             self._answered.append((entry, error.errno))

@@ -36,6 +36,11 @@ CHUNK = 32 << 20
 
 _DRAIN_MAX = 256
 
+_FITS_SOCKET = 8 << 10
+"""A request that carries no more than this is taken to fit into the socket's buffer (208 KiB by default), which saves
+two libnbd calls, and so two fights for the GIL, for each small request. Should it ever not fit, it goes on when the next
+answer comes or a wait ends."""
+
 Completion = Callable[[Any], int]
 Issue = Callable[[nbd.NBD, Completion], object]
 
@@ -88,6 +93,8 @@ class Connection:
         self._leader = threading.Lock()
         self._completed = 0
         self._suspect = False
+        # Whether libnbd may hold bytes that did not fit into the socket.
+        self._unsent = False
         self._polled = 0
         self._check_at = 0.0
         self._progress = time.monotonic()
@@ -189,11 +196,11 @@ class Connection:
         """Requests issued and not done."""
         return len(self._pending)
 
-    def issue(self, issue: Issue, on_done: Callable[[Request], None] | None = None, driving: bool = False) -> Request:
+    def issue(self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
 
-        `on_done` is called by whichever thread drives the handle, with libnbd's lock held: it may only note.
-        `driving`: the caller is the one thread that drives, so nobody has to be told that the socket was full.
+        `payload` is the number of bytes that it carries. `on_done` is called by whichever thread drives the handle,
+        with libnbd's lock held: it may only note.
         """
         request = Request(on_done)
         key = id(request)
@@ -216,8 +223,10 @@ class Connection:
             self._pending[key] = request
         try:
             issue(self.handle, completed)
-            if not driving and self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
-                self.poke()  # the leader must now wait for room in the socket, too
+            if payload > _FITS_SOCKET:
+                self._unsent = True
+                if on_done is None and self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+                    self.poke()  # a leader that is asleep must now wait for room in the socket, too
         except nbd.Error as error:
             self._suspect = True
             self._look_if_suspect(error.string)
@@ -244,6 +253,10 @@ class Connection:
                 try:
                     while not request.done:
                         self.drive(self.timeout_s)
+                    if self._pending:
+                        # The others' answers tend to come together with one's own: one call for each here, instead
+                        # of a change of leader, a poll and a call.
+                        self.drain()
                 finally:
                     self._leader.release()
                     self._appoint()
@@ -255,22 +268,26 @@ class Connection:
     def _appoint(self) -> None:
         """Wake one of the sleeping threads to lead. A thread that has issued but not yet slept finds its wake-up
         waiting, so none is lost."""
-        with self._lock:
-            for request in self._pending.values():
-                request.wake()
-                return
+        for request in list(self._pending.values())[:1]:
+            request.wake()
 
     def drive(self, wait_s: float) -> None:
         """Move bytes, or wait for them at most `wait_s` seconds. One thread at a time: `wait` sees to
         that, and an owner that never calls `wait` does it by itself."""
         self.check_progress()
         # Every libnbd call lets go of the GIL and has to win it back, so as few as possible are made here.
-        wanted = self._wanted()
+        wanted: int = select.POLLIN
+        if self._unsent:
+            wanted = self._wanted()
+            self._unsent = bool(wanted & select.POLLOUT)
         if wanted != self._polled:
             self._polled = wanted
             self._poll.modify(self._fd, wanted)
         before = self._completed
-        for fd, events in self._poll.poll(max(0.0, min(wait_s, self.timeout_s / 4)) * 1000):
+        ready = self._poll.poll(max(0.0, min(wait_s, self.timeout_s / 4)) * 1000)
+        if not ready:
+            self._unsent = True  # nothing came: look again whether something is left to send
+        for fd, events in ready:
             if fd == self._wakefd:
                 os.eventfd_read(self._wakefd)
                 continue

@@ -151,9 +151,9 @@ class NbdDisk(Disk):
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def _run(self, issue: Issue) -> None:
+    def _run(self, issue: Issue, payload: int = 0) -> None:
         connection = self._connected()
-        connection.wait(connection.issue(issue))
+        connection.wait(connection.issue(issue, payload))
 
     def _connected(self) -> Connection:
         connection = self._connection
@@ -185,7 +185,7 @@ class NbdDisk(Disk):
         flags = nbd.CMD_FLAG_FUA if native else 0
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
-            self._run(partial(_pwrite, part, offset + start, flags))
+            self._run(partial(_pwrite, part, offset + start, flags), len(part))
         if not native:
             self._written = object()
         if fua and not native:

@@ -105,7 +105,7 @@ def test_everything_holds_and_nothing_is_left(folder: Path, writer: str) -> None
 
 def test_interrupted_it_cleans_up(folder: Path) -> None:
     process = subprocess.Popen(
-        [DEMO, "--size", "24M", "--writer", "qemu-img"],
+        [DEMO, "--size", "512M", "--writer", "qemu-img"],  # large, so that it is still at work when the signal comes
         env=_environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""commit.py: the job goes over what the overlays hold until nothing is left, is cancelled, fails, or the process ends."""
+"""commit.py: the job goes over the overlays until nothing is left, is cancelled, fails, or the process ends."""
 
 from __future__ import annotations
 

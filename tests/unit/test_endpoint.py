@@ -169,11 +169,11 @@ def test_a_write_that_ends_after_a_flush_counts_as_unflushed(
     at_server, go_on = threading.Event(), threading.Event()
     real = disk._run
 
-    def run(issue: Any) -> None:
+    def run(*arguments: Any) -> None:
         if threading.current_thread() is writer:
             at_server.set()
             assert go_on.wait(DEADLINE_S)
-        real(issue)
+        real(*arguments)
 
     monkeypatch.setattr(disk, "_run", run)
     writer = threading.Thread(target=disk.write, args=([b"x"], 0))
@@ -205,7 +205,7 @@ def read_only(lab: Lab, raw: Path) -> Iterator[str]:
 
 
 def test_a_server_that_cannot_be_written_is_refused(read_only: str) -> None:
-    with pytest.raises(ConfigError, match="disk 'disk0': .* is served read-only"):
+    with pytest.raises(ConfigError, match=r"disk 'disk0': .* is served read-only"):
         NbdDisk("disk0", read_only)
 
 

@@ -199,7 +199,7 @@ def test_a_file_of_very_many_holes_is_answered_in_parts(tmp_path: Path) -> None:
 
 
 def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot open .*nothing of disk 'disk0': No such file"):
+    with pytest.raises(ConfigError, match=r"cannot open .*nothing of disk 'disk0': No such file"):
         FileDisk("disk0", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="Is a directory"):
         FileDisk("disk0", str(tmp_path))

@@ -84,11 +84,11 @@ def test_what_a_job_cannot_do_in_its_state_is_refused_in_qemus_words() -> None:
     board = Board()
     job = board.jobs.add(make())
     with pytest.raises(
-        CommandError, match="^Job 'commit-disk0' in state 'running' cannot accept command verb 'cancel'$"
+        CommandError, match=r"^Job 'commit-disk0' in state 'running' cannot accept command verb 'cancel'$"
     ):
         board.jobs.cancel("commit-disk0")  # it has no way to be cancelled
     with pytest.raises(
-        CommandError, match="^Job 'commit-disk0' in state 'running' cannot accept command verb 'dismiss'$"
+        CommandError, match=r"^Job 'commit-disk0' in state 'running' cannot accept command verb 'dismiss'$"
     ):
         board.jobs.dismiss("commit-disk0")
     job.cancel = lambda: pytest.fail("cancelled after its end")
@@ -96,7 +96,7 @@ def test_what_a_job_cannot_do_in_its_state_is_refused_in_qemus_words() -> None:
     with pytest.raises(CommandError, match="in state 'concluded' cannot accept command verb 'cancel'"):
         board.jobs.cancel("commit-disk0")
     for command in (board.jobs.cancel, board.jobs.dismiss):
-        with pytest.raises(CommandError, match="^Job not found$"):
+        with pytest.raises(CommandError, match=r"^Job not found$"):
             command("commit-disk1")
 
 

@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_locked_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "write-only"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
     try:
-        with pytest.raises(ConfigError, match="cannot lock the image .*Bad file descriptor"):
+        with pytest.raises(ConfigError, match=r"cannot lock the image .*Bad file descriptor"):
             lock_for_writing(fd, str(path))
     finally:
         os.close(fd)

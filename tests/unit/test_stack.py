@@ -370,7 +370,7 @@ def test_when_copy_before_write_fails_the_disk_is_not_touched(images: Images, mo
         lambda: images.stack.write_below(memoryview(b"x" * 9000), 10, False),
         lambda: images.stack.zero_below(10, 9000, True, False),
     ):
-        with pytest.raises(LayerError, match="^hidden disk: full$") as refusal:
+        with pytest.raises(LayerError, match=r"^hidden disk: full$") as refusal:
             action()
         assert (refusal.value.layer, refusal.value.operation) == (Layer.HIDDEN, "write")
         assert images.below() == expected
@@ -381,11 +381,15 @@ def test_when_copy_before_write_fails_the_disk_is_not_touched(images: Images, mo
 def test_a_failure_of_the_secondary_disk_is_named_and_the_checkpoint_stays(images: Images, operation: str) -> None:
     expected = images.top()
     images.disk.before = failing(operation, errno.ENOSPC)
-    with pytest.raises(LayerError, match="^secondary disk: broken$") as refusal:
+
+    def change() -> None:
         if operation == "zero":
             images.stack.zero_below(0, BLOCK, False, False)
         else:
             images.stack.write_below(memoryview(b"x" * 10), 0, False)
+
+    with pytest.raises(LayerError, match=r"^secondary disk: broken$") as refusal:
+        change()
     images.disk.before = lambda _: None
     assert (refusal.value.layer, refusal.value.errno) == (Layer.SECONDARY, errno.ENOSPC)
     assert images.top() == expected
@@ -464,6 +468,6 @@ def test_reclaiming_goes_on_behind_a_range_that_somebody_holds(images: Images, m
 def test_images_that_went_away_are_named(images: Images) -> None:
     images.stack.check_images()
     (images.folder / "hidden.qcow2").unlink()
-    with pytest.raises(LayerError, match="hidden disk: .*was removed") as refusal:
+    with pytest.raises(LayerError, match=r"hidden disk: .*was removed") as refusal:
         images.stack.check_images()
     assert refusal.value.layer is Layer.HIDDEN

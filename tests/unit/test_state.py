@@ -97,7 +97,7 @@ def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: py
                 broken.setattr("builtins.open", fails)
             else:
                 broken.setattr(state_module.os, call, fails)
-            with pytest.raises(StateError, match="cannot write .*state.json: No space left"):
+            with pytest.raises(StateError, match=r"cannot write .*state\.json: No space left"):
                 folder.save(NEW)
         assert folder.load() == OLD
         folder.save(NEW)
@@ -190,7 +190,7 @@ def test_a_state_file_that_this_program_did_not_write_is_refused_and_kept(tmp_pa
     path = tmp_path / "s"
     with opened(path) as folder:
         (path / "state.json").write_text(text)
-        with pytest.raises(ConfigError, match="is not a state file of this program .*move it away to start anew"):
+        with pytest.raises(ConfigError, match=r"is not a state file of this program .*move it away to start anew"):
             folder.load()
     assert (path / "state.json").read_text() == text
 
@@ -205,7 +205,7 @@ def test_a_state_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_a_state_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as folder:
         (tmp_path / "s" / "state.json").mkdir()
-        with pytest.raises(ConfigError, match="cannot read .*Is a directory"):
+        with pytest.raises(ConfigError, match=r"cannot read .*Is a directory"):
             folder.load()
 
 
@@ -288,7 +288,7 @@ def test_the_folder_is_for_its_owner_only(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot use the state folder .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot use the state folder .*Not a directory"):
         StateFolder(str(tmp_path / "file" / "s"))
 
 
