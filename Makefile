@@ -50,11 +50,13 @@ install: ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DE
 	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
+	install -D -m 755 scripts/replctl "$(DESTDIR)$(PREFIX)/bin/replctl"
 
 uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
+	rm -f "$(DESTDIR)$(PREFIX)/bin/replctl"
 
 clean: ## Remove everything that is not source, .venv included
 	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache build

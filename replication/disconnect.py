@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from replication.log import log
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _AGAIN_S = 0.5
 
 _GRACE_S = 2.0

@@ -38,8 +38,8 @@ _DRAIN_MAX = 256
 
 _FITS_SOCKET = 8 << 10
 """A request that carries no more than this is taken to fit into the socket's buffer (208 KiB by default), which saves
-two libnbd calls, and so two fights for the GIL, for each small request. Should it ever not fit, it goes on when the next
-answer comes or a wait ends."""
+two libnbd calls, and so two fights for the GIL, for each small request. Should it ever not fit, it goes on when the
+next answer comes or a wait ends."""
 
 Completion = Callable[[Any], int]
 Issue = Callable[[nbd.NBD, Completion], object]

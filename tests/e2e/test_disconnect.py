@@ -22,7 +22,7 @@ def connect(uri: str) -> nbd.NBD:
     return handle
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, "quit"], ids=str)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, "quit"], ids=str)
 def test_ends_although_clients_are_idle(lab: Lab, how: signal.Signals | str) -> None:
     server = lab.secondary()
     handles = [connect(server.uri(export)) for export in ("disk0", "top0")]

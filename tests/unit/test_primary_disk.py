@@ -188,6 +188,10 @@ def changed(kind: str, length: int = 4 * KIB) -> bytes:
     return b"\xaa" * length if kind == "write" else bytes(length)
 
 
+def resend(bench: Bench, ended: list[bool], offset: int = 0) -> Future[bool]:
+    return bench.pool.submit(bench.disk.resend, offset, GRAIN, lambda entry: ended.append(entry.arrived))
+
+
 # -- not running -------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +406,21 @@ def test_sync_keeps_a_change_that_failed_locally_marked_although_it_arrives(make
 
 
 @both_protocols
+@kinds
+def test_resending_what_failed_locally_makes_it_clean(make: Make, sync: bool, kind: str) -> None:
+    bench = make(sync)
+    assert bench.local is not None
+    bench.local.before = fail
+    with pytest.raises(DiskError, match="broken"):
+        done(change(bench, kind))
+    ended: list[bool] = []
+    assert done(resend(bench, ended))
+    for entry in bench.link.put_entries:
+        bench.link.answer(entry)
+    assert (bench.states, ended) == (CLEAN_MAP, [True])
+
+
+@both_protocols
 @pytest.mark.parametrize("stage", [Stage.NONE, Stage.RUNNING, Stage.DONE], ids=lambda stage: stage.value)
 def test_a_local_failure_without_a_link_leaves_the_grain_missing(make: Make, sync: bool, stage: Stage) -> None:
     bench = make(sync)
@@ -593,10 +612,6 @@ def test_a_flush_that_fails_locally_is_told_to_the_guest(make: Make) -> None:
 # -- resend ------------------------------------------------------------------------------------------------------
 
 
-def resend(bench: Bench, ended: list[bool], offset: int = 0) -> Future[bool]:
-    return bench.pool.submit(bench.disk.resend, offset, GRAIN, lambda entry: ended.append(entry.arrived))
-
-
 def test_resending_a_grain_makes_it_clean_on_arrival(make: Make) -> None:
     bench = make()
     bench.changes.mark(GRAIN, 1)
@@ -663,7 +678,7 @@ def test_a_write_begun_before_a_resend_is_queued_first_and_is_in_what_is_resent(
     assert bench.states[0] == CLEAN
 
 
-def test_a_write_during_a_resend_is_queued_behind_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_during_a_resend_is_queued_behind_it(make: Make) -> None:
     """
     resync:  read done, held ------------- queued
     guest:        asked for its range             written, queued
