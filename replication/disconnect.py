@@ -82,9 +82,14 @@ class Disconnector:
         connected: list[socket.socket] = []
         for name in os.listdir("/proc/self/fd"):
             try:
-                found = socket.socket(fileno=os.dup(int(name)))
+                duplicate = os.dup(int(name))
             except OSError:
-                continue  # not a socket, or closed since the listing
+                continue  # closed since the listing
+            try:
+                found = socket.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)  # not a socket
+                continue
             if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 listeners.add(_address(found))
                 found.close()

@@ -167,7 +167,7 @@ class PrimaryDisk:
         try:
             if local is not None:
                 self._tell(lambda: locally(local))
-        except DiskError:
+        except BaseException:
             # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
             self.changes.mark(offset, length)
             if queued and not self._sync:

@@ -27,7 +27,7 @@ PRIMARY_IOPS_MIN = 8000
 """At queue depth 16 with 1 ms a request: half of what the storage could do, eight times what one at a time does."""
 
 BOTH_SLOW_IOPS_MIN = 5000
-"""The same with a secondary disk that takes 1 ms as well: five processes share the processors then, two of them Python."""
+"""The same with a secondary disk that takes 1 ms as well: five processes share the processors then, two in Python."""
 
 FACE_IOPS_MIN = 4000
 CHECKPOINT_S_MAX = 0.020

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -53,10 +54,17 @@ def connected(server: NbdProcess, timeout_s: float = DEADLINE_S) -> Iterator[Con
         connection.close()
 
 
+def _stands_still(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+
+
 @contextlib.contextmanager
 def silent(server: NbdProcess) -> Iterator[None]:
     os.kill(server.pid, signal.SIGSTOP)
     try:
+        # Until then one of its threads may still answer.
+        wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
         yield
     finally:
         os.kill(server.pid, signal.SIGCONT)
@@ -263,6 +271,8 @@ def test_a_server_that_does_not_speak_nbd_is_an_error_in_time(tmp_path: Path, sa
 
 def test_connections_leave_no_descriptors(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE)
+    # What other tests have left to the collector must not go in between.
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for number in range(5):
         with connected(server) as connection:
