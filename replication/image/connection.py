@@ -251,12 +251,7 @@ class Connection:
         while not request.done:
             if self._leader.acquire(blocking=False):
                 try:
-                    while not request.done:
-                        self.drive(self.timeout_s)
-                    if self._pending:
-                        # The others' answers tend to come together with one's own: one call for each here, instead
-                        # of a change of leader, a poll and a call.
-                        self.drain()
+                    self._lead(request)
                 finally:
                     self._leader.release()
                     self._appoint()
@@ -264,6 +259,15 @@ class Connection:
                 request.sleep(self.timeout_s)
         if request.errno:
             raise DiskError(self._cause or f"{self.uri}: {os.strerror(request.errno)}", request.errno)
+
+    def _lead(self, request: Request) -> None:
+        """Drive for all until one's own request is done."""
+        while not request.done:
+            self.drive(self.timeout_s)
+        if self._pending:
+            # The others' answers tend to come together with one's own: one call for each here, instead of a change
+            # of leader, a poll and a call.
+            self.drain()
 
     def _appoint(self) -> None:
         """Wake one of the sleeping threads to lead. A thread that has issued but not yet slept finds its wake-up
