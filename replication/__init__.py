@@ -40,8 +40,11 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     secondary_disk.py           the guest face and the target face
     commit.py                   the job that commits the overlays down after failover
     forward.py                  the forward queue and its link
+    backlog.py                  what waits for the secondary, and how much of it there may be
+    reclaim.py                  giving back stale overlay space
     image/stack.py              active, hidden and secondary disk as one
     image/overlay.py            bits and data of one overlay
+    image/layer.py              the images of a stack by name
     image/qcow2.py              the qcow2 layout: creating, validating, mapping
     image/disk.py               opening a disk by path or URI
     image/file.py  endpoint.py  a disk in a file, behind NBD

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from replication.backlog import Budget, Entry
 from replication.changes import ChangeMap
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
-from replication.forward import Budget, Entry, Forwarder, LinkState
+from replication.forward import Forwarder, LinkState
 from replication.image.connection import Connection
 from replication.image.disk import open_disk
 from replication.image.face import Disk

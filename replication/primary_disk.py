@@ -23,10 +23,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from replication.backlog import ZERO_MAX, Entry, Kind
 from replication.changes import ChangeMap
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
-from replication.forward import ZERO_MAX, Entry, Forwarder, Kind
+from replication.forward import Forwarder
 from replication.image.connection import CHUNK
 from replication.image.face import Disk, Extent
 from replication.image.qcow2 import BLOCK

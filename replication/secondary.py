@@ -15,13 +15,15 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
 from replication.gate import GateStuck
 from replication.image.disk import open_disk
+from replication.image.layer import LayerError
 from replication.image.overlay import Overlay, ReadOnlyImage
 from replication.image.qcow2 import Layout, create, image_size, read_layout, remove
-from replication.image.stack import LayerError, Stack
+from replication.image.stack import Stack
 from replication.jobs import Job
 from replication.log import log
 from replication.options import DiskOptions, is_uri
 from replication.pause import pause
+from replication.reclaim import Reclaimer
 from replication.secondary_disk import SecondaryDisk, backup_job
 from replication.side import Setting, Side, disk_list
 from replication.stage import Mode, Stage
@@ -31,12 +33,6 @@ BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
 _CLOSE_S = 4.0
 """Longest wait for the commit to notice that the process ends; it copies 1 MiB between two looks."""
-
-_RECLAIM_AFTER_S = 1.0
-"""Stale overlay space is given back this long after the last checkpoint: with a checkpoint every 200 ms the same space
-is written again at once, and giving it back in between only costs."""
-
-_RECLAIM_STEPS = 4
 
 _SETTLE_RETRY_S = 1.0
 
@@ -54,8 +50,7 @@ class SecondarySide(Side):
         self._backup_jobs: list[Job] = []
         self._commit: CommitThread | None = None
         self._closing = threading.Event()
-        self._stale = threading.Event()
-        self._reclaimer: threading.Thread | None = None
+        self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -180,9 +175,7 @@ class SecondarySide(Side):
     def launch(self) -> None:
         if self._set.record.stage is Stage.FAILOVER:
             self._begin_commit()
-        self._reclaimer = threading.Thread(target=self._reclaim, name="reclaim", daemon=True)
-        self._reclaimer.start()
-        self._stale.set()
+        self._reclaimer.start([disk.stack for disk in self.disks if disk.stack is not None])
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:
@@ -219,7 +212,7 @@ class SecondarySide(Side):
             pause("start.emptied")
             self._set.enter(Stage.RUNNING)
         self._begin_backup()
-        self._stale.set()
+        self._reclaimer.wake()
 
     def checkpoint(self) -> None:
         record = self._set.record
@@ -234,7 +227,7 @@ class SecondarySide(Side):
         self._check_images()
         with self._set.gate.closed():
             self._empty_all()
-        self._stale.set()
+        self._reclaimer.wake()
 
     def stop(self, failover: bool) -> None:
         if failover:
@@ -255,7 +248,7 @@ class SecondarySide(Side):
             pause("stop.entered")
             self._empty_all()
         self._end_backup_jobs(None)
-        self._stale.set()
+        self._reclaimer.wake()
 
     def _fail_over(self) -> None:
         with self._set.gate.closed():
@@ -347,7 +340,7 @@ class SecondarySide(Side):
         if not self._settle(Stage.DONE, all_down):
             return False
         self._set.faults.clear()
-        self._stale.set()
+        self._reclaimer.wake()
         return True
 
     def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
@@ -374,35 +367,6 @@ class SecondarySide(Side):
         if self._settle(Stage.FAILOVER_FAILED):
             self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
 
-    # -- space ---------------------------------------------------------------------------------------------
-
-    def _reclaim(self) -> None:
-        """Give back overlay space that checkpoints have left behind, a little at a time, inside the gate."""
-        while not self._closing.is_set():
-            if not self._stale.wait(1.0):
-                continue
-            self._stale.clear()
-            if self._closing.wait(_RECLAIM_AFTER_S) or self._stale.is_set():
-                continue
-            for disk in self.disks:
-                if disk.stack is None:
-                    continue
-                for overlay in (disk.stack.active, disk.stack.hidden):
-                    try:
-                        self._reclaim_overlay(disk.stack, overlay)
-                    except DiskError as error:
-                        log(f"cannot give back space of {overlay.path}: {error}")
-
-    def _reclaim_overlay(self, stack: Stack, overlay: Overlay) -> None:
-        ranges = overlay.stale_ranges()
-        more = True
-        while more and not self._closing.is_set() and not self._stale.is_set():
-            with self._set.gate:
-                # During a commit, readers may be reading data whose bit is gone.
-                if self._set.record.stage not in (Stage.RUNNING, Stage.DONE):
-                    return
-                more = stack.reclaim_some(overlay, ranges, _RECLAIM_STEPS)
-
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
@@ -424,11 +388,9 @@ class SecondarySide(Side):
 
     def close(self) -> None:
         self._closing.set()
-        self._stale.set()
         if self._commit is not None:
             self._commit.join(_CLOSE_S)
-        if self._reclaimer is not None:
-            self._reclaimer.join(_CLOSE_S)
+        self._reclaimer.stop(_CLOSE_S)
         for disk in self.disks:
             disk.close()
 

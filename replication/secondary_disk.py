@@ -14,7 +14,8 @@ from collections.abc import Callable
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.face import Disk, Extent
-from replication.image.stack import Layer, LayerError, Stack
+from replication.image.layer import Layer, LayerError
+from replication.image.stack import Stack
 from replication.jobs import Job, JobList
 from replication.stage import Stage
 

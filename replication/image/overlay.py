@@ -270,9 +270,10 @@ class Overlay:
             raise DiskError.from_os(f"flushing {self.path}", error) from error
 
     def close(self) -> None:
-        """Let go of the files. No method may be called after it."""
-        self.data.close()
-        self._unmap()
+        """Let go of the files; no other method may be called after it."""
+        if self._fd >= 0:
+            self.data.close()
+            self._unmap()
 
     def _unmap(self) -> None:
         del self._table
@@ -280,3 +281,4 @@ class Overlay:
         self._view.release()
         self._map.close()
         os.close(self._fd)
+        self._fd = -1

@@ -41,11 +41,10 @@ import heapq
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import Enum
 
 from replication.errors import DiskError
 from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.pause import pause
@@ -59,45 +58,6 @@ _SPARSE_FROM = 64 << 10
 
 EXTENTS_MAX = 1 << 30
 """Longest range of one extents answer; the client asks again for the rest."""
-
-
-class Layer(Enum):
-    """Which image a failed operation was on."""
-
-    ACTIVE = "active disk"
-    HIDDEN = "hidden disk"
-    SECONDARY = "secondary disk"
-
-
-class LayerError(DiskError):
-    """An operation on one image of the stack failed."""
-
-    def __init__(self, cause: DiskError, layer: Layer, operation: str, offset: int, length: int) -> None:
-        super().__init__(f"{layer.value}: {cause}", cause.errno)
-        self.layer = layer
-        self.operation = operation
-        self.offset = offset
-        self.length = length
-
-
-@contextmanager
-def _on(layer: Layer, operation: str, offset: int, length: int) -> Iterator[None]:
-    """Say where a failure happened."""
-    try:
-        yield
-    except LayerError:
-        raise
-    except DiskError as error:
-        raise LayerError(error, layer, operation, offset, length) from error
-
-
-class Source(Enum):
-    """Where the visible content of a run of blocks is."""
-
-    ACTIVE = "active"
-    HIDDEN = "hidden"
-    ZERO = "zero"
-    DISK = "disk"
 
 
 class Stack:
@@ -129,17 +89,17 @@ class Stack:
 
     def _read_overlay(self, part: memoryview, start: int, source: Source) -> None:
         if source is Source.ACTIVE:
-            with _on(Layer.ACTIVE, "read", start, len(part)):
+            with on_layer(Layer.ACTIVE, "read", start, len(part)):
                 self.active.data.read(part, start)
         elif source is Source.HIDDEN:
-            with _on(Layer.HIDDEN, "read", start, len(part)):
+            with on_layer(Layer.HIDDEN, "read", start, len(part)):
                 self.hidden.data.read(part, start)
         else:
             _clear(part)
 
     def _read_disk(self, part: memoryview, start: int) -> None:
         """Read the disk below, then whatever a target write has preserved meanwhile from hidden."""
-        with _on(Layer.SECONDARY, "read", start, len(part)):
+        with on_layer(Layer.SECONDARY, "read", start, len(part)):
             self.disk.read(part, start)
         pause("guest-read.disk-read")
         stop = start + len(part)
@@ -191,7 +151,7 @@ class Stack:
         at = start
         below: list[Extent] = []
         while at < stop:
-            with _on(Layer.SECONDARY, "extents", at, stop - at):
+            with on_layer(Layer.SECONDARY, "extents", at, stop - at):
                 below += self.disk.extents(at, stop - at)
             at = below[-1].offset + below[-1].length
         # As in _read_disk: what hidden holds by now may have been overwritten below.
@@ -237,7 +197,7 @@ class Stack:
         head = first * BLOCK - offset
         if head:
             self._write_active([ZEROES[:head]], offset, head)
-        with _on(Layer.ACTIVE, "zero", offset, length):
+        with on_layer(Layer.ACTIVE, "zero", offset, length):
             self.active.mark(first, last, Held.ZERO)
         tail = stop - last * BLOCK
         if tail > 0:
@@ -263,7 +223,7 @@ class Stack:
             pieces = [piece for piece in (head, *pieces, tail) if piece]
             offset, length = start, end - start
         try:
-            with _on(Layer.ACTIVE, "write", offset, length):
+            with on_layer(Layer.ACTIVE, "write", offset, length):
                 self._with_room(lambda: self.active.data.write(pieces, offset))
         except LayerError as error:
             if error.errno != errno.ENOSPC or not self.committing:
@@ -281,7 +241,7 @@ class Stack:
         whole = memoryview(bytearray(end - start))
         self.read(whole, start)
         whole[offset - start : offset - start + length] = b"".join(pieces)
-        with _on(Layer.SECONDARY, "write", start, end - start):
+        with on_layer(Layer.SECONDARY, "write", start, end - start):
             self.disk.write([whole], start)
         self.hidden.forget(first, last)
         self.active.forget(first, last)
@@ -302,7 +262,7 @@ class Stack:
                     self._write_active([part], start, end - start)
                     continue
                 try:
-                    with _on(Layer.SECONDARY, "write", start, end - start):
+                    with on_layer(Layer.SECONDARY, "write", start, end - start):
                         self.disk.write([part], start, fua)
                 except LayerError:
                     if not shelter:
@@ -320,7 +280,7 @@ class Stack:
                     self._zero_active(start, end - start)
                     continue
                 try:
-                    with _on(Layer.SECONDARY, "zero", start, end - start):
+                    with on_layer(Layer.SECONDARY, "zero", start, end - start):
                         self.disk.zero(start, end - start, may_trim, fua)
                 except LayerError:
                     if not shelter:
@@ -349,7 +309,7 @@ class Stack:
         try:
             self._preserve(offset, len(data))
             pause("target-write.preserved")
-            with _on(Layer.SECONDARY, "write", offset, len(data)):
+            with on_layer(Layer.SECONDARY, "write", offset, len(data)):
                 self.disk.write([data], offset, fua)
             pause("target-write.written")
         finally:
@@ -361,7 +321,7 @@ class Stack:
         try:
             self._preserve(offset, length)
             pause("target-write.preserved")
-            with _on(Layer.SECONDARY, "zero", offset, length):
+            with on_layer(Layer.SECONDARY, "zero", offset, length):
                 self.disk.zero(offset, length, may_trim, fua)
         finally:
             self.below.release(held)
@@ -384,7 +344,7 @@ class Stack:
         while at < stop:
             end = min(stop, (at // COPY_CHUNK + 1) * COPY_CHUNK)
             if stop - at >= _SPARSE_FROM:
-                with _on(Layer.SECONDARY, "extents", at, stop - at):
+                with on_layer(Layer.SECONDARY, "extents", at, stop - at):
                     extent = self.disk.extents(at, stop - at)[0]
                 whole = (at + extent.length) // BLOCK * BLOCK if at + extent.length < stop else stop
                 if extent.zero and whole > at:
@@ -392,13 +352,13 @@ class Stack:
                     at = whole
                     continue
             old = memoryview(bytearray(end - at))
-            with _on(Layer.SECONDARY, "read", at, end - at):
+            with on_layer(Layer.SECONDARY, "read", at, end - at):
                 self.disk.read(old, at)
             pause("copy-before-write.read")
             if old == ZEROES[: len(old)]:
                 self.hidden.mark(at // BLOCK, -(-end // BLOCK), Held.ZERO)
             else:
-                with _on(Layer.HIDDEN, "write", at, end - at):
+                with on_layer(Layer.HIDDEN, "write", at, end - at):
                     self._write_hidden(old, at)
             at = end
 
@@ -418,7 +378,7 @@ class Stack:
             for at, end, source in list(self._visible(start, stop)):
                 if source is Source.DISK:
                     continue
-                with _on(Layer.SECONDARY, "commit", at, end - at):
+                with on_layer(Layer.SECONDARY, "commit", at, end - at):
                     self._bring_down(at, end, source)
                 written += end - at
             pause("commit.written")
@@ -461,7 +421,7 @@ class Stack:
         """LayerError when an overlay was truncated or removed while in use: emptying it would not last, or would
         kill the process where its mapping has lost its file."""
         for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
-            with _on(layer, "make-empty", 0, self.size):
+            with on_layer(layer, "make-empty", 0, self.size):
                 overlay.check()
 
     def empty(self) -> None:
@@ -506,7 +466,7 @@ class Stack:
 
     def flush_top(self) -> None:
         """Make stable what the guest was answered for."""
-        with _on(Layer.ACTIVE, "flush", 0, 0):
+        with on_layer(Layer.ACTIVE, "flush", 0, 0):
             self.active.flush()
 
     def close(self) -> None:
@@ -516,9 +476,9 @@ class Stack:
 
     def flush_below(self) -> None:
         """Make stable what the primary was answered for: first what hidden preserves, then the disk."""
-        with _on(Layer.HIDDEN, "flush", 0, 0):
+        with on_layer(Layer.HIDDEN, "flush", 0, 0):
             self.hidden.flush()
-        with _on(Layer.SECONDARY, "flush", 0, 0):
+        with on_layer(Layer.SECONDARY, "flush", 0, 0):
             self.disk.flush()
 
 

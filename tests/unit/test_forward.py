@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import DEADLINE_S, DelayedEndpoint, Lab, NbdProcess, make_raw, pattern, wait_until
+from replication.backlog import ZERO_MAX, Budget, Entry, InFlight, Kind
 from replication.errors import DiskError
-from replication.forward import ZERO_MAX, Budget, Entry, Forwarder, InFlight, Kind, LinkState
+from replication.forward import Forwarder, LinkState
 from replication.image.connection import Connection
 
 SIZE = 4 << 20

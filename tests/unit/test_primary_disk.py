@@ -14,11 +14,12 @@ import pytest
 
 from lab import DEADLINE_S, Lab, make_raw, pattern, wait_until
 from replication import primary_disk
+from replication.backlog import Budget, Entry, Kind
 from replication.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, ChangeMap
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import Case, FaultLatch
-from replication.forward import Budget, Entry, Forwarder, Kind
+from replication.forward import Forwarder
 from replication.image.connection import Connection
 from replication.image.face import Buffer, Extent
 from replication.image.file import FileDisk

@@ -25,9 +25,10 @@ from replication.image import overlay as overlay_module
 from replication.image import qcow2
 from replication.image.face import Buffer
 from replication.image.file import FileDisk
+from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
-from replication.image.stack import Layer, LayerError, Stack
+from replication.image.stack import Stack
 
 SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 """The last block is short, and not even whole sectors."""

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What waits for the secondary: entries, how many bytes of them there may be, and which are in flight."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+
+import nbd
+
+from replication.image.connection import Completion
+from replication.image.qcow2 import BLOCK
+
+_ENTRY_COST = 512
+"""Bytes an entry counts beside its data, so that a queue of zeroes and flushes is bounded as well."""
+
+ZERO_MAX = 1 << 30
+"""Longest range of one entry of zeroes."""
+
+_SMALL = 64 << 10
+
+
+class Budget:
+    """Bytes that all queues of a node may hold together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # Protects the counters. Never held across I/O. `_room` is notified when bytes are given back or a link is lost.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._used = 0
+        self._given = 0
+        # Who waits for room, first come first served, so that small entries do not starve a large one.
+        self._line: deque[object] = deque()
+
+    def take(self, count: int, pointless: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for room; False when `pointless()` has become true, or when no entry has left any queue for
+        `timeout_s` seconds: as long as some do, the link is slow but not lost."""
+        with self._lock:
+            if not self._line and self._fits(count):
+                self._used += count
+                return True
+            ticket = object()
+            self._line.append(ticket)
+            try:
+                given = -1
+                while given != self._given:
+                    given = self._given
+                    if self._room.wait_for(
+                        lambda: pointless() or (self._line[0] is ticket and self._fits(count)), timeout_s
+                    ):
+                        break
+                else:
+                    return False
+                if pointless():
+                    return False
+                self._used += count
+                return True
+            finally:
+                self._line.remove(ticket)
+                self._room.notify_all()
+
+    def _fits(self, count: int) -> bool:
+        return not self._used or self._used + count <= self.limit
+
+    def give(self, count: int) -> None:
+        """An entry has left its queue."""
+        with self._lock:
+            self._used -= count
+            self._given += 1
+            if self._line:
+                self._room.notify_all()
+
+    def wake(self) -> None:
+        """Have the waiters look at `pointless` again."""
+        with self._lock:
+            self._room.notify_all()
+
+
+class Kind(Enum):
+    """What an entry asks of the secondary."""
+
+    WRITE = "write"
+    ZERO = "zero"
+    FLUSH = "flush"
+
+
+class Entry:
+    """One request on its way; one NBD request, so at most CHUNK bytes of data or ZERO_MAX bytes of zeroes."""
+
+    __slots__ = ("arrived", "cost", "data", "ended", "fua", "kind", "length", "may_trim", "offset", "on_end")
+
+    def __init__(
+        self,
+        kind: Kind,
+        offset: int = 0,
+        length: int = 0,
+        fua: bool = False,
+        may_trim: bool = False,
+        on_end: Callable[[Entry], None] | None = None,
+        waited_for: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.offset = offset
+        self.length = length
+        self.data = b""
+        self.fua = fua
+        self.may_trim = may_trim
+        self.on_end = on_end
+        self.cost = _ENTRY_COST
+        self.arrived = False
+        self.ended = threading.Event() if waited_for else None
+
+    def load(self, data: memoryview) -> None:
+        """Take a copy of the data: nbdkit's buffer is gone when the guest is answered."""
+        self.data = bytes(data)
+        self.cost = _ENTRY_COST + len(data)
+
+    def issue(self, handle: nbd.NBD, completion: Completion) -> None:
+        """Make the libnbd call."""
+        flags = nbd.CMD_FLAG_FUA if self.fua else 0
+        if self.kind is Kind.WRITE:
+            handle.aio_pwrite(self.data, self.offset, completion, flags)
+        elif self.kind is Kind.ZERO:
+            handle.aio_zero(
+                self.length, self.offset, completion, flags | (0 if self.may_trim else nbd.CMD_FLAG_NO_HOLE)
+            )
+        else:
+            handle.aio_flush(completion)
+
+    def end(self, arrived: bool) -> None:
+        """Tell whoever waits."""
+        self.arrived = arrived
+        if self.on_end is not None:
+            self.on_end(self)
+        if self.ended is not None:
+            self.ended.set()
+
+
+class InFlight:
+    """The entries that the secondary has not answered; no two of them overlap.
+
+    A small entry is found by its blocks; only a large one or a flush is compared with the others one by one.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: set[int] = set()
+        self._small: list[Entry] = []
+        self._large: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._large)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return itertools.chain(self._small, self._large)
+
+    def meets(self, entry: Entry) -> bool:
+        """Whether the order of the entry and one in flight matters. Blocks are rounded up: entries that share one
+        without overlapping are kept in order, too."""
+        if entry.kind is Kind.FLUSH:
+            return len(self) > 0
+        if _is_small(entry):
+            return not self._blocks.isdisjoint(_blocks(entry)) or any(_overlap(entry, other) for other in self._large)
+        return any(_overlap(entry, other) for other in self)
+
+    def add(self, entry: Entry) -> None:
+        """The entry goes to the secondary."""
+        if _is_small(entry):
+            self._small.append(entry)
+            self._blocks.update(_blocks(entry))
+        else:
+            self._large.append(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """The secondary has answered."""
+        if _is_small(entry):
+            self._small.remove(entry)
+            self._blocks.difference_update(_blocks(entry))
+        else:
+            self._large.remove(entry)
+
+
+def _is_small(entry: Entry) -> bool:
+    return entry.kind is not Kind.FLUSH and entry.length <= _SMALL
+
+
+def _blocks(entry: Entry) -> range:
+    return range(entry.offset // BLOCK, -(-(entry.offset + entry.length) // BLOCK))
+
+
+def _overlap(one: Entry, other: Entry) -> bool:
+    if other.kind is Kind.FLUSH:
+        return True
+    return one.offset < other.offset + other.length and other.offset < one.offset + one.length
+
+
+def cost(entries: Sequence[Entry]) -> int:
+    """What the entries together take of the budget, in bytes."""
+    return sum(entry.cost for entry in entries)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Giving back the overlay space that checkpoints leave behind.
+
+Emptying an overlay only clears bits, so that a checkpoint takes the same short time whatever was written; the data file
+keeps its old data until it is overwritten or given back here, a little at a time, inside the gate like a request. A
+writer that finds the file system full does not wait for this thread (Stack gives back what it needs itself).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from replication.errors import DiskError
+from replication.gate import Gate
+from replication.image.overlay import Overlay
+from replication.image.stack import Stack
+from replication.log import log
+from replication.stage import Stage
+
+AFTER_S = 1.0
+"""Space is given back this long after the last checkpoint: with a checkpoint every 200 ms the same space is written
+again at once, and giving it back in between only costs."""
+
+_STEPS = 4
+_LOOK_S = 1.0
+
+
+class Reclaimer:
+    """The thread that gives back stale space of all disks of a secondary."""
+
+    def __init__(self, gate: Gate, stage: Callable[[], Stage]) -> None:
+        self._gate = gate
+        self._stage = stage
+        self._stacks: Sequence[Stack] = ()
+        self._closing = threading.Event()
+        self._stale = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, stacks: Sequence[Stack]) -> None:
+        """Begin, with what a former process has left behind."""
+        self._stacks = stacks
+        self._stale.set()
+        self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Overlays have been emptied."""
+        self._stale.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread, if it was started."""
+        self._closing.set()
+        self._stale.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if not self._stale.wait(_LOOK_S):
+                continue
+            self._stale.clear()
+            if self._closing.wait(AFTER_S) or self._stale.is_set():
+                continue
+            for stack in self._stacks:
+                for overlay in (stack.active, stack.hidden):
+                    try:
+                        self._reclaim(stack, overlay)
+                    except DiskError as error:
+                        log(f"cannot give back space of {overlay.path}: {error}")
+
+    def _reclaim(self, stack: Stack, overlay: Overlay) -> None:
+        ranges = overlay.stale_ranges()
+        more = True
+        while more and not self._closing.is_set() and not self._stale.is_set():
+            with self._gate:
+                # During a commit, readers may be reading data whose bit is gone.
+                if self._stage() not in (Stage.RUNNING, Stage.DONE):
+                    return
+                more = stack.reclaim_some(overlay, ranges, _STEPS)
