@@ -50,6 +50,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     image/file.py  endpoint.py  a disk in a file, behind NBD
     image/face.py               what every disk can do
     image/connection.py         one libnbd handle with deadlines
+    image/direct.py             libnbd calls that keep the GIL
     image/lock.py               QEMU's byte-range locks
     options.py                  the command line and the TOML file
     changes.py  state.py        the change map, the state folder

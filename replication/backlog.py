@@ -119,15 +119,16 @@ class Entry:
         self.data = bytes(data)
         self.cost = _ENTRY_COST + len(data)
 
-    def issue(self, handle: nbd.NBD, completion: Completion) -> None:
-        """Make the libnbd call."""
+    @property
+    def flags(self) -> int:
+        """NBD's flags for the request."""
         flags = nbd.CMD_FLAG_FUA if self.fua else 0
-        if self.kind is Kind.WRITE:
-            handle.aio_pwrite(self.data, self.offset, completion, flags)
-        elif self.kind is Kind.ZERO:
-            handle.aio_zero(
-                self.length, self.offset, completion, flags | (0 if self.may_trim else nbd.CMD_FLAG_NO_HOLE)
-            )
+        return flags | nbd.CMD_FLAG_NO_HOLE if self.kind is Kind.ZERO and not self.may_trim else flags
+
+    def issue(self, handle: nbd.NBD, completion: Completion) -> None:
+        """Make the libnbd call, for what carries no data (Connection.write_alone sends what does)."""
+        if self.kind is Kind.ZERO:
+            handle.aio_zero(self.length, self.offset, completion, self.flags)
         else:
             handle.aio_flush(completion)
 

@@ -23,7 +23,7 @@ from enum import Enum
 
 from replication.backlog import Budget, Entry, InFlight, Kind, cost
 from replication.errors import DiskError
-from replication.image.connection import Connection
+from replication.image.connection import Connection, Request
 from replication.pause import pause
 
 WINDOW = 64
@@ -213,14 +213,14 @@ class Forwarder:
                 active_until = time.monotonic() + _ACTIVE_S
                 for entry in entries:
                     self._send(connection, entry)
-                connection.drain()
+                connection.drain_alone()
             elif nap:
                 connection.nap(_NAP_S)
-                connection.drain()
+                connection.drain_alone()
                 connection.check_progress()
             else:
                 connection.drive(_IDLE_S)
-                connection.drain()
+                connection.drain_alone()
         if connection.dead:
             self._lose(connection, DiskError(connection.cause))
         self._wind_up(connection)
@@ -236,12 +236,15 @@ class Forwarder:
 
     def _send(self, connection: Connection, entry: Entry) -> None:
         pause("forward.send")
+
+        def answered(request: Request) -> None:
+            self._answered.append((entry, request.errno))
+
         try:
-            connection.issue(
-                entry.issue,
-                len(entry.data),
-                lambda request: self._answered.append((entry, request.errno)),
-            )
+            if entry.kind is Kind.WRITE:
+                connection.write_alone(entry.data, entry.offset, entry.flags, answered)
+            else:
+                connection.issue(entry.issue, 0, answered)
         except DiskError as error:
             self._answered.append((entry, error.errno))
 

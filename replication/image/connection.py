@@ -30,6 +30,7 @@ from typing import Any
 import nbd
 
 from replication.errors import DiskError
+from replication.image.direct import DirectCalls
 
 CHUNK = 32 << 20
 """Most bytes that one NBD request may carry everywhere (NBD specification, default maximum payload)."""
@@ -69,14 +70,13 @@ class Request:
         """Until somebody calls `wake`."""
         self._wake.acquire(timeout=timeout_s)
 
-    def complete(self, error: Any) -> int:
-        """libnbd's completion callback; the value 1 retires the command."""
-        self.errno = error.value
+    def finish(self, number: int) -> None:
+        """The request has ended with an errno, 0 for success."""
+        self.errno = number
         self.done = True
         self.wake()
         if self.on_done is not None:
             self.on_done(self)
-        return 1
 
 
 class Connection:
@@ -89,6 +89,8 @@ class Connection:
         # Protects `_cause`, `_socket` and the wake-up descriptor against `close`. Never held across I/O.
         self._lock = threading.Lock()
         self._pending: dict[int, Request] = {}
+        # Writes of `write_alone` and their data, by libnbd's cookie; only the one thread touches it.
+        self._written_alone: dict[int, tuple[Request, bytes]] = {}
         self._cause: str | None = None
         self._leader = threading.Lock()
         self._completed = 0
@@ -112,6 +114,7 @@ class Connection:
         except BaseException:
             self.close()
             raise
+        self._direct = DirectCalls(self.handle)
         self.size = int(self.handle.get_size())
         self.can_zero = bool(self.handle.can_zero())
         self.can_fua = bool(self.handle.can_fua())
@@ -194,7 +197,7 @@ class Connection:
     @property
     def in_flight(self) -> int:
         """Requests issued and not done."""
-        return len(self._pending)
+        return len(self._pending) + len(self._written_alone)
 
     def issue(self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
@@ -213,7 +216,8 @@ class Connection:
                 self._suspect = True
             self._completed += 1
             self._progress = time.monotonic()
-            return request.complete(error)
+            request.finish(error.value)
+            return 1  # libnbd may forget the command
 
         with self._lock:
             if self._cause is not None:
@@ -302,6 +306,8 @@ class Connection:
                     self.handle.aio_notify_write()
             except nbd.Error as error:
                 self.fail(f"lost the connection to {self.uri}: {error.string}")
+        if self._written_alone:
+            self._collect()
         if self._completed == before:
             self._suspect = True
         self._look_if_suspect("the server closed it")
@@ -313,19 +319,16 @@ class Connection:
         for request in list(self._pending.values()):
             self._pending.pop(id(request), None)
             if not request.done:
-                request.errno = errno.ENOTCONN
-                request.done = True
-                request.wake()
-                if request.on_done is not None:
-                    request.on_done(request)
+                request.finish(errno.ENOTCONN)
 
     def check_progress(self) -> None:
         """Give the connection up when nothing has come for too long; part of `drive`."""
         now = time.monotonic()
-        if now < self._check_at or not self._pending:
+        if now < self._check_at or not self.in_flight:
             return
         self._check_at = now + self.timeout_s / 16
-        oldest = min(request.issued for request in list(self._pending.values()))
+        alone = (request for request, _ in self._written_alone.values())
+        oldest = min(request.issued for request in (*list(self._pending.values()), *alone))
         if now - self._progress > self.timeout_s or now - oldest > 4 * self.timeout_s:
             self.fail(f"no progress on the connection to {self.uri} for {self.timeout_s:g} s")
 
@@ -339,6 +342,43 @@ class Connection:
         except nbd.Error as error:
             self.fail(f"lost the connection to {self.uri}: {error.string}")
         self._look_if_suspect("the server closed it")
+
+    def write_alone(self, data: bytes, offset: int, flags: int, on_done: Callable[[Request], None]) -> None:
+        """Send a write, as `issue` does, from the one thread that uses this connection (direct.py)."""
+        request = Request(on_done)
+        if self._cause is not None:
+            raise DiskError(self._cause)
+        if not self.in_flight:
+            self._progress = request.issued
+        try:
+            cookie = self._direct.pwrite(data, offset, flags)
+        except OSError as error:
+            self._suspect = True
+            self._look_if_suspect(str(error.strerror))
+            raise DiskError(self._cause or f"{self.uri}: {error.strerror}", error.errno or errno.EIO) from error
+        self._written_alone[cookie] = request, data
+        if len(data) > _FITS_SOCKET:
+            self._unsent = True
+
+    def drain_alone(self) -> None:
+        """As `drain`, for the one thread that uses this connection."""
+        try:
+            for _ in range(_DRAIN_MAX):
+                if not self._direct.poll():
+                    break
+        except OSError as error:
+            self.fail(f"lost the connection to {self.uri}: {error.strerror}")
+        self._collect()
+        self._look_if_suspect("the server closed it")
+
+    def _collect(self) -> None:
+        """End the writes of `write_alone` that libnbd has finished."""
+        for cookie, number in self._direct.finished():
+            request, _ = self._written_alone.pop(cookie)
+            self._suspect |= number != 0
+            self._completed += 1
+            self._progress = time.monotonic()
+            request.finish(number)
 
     def nap(self, wait_s: float) -> None:
         """Let others work for at most `wait_s` seconds, unless somebody calls `poke`."""

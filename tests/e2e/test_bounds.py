@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, Secondary, Server, disk_name, make_raw, pattern, top_id
+from lab import KIB, MIB, Lab, NbdProcess, Pair, Secondary, Server, disk_name, make_raw, pattern, top_id
 
 GIB = 1024 * MIB
 ROUNDS = 6
@@ -26,8 +26,8 @@ ROUND_S = 2
 PRIMARY_IOPS_MIN = 8000
 """At queue depth 16 with 1 ms a request: half of what the storage could do, eight times what one at a time does."""
 
-BOTH_SLOW_IOPS_MIN = 5000
-"""The same with a secondary disk that takes 1 ms as well: five processes share the processors then, two in Python."""
+PAIR_IOPS_MIN = 5000
+"""The same while a whole secondary works on the same machine: five processes share the processors then."""
 
 FACE_IOPS_MIN = 4000
 CHECKPOINT_S_MAX = 0.020
@@ -81,32 +81,37 @@ def slow_secondary(lab: Lab, size: int) -> Server:
 
 
 @pytest.mark.parametrize(
-    ("mode", "slow", "bound"),
+    ("mode", "peer", "bound"),
     [
-        ("randwrite", False, PRIMARY_IOPS_MIN),
-        ("randread", False, PRIMARY_IOPS_MIN),
-        ("randwrite", True, BOTH_SLOW_IOPS_MIN),
+        ("randwrite", "memory", PRIMARY_IOPS_MIN),
+        ("randread", "memory", PRIMARY_IOPS_MIN),
+        ("randwrite", "secondary", PAIR_IOPS_MIN),
+        ("randwrite", "slow secondary", PAIR_IOPS_MIN),
     ],
-    ids=["write", "read", "write-to-a-slow-secondary"],
+    ids=["write", "read", "write-to-a-secondary", "write-to-a-slow-secondary"],
 )
 def test_a_primary_over_a_disk_of_1_ms_keeps_16_requests_in_flight(
-    lab: Lab, memory_folder: Path, mode: str, slow: bool, bound: int
+    lab: Lab, memory_folder: Path, mode: str, peer: str, bound: int
 ) -> None:
-    """One connection; the guest does not wait for the secondary."""
+    """One connection; the guest does not wait for what the writes are forwarded to. The secondary belongs on another
+    host, so the primary's own bound is measured with an NBD server in its place that takes next to no processor."""
     size = 64 * MIB
-    secondary: Server
-    if slow:
+    secondary: NbdProcess
+    if peer == "memory":
+        secondary = lab.endpoint(size=size, name="peer")
+    elif peer == "slow secondary":
         secondary = slow_secondary(lab, size)
     else:
-        secondary = lab.start(Secondary(memory_folder, [size]))
-        secondary.execute("xen-set-replication", {"enable": True, "primary": False})
+        pair_secondary = lab.start(Secondary(memory_folder, [size]))
+        pair_secondary.start_replication()
+        secondary = pair_secondary
     local = lab.endpoint(size=size, name="local", delay={"read": "1ms", "write": "1ms"})
     arguments = ["mode=primary", f"state={lab.folder / 'primary.state'}", f"disk={disk_name(0)}:{local.uri()}"]
     arguments.append(f"secondary={secondary.uri(disk_name(0))}")
     primary = lab.start(Server(lab.folder, "primary", arguments))
     primary.execute("xen-set-replication", {"enable": True, "primary": True})
     uri = primary.uri(disk_name(0))
-    iops = best(lambda: fio(uri, mode, size=size), lambda rate: rate >= bound, f"primary {mode}", "a second")
+    iops = best(lambda: fio(uri, mode, size=size), lambda rate: rate >= bound, f"primary {mode} {peer}", "a second")
     assert iops >= bound
     primary.execute("replication-checkpoint")
     assert primary.execute("query-replication")["error"] is None
