@@ -436,6 +436,23 @@ def _nbdkit(socket_path: Path) -> list[str]:
     return command
 
 
+def _stands_still(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+
+
+@contextlib.contextmanager
+def silent(server: NbdProcess) -> Iterator[None]:
+    """The server's process stands still; its sockets stay open."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        # Until then one of its threads may still answer.
+        wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
 class Server(NbdProcess):
     """One nbdkit that runs plugin.py with `arguments` (KEY=VALUE, in order).
 

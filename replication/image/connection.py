@@ -202,27 +202,21 @@ class Connection:
     def issue(self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
 
-        `payload` is the number of bytes that it carries. `on_done` is called by whichever thread drives the handle,
-        with libnbd's lock held: it may only note.
+        `payload` is the number of bytes that it carries. `on_done` is for an owner that drives the handle itself and
+        never calls `wait`; it is called with libnbd's lock held, so it may only note.
         """
         request = Request(on_done)
         key = id(request)
 
         def completed(error: Any) -> int:
-            if self._pending.pop(key, None) is None:
-                return 1  # given back already
-            if error.value:
-                # Perhaps the server's answer, perhaps the end of the connection: whoever drives has to look.
-                self._suspect = True
-            self._completed += 1
-            self._progress = time.monotonic()
-            request.finish(error.value)
+            if self._pending.pop(key, None) is not None:  # else given back already
+                self._ended(request, error.value)
             return 1  # libnbd may forget the command
 
         with self._lock:
             if self._cause is not None:
                 raise DiskError(self._cause)
-            if not self._pending:
+            if not self.in_flight:
                 self._progress = request.issued
             self._pending[key] = request
         try:
@@ -242,6 +236,14 @@ class Connection:
             # Sending may have found out that the server has gone; libnbd has ended the request then.
             self._look_if_suspect("the server closed it")
         return request
+
+    def _ended(self, request: Request, number: int) -> None:
+        """libnbd has ended a request. An errno is perhaps the server's answer, perhaps the end of the connection:
+        whoever drives has to look."""
+        self._suspect |= number != 0
+        self._completed += 1
+        self._progress = time.monotonic()
+        request.finish(number)
 
     def _look_if_suspect(self, reason: str) -> None:
         """Mark a connection as lost when libnbd has given it up."""
@@ -336,9 +338,7 @@ class Connection:
         """Take the answers that are there, without waiting; for the one thread that drives."""
         try:
             # One libnbd call an answer: it moves one at a time, and every call costs a fight for the GIL.
-            for _ in range(_DRAIN_MAX):
-                if self.handle.poll(0) != 1:
-                    break
+            _repeat(lambda: self.handle.poll(0) == 1)
         except nbd.Error as error:
             self.fail(f"lost the connection to {self.uri}: {error.string}")
         self._look_if_suspect("the server closed it")
@@ -363,9 +363,7 @@ class Connection:
     def drain_alone(self) -> None:
         """As `drain`, for the one thread that uses this connection."""
         try:
-            for _ in range(_DRAIN_MAX):
-                if not self._direct.poll():
-                    break
+            _repeat(self._direct.poll)
         except OSError as error:
             self.fail(f"lost the connection to {self.uri}: {error.strerror}")
         self._collect()
@@ -375,10 +373,7 @@ class Connection:
         """End the writes of `write_alone` that libnbd has finished."""
         for cookie, number in self._direct.finished():
             request, _ = self._written_alone.pop(cookie)
-            self._suspect |= number != 0
-            self._completed += 1
-            self._progress = time.monotonic()
-            request.finish(number)
+            self._ended(request, number)
 
     def nap(self, wait_s: float) -> None:
         """Let others work for at most `wait_s` seconds, unless somebody calls `poke`."""
@@ -410,7 +405,7 @@ class Connection:
     def close(self) -> None:
         """Disconnect, politely when nothing is in flight. The owner makes sure that no thread uses it any more."""
         with self._lock:
-            polite = self._cause is None and not self._pending
+            polite = self._cause is None and not self.in_flight
             self._cause = self._cause or f"the connection to {self.uri} is closed"
             connected, self._socket = self._socket, None
             self._close_wakefd()
@@ -420,3 +415,10 @@ class Connection:
         if connected is not None:
             connected.close()
         del self.handle  # libnbd closes a handle that nobody refers to
+
+
+def _repeat(moved: Callable[[], bool]) -> None:
+    """Until nothing was moved; bounded, so that a server that answers without end cannot keep the thread."""
+    for _ in range(_DRAIN_MAX):
+        if not moved():
+            return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from lab import (
     make_raw,
     nbd_refusal,
     pattern,
+    silent,
     wait_until,
 )
 
@@ -555,25 +555,6 @@ def test_case_7_a_guest_write_that_the_disk_refuses_during_a_commit_does_not_fai
 # -- case 8: the link --------------------------------------------------------------------------------------------
 
 
-class Stopped:
-    """A process held by SIGSTOP."""
-
-    def __init__(self, server: Server) -> None:
-        self._pid = server.pid
-
-    def __enter__(self) -> None:
-        os.kill(self._pid, signal.SIGSTOP)
-        # The threads stop one by one after kill(2) has returned; until then they still answer.
-        wait_until(self._all_stopped, "every thread of the process stands still")
-
-    def _all_stopped(self) -> bool:
-        stats = [path.read_text() for path in Path(f"/proc/{self._pid}/task").glob("*/stat")]
-        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-    def __exit__(self, *_: object) -> None:
-        os.kill(self._pid, signal.SIGCONT)
-
-
 def timed_writes(handle: nbd.NBD, offsets: Sequence[int], data: bytes = NEW) -> float:
     """Write at each offset; the seconds that the slowest took."""
     slowest_s = 0.0
@@ -616,7 +597,7 @@ def test_case_8_a_killed_secondary_is_noticed_without_a_write_and_the_guest_neve
 @pytest.mark.parametrize("protocol", ["async", "sync"])
 def test_case_8_a_silent_secondary_holds_up_the_guest_once_and_at_most_for_the_timeout(lab: Lab, protocol: str) -> None:
     setup = Setup(lab, primary_arguments=[f"timeout={TIMEOUT_S}", f"protocol={protocol}"], threads=ONE_THREAD)
-    with Stopped(setup.secondary):
+    with silent(setup.secondary):
         begun = time.monotonic()
         slowest_s = timed_writes(setup.disk, range(0, 32 * BLOCK, BLOCK))
         if protocol == "async":
@@ -646,7 +627,7 @@ def test_case_8_a_full_queue_holds_up_the_guest_once_and_at_most_for_the_timeout
     pair.start_replication()
     disk = pair.primary.connect("disk0")
     data = pattern(9, 128 * KIB)
-    with Stopped(pair.secondary):
+    with silent(pair.secondary):
         begun = time.monotonic()
         slowest_s = timed_writes(disk, range(0, size, len(data)), data)
         assert slowest_s < TIMEOUT_S + SLACK_S
@@ -659,7 +640,7 @@ def test_case_8_a_full_queue_holds_up_the_guest_once_and_at_most_for_the_timeout
 
 def test_case_8_a_secondary_that_wakes_up_late_changes_nothing_any_more_of_what_is_marked(lab: Lab) -> None:
     setup = Setup(lab, primary_arguments=[f"timeout={TIMEOUT_S}"])
-    with Stopped(setup.secondary):
+    with silent(setup.secondary):
         setup.disk.pwrite(NEW, 0)
         learns(setup.primary, TIMEOUT_S + 5)
     # What was sent before may still arrive; it stays marked, since nobody has heard that it did.
@@ -696,7 +677,7 @@ def test_case_8_a_primary_without_a_disk_answers_its_guest_too(lab: Lab) -> None
     secondary.start_replication()
     primary.start_replication()
     disk = primary.connect("disk0")
-    with Stopped(secondary):
+    with silent(secondary):
         assert timed_writes(disk, range(0, 32 * BLOCK, BLOCK)) < TIMEOUT_S + SLACK_S
         learns(primary, TIMEOUT_S + 5)
         knows(primary, case=8)

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import gc
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, Lab, NbdProcess, pattern, wait_until
+from lab import DEADLINE_S, Lab, NbdProcess, pattern, silent, wait_until
 from replication.errors import DiskError
 from replication.image.connection import Completion, Connection, Issue, Request
 
@@ -52,22 +51,6 @@ def connected(server: NbdProcess, timeout_s: float = DEADLINE_S) -> Iterator[Con
         yield connection
     finally:
         connection.close()
-
-
-def _stands_still(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
-
-
-@contextlib.contextmanager
-def silent(server: NbdProcess) -> Iterator[None]:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        # Until then one of its threads may still answer.
-        wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 def test_many_threads_share_one_handle_and_each_gets_its_own_answer(lab: Lab) -> None:

@@ -6,14 +6,11 @@ The server is nbdkit's memory plugin with a delay that keeps requests in flight,
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import re
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import DEADLINE_S, DelayedEndpoint, Lab, NbdProcess, make_raw, pattern, wait_until
+from lab import DEADLINE_S, DelayedEndpoint, Lab, NbdProcess, make_raw, pattern, silent, wait_until
 from replication.backlog import ZERO_MAX, Budget, Entry, InFlight, Kind
 from replication.errors import DiskError
 from replication.forward import Forwarder, LinkState
@@ -76,23 +73,6 @@ class Link:
         assert self.budget._used == 0
         assert self.forwarder.idle
         assert self.forwarder.queue_bytes == 0
-
-
-def _stands_still(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
-
-
-@contextlib.contextmanager
-def silent(server: NbdProcess) -> Iterator[None]:
-    """The server's process stands still; its sockets stay open."""
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        # Until then one of its threads may still answer.
-        wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 class Logged(DelayedEndpoint):
