@@ -24,6 +24,11 @@ _AGAIN_S = 0.5
 _GRACE_S = 2.0
 """How long nbdkit may take to end by itself when it waits for threads that sleep for good (hangup.py)."""
 
+END_S = 4.0
+"""How long the process may take to end in good order: a queue is sent for 3 s of it (primary.py). Then it ends as if
+killed, which costs no answered write: whoever is still waiting waits for a dead disk, peer or client (a client
+that does not read its answers would hold nbdkit up for ever)."""
+
 
 class Disconnector:
     """Hears the signals that end the process, and sends its NBD clients away."""
@@ -59,6 +64,7 @@ class Disconnector:
 
     def _wait(self) -> None:
         os.read(self._read, 1)
+        threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
         self._shutdown()
         # A client that nbdkit was just accepting is found the next time round.
         again = threading.Event()
@@ -75,6 +81,13 @@ class Disconnector:
                 finally:
                     connection.close()
             again.wait(_AGAIN_S)
+
+    @staticmethod
+    def _end_late() -> None:
+        """End the process if it has not ended in time. A thread of its own, since `cleanup` may be what takes long."""
+        time.sleep(END_S)
+        log(f"something did not end within {END_S:g} s of the signal; the process ends without it")
+        os._exit(0)
 
     def _clients(self) -> Iterator[socket.socket]:
         """Duplicates of the connections that nbdkit has accepted: sockets with a peer and a listener's address."""
