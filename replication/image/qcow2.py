@@ -43,6 +43,10 @@ _HEADER = struct.Struct(">IIQIIQIIQQIIQQQQII")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _DIRTY, _CORRUPT, _EXTERNAL_DATA, _EXTENDED_L2 = 1, 2, 4, 16
+_REFCOUNT_ORDER = 4
+_REFCOUNTS_PER_BLOCK = CLUSTER // 2
+_REFCOUNT_CLUSTERS_MAX = 64
+"""QEMU's own limit, 8 MiB."""
 _CREATE_S = 120
 _NAME_MAX = 1023
 _TABLES_PER_STEP = 64
@@ -143,6 +147,11 @@ def read_layout(path: str) -> Layout:
         os.close(fd)
 
 
+def check_entries(fd: int, path: str, layout: Layout) -> None:
+    """Check every L2 entry of tables that are where `layout` says; ConfigError."""
+    _Parser(fd, path).check_entries(layout.table_offset, layout.table_length // CLUSTER, layout.size)
+
+
 class _Parser:
     """Reads the metadata of one image."""
 
@@ -158,6 +167,7 @@ class _Parser:
             fields[:9]
         )
         snapshots, incompatible, header_length = fields[11], fields[13], fields[17]
+        refcounts_offset, refcounts_clusters, refcount_order = fields[9], fields[10], fields[16]
         if magic != _MAGIC:
             raise ConfigError(f"{self._path} is not a qcow2 image")
         if version == 3 and incompatible & _CORRUPT:
@@ -174,6 +184,10 @@ class _Parser:
             raise self._other_layout()
         if header_length < 104 or header_length > CLUSTER - 8:
             raise self._corrupt(f"header length {header_length}")
+        if header_length > _HEADER.size and self._read(_HEADER.size, 1, "header") != b"\0":
+            raise self._corrupt("a compression type without its feature bit")
+        if fields[12] % CLUSTER or fields[12] >> 63:
+            raise self._corrupt(f"a snapshot table at {fields[12]}")
         tables = -(-size // _BYTES_PER_TABLE)
         if not size or size % SECTOR or l1_entries != tables:
             raise self._corrupt(f"{l1_entries} L1 entries for a size of {size} bytes")
@@ -182,7 +196,12 @@ class _Parser:
         if not data_name:
             raise self._corrupt("it names no data file")
         table_offset = self._first_table(l1_offset, tables)
-        self._check_entries(table_offset, tables, size)
+        if refcount_order != _REFCOUNT_ORDER:
+            raise self._other_layout()
+        self._check_refcounts(
+            refcounts_offset, refcounts_clusters, [(0, 1), (l1_offset, 8 * tables), (table_offset, tables * CLUSTER)]
+        )
+        self.check_entries(table_offset, tables, size)
         return Layout(
             size,
             self._backing(backing_offset, backing_length),
@@ -241,7 +260,35 @@ class _Parser:
             raise self._corrupt(f"truncated to {self._length} bytes, its L2 tables end at {first + tables * CLUSTER}")
         return first
 
-    def _check_entries(self, offset: int, tables: int, size: int) -> None:
+    def _check_refcounts(self, offset: int, clusters: int, used: list[tuple[int, int]]) -> None:
+        """Check that every metadata cluster belongs to one thing only: qemu-img calls the image corrupt otherwise, and
+        QEMU would put new metadata over it."""
+        if offset % CLUSTER or not offset or not 0 < clusters <= _REFCOUNT_CLUSTERS_MAX:
+            raise self._corrupt(f"a refcount table of {clusters} clusters at {offset}")
+        blocks = np.frombuffer(self._read(offset, clusters * CLUSTER, "refcount table"), ">u8").astype(np.uint64)
+        needed = -(-self._length // (CLUSTER * _REFCOUNTS_PER_BLOCK))
+        if blocks[needed:].any():
+            raise self._corrupt("a refcount block is for clusters beyond its end")
+        blocks = blocks[:needed]
+        counts = np.zeros(len(blocks) * _REFCOUNTS_PER_BLOCK, np.uint16)
+        owners = np.zeros(len(counts), np.uint16)
+        used = [*used, (offset, clusters * CLUSTER), *((int(block), CLUSTER) for block in blocks if block)]
+        for start, length in used:
+            if start % CLUSTER:
+                raise self._corrupt(f"a refcount block at {start}")
+            if start + length > self._length:
+                raise self._corrupt(f"metadata at {start}, which is beyond its end")
+            owners[start // CLUSTER : -(-(start + length) // CLUSTER)] += 1
+        for index, block in enumerate(blocks):
+            if block:
+                at = index * _REFCOUNTS_PER_BLOCK
+                raw = self._read(int(block), CLUSTER, "refcount block")
+                counts[at : at + _REFCOUNTS_PER_BLOCK] = np.frombuffer(raw, ">u2")
+        wrong = np.flatnonzero((owners > 1) | ((owners == 1) & (counts != 1)))
+        if wrong.size:
+            raise self._corrupt(f"cluster {int(wrong[0])} has the reference count {int(counts[wrong[0]])}")
+
+    def check_entries(self, offset: int, tables: int, size: int) -> None:
         """Check every L2 entry, a few tables at a time so that a big image needs little memory."""
         clusters = -(-size // CLUSTER)
         for table in range(0, tables, _TABLES_PER_STEP):
@@ -257,6 +304,8 @@ class _Parser:
                 if not word:
                     raise self._other_layout()
                 raise self._corrupt(f"L2 entry of cluster {first + int(wrong[0])} is {word:#x}")
+            if entries[len(used) :].any():
+                raise self._corrupt("an L2 entry behind the end of the disk is in use")
             bits = used[:, 1]
             both = np.flatnonzero(bits & (bits >> np.uint64(32)) & np.uint64(0xFFFFFFFF))
             if both.size:
