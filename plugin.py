@@ -29,11 +29,11 @@ from replication.control.server import ControlServer
 from replication.disconnect import Disconnector
 from replication.errors import ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
-from replication.export import Exports, Face
+from replication.export import Export, Exports
 from replication.hangup import HangupGuard
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
-from replication.options import OptionParser, Options
+from replication.options import Durability, OptionParser, Options
 from replication.state import StateFolder
 
 API_VERSION = 2
@@ -119,7 +119,7 @@ def get_ready() -> None:
     The socket before the images: what is refused because of it has made no image yet.
     """
     hub = EventHub()
-    state = StateFolder(Process.options.state)
+    state = StateFolder(Process.options.state, durable=Process.options.durability is Durability.POWER)
     try:
         if Process.options.control is not None:
             control = ControlServer(Process.options.control, _execute, hub)
@@ -179,67 +179,67 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 @_boundary
-def open(readonly: bool) -> Face:
+def open(readonly: bool) -> Export:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
     return Process.exports.open(nbdkit.export_name())
 
 
-def get_size(h: Face) -> int:
+def get_size(h: Export) -> int:
     """Bytes."""
     return h.size
 
 
-def export_description(h: Face) -> str:
+def export_description(h: Export) -> str:
     """For nbdinfo."""
     return h.description
 
 
-def block_size(h: Face) -> tuple[int, int, int]:
+def block_size(h: Export) -> tuple[int, int, int]:
     """Any alignment is accepted; whole blocks of the overlays are fastest."""
     return (1, BLOCK, MAX_BLOCK)
 
 
-def can_multi_conn(h: Face) -> bool:
-    """A flush on one connection covers what was answered on all: Face.flush."""
+def can_multi_conn(h: Export) -> bool:
+    """A flush on one connection covers what was answered on all: Export.flush."""
     return True
 
 
-def can_write(h: Face) -> bool:
+def can_write(h: Export) -> bool:
     """Both faces and the primary are written to."""
     return True
 
 
-def can_flush(h: Face) -> bool:
+def can_flush(h: Export) -> bool:
     """Everywhere."""
     return True
 
 
-def can_trim(h: Face) -> bool:
+def can_trim(h: Export) -> bool:
     """Everywhere, as zeroes."""
     return True
 
 
-def can_zero(h: Face) -> bool:
+def can_zero(h: Export) -> bool:
     """Everywhere."""
     return True
 
 
-def can_fast_zero(h: Face) -> bool:
+def can_fast_zero(h: Export) -> bool:
     """No: copy-before-write may have to read and write what a zero destroys."""
     return False
 
 
-def can_fua(h: Face) -> int:
+def can_fua(h: Export) -> int:
     """Passed down to the disk."""
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_cache(h: Face) -> int:
+def can_cache(h: Export) -> int:
     """nbdkit reads, which fills the page cache below."""
     return int(nbdkit.CACHE_EMULATE)
 
 
-def can_extents(h: Face) -> bool:
+def can_extents(h: Export) -> bool:
     """Everywhere."""
     return True
 
@@ -248,37 +248,37 @@ def can_extents(h: Face) -> bool:
 
 
 @_boundary
-def pread(h: Face, buf: memoryview, offset: int, flags: int) -> None:
+def pread(h: Export, buf: memoryview, offset: int, flags: int) -> None:
     """Read."""
     h.read(buf, offset)
 
 
 @_boundary
-def pwrite(h: Face, buf: memoryview, offset: int, flags: int) -> None:
+def pwrite(h: Export, buf: memoryview, offset: int, flags: int) -> None:
     """Write."""
     h.write(buf, offset, bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def zero(h: Face, count: int, offset: int, flags: int) -> None:
+def zero(h: Export, count: int, offset: int, flags: int) -> None:
     """Write zeroes."""
     h.zero(offset, count, bool(flags & nbdkit.FLAG_MAY_TRIM), bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def trim(h: Face, count: int, offset: int, flags: int) -> None:
+def trim(h: Export, count: int, offset: int, flags: int) -> None:
     """Trim: zeroes, as holes where possible, so that both sides of the pair read the same afterwards."""
     h.zero(offset, count, True, bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def flush(h: Face, flags: int) -> None:
+def flush(h: Export, flags: int) -> None:
     """Flush."""
     h.flush()
 
 
 @_boundary
-def extents(h: Face, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+def extents(h: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """Block status."""
     return [
         (item.offset, item.length, nbdkit.EXTENT_ZERO * item.zero | nbdkit.EXTENT_HOLE * item.hole)

@@ -24,6 +24,15 @@ Commands come from the other side: control.server -> control.commands -> node.No
 stage, the disks, the gate and the state folder, and does start, checkpoint and stop for all disks at
 one instant.
 
+node.side is a primary.PrimarySide or a secondary.SecondarySide. A promoted secondary that becomes a primary keeps its
+disks and its process: the node swaps the side and what is behind the exports (Node.faces), with the gate closed.
+
+What outlives what
+------------------
+    the process     everything that was answered: data is in the page cache, words and maps are stores into mapped files
+    the host        the stage (state.json), and what a guest has flushed. With durability=power also the checkpoint: see
+                    image/stack.py, image/table.py and state.py. images.py finds out what a restart has left.
+
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
@@ -34,17 +43,24 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     control/qmp.py              the protocol: parsing, greeting, errors
     export.py                   export name -> Face
     node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
-    primary.py  secondary.py    all disks of a process in one mode
-    side.py                     what the two modes have in common for the node
+    primary.py                  all disks of a process as a primary, also one that was a secondary
+    secondary.py                all disks of a process as a secondary
+    images.py                   opening the overlays, and what a restart of the host has left of them
+    backup.py                   copy-before-write as a job, and what its failure means
+    fill.py                     warns when the overlays' file system fills up
+    resync.py                   the job that sends what the secondary lacks
+    commit.py                   the job that commits the overlays down after failover
     primary_disk.py             local I/O and forwarding
     secondary_disk.py           the guest face and the target face
-    commit.py                   the job that commits the overlays down after failover
+    side.py                     what the two modes have in common for the node
     forward.py                  the forward queue and its link
     backlog.py                  what waits for the secondary, and how much of it there may be
     reclaim.py                  giving back stale overlay space
     image/stack.py              active, hidden and secondary disk as one
     image/overlay.py            bits and data of one overlay
     image/layer.py              the images of a stack by name
+    image/syncgroup.py          many requests share one sync
+    image/table.py              the allocation words in use: the image's own, or a live copy
     image/qcow2.py              the qcow2 layout: creating, validating, mapping
     image/disk.py               opening a disk by path or URI
     image/file.py  endpoint.py  a disk in a file, behind NBD
@@ -54,9 +70,10 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     image/lock.py               QEMU's byte-range locks
     options.py                  the command line and the TOML file
     changes.py  state.py        the change map, the state folder
+    image/files.py              the system calls that change files, as a seam
     jobs.py  fault.py           what query-jobs and get-error report
     gate.py  rangelock.py       who waits for whom
-    events.py  log.py  pause.py  stage.py  errors.py
+    events.py  log.py  pause.py  boot.py  stage.py  errors.py
 
 Who waits for whom: the lock order
 ----------------------------------
@@ -69,8 +86,9 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
                        commit) and `below` (target writes). No thread takes both. The primary has one a
                        disk (guest writes). Held across the I/O of the request that it orders.
     4. StateFolder._saving (only when a fault is latched or the stage changes)
-    5. Overlay._words (m), ChangeMap._lock (m), Forwarder._lock (m), FaultLatch._lock (m), Connection._lock (m)
-    6. EventHub._lock (m)
+    5. PrimaryDisk._order (m)
+    6. Overlay._words (m), ChangeMap._lock (m), Forwarder._lock (m), FaultLatch._lock (m), Connection._lock (m)
+    7. EventHub._lock (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in
 image/stack.py (secondary) and primary.py (primary).

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which parts of a primary disk the secondary may lack.
+"""Which parts of a disk the other side, or a disk of what the other side has sent, may lack.
+
+A primary keeps one of what its secondary lacks (NAME.changes; a secondary that is done keeps the same, because it may
+become a primary). A secondary keeps one of what its disk lacks of the primary's writes, because they failed
+(NAME.lost).
 
 One byte for every 64 KiB grain, in a mapped file, so that it outlives the process:
 
@@ -23,7 +27,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from replication.errors import ConfigError
+from replication.errors import ConfigError, DiskError
 
 GRAIN = 64 << 10
 RUN_MAX = 1 << 20
@@ -102,6 +106,19 @@ class ChangeMap:
                 elif not left and self._bytes[grain] == ON_ITS_WAY:
                     self._set_locked(grain, CLEAN)
 
+    def repaired(self, offset: int, length: int) -> None:
+        """The range was written anew as a whole: the grains that it covers are missing no longer."""
+        first, last = -(-offset // GRAIN), (offset + length) // GRAIN
+        if offset + length >= self._size:
+            last = self._count
+        with self._lock:
+            for grain in range(first, last):
+                self._set_locked(grain, CLEAN)
+
+    def mark_all(self) -> None:
+        """Nothing is known of the other side: everything is missing. Nothing may be in flight."""
+        self._fill(MISSING, self._count)
+
     def _set_locked(self, grain: int, state: int) -> None:
         old = self._bytes[grain]
         self._dirty += (state != CLEAN) - (old != CLEAN)
@@ -133,10 +150,20 @@ class ChangeMap:
 
     def clear(self) -> None:
         """The disks are taken as equal. Nothing may be in flight."""
+        self._fill(CLEAN, 0)
+
+    def _fill(self, state: int, missing: int) -> None:
         with self._lock:
-            self._grain_states[:] = CLEAN
+            self._grain_states[:] = state
             self._open.clear()
-            self._dirty = self._missing = 0
+            self._dirty = self._missing = missing
+
+    def flush(self) -> None:
+        """Make the map stable; DiskError."""
+        try:
+            self._bytes.flush()
+        except OSError as error:
+            raise DiskError.from_os("flushing a change map", error) from error
 
     def close(self) -> None:
         """Let the file go."""

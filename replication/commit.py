@@ -52,11 +52,16 @@ class Commit:
                     if self._closing.is_set():
                         raise Cancelled("the process ends")
                     self._done += self._stack.commit(first, last)
-            self._stack.disk.flush()
+            self._stack.flush_committed()
         except DiskError as error:
             if not self._closing.is_set():
                 self.conclude(str(error))
             raise
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes brought down."""
+        return self._done
 
     def conclude(self, error: str | None = None) -> None:
         """All disks are done, or one of them has failed."""
@@ -93,6 +98,9 @@ class CommitThread:
         self._finished = finished
         self._failed = failed
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Not in the constructor: `finished` and `failed` may look for this object where it is kept."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -112,6 +120,11 @@ class CommitThread:
                 return
         for commit in self._commits:
             commit.conclude()
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes brought down, all disks together."""
+        return sum(commit.bytes_done for commit in self._commits)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the end; the caller has asked for it."""

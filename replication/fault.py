@@ -2,7 +2,8 @@
 """What went wrong, for get-error, query-replication and the event.
 
 The cases are those of DESIGN 4. Cases 1 and 5 are the guest's to know, so they are told by an event but not
-latched; the others stay until a resync has repaired them (or a commit that failed succeeds).
+latched; the others stay until a resync has repaired them (or a commit that failed succeeds). Failures of one case and
+disk are counted together; the event comes at most once a second for each and says how many there were.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Case(IntEnum):
 
 @dataclass
 class Fault:
-    """The first failure that is still latched. `first` and `last` are seconds since 1970."""
+    """Failures of one case on one disk: the first of them, how many, and when. Offset and length are bytes, `first` and
+    `last` seconds since 1970."""
 
     case: int
     disk: str
@@ -49,11 +51,17 @@ class Fault:
     count: int
     first: float
     last: float
-    write_lost: bool
 
     def to_json(self) -> dict[str, Any]:
         """As in query-replication and in the state file."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> Fault:
+        """One failure, now, not yet counted."""
+        now = time.time()
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        return cls(int(case), disk, operation, offset, length, name, str(error), 0, now, now)
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Fault:
@@ -69,12 +77,11 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("case", "offset", "length", "count"), int),
     **dict.fromkeys(("disk", "operation", "errno", "desc"), str),
     **dict.fromkeys(("first", "last"), float),
-    "write_lost": bool,
 }
 
 
 class FaultLatch:
-    """Keeps the first fault and counts those of the same kind."""
+    """Counts failures and keeps the first kind that must not be forgotten."""
 
     def __init__(self, hub: EventHub, changed: Callable[[], None]) -> None:
         """`changed()` is called without locks when a fault was latched or cleared, to make it outlive the process."""
@@ -82,70 +89,61 @@ class FaultLatch:
         self._changed = changed
         # Protects the fields below. Never held across I/O.
         self._lock = threading.Lock()
-        self._fault: Fault | None = None
-        self._told: dict[tuple[int, str], float] = {}
+        self._latched: Fault | None = None
+        self._counted: dict[tuple[int, str, bool], Fault] = {}
+        self._told: dict[tuple[int, str, bool], float] = {}
 
-    def report(
-        self,
-        case: Case,
-        disk: str,
-        operation: str,
-        offset: int,
-        length: int,
-        error: DiskError,
-        write_lost: bool = False,
-    ) -> None:
-        """Note a failure. `write_lost`: the secondary disk lacks a write of the primary, so no checkpoint may
-        be taken on it."""
-        now = time.time()
+    def report(self, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> None:
+        """Note a failure, tell it, and latch it unless another one is latched."""
+        self._note(True, Fault.of(case, disk, operation, offset, length, error))
+
+    def tell(self, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> None:
+        """Note a failure and tell it, but do not latch it: the guest has learned of it (cases 1 and 5)."""
+        self._note(False, Fault.of(case, disk, operation, offset, length, error))
+
+    def _note(self, latch: bool, fault: Fault) -> None:
         changed = False
         with self._lock:
-            if self._fault is None:
+            key = (fault.case, fault.disk, latch)
+            counted = self._counted.setdefault(key, fault)
+            counted.count += 1
+            counted.last = fault.last
+            if latch and self._latched is None:
+                self._latched = counted
                 changed = True
-                name = errno.errorcode.get(error.errno, str(error.errno))
-                self._fault = Fault(
-                    int(case), disk, operation, offset, length, name, str(error), 0, now, now, write_lost
-                )
-            self._fault.count += 1
-            self._fault.last = now
-            changed |= write_lost and not self._fault.write_lost
-            self._fault.write_lost |= write_lost
-        self.tell(case, disk, error)
-        if changed:
-            self._changed()
-
-    def tell(self, case: Case, disk: str, error: DiskError) -> None:
-        """The event alone: for a failure that the guest has learned of (cases 1 and 5, and what its reads meet)."""
-        now = time.monotonic()
-        with self._lock:
-            key = (int(case), disk)
+            now = time.monotonic()
             due = now - self._told.get(key, -_EVENT_EVERY_S) >= _EVENT_EVERY_S
             if due:
                 self._told[key] = now
+            shown = {**fault.to_json(), "count": counted.count, "first": counted.first}
         if due:
-            self._hub.emit("REPLICATION_ERROR", case=int(case), disk=disk, desc=str(error))
+            self._hub.emit("REPLICATION_ERROR", **shown)
+        if changed:
+            self._changed()
 
     @property
     def fault(self) -> Fault | None:
         """The latched fault, or None."""
         with self._lock:
-            return self._fault
+            return self._latched
 
-    @property
-    def write_lost(self) -> bool:
-        """Whether the secondary disk lacks a write of the primary."""
+    def clear(self, repaired: Callable[[Fault], bool] = lambda fault: True) -> bool:
+        """Forget the latched fault, if `repaired(fault)` says that what it spoiled is in order again; whether it did.
+        `repaired` is asked while nothing can be reported, so it sees what every reporter has done before."""
         with self._lock:
-            return self._fault is not None and self._fault.write_lost
-
-    def clear(self) -> None:
-        """Forget the fault: what it spoiled has been repaired."""
-        with self._lock:
-            had, self._fault = self._fault, None
-            self._told.clear()
-        if had is not None:
+            cleared = self._latched is not None and repaired(self._latched)
+            if cleared:
+                self._latched = None
+                self._counted.clear()
+                self._told.clear()
+        if cleared:
             self._changed()
+        return cleared
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Take over the fault that a former process had latched."""
-        with self._lock:
-            self._fault = Fault.from_json(saved) if saved is not None else None
+        if saved is not None:
+            fault = Fault.from_json(saved)
+            with self._lock:
+                self._latched = fault
+                self._counted[fault.case, fault.disk, True] = fault

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from replication.boot import boot_id
 from replication.errors import CommandError, ConfigError
 from replication.events import EventHub
 from replication.fault import FaultLatch
@@ -24,7 +25,7 @@ from replication.log import log
 from replication.options import Options
 from replication.primary import PrimarySide
 from replication.secondary import SecondarySide
-from replication.side import Setting
+from replication.side import Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
 from replication.state import Record, StateError, StateFolder
 
@@ -52,30 +53,45 @@ class Node:
         self._jobs = JobList(hub)
         self._faults = FaultLatch(hub, self._keep_fault)
         self._faults.restore(self._record.fault)
-        setting = Setting(
-            options,
+        kind = PrimarySide if self._record.mode is Mode.PRIMARY else SecondarySide
+        self.side: Side = kind(self._setting(lambda: self.side))
+        self.side.open()
+        self._stage = self._record.stage
+        self.side.show_stage(self.stage)
+        self.faces: dict[str, Face] = self.side.faces()
+        """What is behind the exports, by name. Changes only while the gate is closed."""
+        self._note_process()
+
+    def _setting(self, side: Callable[[], Side]) -> Setting:
+        """What a side works with; `side()` is that side, when it enters a stage."""
+        return Setting(
+            self._options,
             self._state,
             self._record,
-            hub,
+            self._hub,
             self._jobs,
             self._faults,
             self.gate,
-            self._enter,
+            lambda stage: self._enter(side(), stage),
             self._save,
         )
-        kind = PrimarySide if options.mode is Mode.PRIMARY else SecondarySide
-        self.side: PrimarySide | SecondarySide = kind(setting)
-        self.side.open()
-        self.side.show_stage(self.stage)
 
     def _former_record(self) -> Record | None:
         record = self._state.load()
-        if record is not None and record.mode is not self._options.mode:
-            raise ConfigError(
-                f"the state folder {self._options.state} belongs to a {record.mode.value}; "
-                f"start with mode={record.mode.value} or use another folder"
-            )
-        return record
+        if record is None or record.mode is self._options.mode:
+            return record
+        if record.promoted and self._options.mode is Mode.SECONDARY:
+            return record  # it has become a primary since it was started by this command line
+        raise ConfigError(
+            f"the state folder {self._options.state} belongs to a {record.mode.value}; "
+            f"start with mode={record.mode.value} or use another folder"
+        )
+
+    def _note_process(self) -> None:
+        """From here on the record is this process's."""
+        self._record.boot = boot_id()
+        self._record.durability = self._options.durability.value
+        self._record.clean = False
 
     def launch(self) -> None:
         """Start the threads; after nbdkit has forked."""
@@ -109,22 +125,31 @@ class Node:
 
     @property
     def stage(self) -> Stage:
-        """The stage of all disks."""
-        return self._record.stage
+        """The stage of all disks. Told only once it has been saved: what somebody has seen is so after a kill, too."""
+        return self._stage
 
-    def _enter(self, stage: Stage) -> None:
-        """Make a stage last, then follow it. StateError, with nothing changed, when it cannot be made to last."""
-        former = self._record.stage
-        if stage not in TRANSITIONS[former]:
-            raise AssertionError(f"no way from stage {former.value} to {stage.value}")
-        self._record.stage = stage
+    def _enter(self, side: Side, stage: Stage) -> None:
+        """Make a stage last, then follow it. StateError, with nothing changed, when it cannot be made to last.
+
+        Called by the side at work; one that is not the node's yet becomes it. The gate is closed.
+        """
+        record = self._record
+        former = (record.stage, record.mode, record.promoted)
+        if stage not in TRANSITIONS[record.stage]:
+            raise AssertionError(f"no way from stage {record.stage.value} to {stage.value}")
+        record.stage, record.mode, record.promoted = stage, side.mode, record.promoted or side.mode is not record.mode
         try:
             self._save()
         except StateError:
-            self._record.stage = former
+            record.stage, record.mode, record.promoted = former
             raise
-        self.side.show_stage(stage)
-        self._hub.emit("REPLICATION_STAGE_CHANGE", mode=self._record.mode.value, from_=former.value, to=stage.value)
+        self._stage = stage
+        side.show_stage(stage)
+        if side is not self.side:
+            self.side = side
+            self.faces.clear()
+            self.faces.update(side.faces())
+        self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
 
     def _save(self) -> None:
         fault = self._faults.fault
@@ -155,16 +180,30 @@ class Node:
     def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
         """replication-start; texts and their order as in QEMU's replication_start."""
         with self._commanding():
-            renewed = self.stage is Stage.DONE and secondary is not None
-            if self.stage in (Stage.DONE, Stage.FAILOVER) and not renewed:
+            if self.stage in (Stage.DONE, Stage.FAILOVER) and secondary is None:
                 return
-            if self.stage is not Stage.NONE and not renewed:
+            if self.stage is Stage.FAILOVER:
+                raise CommandError("The commit after failover is still under way: try again in stage done")
+            if self.stage not in (Stage.NONE, Stage.DONE):
                 raise CommandError("Block replication is running or done")
+            promoted = self.stage is Stage.DONE and isinstance(self.side, SecondarySide)
+            if promoted and mode is Mode.PRIMARY:
+                self._become_primary(secondary, sync)
+                return
             if mode is not None and mode is not self.side.mode:
                 raise CommandError(
                     f"The parameter mode's value is invalid, needs {self.side.mode.value}, but got {mode.value}"
                 )
             self.side.start(secondary, sync)
+
+    def _become_primary(self, secondary: str | None, sync: str) -> None:
+        """A promoted secondary gets a secondary of its own; its guest goes on over the export that it has."""
+        former = self.side
+        assert isinstance(former, SecondarySide)
+        side = PrimarySide(self._setting(lambda: side))
+        side.adopt(former.disks)
+        side.start(secondary, sync)
+        former.retire()
 
     def checkpoint(self) -> tuple[int, float]:
         """replication-checkpoint: the epoch and the seconds that it took."""
@@ -183,21 +222,21 @@ class Node:
             return "Block replication is not running"
         return None if self._faults.fault is None else "I/O error occurred"
 
-    def stop(self, failover: bool) -> None:
+    def stop(self, failover: bool, force: bool = False) -> None:
         """replication-stop."""
         with self._commanding():
             if self.stage in (Stage.FAILOVER, Stage.DONE):
                 return
             if self.stage is not Stage.RUNNING:
                 raise CommandError("Block replication is not running")
-            self.side.stop(failover)
+            self.side.stop(failover, force)
 
-    def retry(self) -> None:
+    def retry(self, force: bool = False) -> None:
         """replication-retry: go on with a commit that has failed."""
         with self._commanding():
             if self.stage is not Stage.FAILOVER_FAILED:
                 raise CommandError(f"There is no failed commit to retry: the stage is {self.stage.value}")
-            self.side.retry()
+            self.side.retry(force)
 
     def lost_heartbeat(self) -> None:
         """x-colo-lost-heartbeat: the other host is dead."""
@@ -214,6 +253,10 @@ class Node:
             "checkpoint": self._state.checkpoint,
             **self.side.query(),
         }
+
+    def query_failover(self) -> dict[str, Any]:
+        """query-failover."""
+        return self.side.query_failover()
 
     def query_jobs(self) -> list[dict[str, Any]]:
         """query-jobs."""

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from urllib.parse import unquote, urlsplit
 
 from replication.errors import ConfigError
@@ -24,6 +25,9 @@ guest wait, and costs as much memory."""
 TIMEOUT_S = 5.0
 """Longest time without progress before the link counts as lost, and so the longest that a dead secondary can hold up
 a guest. Shorter than the 30 s after which Linux guests report a stuck disk."""
+
+OVERLAY_WATERMARK = 80.0
+"""Per cent of an overlay's file system in use, from which on an event warns that the next checkpoint is due."""
 
 _FILE_MAX = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}\Z")
@@ -52,10 +56,17 @@ def export_of(uri: str) -> str:
 
 def check_uri(uri: str, disks: int) -> None:
     """ConfigError unless the URI can name the secondary of that many disks."""
-    if not is_uri(uri):
+    if not is_uri(uri) or "\0" in uri:
         raise ConfigError(f"'{uri}' is not an NBD URI such as nbd://HOST:PORT or nbd+unix:///?socket=PATH")
     if export_of(uri) and disks > 1:
         raise ConfigError(f"'{uri}' names an export, but there are {disks} disks; leave the export out")
+
+
+class Durability(Enum):
+    """What a secondary's checkpoint outlives."""
+
+    PROCESS = "process"
+    POWER = "power"
 
 
 @dataclass
@@ -82,6 +93,8 @@ class Options:
     sync: bool = False
     queue_limit: int = QUEUE_LIMIT
     timeout_s: float = TIMEOUT_S
+    durability: Durability = Durability.PROCESS
+    overlay_watermark: float = OVERLAY_WATERMARK
 
 
 @dataclass
@@ -164,6 +177,8 @@ class OptionParser:
         for key in sorted(values):
             if mode is Mode.SECONDARY and key in PRIMARY_KEYS:
                 raise ConfigError(f"The secondary side does not support option {key}")
+            if mode is Mode.PRIMARY and key in SECONDARY_KEYS:
+                raise ConfigError(f"The primary side does not support option {key}")
         state = _path(values.get("state"), "state")
         options = Options(mode, [], state, _path(values.get("control"), "control"))
         if options.control is None and state is not None:
@@ -177,6 +192,8 @@ class OptionParser:
                 check_uri(options.secondary, len(options.disks))
             except ConfigError as error:
                 raise ConfigError(f"secondary={error}") from error
+        if options.durability is Durability.POWER and state is None:
+            raise ConfigError("Missing the option state: durability=power has to write the checkpoints somewhere")
         if options.control is None and not options.autostart:
             raise ConfigError(
                 "Missing the option state or control: without a control socket only autostart=true starts replication"
@@ -313,6 +330,22 @@ def _set_timeout(options: Options, value: str) -> None:
         raise ConfigError(f"timeout={value} should be between 0.1 and 30 seconds")
 
 
+def _set_durability(options: Options, value: str) -> None:
+    try:
+        options.durability = Durability(value)
+    except ValueError as error:
+        raise ConfigError(f"durability={value} should be process or power") from error
+
+
+def _set_overlay_watermark(options: Options, value: str) -> None:
+    try:
+        options.overlay_watermark = float(value.removesuffix("%"))
+    except ValueError as error:
+        raise ConfigError(f"overlay-watermark={value} is not a number of per cent") from error
+    if not 1 <= options.overlay_watermark <= 100:
+        raise ConfigError(f"overlay-watermark={value} should be between 1 and 100 per cent")
+
+
 def _set_secondary(options: Options, value: str) -> None:
     options.secondary = value
 
@@ -323,9 +356,14 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "protocol": _set_protocol,
     "queue-limit": _set_queue_limit,
     "timeout": _set_timeout,
+    "durability": _set_durability,
+    "overlay-watermark": _set_overlay_watermark,
 }
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))
-PRIMARY_KEYS = frozenset(("secondary", "protocol", "queue-limit", "timeout"))
+PRIMARY_KEYS = frozenset(("secondary",))
+SECONDARY_KEYS = frozenset(("durability", "overlay-watermark"))
+LINK_KEYS = frozenset(("protocol", "queue-limit", "timeout"))
+"""Of the primary; on a secondary they are for the time when it has become one."""
 KEYS = frozenset(("mode", "state", "control", *_CONVERTERS))
 ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

@@ -3,29 +3,38 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from replication.backlog import Budget, Entry
 from replication.changes import ChangeMap
 from replication.errors import CommandError, ConfigError, DiskError
-from replication.fault import Case
+from replication.fault import Case, Fault
 from replication.forward import Forwarder, LinkState
 from replication.image.connection import Connection
 from replication.image.disk import open_disk
 from replication.image.face import Disk
-from replication.jobs import Job
 from replication.log import log
 from replication.options import check_uri, export_of
+from replication.pause import pause
 from replication.primary_disk import PrimaryDisk
-from replication.side import Setting, Side, disk_list
+from replication.resync import Resync
+from replication.secondary_disk import SecondaryDisk, closed_face
+from replication.side import FOR_GUESTS, GUEST_DISK, Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
+from replication.state import StateError
 
 _RETRY_S = 0.2
-_RESEND_PASSES = 3
+_RESYNC_S = 30.0
+"""Longest wait of a barrier for what is still missing."""
+
+_REPAIRED_BY_RESYNC = (Case.FORWARD, Case.LINK, Case.PRIMARY_DISK)
+"""Errors that end when nothing is missing any more; of case 1 only a resync latches one."""
+
 _STOP_S = 3.0
 """At the end of the process the queue is sent for at most this long; what is left is in the change map."""
 
@@ -40,6 +49,8 @@ class PrimarySide(Side):
         self.disks: list[PrimaryDisk] = []
         self._closing = threading.Event()
         self._resuming: threading.Thread | None = None
+        self._budget = Budget(setting.options.queue_limit)
+        self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._repaired)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -51,7 +62,6 @@ class PrimarySide(Side):
 
     def open(self) -> None:
         options, state, record = self._set.options, self._set.state, self._set.record
-        budget = Budget(options.queue_limit)
         locals_: list[Disk | None] = []
         try:
             for disk in options.disks:
@@ -68,27 +78,41 @@ class PrimarySide(Side):
             record.disks = {name: size for name, size in sizes.items() if size}
             for disk, local in zip(options.disks, locals_, strict=True):
                 # The maps last: a start that is refused because of a disk has made none.
-                persistent = state.path is not None and local is not None
-                path = state.file(f"{disk.name}.changes") if persistent else None
-                forwarder = Forwarder(
-                    disk.name,
-                    budget,
-                    options.timeout_s,
-                    partial(self._forward_failed, disk.name),
-                    lambda link: self._set.hub.emit("REPLICATION_LINK", state=link.value),
-                )
+                path = None if local is None else state.map_file(disk.name, "changes")
                 changes = ChangeMap(path, max(sizes[disk.name], 1))
-                opened = PrimaryDisk(disk.name, local, changes, forwarder, self._set.faults, options.sync)
-                opened.size = sizes[disk.name]
-                self.disks.append(opened)
+                self._add(disk.name, disk.top_id, local, changes, sizes[disk.name])
+                if record.cut_off:
+                    changes.mark_all()  # neither what it said nor what the disk had not flushed is known any more
         except BaseException:
             for local in locals_[len(self.disks) :]:
                 if local is not None:
                     local.close()
-            self.close()
+            self._let_go()
             raise
 
+    def adopt(self, promoted: Sequence[SecondaryDisk]) -> None:
+        """Instead of `open`: go on with the disks of a promoted secondary, and with what it knows of their changes."""
+        for disk in promoted:
+            self._add(disk.name, disk.top_id, disk.disk, disk.changes, disk.size)
+
+    def _add(self, name: str, top_id: str | None, local: Disk | None, changes: ChangeMap, size: int) -> None:
+        forwarder = Forwarder(
+            name,
+            self._budget,
+            self._set.options.timeout_s,
+            partial(self._forward_failed, name),
+            lambda link: self._set.hub.emit("REPLICATION_LINK", state=link.value),
+        )
+        disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._set.options.sync)
+        disk.size = size
+        disk.top_id = top_id
+        self.disks.append(disk)
+
     def launch(self) -> None:
+        if self._set.record.stage is not Stage.NONE:
+            # From here on the former process's good end counts no longer.
+            self._set.save()
+        self._resync.start()
         if self._set.record.stage is Stage.RUNNING:
             self._resuming = threading.Thread(target=self._resume, name="resume", daemon=True)
             self._resuming.start()
@@ -121,20 +145,44 @@ class PrimarySide(Side):
             raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
         export = None if export_of(uri) else disk.name
         connection = Connection(uri, export, self._set.options.timeout_s)
-        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
+        try:
+            self._check(disk, connection)
+        except DiskError:
             connection.close()
-            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
-        if disk.size and connection.size != disk.size:
-            size = connection.size
-            connection.close()
-            raise DiskError(f"disk '{disk.name}' has {disk.size} bytes here, but {size} on the secondary {uri}")
+            raise
         return connection
+
+    @staticmethod
+    def _check(disk: PrimaryDisk, connection: Connection) -> None:
+        """DiskError unless the export can be the target face of the disk."""
+        uri = connection.uri
+        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
+            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
+        if connection.description in FOR_GUESTS:
+            # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
+            raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
+        if disk.size and connection.size != disk.size:
+            raise DiskError(
+                f"disk '{disk.name}' has {disk.size} bytes here, but {connection.size} on the secondary {uri}"
+            )
+
+    @staticmethod
+    def _check_open(connection: Connection) -> None:
+        """DiskError when the secondary has failed over, or was promoted: it takes nothing from anybody."""
+        block = memoryview(bytearray(connection.block_size))
+        try:
+            connection.wait(connection.issue(lambda handle, done: handle.aio_pread(block, 0, done), 0))
+        except DiskError as error:
+            if error.errno == errno.ESHUTDOWN:
+                raise DiskError(
+                    f"{connection.uri} has failed over or was promoted: it is nobody's secondary"
+                ) from error
 
     # -- commands ------------------------------------------------------------------------------------------
 
     def start(self, secondary: str | None, sync: str) -> None:
-        if sync == "full":
-            raise CommandError("Parameter 'sync' does not accept value 'full': a resync is not available")
+        if sync == "full" and any(disk.local is None for disk in self.disks):
+            raise CommandError("Parameter 'sync' does not accept value 'full': there is no local disk to send")
         if secondary is not None:
             try:
                 check_uri(secondary, len(self.disks))
@@ -145,6 +193,7 @@ class PrimarySide(Side):
         try:
             for disk in self.disks:
                 connections.append(self._connect(disk, uri))
+                self._check_open(connections[-1])
         except DiskError as error:
             for connection in connections:
                 connection.close()
@@ -152,19 +201,25 @@ class PrimarySide(Side):
         record = self._set.record
         former = record.secondary
         try:
+            pause("start.connected")
             with self._set.gate.closed():
                 record.secondary = secondary or former
                 for disk, connection in zip(self.disks, connections, strict=True):
                     self._learn_size(disk, connection.size)
+                if sync == "full":
+                    # Before the stage is saved: a process killed in between must not forget it.
+                    for disk in self.disks:
+                        disk.changes.mark_all()
                 self._set.enter(Stage.RUNNING)
-                self._set.faults.clear()
-                # QEMU's assumption: both disks hold the same now. Only after the stage is saved: a process killed in
-                # between sends some grains for nothing, the other way round it would forget what it has recorded.
-                for disk in self.disks:
-                    disk.changes.clear()
                 # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
-                self._set.state.begin_epoch()
-                self._set.state.end_epoch(0.0)
+                self._set.state.count_epoch(0.0)
+                pause("start.entered")
+                self._set.faults.clear()
+                for disk in self.disks:
+                    # Only after the stage is saved: a process killed in between sends some grains for nothing, the
+                    # other way round it would forget what it has recorded.
+                    if sync == "none" or disk.local is None:
+                        disk.changes.clear()
                 for disk, connection in zip(self.disks, connections, strict=True):
                     disk.forwarder.adopt(connection)
         except BaseException:
@@ -172,46 +227,82 @@ class PrimarySide(Side):
             for connection in connections:
                 connection.close()
             raise
+        self._resync.start()
+        self._resync.now()
 
     def checkpoint(self) -> None:
         """A barrier: every write answered before it is on the secondary's disk when it returns."""
         if self._set.record.stage is not Stage.RUNNING:
             raise CommandError("Block replication is not running")
+        if self._resuming is not None:
+            self._resuming.join(self._set.options.timeout_s)
         begun = time.monotonic()
+        complete = self._barrier()
+        if not complete and any(disk.forwarder.up and disk.local is not None for disk in self.disks):
+            # Something was refused a while ago, or a resync is under way.
+            self._resync.complete(_RESYNC_S)
+            complete = self._barrier()
+        if not complete:
+            raise CommandError(self._why_incomplete())
+        self._set.state.count_epoch(time.monotonic() - begun)
+        self._set.faults.clear(lambda fault: fault.case in _REPAIRED_BY_RESYNC)
+
+    def _repaired(self) -> None:
+        """A pass of the resync has ended."""
+
+        def nothing_missing(fault: Fault) -> bool:
+            return fault.case in _REPAIRED_BY_RESYNC and all(
+                disk.forwarder.up and not disk.changes.missing for disk in self.disks
+            )
+
+        self._set.faults.clear(nothing_missing)
+
+    def _barrier(self) -> bool:
+        """Wait for all that was answered; whether the secondaries' disks have it."""
         with self._set.gate.closed():
             # The gate makes it one instant for all disks; the waiting happens outside.
             barriers = [disk.begin_barrier() for disk in self.disks]
-        arrived = [disk.finish_barrier(entry) for disk, entry in zip(self.disks, barriers, strict=True)]
-        for disk, complete in zip(self.disks, arrived, strict=True):
-            if not complete or disk.changes.missing:
-                fault = self._set.faults.fault
-                cause = "the link is not up" if fault is None else fault.desc
-                raise CommandError(
-                    f"The secondary lacks {disk.changes.marked_bytes} bytes of disk '{disk.name}' ({cause}); "
-                    "a resync is needed"
-                )
-        self._set.state.begin_epoch()
-        self._set.state.end_epoch(time.monotonic() - begun)
-        fault = self._set.faults.fault
-        if fault is not None and fault.case in (Case.FORWARD, Case.LINK):
-            self._set.faults.clear()
+        arrived = [disk.finish_barrier(barrier) for disk, barrier in zip(self.disks, barriers, strict=True)]
+        return all(arrived)  # all of them are awaited, whatever the first one says
 
-    def stop(self, failover: bool) -> None:
+    def _why_incomplete(self) -> str:
+        fault = self._set.faults.fault
+        cause = "the link is not up" if fault is None else fault.desc
+        if fault is None and all(disk.forwarder.up for disk in self.disks):
+            cause = "it is being sent"
+        lacking = next((disk for disk in self.disks if disk.changes.marked_bytes), self.disks[0])
+        return (
+            f"The secondary lacks {lacking.changes.marked_bytes} bytes of disk '{lacking.name}' ({cause}); "
+            "a resync is needed"
+        )
+
+    def stop(self, failover: bool, force: bool) -> None:
         with self._set.gate.closed():
             self._set.enter(Stage.DONE)
         for disk in self.disks:
             disk.forwarder.stop(self._set.options.timeout_s)
 
-    def retry(self) -> None:
+    def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")
+
+    def query_failover(self) -> dict[str, Any]:
+        raise CommandError("This is a primary: failover is a matter of its secondary")
 
     # -- link ----------------------------------------------------------------------------------------------
 
     def _forward_failed(self, name: str, entry: Entry | None, error: DiskError) -> None:
         if entry is None:
             self._set.faults.report(Case.LINK, name, "link", 0, 0, error)
-        else:
-            self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
+            return
+        if entry.length:
+            # Noted before it is told, so that a resync which ends at this moment does not take it for repaired.
+            next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
+        self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
+        if error.errno != errno.ESHUTDOWN:  # or it has failed over, for good
+            self._resync.request()
+
+    def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
+        self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
 
     def _resume(self) -> None:
         """After a restart in `running`: connect again, and send what had not arrived when the former process ended."""
@@ -228,48 +319,10 @@ class PrimarySide(Side):
                         self._forward_failed(disk.name, None, error)
                         break
                 self._closing.wait(_RETRY_S)
-        for disk in self.disks:
-            if disk.forwarder.up and disk.changes.missing:
-                self._resend(disk)
-
-    def _resend(self, disk: PrimaryDisk) -> None:
-        if disk.local is None:
-            error = DiskError("writes that were answered before the restart may be missing, and there is no local disk")
-            self._forward_failed(disk.name, None, error)
-            return
-        total = disk.changes.marked_bytes
-        sent = 0
-        arrived = [0]
-
-        def ended(entry: Entry) -> None:
-            arrived[0] += entry.length
-
-        job = self._set.jobs.add(Job("resync", disk.name, lambda: max(total, sent), lambda: arrived[0]))
-        failure: str | None = None
-        try:
-            for offset, length in self._missing_of(disk):
-                if self._closing.is_set() or disk.stage is not Stage.RUNNING:
-                    failure = "replication was stopped"
-                    break
-                sent += length
-                if not disk.resend(offset, length, ended):
-                    failure = "the link was lost"
-                    break
-        except DiskError as error:
-            self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
-            failure = str(error)
-        if failure is None and not disk.finish_barrier(disk.begin_barrier()):
-            failure = "the link was lost"
-        self._set.jobs.conclude(job, failure)
-        if failure is not None:
-            log(f"disk '{disk.name}': what the secondary lacks was not sent: {failure}")
-
-    @staticmethod
-    def _missing_of(disk: PrimaryDisk) -> Iterator[tuple[int, int]]:
-        """What is missing; looked through again for what was marked behind the first look (a write that had found no
-        link just before there was one)."""
-        for _ in range(_RESEND_PASSES):
-            yield from disk.changes.missing_ranges()
+            if disk.local is None and disk.forwarder.up and disk.changes.missing:
+                why = "writes that were answered before the restart may be missing, and there is no local disk"
+                self._forward_failed(disk.name, None, DiskError(why))
+        self._resync.now()
 
     # -- the rest ------------------------------------------------------------------------------------------
 
@@ -295,11 +348,43 @@ class PrimarySide(Side):
             ],
         }
 
+    def faces(self) -> dict[str, Face]:
+        shown = {}
+        for disk in self.disks:
+            what = GUEST_DISK if disk.local is not None else "writes for the secondary"
+            face = Face(what, partial(self.size_of, disk), disk.read, disk.write, disk.zero, disk.flush, disk.extents)
+            if self._set.record.promoted and disk.top_id is not None:
+                # The guest goes on over the export that it has. The other one stays closed: the old primary knows it.
+                shown[disk.top_id] = face
+                shown[disk.name] = closed_face(disk.name, disk.size)
+            else:
+                shown[disk.name] = face
+        return shown
+
+    @property
+    def default(self) -> str:
+        return "" if self._set.record.promoted and self.disks[0].top_id is not None else self.disks[0].name
+
     def close(self) -> None:
         self._closing.set()
-        if self._resuming is not None:
-            self._resuming.join(self._set.options.timeout_s)
         deadline = time.monotonic() + _STOP_S
+        if self._resuming is not None:
+            self._resuming.join(_STOP_S)
+        self._resync.stop(max(0.0, deadline - time.monotonic()))
         for disk in self.disks:
             disk.forwarder.stop(max(0.0, deadline - time.monotonic()))
+        if self._set.record.stage is not Stage.NONE:
+            try:
+                for disk in self.disks:
+                    if disk.local is not None:
+                        disk.local.flush()
+                    disk.changes.flush()
+                self._set.record.clean = True
+                self._set.save()
+            except (DiskError, StateError) as error:
+                log(f"not everything is on stable storage: {error}")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for disk in self.disks:
             disk.close()

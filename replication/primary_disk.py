@@ -10,6 +10,8 @@ write, read
     No lock: the read gets the old or the new content, as from any disk.
 write, resync
     The resync takes the same range lock while it reads a grain and queues it.
+barrier, resync
+    `_order`: a barrier finds a range still missing, or its data in the queue before the barrier's flush.
 write, stop or start
     The gate (in node.py).
 
@@ -21,7 +23,9 @@ by the secondary is still marked.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from replication.backlog import ZERO_MAX, Entry, Kind
 from replication.changes import ChangeMap
@@ -34,6 +38,13 @@ from replication.image.qcow2 import BLOCK
 from replication.pause import pause
 from replication.rangelock import RangeLock
 from replication.stage import Stage
+
+
+class Barrier(NamedTuple):
+    """A flush in the queue, None without a link, and whether the secondary lacked something when it was queued."""
+
+    entry: Entry | None
+    lacking: bool
 
 
 class PrimaryDisk:
@@ -57,7 +68,12 @@ class PrimaryDisk:
         self.stage = Stage.NONE
         """Set by the node while the gate is closed."""
         self.size = local.size if local is not None else 0
+        self.top_id: str | None = None
+        """The export that the guest of a promoted secondary uses."""
         self.ranges = RangeLock()
+        # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
+        # one and putting it on the other. Never held across I/O.
+        self._order = threading.Lock()
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -66,7 +82,7 @@ class PrimaryDisk:
     def read(self, buffer: memoryview, offset: int) -> None:
         """Local; an export that only forwards has nothing to read (as QEMU's primary, whose quorum reads elsewhere)."""
         local = self._readable()
-        self._tell(lambda: local.read(buffer, offset))
+        self._tell("read", offset, len(buffer), lambda: local.read(buffer, offset))
         self.bytes_read += len(buffer)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
@@ -78,12 +94,12 @@ class PrimaryDisk:
             raise DiskError(f"disk '{self.name}' only forwards writes and cannot be read", errno.EIO)
         return self.local
 
-    def _tell(self, action: Callable[[], None]) -> None:
+    def _tell(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
         """Local I/O: its failure is the guest's to know (case 1), and an event's."""
         try:
             action()
         except DiskError as error:
-            self._faults.tell(Case.PRIMARY_DISK, self.name, error)
+            self._faults.tell(Case.PRIMARY_DISK, self.name, operation, offset, length, error)
             raise
 
     # -- writes --------------------------------------------------------------------------------------------
@@ -100,7 +116,7 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.write([data], offset, fua)
 
-        self._change(offset, len(data), entries, locally)
+        self._change("write", offset, len(data), entries, locally)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
@@ -119,31 +135,33 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.zero(offset, length, may_trim, fua)
 
-        self._change(offset, length, entries, locally)
+        self._change("zero", offset, length, entries, locally)
 
     def flush(self) -> None:
         """Make stable what the guest was answered for: on the local disk, and with protocol=sync on the
         secondary. With async the secondary's disk is flushed by barriers."""
         if self.local is not None:
-            self._tell(self.local.flush)
+            self._tell("flush", 0, 0, self.local.flush)
         elif self.stage is not Stage.RUNNING:
             raise self._not_running()
         if self._sync and self.stage is Stage.RUNNING:
             self.finish_barrier(self.begin_barrier())
 
-    def _change(self, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]) -> None:
+    def _change(
+        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
+    ) -> None:
         local = self.local
         if self.stage is not Stage.RUNNING:
             if local is None:
                 raise self._not_running()
             # Not forwarded, but remembered for the resync of the next pair.
             self.changes.mark(offset, length)
-            self._tell(lambda: locally(local))
+            self._tell(operation, offset, length, lambda: locally(local))
             self.bytes_written += length
             return
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            self._change_held(offset, length, entries, locally)
+            self._change_held(operation, offset, length, entries, locally)
         finally:
             self.ranges.release(held)
         if self._sync:
@@ -151,7 +169,9 @@ class PrimaryDisk:
                 self.forwarder.await_end(entry)
         self.bytes_written += length
 
-    def _change_held(self, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]) -> None:
+    def _change_held(
+        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
+    ) -> None:
         """One write in `running`, with its range held: mark, write, queue."""
         local = self.local
         for entry in entries:
@@ -163,20 +183,26 @@ class PrimaryDisk:
             _end(entries)
         pause("primary-write.marked")
         if queued and self._sync:
-            # Both sides work at the same time; the answer waits for the slower.
+            # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process killed
+            # when the secondary has it and the local disk does not must send it again.
+            self.changes.begin(offset, length)
             self._put(entries)
         try:
             if local is not None:
-                self._tell(lambda: locally(local))
+                self._tell(operation, offset, length, lambda: locally(local))
         except BaseException:
             # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
             self.changes.mark(offset, length)
-            if queued and not self._sync:
+            if queued and self._sync:
+                self.changes.end(offset, length, False)
+            elif queued:
                 self.forwarder.unreserve(entries)
                 _end(entries)
             raise
         pause("primary-write.written")
-        if queued and not self._sync:
+        if queued and self._sync:
+            self.changes.end(offset, length, True)
+        elif queued:
             self._put(entries)
 
     def _put(self, entries: list[Entry]) -> None:
@@ -191,17 +217,20 @@ class PrimaryDisk:
 
     # -- barrier and resync --------------------------------------------------------------------------------
 
-    def begin_barrier(self) -> Entry | None:
-        """Queue a flush behind everything answered so far; None without a link."""
+    def begin_barrier(self) -> Barrier:
+        """Queue a flush behind everything answered so far."""
         entry = Entry(Kind.FLUSH, waited_for=True)
         if not self.forwarder.reserve([entry]):
-            return None
-        self.forwarder.put(entry)
-        return entry
+            return Barrier(None, True)
+        with self._order:
+            lacking = self.changes.missing
+            self.forwarder.put(entry)
+        return Barrier(entry, lacking)
 
-    def finish_barrier(self, entry: Entry | None) -> bool:
-        """Wait for a barrier; whether everything that was sent before it is on the secondary's disk."""
-        return entry is not None and self.forwarder.await_end(entry)
+    def finish_barrier(self, barrier: Barrier) -> bool:
+        """Wait for a barrier; whether everything that was answered before it is on the secondary's disk."""
+        arrived = barrier.entry is not None and self.forwarder.await_end(barrier.entry)
+        return arrived and not barrier.lacking and not self.changes.missing
 
     def resend(self, offset: int, length: int, on_end: Callable[[Entry], None]) -> bool:
         """Queue a range as it is now, because the secondary lacks something of it; False without a link."""
@@ -217,11 +246,11 @@ class PrimaryDisk:
             data = bytearray(length)
             self.local.read(memoryview(data), offset)
             entry.load(memoryview(data))
-            self.changes.begin(offset, length, repair=True)
             if not self.forwarder.reserve([entry]):
-                entry.end(False)
                 return False
-            self.forwarder.put(entry)
+            with self._order:
+                self.changes.begin(offset, length, repair=True)
+                self.forwarder.put(entry)
             return True
         finally:
             self.ranges.release(held)

@@ -3,36 +3,43 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from replication.backup import RUNNING, Backup
+from replication.changes import ChangeMap
 from replication.commit import Commit, CommitThread
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
+from replication.fill import FillWatch
 from replication.gate import GateStuck
 from replication.image.disk import open_disk
+from replication.image.face import Disk
 from replication.image.layer import LayerError
-from replication.image.overlay import Overlay, ReadOnlyImage
-from replication.image.qcow2 import Layout, create, image_size, read_layout, remove
-from replication.image.stack import Stack
-from replication.jobs import Job
+from replication.images import Found, open_images
 from replication.log import log
-from replication.options import DiskOptions, is_uri
+from replication.options import DiskOptions, Durability
 from replication.pause import pause
 from replication.reclaim import Reclaimer
-from replication.secondary_disk import SecondaryDisk, backup_job
-from replication.side import Setting, Side, disk_list
+from replication.secondary_disk import SecondaryDisk
+from replication.side import Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
 from replication.state import StateError
 
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
-_CLOSE_S = 4.0
-"""Longest wait for the commit to notice that the process ends; it copies 1 MiB between two looks."""
+COMMIT_RATE = 400e6
+"""Bytes a second that a commit is taken to do before one has been measured: half of what page cache and tmpfs do
+here."""
+
+_RATE_FROM = 16 << 20
+"""Bytes of a commit from which on its speed says something."""
+
+_CLOSE_S = 3.0
+"""Longest wait, at the end of the process, for its threads (a commit copies 1 MiB between two looks) and for the disks
+to be flushed."""
 
 _SETTLE_RETRY_S = 1.0
 
@@ -47,142 +54,140 @@ class SecondarySide(Side):
         self.disks: list[SecondaryDisk] = []
         # Why `start` is refused, by disk name: images that a former start would have refused, too.
         self._refusals: dict[str, str] = {}
-        self._backup_jobs: list[Job] = []
+        self._backup = Backup(setting, self.disks)
+        self._unflushed = False
         self._commit: CommitThread | None = None
+        self._commit_begun = 0.0
         self._closing = threading.Event()
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
 
     # -- opening -------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        stage = self._set.record.stage
+        record, state = self._set.record, self._set.state
+        try:
+            self._open_disks()
+            if record.stage is Stage.DONE:
+                for disk in self.disks:
+                    self._open_maps(disk)
+                    if record.cut_off:
+                        disk.changes.mark_all()  # it was not synced
+            else:
+                # The maps after the images: a start that is refused because of an image has made none.
+                found = open_images(self.disks, self._set.options, record, self._open_maps)
+                self._refusals = found.refusals
+                self._note_restart(found)
+        except BaseException:
+            self._let_go()
+            raise
+        for disk in self.disks:
+            disk.backup_failed = self._copy_failed
+            disk.repaired = self._backup.repaired
+            if disk.stack is not None:
+                disk.stack.scarce = self._give_back
+        stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
+        FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
+        if self._set.options.durability is Durability.POWER:
+            self._settle_images()
+        if state.emptying:
+            # A process was killed in the midst of a checkpoint (or a planned stop): it counts as taken.
+            try:
+                failure = self._empty_all()
+            except CommandError as error:
+                failure = error
+            if failure is not None:
+                self._let_go()
+                raise ConfigError(str(failure)) from failure
+        if record.stage is Stage.RUNNING:
+            self._backup.begin()
+
+    def _settle_images(self) -> None:
+        """A process that was killed in this boot may have left in memory what counts as stable from here on."""
+        record = self._set.record
+        changed = record.durability != Durability.POWER.value
+        if record.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and not changed:
+            return  # what a commit has let go of may be published only after the disk was flushed; its end does both
+        try:
+            for disk in self.disks:
+                if disk.stack is not None:
+                    disk.stack.settle(disk=changed)
+        except DiskError as error:
+            self._let_go()
+            raise ConfigError(str(error)) from error
+
+    def _give_back(self) -> None:
+        """An overlay's file system is full: what a checkpoint has left behind in one disk's overlays is room for
+        another's. Called from requests."""
+        for disk in self.disks:
+            if disk.stack is not None:
+                disk.stack.give_back()
+
+    def _open_disks(self) -> None:
+        record = self._set.record
+        located: list[tuple[DiskOptions, Disk]] = []
         try:
             for options in self._set.options.disks:
                 assert options.location is not None
+                located.append((options, open_disk(options.name, options.location)))
+            sizes = {options.name: disk.size for options, disk in located}
+            if record.disks and record.disks != sizes:
+                raise ConfigError(
+                    f"the state folder {self._set.options.state} is of the disks {disk_list(record.disks)}, "
+                    f"but these are {disk_list(sizes)}"
+                )
+            record.disks = sizes
+            for options, disk in located:
                 assert options.top_id is not None
-                disk = open_disk(options.name, options.location)
-                self.disks.append(SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._end_backup))
-            self._check_same_disks()
-            if stage is not Stage.DONE:
-                self._open_overlays()
+                self.disks.append(SecondaryDisk(options.name, options.top_id, disk, self._set.faults))
         except BaseException:
-            self.close()
+            for _, disk in located[len(self.disks) :]:
+                disk.close()
             raise
-        if self._set.state.emptying:
-            # A process was killed in the midst of a checkpoint (or a planned stop): it counts as taken.
-            self._empty_all()
-        if stage is Stage.RUNNING:
-            self._begin_backup()
 
-    def _check_same_disks(self) -> None:
+    def _open_maps(self, disk: SecondaryDisk) -> None:
+        disk.open_maps(lambda kind: ChangeMap(self._set.state.map_file(disk.name, kind), disk.size))
+
+    def _note_restart(self, found: Found) -> None:
+        """What a restart of the host has done to a checkpoint outlives this process, too."""
         record = self._set.record
-        sizes = {disk.name: disk.size for disk in self.disks}
-        if record.disks and record.disks != sizes:
-            raise ConfigError(
-                f"the state folder {self._set.options.state} is of the disks {disk_list(record.disks)}, "
-                f"but these are {disk_list(sizes)}"
-            )
-        record.disks = sizes
-
-    def _open_overlays(self) -> None:
-        """Open the overlays of all disks. In stage none those that do not exist are made, after all that do were found
-        to be good; a start that is refused all the same takes away what it has made."""
-        fresh = self._set.record.stage is Stage.NONE
-        wanted = [
-            (disk, role, path, base)
-            for disk, options in zip(self.disks, self._set.options.disks, strict=True)
-            for role, path, base in (
-                ("hidden", _known(options.hidden), _known(options.location)),
-                ("active", _known(options.active), _known(options.hidden)),
-            )
-        ]
-        opened: dict[str, Overlay | None] = {}
-        made: list[str] = []
-        try:
-            for disk, role, path, _ in wanted:
-                if os.path.lexists(path):
-                    opened[path] = self._open_overlay(role, disk, path, fresh)
-                elif not fresh:
-                    raise ConfigError(
-                        f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back, or "
-                        f"give up the state folder {self._set.options.state} and copy the disk anew from the primary"
-                    )
-            for disk, role, path, base in wanted:
-                if path not in opened:
-                    create(path, base, "raw" if role == "hidden" else "qcow2", disk.size)
-                    made.append(path)
-                    opened[path] = self._open_overlay(role, disk, path, fresh)
-            for disk, options in zip(self.disks, self._set.options.disks, strict=True):
-                self._stack(disk, options, opened, fresh)
-        except BaseException:
-            for overlay in opened.values():
-                if overlay is not None:
-                    overlay.close()
-            for path in made:
-                remove(path)
-            raise
-
-    @staticmethod
-    def _open_overlay(role: str, disk: SecondaryDisk, path: str, fresh: bool) -> Overlay | None:
-        """None for an image that cannot be written, where `start` is going to say so."""
-        try:
-            return Overlay(role, disk.name, path)
-        except ReadOnlyImage as error:
-            if not fresh:
-                raise
-            log(str(error))
-            return None
-
-    def _stack(self, disk: SecondaryDisk, options: DiskOptions, opened: dict[str, Overlay | None], fresh: bool) -> None:
-        """Put the images of one disk together, or note why `start` will be refused."""
-        active, hidden = opened[_known(options.active)], opened[_known(options.hidden)]
-        layouts = [
-            read_layout(path) if overlay is None else overlay.layout
-            for overlay, path in ((active, _known(options.active)), (hidden, _known(options.hidden)))
-        ]
-        refusal = self._refusal(layouts[0], layouts[1], disk, options)
-        if refusal is None and active is not None and hidden is not None:
-            disk.stack = Stack(active, hidden, disk.disk)
-            return
-        refusal = refusal or "Active disk or hidden disk doesn't support make_empty"
-        if not fresh:
-            raise ConfigError(f"disk '{disk.name}': {refusal}")
-        for overlay in (active, hidden):
-            if overlay is not None:
-                overlay.close()
-        self._refusals[disk.name] = refusal
-
-    def _refusal(self, active: Layout, hidden: Layout, disk: SecondaryDisk, options: DiskOptions) -> str | None:
-        """What start says to these images (QEMU's texts, in QEMU's order), None if it accepts them. A wrong backing
-        file, which QEMU cannot see, is a ConfigError: writing over it would destroy data."""
-        if active.backing is None:
-            return "Active disk doesn't have backing file"
-        if hidden.backing is None:
-            return "Hidden disk doesn't have backing file"
-        for path, layout, expected in (
-            (options.active, active, options.hidden),
-            (options.hidden, hidden, options.location),
-        ):
-            found = layout.backing
-            assert expected is not None
-            assert found is not None
-            if found != expected and (is_uri(expected) or os.path.realpath(found) != os.path.realpath(expected)):
-                raise ConfigError(f"{path} of disk '{disk.name}' has the backing file {found}, not {expected}")
-        if not active.size == hidden.size == image_size(disk.size):
-            return "Active disk, hidden disk, secondary disk's length are not the same"
-        return None
+        if found.lost is not None:
+            record.inconsistent = found.lost
+            record.backup = RUNNING
+            if record.stage is Stage.FAILOVER:
+                # Nobody may see what the commit would leave behind, unless a person says so.
+                record.stage = Stage.FAILOVER_FAILED
+        if found.lost is not None or found.unflushed:
+            for disk in self.disks:
+                disk.lost.mark_all()
+        self._unflushed = found.unflushed
 
     def launch(self) -> None:
-        if self._set.record.stage is Stage.FAILOVER:
+        record = self._set.record
+        if record.stage is not Stage.NONE:
+            # From here on the former process's good end counts no longer.
+            self._set.save()
+        if record.inconsistent is not None and self._set.faults.fault is None:
+            case = Case.COPY_BEFORE_WRITE if record.stage is Stage.RUNNING else Case.COMMIT
+            self._report_restart(case, f"the last checkpoint is lost: {record.inconsistent}")
+        if self._unflushed:
+            why = "the host was restarted: what the primary wrote after the last flush may be missing"
+            self._report_restart(Case.SECONDARY_DISK, why)
+        if record.stage is Stage.FAILOVER:
             self._begin_commit()
         self._reclaimer.start([disk.stack for disk in self.disks if disk.stack is not None])
+
+    def _report_restart(self, case: Case, why: str) -> None:
+        for disk in self.disks:
+            self._set.faults.report(case, disk.name, "open", 0, disk.size, DiskError(why))
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:
             disk.stage = stage
-            disk.backup_running = self._set.record.backup == "running"
+            disk.inconsistent = self._set.record.inconsistent
+            disk.accepts_writes = self._backup.accepts_writes
             if disk.stack is not None:
                 disk.stack.committing = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
+                disk.stack.preserving = disk.inconsistent is None
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -203,124 +208,230 @@ class SecondarySide(Side):
                 raise CommandError(refusal)
             if disk.top_id == disk.name:
                 raise CommandError("No top_bs or it is invalid")
-        self._check_images()
+        self._prepare_emptying()
         with self._set.gate.closed():
-            self._set.record.backup = "running"
+            self._set.record.backup = RUNNING
+            for disk in self.disks:
+                disk.lost.clear()
             # Empty before the stage is saved: what the overlays hold in stage none is of no use, but a process killed
             # in between must not come back as running with it.
-            self._empty_all()
+            failure = self._empty_all()
+            if failure is not None:
+                raise failure
             pause("start.emptied")
             self._set.enter(Stage.RUNNING)
-        self._begin_backup()
+        self._backup.begin()
         self._reclaimer.wake()
 
     def checkpoint(self) -> None:
         record = self._set.record
-        if record.stage is not Stage.RUNNING or record.backup != "running":
+        if record.stage is not Stage.RUNNING:
             raise CommandError(BACKUP_CANCELLED)
-        fault = self._set.faults.fault
-        if fault is not None and fault.write_lost:
-            raise CommandError(
-                f"The secondary disk of '{fault.disk}' lacks a write of the primary ({fault.desc}); "
-                "the last checkpoint stays valid until a resync"
-            )
-        self._check_images()
+        self._check_complete()
+        self._prepare_emptying()
         with self._set.gate.closed():
-            self._empty_all()
+            # Again: a target write may have failed since.
+            self._check_complete()
+            failure = self._empty_all()
+            if record.inconsistent is not None:
+                self._become_consistent()
+        if failure is not None:
+            # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
+            # one with these disks. get-error and the next checkpoint tell the rest.
+            log(f"the checkpoint is taken all the same: {failure}")
         self._reclaimer.wake()
 
-    def stop(self, failover: bool) -> None:
-        if failover:
-            self._fail_over()
-            return
-        if self._set.record.backup != "running":
-            raise CommandError(BACKUP_CANCELLED)
-        if self._set.faults.write_lost:
+    def _check_complete(self) -> None:
+        """CommandError when the disks are not what the primary has written."""
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and any(disk.lost.missing for disk in self.disks):
             raise CommandError(
-                "The secondary disk lacks a write of the primary, so it cannot take over by a planned stop; "
-                "fail over to the last checkpoint, or resync first"
+                f"The last checkpoint is lost ({inconsistent}): a full resync from the primary is needed"
             )
-        self._check_images()
+        if not self._backup.running:
+            raise CommandError(BACKUP_CANCELLED)
+        for disk in self.disks:
+            if disk.lost.missing:
+                fault = self._set.faults.fault
+                raise CommandError(
+                    f"The secondary disk of '{disk.name}' lacks a write of the primary "
+                    f"({'see query-replication' if fault is None else fault.desc}); "
+                    "the last checkpoint stays valid until a resync"
+                )
+
+    def _become_consistent(self) -> None:
+        """The first checkpoint after a resync from nothing. A process killed before this takes it once more."""
+        record = self._set.record
+        former, record.inconsistent = record.inconsistent, None
+        try:
+            self._set.save()
+        except BaseException:
+            record.inconsistent = former
+            raise
+        self.show_stage(record.stage)
+        self._backup.begin()
+
+    def stop(self, failover: bool, force: bool) -> None:
+        if failover:
+            self._fail_over(force)
+            return
+        self._check_complete()
+        self._prepare_emptying()
+        for disk in self.disks:
+            # Most of it before the gate is closed.
+            self._flush_disk(disk)
         with self._set.gate.closed():
+            self._check_complete()
+            for disk in self.disks:
+                self._flush_disk(disk)
+                disk.changes.clear()
             # The stage first: in done nobody looks at the overlays any more, so a process killed in between has
             # dropped them all the same, and one that cannot save the stage has dropped nothing.
-            self._set.enter(Stage.DONE)
+            self._enter_whatever(Stage.DONE)
             pause("stop.entered")
-            self._empty_all()
-        self._end_backup_jobs(None)
+            try:
+                failure = self._empty_all()
+            except CommandError as error:
+                failure = error
+            if failure is not None:
+                log(f"the stage is done all the same: {failure}")
+        self._backup.conclude(None)
         self._reclaimer.wake()
 
-    def _fail_over(self) -> None:
+    def _fail_over(self, force: bool) -> None:
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and not force:
+            raise CommandError(f"Failover is refused: {_forceful(inconsistent)}")
         with self._set.gate.closed():
-            self._set.enter(Stage.FAILOVER)
-        self._end_backup_jobs(None)
+            if inconsistent is not None and self._empty_all() is not None:
+                raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
+            self._enter_whatever(Stage.FAILOVER)
+        self._backup.conclude(None)
         pause("failover.entered")
         self._begin_commit()
 
-    def retry(self) -> None:
+    def retry(self, force: bool) -> None:
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and not force:
+            raise CommandError(f"The commit cannot go on: {_forceful(inconsistent)}")
         with self._set.gate.closed():
-            self._set.enter(Stage.FAILOVER)
+            self._enter_whatever(Stage.FAILOVER)
         self._begin_commit()
+
+    def _enter_whatever(self, stage: Stage) -> None:
+        """Enter a stage from which on there is no talk of a checkpoint: the content counts, whatever it is."""
+        record = self._set.record
+        former, record.inconsistent = record.inconsistent, None
+        try:
+            self._set.enter(stage)
+        except BaseException:
+            record.inconsistent = former
+            raise
+
+    def query_failover(self) -> dict[str, Any]:
+        record = self._set.record
+        refusal = None
+        if record.stage is Stage.NONE:
+            refusal = "Block replication is not running"
+        elif record.stage is not Stage.RUNNING:
+            refusal = f"The secondary has failed over already: its stage is {record.stage.value}"
+        elif record.inconsistent is not None:
+            refusal = f"Failover is refused: {_forceful(record.inconsistent)}"
+        moment = self._set.state.checkpoint["time"]
+        to_commit = 0
+        if record.stage is not Stage.DONE and record.inconsistent is None:
+            to_commit = sum(disk.stack.held_bytes() for disk in self.disks if disk.stack is not None)
+        rate = record.commit_rate or COMMIT_RATE
+        return {
+            "allowed": refusal is None,
+            **({} if refusal is None else {"reason": refusal}),
+            "force": record.inconsistent is not None,
+            "stage": record.stage.value,
+            "epoch": self._set.state.epoch,
+            "checkpoint-age": None if moment is None else max(0.0, time.time() - moment),
+            "bytes-to-commit": to_commit,
+            "predicted-seconds": to_commit / rate,
+            "commit-rate": rate,
+        }
 
     # -- checkpoint ----------------------------------------------------------------------------------------
 
-    def _check_images(self) -> None:
-        """Case 6, before anything is emptied."""
+    def _prepare_emptying(self) -> None:
+        """All that may fail, before anything is emptied (case 6), and most of what takes time."""
         for disk in self.disks:
             assert disk.stack is not None
             try:
                 disk.stack.check_images()
             except LayerError as error:
-                self._set.faults.report(Case.EMPTYING, disk.name, error.operation, error.offset, error.length, error)
-                raise CommandError(f"cannot empty the overlays of disk '{disk.name}': {error}") from error
+                raise self._cannot_empty(disk, error) from error
+            if disk.stack.power:
+                self._flush_disk(disk)
 
-    def _empty_all(self) -> None:
+    def _flush_disk(self, disk: SecondaryDisk) -> None:
+        """What the primary has written becomes stable, so that it may count as a checkpoint."""
+        assert disk.stack is not None
+        try:
+            disk.stack.flush_below()
+        except DiskError as error:
+            self._set.faults.report(Case.SECONDARY_DISK, disk.name, "flush", 0, 0, error)
+            raise CommandError(f"cannot flush the secondary disk '{disk.name}': {error}") from error
+
+    def _cannot_empty(self, disk: SecondaryDisk, error: DiskError) -> CommandError:
+        operation, offset, length = "make-empty", 0, disk.size
+        if isinstance(error, LayerError):
+            operation, offset, length = error.operation, error.offset, error.length
+        self._set.faults.report(Case.EMPTYING, disk.name, operation, offset, length, error)
+        return CommandError(f"cannot empty the overlays of disk '{disk.name}': {error}")
+
+    def _empty_all(self) -> CommandError | None:
         """Empty the overlays of every disk, as one step for whoever looks, now or after a kill. The gate is
-        closed, or nothing is served yet."""
+        closed, or nothing is served yet.
+
+        Fails only with durability=power. CommandError: nothing has changed. A CommandError that is returned: all are
+        empty, and would be after a power cut, since the epoch says so; but nothing can be made stable any more, so no
+        target write and no flush is accepted from here on.
+        """
         begun = time.monotonic()
-        self._set.state.begin_epoch()
+        for disk in self.disks:
+            if disk.stack is not None and disk.stack.power:
+                self._flush_disk(disk)
+        at = self.disks[0]
+        try:
+            self._set.state.begin_epoch()
+        except StateError as error:
+            raise self._end_stability(at, DiskError(str(error))) from error
         for disk in self.disks:
             pause("checkpoint.begun")
             if disk.stack is not None:
                 disk.stack.empty()
         pause("checkpoint.emptied")
-        self._set.state.end_epoch(time.monotonic() - begun)
-
-    # -- copy-before-write as a job ------------------------------------------------------------------------
-
-    def _begin_backup(self) -> None:
-        if self._set.record.backup == "running":
-            self._backup_jobs = [
-                backup_job(self._set.jobs, disk, partial(self._cancel_backup, disk)) for disk in self.disks
-            ]
-
-    def _cancel_backup(self, disk: SecondaryDisk, why: str) -> None:
-        error = DiskError(f"copy-before-write was {why}")
-        self._set.faults.report(Case.COPY_BEFORE_WRITE, disk.name, "backup", 0, disk.size, error)
-        self._end_backup(why)
-
-    def _end_backup(self, why: str) -> None:
-        """Copy-before-write has failed or was cancelled: no target write may overwrite anything from now on.
-
-        Called from requests too, so without the gate: `backup_running` goes one way only, and a target write that
-        has passed it has its own copy to make and may finish.
-        """
-        if self._set.record.backup != "running":
-            return
-        self._set.record.backup = why
-        for disk in self.disks:
-            disk.backup_running = False
-        self._end_backup_jobs(why)
         try:
-            self._set.save()
+            for disk in self.disks:
+                at = disk
+                if disk.stack is not None:
+                    disk.stack.publish_emptied()
+            self._set.state.end_epoch(time.monotonic() - begun)
+        except DiskError as error:
+            return self._end_stability(at, error)
         except StateError as error:
-            # It has ended all the same, and the fault says so; only a restart would try to go on with it.
-            log(str(error))
+            return self._end_stability(at, DiskError(str(error)))
+        return None
 
-    def _end_backup_jobs(self, error: str | None) -> None:
-        jobs, self._backup_jobs = self._backup_jobs, []
-        for job in jobs:
-            self._set.jobs.conclude(job, error)
+    def _end_stability(self, disk: SecondaryDisk, error: DiskError) -> CommandError:
+        """It is not known what a power cut would find; whatever it finds shall be right."""
+        for each in self.disks:
+            if each.stack is not None:
+                each.stack.fail(error)
+        self._backup.end(str(error))
+        return self._cannot_empty(disk, error)
+
+    # -- copy-before-write ---------------------------------------------------------------------------------
+
+    def _copy_failed(self, error: LayerError) -> None:
+        if error.operation == "sync":
+            self._backup.end(str(error))
+        else:
+            self._backup.failed(str(error))
 
     # -- commit --------------------------------------------------------------------------------------------
 
@@ -329,7 +440,9 @@ class SecondarySide(Side):
         for disk in self.disks:
             assert disk.stack is not None
             commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
+        self._commit_begun = time.monotonic()
         self._commit = CommitThread(commits, self._closing, self._committed, self._commit_failed)
+        self._commit.start()
 
     def _committed(self) -> bool:
         """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
@@ -337,11 +450,22 @@ class SecondarySide(Side):
         def all_down() -> bool:
             return not any(disk.stack is not None and any(disk.stack.held_ranges()) for disk in self.disks)
 
+        for disk in self.disks:
+            disk.changes.mark_all()  # nothing is known of the old primary's disk
+        self._note_rate()
+        if all_down():
+            # Before the stage: a process killed in between has no error left over from a commit that has gone well.
+            self._set.faults.clear()
         if not self._settle(Stage.DONE, all_down):
             return False
-        self._set.faults.clear()
         self._reclaimer.wake()
         return True
+
+    def _note_rate(self) -> None:
+        """For the next prediction of query_failover."""
+        assert self._commit is not None
+        if self._commit.bytes_done >= _RATE_FROM:
+            self._set.record.commit_rate = self._commit.bytes_done / (time.monotonic() - self._commit_begun)
 
     def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
         """Enter the stage in which a commit has ended, if `still()` with the gate closed. There is nobody to give a
@@ -364,38 +488,87 @@ class SecondarySide(Side):
         operation, offset, length = "commit", 0, 0
         if isinstance(error, LayerError):
             offset, length = error.offset, error.length
-        if self._settle(Stage.FAILOVER_FAILED):
-            self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
+        # Before the stage, which must not be there without its cause.
+        self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
+        self._settle(Stage.FAILOVER_FAILED)
 
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
         return {
-            "consistent": True,
+            "consistent": self._set.record.inconsistent is None,
             "link": None,
             "disks": [
                 {
                     "name": disk.name,
                     "top-id": disk.top_id,
                     "size": disk.size,
-                    "active-bytes": disk.stack.active.bytes_held if disk.stack else 0,
-                    "hidden-bytes": disk.stack.hidden.bytes_held if disk.stack else 0,
+                    "active-bytes": stack.active.bytes_held if stack else 0,
+                    "hidden-bytes": stack.hidden.bytes_held if stack else 0,
+                    "out-of-sync-bytes": disk.lost.marked_bytes,
                     "totals": dict(disk.totals),
                 }
-                for disk in self.disks
+                # The stack is looked up once: a role change takes it away meanwhile.
+                for disk, stack in [(disk, disk.stack) for disk in self.disks]
             ],
         }
 
+    def faces(self) -> dict[str, Face]:
+        shown = {}
+        for disk in self.disks:
+            shown[disk.name] = disk.target_face()
+            shown.setdefault(disk.top_id, disk.guest_face())
+        return shown
+
+    @property
+    def default(self) -> str:
+        return ""
+
+    def retire(self) -> None:
+        """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back
+        space may be waiting before it."""
+        self._closing.set()
+        self._reclaimer.stop(_CLOSE_S)
+        for disk in self.disks:
+            disk.let_go()
+
     def close(self) -> None:
+        deadline = time.monotonic() + _CLOSE_S
         self._closing.set()
         if self._commit is not None:
             self._commit.join(_CLOSE_S)
-        self._reclaimer.stop(_CLOSE_S)
+        self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
+        if self._end_clean(deadline):
+            self._let_go()
+
+    def _end_clean(self, deadline: float) -> bool:
+        """Make everything stable and say so, for a restart of the host; False when that is still going on at the
+        deadline: the process ends all the same, and another one of this boot finds everything in place."""
+        if self._set.record.stage is Stage.NONE:
+            return True
+        flusher = threading.Thread(target=self._flush_everything, name="flush", daemon=True)
+        flusher.start()
+        flusher.join(max(0.0, deadline - time.monotonic()))
+        return not flusher.is_alive()
+
+    def _flush_everything(self) -> None:
+        try:
+            for disk in self.disks:
+                if disk.stack is not None and disk.stage is not Stage.DONE:
+                    disk.stack.flush_all()
+                else:
+                    disk.disk.flush()
+                disk.lost.flush()
+                disk.changes.flush()
+            self._set.record.clean = True
+            self._set.save()
+        except (DiskError, StateError) as error:
+            log(f"not everything is on stable storage: {error}")
+
+    def _let_go(self) -> None:
         for disk in self.disks:
             disk.close()
 
 
-def _known(path: str | None) -> str:
-    """An option that options.py has completed."""
-    assert path is not None
-    return path
+def _forceful(why: str) -> str:
+    return f"there is no valid checkpoint ({why}); resync from the primary, or use force to take the disks as they are"

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import NoReturn
 
+from replication.changes import ChangeMap
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.face import Disk, Extent
 from replication.image.layer import Layer, LayerError
 from replication.image.stack import Stack
-from replication.jobs import Job, JobList
+from replication.side import GUEST_FACE, Face
 from replication.stage import Stage
 
 _TARGET_CASES = {
@@ -30,10 +32,13 @@ class SecondaryDisk:
     """The two faces of one disk. `stack` is None until the overlays are open (stage none, with images that `start`
     will refuse)."""
 
-    def __init__(
-        self, name: str, top_id: str, disk: Disk, faults: FaultLatch, backup_ended: Callable[[str], None]
-    ) -> None:
-        """`backup_ended(why)` is called when copy-before-write has failed."""
+    lost: ChangeMap
+    """What the disk lacks of the primary's writes, because they failed."""
+    changes: ChangeMap
+    """In stage done: what has changed since the pair was parted."""
+
+    def __init__(self, name: str, top_id: str, disk: Disk, faults: FaultLatch) -> None:
+        """`open_maps` must follow before the first request."""
         self.name = name
         self.top_id = top_id
         self.disk = disk
@@ -41,25 +46,52 @@ class SecondaryDisk:
         self.stack: Stack | None = None
         self.stage = Stage.NONE
         """Set by the node while the gate is closed."""
-        self.backup_running = True
+        self.inconsistent: str | None = None
+        """Why there is nothing that the guest may see; set by the node while the gate is closed."""
+        self.accepts_writes = True
+        """False once copy-before-write has ended for good."""
+        self.backup_failed: Callable[[LayerError], None] = _nobody
+        """Called when copy-before-write of a target write has failed."""
+        self.repaired: Callable[[], None] = _nobody
+        """Called when a target write has made `lost` empty."""
         self._faults = faults
-        self._backup_ended = backup_ended
         self.totals = {"guest-read": 0, "guest-written": 0, "target-read": 0, "target-written": 0}
 
+    def open_maps(self, open_map: Callable[[str], ChangeMap]) -> None:
+        """Open what is known of the other side: `open_map(kind)` opens the map of that kind ("lost", "changes")."""
+        self.lost = open_map("lost")
+        self.changes = open_map("changes")
+
     # -- guest face ----------------------------------------------------------------------------------------
+
+    def guest_face(self) -> Face:
+        """What the secondary's guest sees."""
+        return Face(
+            GUEST_FACE,
+            lambda: self.size,
+            self.guest_read,
+            self.guest_write,
+            self.guest_zero,
+            self.guest_flush,
+            self.guest_extents,
+        )
 
     def guest_read(self, buffer: memoryview, offset: int) -> None:
         """The last checkpoint plus the guest's own writes; once done, the disk."""
         stack = self._for_guest()
-        self._guest(lambda: self.disk.read(buffer, offset) if stack is None else stack.read(buffer, offset))
+        try:
+            (self.disk if stack is None else stack).read(buffer, offset)
+        except DiskError as error:
+            self._tell_guest("read", offset, len(buffer), error)
+            raise
         self.totals["guest-read"] += len(buffer)
 
     def guest_write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Into active while replication runs."""
         stack = self._for_guest()
-
-        def write() -> None:
+        try:
             if stack is None:
+                self.changes.mark(offset, len(data))
                 self.disk.write([data], offset, fua)
             elif self.stage is Stage.RUNNING:
                 stack.write_top(data, offset)
@@ -67,16 +99,17 @@ class SecondaryDisk:
                 stack.write_over(data, offset, fua, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
-
-        self._guest(write)
+        except DiskError as error:
+            self._tell_guest("write", offset, len(data), error)
+            raise
         self.totals["guest-written"] += len(data)
 
     def guest_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zeroes, and trims, which read as zeroes afterwards."""
         stack = self._for_guest()
-
-        def zero() -> None:
+        try:
             if stack is None:
+                self.changes.mark(offset, length)
                 self.disk.zero(offset, length, may_trim, fua)
             elif self.stage is Stage.RUNNING:
                 stack.zero_top(offset, length)
@@ -84,26 +117,27 @@ class SecondaryDisk:
                 stack.zero_over(offset, length, may_trim, fua, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
-
-        self._guest(zero)
+        except DiskError as error:
+            self._tell_guest("zero", offset, length, error)
+            raise
         self.totals["guest-written"] += length
 
     def guest_flush(self) -> None:
         """Make stable what the guest was answered for."""
         stack = self._for_guest()
-
-        def flush() -> None:
-            if stack is not None:
-                stack.flush_top()
-            if self.stage is not Stage.RUNNING:
+        try:
+            if stack is None:
                 self.disk.flush()
-
-        self._guest(flush)
+            else:
+                stack.flush_top()
+        except DiskError as error:
+            self._tell_guest("flush", 0, 0, error)
+            raise
 
     def guest_extents(self, offset: int, length: int) -> list[Extent]:
         """What is known of the content."""
         stack = self._for_guest()
-        return self.disk.extents(offset, length) if stack is None else stack.extents(offset, length)
+        return (self.disk if stack is None else stack).extents(offset, length)
 
     def _for_guest(self) -> Stack | None:
         """The stack while the overlays count; None once the disk alone does."""
@@ -113,18 +147,29 @@ class SecondaryDisk:
             raise DiskError(
                 f"disk '{self.name}' has no content for the guest yet: replication is not running", errno.EIO
             )
+        if self.inconsistent is not None:
+            raise DiskError(f"disk '{self.name}' has no valid checkpoint: {self.inconsistent}", errno.EIO)
         return self.stack
 
-    def _guest(self, action: Callable[[], None]) -> None:
+    def _tell_guest(self, operation: str, offset: int, length: int, error: DiskError) -> None:
         """A failure here is the guest's to know, whichever image it was on; nothing is latched."""
-        try:
-            action()
-        except DiskError as error:
-            below = isinstance(error, LayerError) and error.layer is Layer.SECONDARY
-            self._faults.tell(Case.SECONDARY_DISK if below else Case.ACTIVE_DISK, self.name, error)
-            raise
+        below = self.stage is Stage.DONE or (isinstance(error, LayerError) and error.layer is Layer.SECONDARY)
+        case = Case.SECONDARY_DISK if below else Case.ACTIVE_DISK
+        self._faults.tell(case, self.name, operation, offset, length, error)
 
     # -- target face ---------------------------------------------------------------------------------------
+
+    def target_face(self) -> Face:
+        """What the primary writes to."""
+        return Face(
+            "target face: for the primary only",
+            lambda: self.size,
+            self.target_read,
+            self.target_write,
+            self.target_zero,
+            self.target_flush,
+            self.target_extents,
+        )
 
     def target_read(self, buffer: memoryview, offset: int) -> None:
         """What the primary has written: the secondary disk itself."""
@@ -134,18 +179,18 @@ class SecondaryDisk:
 
     def target_write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Copy-before-write, then through; before start, straight to the disk (first copy)."""
-        stack = self._for_target_write()
+        stack = self._for_target_write(offset, len(data))
         if stack is None:
-            self._target("write", offset, len(data), lambda: self.disk.write([data], offset, fua))
+            self.disk.write([data], offset, fua)
         else:
             self._target("write", offset, len(data), lambda: stack.write_below(data, offset, fua))
         self.totals["target-written"] += len(data)
 
     def target_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zeroes and trims of the primary; they destroy data, so they are copied before like writes."""
-        stack = self._for_target_write()
+        stack = self._for_target_write(offset, length)
         if stack is None:
-            self._target("zero", offset, length, lambda: self.disk.zero(offset, length, may_trim, fua))
+            self.disk.zero(offset, length, may_trim, fua)
         else:
             self._target("zero", offset, length, lambda: stack.zero_below(offset, length, may_trim, fua))
         self.totals["target-written"] += length
@@ -153,8 +198,10 @@ class SecondaryDisk:
     def target_flush(self) -> None:
         """Make stable what the primary was answered for."""
         self._for_target()
-        stack = self.stack if self.stage is Stage.RUNNING else None
-        self._target("flush", 0, 0, self.disk.flush if stack is None else stack.flush_below)
+        if self.stage is Stage.NONE or self.stack is None:
+            self.disk.flush()
+        else:
+            self._target("flush", 0, 0, self.stack.flush_below)
 
     def target_extents(self, offset: int, length: int) -> list[Extent]:
         """What is known of the secondary disk's content."""
@@ -164,22 +211,22 @@ class SecondaryDisk:
     def _for_target(self) -> None:
         """From the first instant of failover on the old primary is kept out."""
         if self.stage not in (Stage.NONE, Stage.RUNNING):
-            raise DiskError(
-                f"disk '{self.name}' takes nothing from its old primary any more (stage {self.stage.value})",
-                errno.ESHUTDOWN,
-            )
+            raise kept_out(self.name)
 
-    def _for_target_write(self) -> Stack | None:
+    def _for_target_write(self, offset: int, length: int) -> Stack | None:
         self._for_target()
         if self.stage is Stage.NONE:
             return None
-        if not self.backup_running:
+        if not self.accepts_writes:
+            self.lost.mark(offset, length)
             error = DiskError(f"disk '{self.name}' takes no writes: copy-before-write has ended")
-            self._faults.report(Case.COPY_BEFORE_WRITE, self.name, "write", 0, 0, error, write_lost=True)
+            self._faults.report(Case.COPY_BEFORE_WRITE, self.name, "write", offset, length, error)
             raise error
         return self.stack
 
     def _target(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
+        """A write in `running`. What fails is the primary's to know, and latched: the disk lacks it now."""
+        lacked = self.lost.missing
         try:
             action()
         except DiskError as error:
@@ -187,25 +234,44 @@ class SecondaryDisk:
             if isinstance(error, LayerError):
                 case = _TARGET_CASES[error.layer]
                 operation, offset, length = error.operation, error.offset, error.length
-            if self.stage is Stage.RUNNING:
-                self._faults.report(case, self.name, operation, offset, length, error, write_lost=True)
-                if case is Case.COPY_BEFORE_WRITE:
-                    self._backup_ended(str(error))
+            self._faults.report(case, self.name, operation, offset, length, error)
+            if case is Case.COPY_BEFORE_WRITE and isinstance(error, LayerError):
+                self.backup_failed(error)
             raise
+        if lacked and not self.lost.missing:
+            self.repaired()
 
-    def close(self) -> None:
-        """Let go of the images."""
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """Close the overlays: the stage is done, and the disk and its changes are in other hands."""
         if self.stack is not None:
             self.stack.close()
+            self.stack = None
+        if hasattr(self, "lost"):
+            self.lost.close()
+
+    def close(self) -> None:
+        """Let go of everything that is open."""
+        self.let_go()
+        if hasattr(self, "changes"):
+            self.changes.close()
         self.disk.close()
 
 
-def backup_job(jobs: JobList, disk: SecondaryDisk, ended: Callable[[str], None]) -> Job:
-    """Show copy-before-write of a disk as a job: bytes that hidden holds, of the disk's size."""
+def kept_out(name: str) -> DiskError:
+    """What an old primary is told."""
+    return DiskError(f"disk '{name}' takes nothing from its old primary any more", errno.ESHUTDOWN)
 
-    def held() -> int:
-        return 0 if disk.stack is None else disk.stack.hidden.bytes_held
 
-    job = Job("backup", disk.name, lambda: disk.size, held)
-    job.cancel = lambda: ended("cancelled by job-cancel")
-    return jobs.add(job)
+def closed_face(name: str, size: int) -> Face:
+    """The target face of a disk that has been promoted: nothing, for good."""
+
+    def refuse(*_arguments: object) -> NoReturn:
+        raise kept_out(name)
+
+    return Face("target face: closed", lambda: size, refuse, refuse, refuse, refuse, refuse)
+
+
+def _nobody(*_arguments: object) -> None:
+    """Nobody has asked to be told."""

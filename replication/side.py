@@ -6,15 +6,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.gate import Gate
+from replication.image.face import Extent
 from replication.jobs import JobList
 from replication.options import Options
 from replication.stage import Mode, Stage
 from replication.state import Record, StateFolder
+
+GUEST_FACE = "guest face: the last checkpoint plus the guest's own writes"
+GUEST_DISK = "the guest's disk"
+FOR_GUESTS = (GUEST_FACE, GUEST_DISK)
+"""What exports that belong to a guest say of themselves: no primary may take one of them for its secondary."""
+
+
+class Face(NamedTuple):
+    """What is behind an export at present. Every operation may be called by several threads at once, inside the gate,
+    and raises DiskError."""
+
+    description: str
+    size: Callable[[], int]
+    """Bytes; DiskError while it cannot be known."""
+    read: Callable[[memoryview, int], None]
+    """`read(buffer, offset)`: fill the buffer."""
+    write: Callable[[memoryview, int, bool], None]
+    """`write(data, offset, fua)`."""
+    zero: Callable[[int, int, bool, bool], None]
+    """`zero(offset, length, may_trim, fua)`: make a range read as zeroes. Trim is the same with `may_trim`: what a
+    trimmed block reads must be the same on both sides."""
+    flush: Callable[[], None]
+    """Make stable what was answered, on any connection: that is what multi-conn promises."""
+    extents: Callable[[int, int], list[Extent]]
+    """`extents(offset, length)`: extents from `offset` on."""
 
 
 @dataclass
@@ -43,6 +69,15 @@ class Side(ABC):
     mode: Mode
 
     @abstractmethod
+    def faces(self) -> dict[str, Face]:
+        """The exports, by name; the first is the default one if `default` is not empty."""
+
+    @property
+    @abstractmethod
+    def default(self) -> str:
+        """The export that the empty name stands for, empty if there is none."""
+
+    @abstractmethod
     def open(self) -> None:
         """Open disks and images as the recorded stage needs them; ConfigError says what is wrong. No threads yet."""
 
@@ -63,12 +98,16 @@ class Side(ABC):
         """A checkpoint, or on a primary a barrier, in stage running."""
 
     @abstractmethod
-    def stop(self, failover: bool) -> None:
-        """Leave stage running."""
+    def stop(self, failover: bool, force: bool) -> None:
+        """Leave stage running. `force`: fail over although there is no valid checkpoint."""
 
     @abstractmethod
-    def retry(self) -> None:
-        """From failover-failed back to failover."""
+    def retry(self, force: bool) -> None:
+        """From failover-failed back to failover. `force`: although there is no valid checkpoint."""
+
+    @abstractmethod
+    def query_failover(self) -> dict[str, Any]:
+        """What query-failover returns; CommandError on a primary."""
 
     @abstractmethod
     def query(self) -> dict[str, Any]:

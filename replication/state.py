@@ -4,7 +4,8 @@
     lock            held by the process that uses the folder
     state.json      the Record below, replaced as a whole
     epoch           one mapped page: the checkpoint in progress or last completed
-    NAME.changes    the primary's change map (changes.py)
+    NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
+    NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     *.qcow2 *.data  default overlays
 
 Invariants
@@ -12,6 +13,8 @@ Invariants
 * The epoch word is one aligned 64-bit store, epoch * 2 + (1 while overlays are being emptied): a kill leaves the
   checkpoint either not begun, or to be finished by the next process before it serves anything. It cannot fail,
   unlike a file operation, so a checkpoint never ends half done for want of space.
+* With `durability=power` (`durable`) the word is written and synced instead: begun before a bit goes from the images,
+  complete after all have gone from stable storage. Between the two a power cut leads to the new checkpoint.
 
 Without a folder (`state` not given) the same calls keep everything in memory.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import mmap
 import os
 import struct
@@ -28,13 +32,17 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from replication.boot import boot_id
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
+from replication.image import files
 from replication.stage import Mode, Stage
 
 _FORMAT = 1
 _PAGE = 4096
 _FILE_MAX = 1 << 20
+_EPOCH_MAX = 1 << 62
+"""So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
 
 
 class StateError(ReplicationError):
@@ -46,6 +54,7 @@ class Record:
     """What a process must know when it is started again."""
 
     mode: Mode
+    """The one it has now: a promoted secondary may have become a primary."""
     stage: Stage = Stage.NONE
     backup: str = "running"
     """Copy-before-write: "running", or why it has ended ("cancelled", "failed")."""
@@ -54,6 +63,23 @@ class Record:
     fault: dict[str, Any] | None = None
     disks: dict[str, int] = field(default_factory=dict)
     """Name and size of every disk; the next process must have the same."""
+    promoted: bool = False
+    """A primary that was a secondary, and whose command line says so."""
+    boot: str | None = None
+    """The host's boot in which the process ran (boot.py)."""
+    durability: str = "process"
+    """The key of that name with which the process ran."""
+    clean: bool = False
+    """The process has ended in good order, with everything on stable storage."""
+    inconsistent: str | None = None
+    """Why a secondary has no valid checkpoint, None when it has."""
+    commit_rate: float | None = None
+    """Bytes a second of the last commit."""
+
+    @property
+    def cut_off(self) -> bool:
+        """The host was restarted, and the process had not ended in good order before: what was not synced is gone."""
+        return self.boot not in (None, boot_id()) and not self.clean
 
     def to_json(self) -> dict[str, Any]:
         shown = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -65,24 +91,35 @@ class Record:
         if saved.pop("format") != _FORMAT:
             raise ValueError("unknown format")
         record = cls(**{**saved, "mode": Mode(saved["mode"]), "stage": Stage(saved["stage"])})
-        if not isinstance(record.backup, str):
-            raise TypeError("backup is not a text")
-        if not isinstance(record.secondary, str | None):
-            raise TypeError("secondary is not a text")
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(record, name), kind):
+                raise TypeError(f"{name} is of another type")
         if record.fault is not None:
             Fault.from_json(record.fault)
         if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
             raise TypeError("disks is not a table of sizes")
+        json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
         return record
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("backup", "durability"), str),
+    **dict.fromkeys(("secondary", "boot", "inconsistent"), str | None),
+    **dict.fromkeys(("promoted", "clean"), bool),
+    "commit_rate": float | None,
+}
 
 
 class StateFolder:
     """One process's state, in a folder or, without one, in memory."""
 
-    def __init__(self, path: str | None) -> None:
-        """Create the folder if need be and claim it; ConfigError when another process has it."""
+    def __init__(self, path: str | None, durable: bool = False) -> None:
+        """Create the folder if need be and claim it; ConfigError when another process has it. `durable`: checkpoints
+        are on stable storage."""
         self.path = path
+        self._durable = durable
         self._lock_fd = -1
+        self._epoch_fd = -1
         # Serializes saving. Held across the write of the state file, which no request waits for except one that
         # reports the first fault.
         self._saving = threading.Lock()
@@ -94,6 +131,9 @@ class StateFolder:
                 self._lock_fd = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._page = self._map_page()
+                if durable:
+                    # What a killed process has written may be in memory only, and counts as stable from here on.
+                    files.fdatasync(self._epoch_fd)
             except BlockingIOError as error:
                 self.close()
                 raise ConfigError(f"the state folder {path} is in use by another process") from error
@@ -101,22 +141,26 @@ class StateFolder:
                 self.close()
                 raise ConfigError(f"cannot use the state folder {path}: {error.strerror}") from error
         self._words = memoryview(self._page).cast("Q")
+        if self.epoch > _EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
+            self.close()
+            raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
 
     def _map_page(self) -> mmap.mmap:
-        fd = os.open(self.file("epoch"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # Written, not only truncated to size: a mapped hole on a full disk would kill the process.
-            if os.fstat(fd).st_size != _PAGE:
-                os.pwrite(fd, bytes(_PAGE), 0)
-                os.fsync(fd)
-            return mmap.mmap(fd, _PAGE)
-        finally:
-            os.close(fd)
+        self._epoch_fd = os.open(self.file("epoch"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Written, not only truncated to size: a mapped hole on a full disk would kill the process.
+        if os.fstat(self._epoch_fd).st_size != _PAGE:
+            os.pwrite(self._epoch_fd, bytes(_PAGE), 0)
+            os.fsync(self._epoch_fd)
+        return mmap.mmap(self._epoch_fd, _PAGE)
 
     def file(self, name: str) -> str:
         """The path of a file in the folder."""
         assert self.path is not None
         return os.path.join(self.path, name)
+
+    def map_file(self, disk_name: str, kind: str) -> str | None:
+        """The path of a map of a disk (changes.py), None without a folder."""
+        return None if self.path is None else self.file(f"{disk_name}.{kind}")
 
     # -- record --------------------------------------------------------------------------------------------
 
@@ -144,16 +188,7 @@ class StateFolder:
         path = self.file("state.json")
         with self._saving:
             try:
-                with open(path + ".new", "w", encoding="utf-8") as file:
-                    json.dump(record.to_json(), file, indent=1)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.rename(path + ".new", path)
-                folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                files.replace(path, json.dumps(record.to_json(), indent=1).encode())
             except OSError as error:
                 raise StateError(f"cannot write {path}: {error.strerror}") from error
 
@@ -171,14 +206,32 @@ class StateFolder:
 
     def begin_epoch(self) -> None:
         """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
-        the same one again."""
+        the same one again. StateError, with nothing changed, only when `durable`."""
         if not self.emptying:
-            self._words[0] = (self.epoch + 1) << 1 | 1
+            self._store(0, (self.epoch + 1) << 1 | 1)
 
     def end_epoch(self, duration_s: float) -> None:
-        """The checkpoint is complete."""
-        self._words[1], self._words[2] = struct.unpack("QQ", struct.pack("dd", time.time(), duration_s))
-        self._words[0] = self.epoch << 1
+        """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""
+        self._store(1, *_clock(duration_s))
+        self._store(0, self.epoch << 1)
+
+    def count_epoch(self, duration_s: float) -> None:
+        """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it."""
+        self._words[1], self._words[2] = _clock(duration_s)
+        self._words[0] = (self.epoch + 1) << 1
+
+    def _store(self, index: int, *values: int) -> None:
+        if self._epoch_fd < 0 or not self._durable:
+            for at, value in enumerate(values, index):
+                self._words[at] = value
+            return
+        former = self._words[index : index + len(values)].tobytes()
+        try:
+            files.pwritev(self._epoch_fd, [struct.pack(f"{len(values)}Q", *values)], 8 * index)
+            files.fdatasync(self._epoch_fd)
+        except OSError as error:
+            self._words.cast("B")[8 * index : 8 * index + len(former)] = former
+            raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
 
     @property
     def checkpoint(self) -> dict[str, float | None]:
@@ -188,6 +241,13 @@ class StateFolder:
 
     def close(self) -> None:
         """Let the folder go."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        for fd in (self._epoch_fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._epoch_fd = self._lock_fd = -1
+
+
+def _clock(duration_s: float) -> tuple[int, int]:
+    """Now and a duration, both in seconds, as words."""
+    moment, duration = struct.unpack("QQ", struct.pack("dd", time.time(), duration_s))
+    return moment, duration

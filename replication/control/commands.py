@@ -31,17 +31,20 @@ class Replicated(Protocol):
     def get_error(self) -> str | None:
         """The description of the failure that replication has suffered, None if there is none."""
 
-    def stop(self, failover: bool) -> None:
-        """Stop replication, as planned or by failover."""
+    def stop(self, failover: bool, force: bool = False) -> None:
+        """Stop replication, as planned or by failover; `force`: although there is no valid checkpoint."""
 
-    def retry(self) -> None:
-        """Go on with a commit that has failed."""
+    def retry(self, force: bool = False) -> None:
+        """Go on with a commit that has failed; `force`: although there is no valid checkpoint."""
 
     def lost_heartbeat(self) -> None:
         """The peer is dead: a secondary fails over, a primary stops."""
 
     def query(self) -> dict[str, Any]:
         """The answer of query-replication."""
+
+    def query_failover(self) -> dict[str, Any]:
+        """The answer of query-failover."""
 
     def query_jobs(self) -> list[dict[str, Any]]:
         """The answer of query-jobs."""
@@ -125,15 +128,21 @@ class Commands:
         return {}
 
     def _stop(self, arguments: Mapping[str, Any]) -> Any:
-        self._node.stop(arguments.get("failover", False))
+        failover, force = arguments.get("failover", False), arguments.get("force", False)
+        if force and not failover:
+            raise CommandError("Parameter 'force' is only for failover")
+        self._node.stop(failover, force)
         return {}
 
-    def _retry(self, _arguments: Mapping[str, Any]) -> Any:
-        self._node.retry()
+    def _retry(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.retry(arguments.get("force", False))
         return {}
 
     def _query(self, _arguments: Mapping[str, Any]) -> Any:
         return self._node.query()
+
+    def _query_failover(self, _arguments: Mapping[str, Any]) -> Any:
+        return self._node.query_failover()
 
     # Jobs
 
@@ -181,9 +190,10 @@ class Commands:
         ),
         "replication-checkpoint": Command(_checkpoint),
         "replication-get-error": Command(_get_error),
-        "replication-stop": Command(_stop, {"failover": Argument("boolean")}),
-        "replication-retry": Command(_retry),
+        "replication-stop": Command(_stop, {"failover": Argument("boolean"), "force": Argument("boolean")}),
+        "replication-retry": Command(_retry, {"force": Argument("boolean")}),
         "query-replication": Command(_query),
+        "query-failover": Command(_query_failover),
         "query-jobs": Command(_query_jobs),
         "job-cancel": Command(_job_cancel, {"id": Argument("string", required=True)}),
         "job-dismiss": Command(_job_dismiss, {"id": Argument("string", required=True)}),

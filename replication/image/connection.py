@@ -121,7 +121,15 @@ class Connection:
         self.can_flush = bool(self.handle.can_flush())
         self.can_extents = bool(self.handle.can_meta_context("base:allocation"))
         self.read_only = bool(self.handle.is_read_only())
+        self.description = self._description()
+        """What the server says of the export, empty if nothing."""
         self.block_size = max(1, int(self.handle.get_block_size(nbd.SIZE_MINIMUM)))
+
+    def _description(self) -> str:
+        try:
+            return str(self.handle.get_export_description())
+        except nbd.Error:
+            return ""  # ENOTSUP: the server has not said any
 
     def _connect(self, export: str | None) -> None:
         handle = self.handle
@@ -130,6 +138,7 @@ class Connection:
             handle.set_uri_allow_local_file(True)
             handle.add_meta_context("base:allocation")
             handle.set_opt_mode(True)
+            handle.set_full_info(True)
             handle.aio_connect_uri(self.uri)
             self._until(deadline, handle.aio_is_negotiating)
             if export is not None:

@@ -23,7 +23,8 @@ import nbd
 
 from replication.errors import ConfigError, DiskError
 from replication.image.connection import CHUNK, Completion, Connection, Issue
-from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image.face import ZEROES, Disk, Extent
+from replication.image.files import Buffer
 from replication.rangelock import RangeLock
 
 CONNECT_S = 5.0

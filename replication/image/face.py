@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Buffer = bytes | bytearray | memoryview
+from replication.image.files import Buffer
 
 ZEROES = memoryview(bytes(1 << 20))
 """A megabyte of zeroes, to write and to compare with."""

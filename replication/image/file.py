@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A disk in a raw file or on a block device, and the file operations that overlays share with it.
 
-All data I/O of files goes through FileDisk, so it is the seam for counting, failing and recording it.
+The system calls are in files.py, the seam for failing and recording them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
 from collections.abc import Sequence
 
 from replication.errors import ConfigError, DiskError
-from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image import files
+from replication.image.face import ZEROES, Disk, Extent
+from replication.image.files import Buffer
 from replication.image.lock import lock_for_writing
 
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
 _ZERO_RANGE = 0x10
-
-# fallocate(2) with a mode is not in Python's os module. ctypes lets go of the GIL meanwhile.
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 _UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV))
 
@@ -53,7 +50,7 @@ class FileDisk(Disk):
         done = 0
         try:
             while done < len(buffer):
-                count = os.preadv(self._fd, [buffer[done:] if done else buffer], offset + done)
+                count = files.preadv(self._fd, [buffer[done:] if done else buffer], offset + done)
                 if not count:
                     raise DiskError(f"{self.location} ends at {offset + done}: it was truncated while in use")
                 done += count
@@ -64,10 +61,10 @@ class FileDisk(Disk):
         flags = os.RWF_DSYNC if fua else 0
         length = sum(map(len, pieces))
         try:
-            done = os.pwritev(self._fd, pieces, offset, flags) if flags else os.pwritev(self._fd, pieces, offset)
+            done = files.pwritev(self._fd, pieces, offset, flags)
             while done < length:
                 rest = _after(pieces, done)
-                count = os.pwritev(self._fd, rest, offset + done, flags)
+                count = files.pwritev(self._fd, rest, offset + done, flags)
                 if not count:
                     raise DiskError(f"{self.location} takes no more data at {offset + done}", errno.ENOSPC)
                 done += count
@@ -81,7 +78,7 @@ class FileDisk(Disk):
                 for start in range(offset, stop, len(ZEROES)):
                     self.write([ZEROES[: min(len(ZEROES), stop - start)]], start)
             if fua:
-                os.fdatasync(self._fd)
+                files.fdatasync(self._fd)
         except OSError as error:
             raise DiskError.from_os(f"zeroing {length} bytes at {offset} of {self.location}", error) from error
 
@@ -94,17 +91,20 @@ class FileDisk(Disk):
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2); False where the file system cannot do it, OSError for any other failure."""
-        while _fallocate(self._fd, mode, offset, length):
-            number = ctypes.get_errno()
-            if number in _UNSUPPORTED:
-                return False
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
-        return True
+        while True:
+            try:
+                files.fallocate(self._fd, mode, offset, length)
+            except OSError as error:
+                if error.errno in _UNSUPPORTED:
+                    return False
+                if error.errno != errno.EINTR:
+                    raise
+            else:
+                return True
 
     def flush(self) -> None:
         try:
-            os.fdatasync(self._fd)
+            files.fdatasync(self._fd)
         except OSError as error:
             raise DiskError.from_os(f"flushing {self.location}", error) from error
 
@@ -132,6 +132,10 @@ class FileDisk(Disk):
             if error.errno == errno.ENXIO:  # no data after `at`
                 return otherwise
             raise DiskError.from_os(f"looking for holes at {at} of {self.location}", error) from error
+
+    def status(self) -> os.stat_result:
+        """fstat(2) of the file; OSError."""
+        return os.fstat(self._fd)
 
     def reachable(self) -> bool:
         return self._open

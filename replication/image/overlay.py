@@ -7,6 +7,8 @@ Invariants
 * The bits of 32 blocks share one word; a word is changed only under `_words`, with one aligned store, so that
   neither a thread nor a kill can see half a change.
 * Nobody but `empty` and `forget` clears bits, and both say who must be kept out.
+* With `durability=power` the image on stable storage gets a word (`publish`) only after what it says is true there: its
+  data is stable (bits set), or the disk below has it (bits cleared). See table.py.
 
 Blocks are 4 KiB. Words are used in the byte order of the mapping (big-endian in the file), so the masks
 below are made once in that order and no word is ever swapped.
@@ -15,7 +17,6 @@ below are made once in that order and no word is ever swapped.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import sys
 import threading
@@ -23,15 +24,20 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from replication.errors import ConfigError, DiskError
-from replication.image import qcow2
-from replication.image.face import Buffer
+from replication.image import files, qcow2
 from replication.image.file import FileDisk
+from replication.image.files import Buffer
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
+from replication.image.table import image_table, live_table
 
 _PAGE_CLUSTERS = 256
-"""Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work."""
+"""Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work, and in
+which words are published."""
+
+_PAGE = 4096
 
 _EMPTIED_BEHIND = 4 << 20
 """Bytes of stale data that `reclaim` gives back in one step, under one range lock of its caller."""
@@ -63,19 +69,26 @@ def _mask_table(first_bit: int) -> list[list[int]]:
 
 DATA_MASK = _mask_table(0)
 ZERO_MASK = _mask_table(32)
+_DATA_BITS = DATA_MASK[0][BLOCKS_PER_CLUSTER]
 
 
 class ReadOnlyImage(ConfigError):
     """The image cannot be written, so it cannot be emptied."""
 
 
+Words = list[tuple[int, bytes]]
+"""Pages of words as they were at one moment: page number and content."""
+
+
 class Overlay:
     """An open overlay. Offsets are bytes; ranges that change bits are whole blocks (the last one of the disk may
     be short)."""
 
-    def __init__(self, role: str, disk_name: str, path: str) -> None:
-        """Open, lock and check the image; ConfigError otherwise. `role` is "active" or "hidden", for messages."""
+    def __init__(self, role: str, disk_name: str, path: str, power: bool = False) -> None:
+        """Open, lock and check the image; ConfigError otherwise. `role` is "active" or "hidden", for messages; `power`:
+        durability=power."""
         self.role = role
+        self.power = power
         self.path = path
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -85,16 +98,15 @@ class Overlay:
             raise ConfigError(f"cannot open the {role} disk {path}: {error.strerror}") from error
         try:
             self.layout = qcow2.open_layout(fd, path)
-            self._map = mmap.mmap(fd, self.layout.table_length, offset=self.layout.table_offset)
+            self._mapped = (live_table if power else image_table)(fd, path, self.layout)
         except BaseException:
             os.close(fd)
             raise
         self._fd = fd
-        self._view = memoryview(self._map)
-        self._all = self._view.cast("Q")
-        # Protects changes of words, `_dirty` and `allocated_blocks`. Never held across I/O.
+        self._all = self._mapped.words
+        # Protects changes of words, `_dirty`, `_unpublished` and the two counts of blocks. Never held across I/O.
         self._words = threading.Lock()
-        self._table = np.frombuffer(self._map, np.uint64).reshape(-1, 2)
+        self._table = self._mapped.grid
         try:
             self.data = FileDisk(f"{disk_name} ({role})", self.layout.data_path)
             if self.data.size < self.layout.size:
@@ -108,6 +120,24 @@ class Overlay:
         pages = np.add.reduceat(self._table[:, 1] != 0, range(0, len(self._table), _PAGE_CLUSTERS))
         self._dirty = bytearray((pages != 0).astype(np.uint8).tobytes())
         self.allocated_blocks = sum(self._count(page) for page in self.dirty_pages())
+        self.data_blocks = sum(self._count_data(page) for page in self.dirty_pages())
+        """Those of them that take space in the data file; the others are known to be zeroes."""
+        self.watch_at = 0
+        """The fill level is looked at when `data_blocks` gets here (fill.py)."""
+        # Pages of words that the image does not have as they are here, with durability=power. What a former process
+        # had not published is not known, so at first that is every page with bits in the one or the other.
+        self._unpublished = bytearray(len(self._dirty))
+        if power:
+            self._find_unpublished()
+
+    def _find_unpublished(self) -> None:
+        with open(self.path, "rb") as image:
+            for page in range(len(self._unpublished)):
+                image.seek(self.layout.table_offset + page * _PAGE)
+                self._unpublished[page] = image.read(_PAGE) != self._page(page)
+
+    def _page(self, page: int) -> bytes:
+        return self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS].tobytes()
 
     # -- what is held -------------------------------------------------------------------------------------
 
@@ -181,13 +211,17 @@ class Overlay:
                     new |= zero
                 if new != old:
                     self._all[2 * cluster + 1] = new
-                    self._dirty[cluster // _PAGE_CLUSTERS] = 1
+                    self._dirty[cluster // _PAGE_CLUSTERS] = self._unpublished[cluster // _PAGE_CLUSTERS] = 1
                     self.allocated_blocks += new.bit_count() - old.bit_count()
+                    self.data_blocks += (new & _DATA_BITS).bit_count() - (old & _DATA_BITS).bit_count()
                 start += last - first
 
     def forget(self, start: int, stop: int) -> None:
         """Let go of blocks [start, stop) (commit). The caller holds their range: nobody writes them now; readers
         may still be reading the data, so it stays where it is."""
+        if stop >= self.blocks:
+            # QEMU, zeroing up to the disk's end, marks its last cluster to the end.
+            stop = -(-stop // BLOCKS_PER_CLUSTER) * BLOCKS_PER_CLUSTER
         self.mark(start, stop, Held.NOTHING)
 
     def empty(self) -> None:
@@ -196,8 +230,9 @@ class Overlay:
         with self._words:
             for page in self.dirty_pages():
                 self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS, 1] = 0
+                self._unpublished[page] = 1
             self._dirty[:] = bytes(len(self._dirty))
-            self.allocated_blocks = 0
+            self.allocated_blocks = self.data_blocks = 0
 
     def dirty_pages(self) -> Iterator[int]:
         """Pages (of _PAGE_CLUSTERS clusters) that may hold bits."""
@@ -212,6 +247,8 @@ class Overlay:
             first = page * _PAGE_CLUSTERS
             for cluster in np.flatnonzero(self._table[first : first + _PAGE_CLUSTERS, 1]):
                 block = (first + int(cluster)) * BLOCKS_PER_CLUSTER
+                if block >= self.blocks:
+                    return
                 yield block, min(block + BLOCKS_PER_CLUSTER, self.blocks)
 
     @property
@@ -224,9 +261,23 @@ class Overlay:
         """Bytes of blocks held, rounded up to whole blocks."""
         return self.allocated_blocks * BLOCK
 
+    def blocks_of(self, page: int) -> npt.NDArray[np.uint8]:
+        """For every block of a page (of _PAGE_CLUSTERS clusters) whether it is held, 1 or 0, in the same order for
+        every overlay."""
+        words = self._words_of(page)
+        either = (words | words >> np.uint64(32)).astype(np.uint32)
+        return np.unpackbits(either.view(np.uint8))
+
+    def _words_of(self, page: int) -> npt.NDArray[np.uint64]:
+        # The words behind the last cluster are of no use, whatever is in them.
+        end = min((page + 1) * _PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
+        return self._table[page * _PAGE_CLUSTERS : end, 1]
+
+    def _count_data(self, page: int) -> int:
+        return int(np.unpackbits((self._words_of(page) & np.uint64(_DATA_BITS)).view(np.uint8)).sum())
+
     def _count(self, page: int) -> int:
-        words = self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS, 1]
-        return int(np.unpackbits(np.ascontiguousarray(words).view(np.uint8)).sum())
+        return int(self.blocks_of(page).sum())
 
     # -- space ---------------------------------------------------------------------------------------------
 
@@ -261,13 +312,57 @@ class Overlay:
         if not status.st_nlink:
             raise DiskError(f"{self.path} was removed while in use")
 
+    # -- stable storage ------------------------------------------------------------------------------------
+
     def flush(self) -> None:
-        """Make data, then bits, stable."""
+        """Make data, then bits, stable (durability=process: as far as that goes, see table.py)."""
         self.data.flush()
         try:
-            self._map.flush()
+            self._mapped.flush()
         except OSError as error:
             raise DiskError.from_os(f"flushing {self.path}", error) from error
+
+    def unpublished(self) -> Words:
+        """The words that the image does not have, as they are now. The caller makes stable what they say, then calls
+        `publish`; when that fails nothing may be published any more."""
+        with self._words:
+            pages: list[int] = []
+            page = self._unpublished.find(1)
+            while page >= 0:
+                self._unpublished[page] = 0
+                pages.append(page)
+                page = self._unpublished.find(1, page + 1)
+            return [(page, self._page(page)) for page in pages]
+
+    def publish(self, words: Words) -> None:
+        """Put words into the image, on stable storage."""
+        if not words:
+            return
+        try:
+            for page, content in words:
+                self._write_page(content, self.layout.table_offset + page * _PAGE)
+            files.fdatasync(self._fd)
+        except OSError as error:
+            raise DiskError.from_os(f"writing the allocation bits of {self.path}", error) from error
+
+    def settle(self) -> None:
+        """Make stable all there is, also what a process with durability=process has written: its words are in the image
+        already, though perhaps only in memory."""
+        words = self.unpublished()
+        self.data.flush()
+        self.publish(words)
+        try:
+            files.fdatasync(self._fd)
+        except OSError as error:
+            raise DiskError.from_os(f"flushing {self.path}", error) from error
+
+    def _write_page(self, content: bytes, offset: int) -> None:
+        done = 0
+        while done < len(content):
+            count = files.pwritev(self._fd, [content[done:]], offset + done)
+            if not count:
+                raise DiskError(f"{self.path} takes no more data", errno.ENOSPC)
+            done += count
 
     def close(self) -> None:
         """Let go of the files; no other method may be called after it."""
@@ -277,8 +372,6 @@ class Overlay:
 
     def _unmap(self) -> None:
         del self._table
-        self._all.release()
-        self._view.release()
-        self._map.close()
+        self._mapped.close()
         os.close(self._fd)
         self._fd = -1

@@ -29,9 +29,23 @@ commit, guest write
 commit, guest read
     No lock. Commit writes the disk before it lets go of the bit, and the overlays' data stays where it is until the
     commit is over: a read that saw the bit reads the right data in the overlay.
+target write, failed target write
+    `below`: what the disk lacks is noted, and struck out by the write that repairs it, in the order of the writes.
 reclaim, writes
     Giving back stale overlay space takes the range lock of the overlay's writers (`top` for active, `below` for
     hidden), so no data is in the file without its bit.
+
+Stable storage
+--------------
+With `durability=power` three orders hold (syncgroup.py shares each sync among the requests that wait for it):
+
+* what hidden preserves, data before bits, is stable before the disk below is overwritten (`write_below`);
+* a flush of the guest face makes active's data stable, then its bits (`flush_top`);
+* during a commit a bit that went is published only after the disk has what it stood for, hidden's before active's. A
+  guest write that went to the disk because the commit had let go of its block is flushed together with that.
+
+With `durability=process` a flush of the guest face syncs the same files, but the kernel may write a bit before its data
+and hidden is not synced at all: after a power cut the overlays are not used (images.py).
 """
 
 from __future__ import annotations
@@ -42,11 +56,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from replication.changes import ChangeMap
 from replication.errors import DiskError
-from replication.image.face import ZEROES, Buffer, Disk, Extent
+from replication.image.face import ZEROES, Disk, Extent
+from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+from replication.image.syncgroup import SyncGroup
 from replication.pause import pause
 from replication.rangelock import Range, RangeLock
 
@@ -63,17 +80,30 @@ EXTENTS_MAX = 1 << 30
 class Stack:
     """The three images of one disk."""
 
-    def __init__(self, active: Overlay, hidden: Overlay, disk: Disk) -> None:
+    def __init__(self, active: Overlay, hidden: Overlay, disk: Disk, lost: ChangeMap | None = None) -> None:
+        """`lost` notes what the disk lacks of the writes to the target face; without it that is forgotten with the
+        process."""
         self.active = active
         self.hidden = hidden
         self.disk = disk
         self.size = disk.size
+        self.lost = ChangeMap(None, disk.size) if lost is None else lost
+        self.power = hidden.power
+        """durability=power"""
         self.committing = False
         """Set by the node while the gate is closed: from here on bits go while their data is still being read, so no
         space may be given back."""
+        self.preserving = True
+        """Set by the node while the gate is closed: False while there is no checkpoint that could be preserved."""
         # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
         self.top = RangeLock()
         self.below = RangeLock()
+        self._hidden_sync = SyncGroup(self._sync_hidden)
+        self._top_sync = SyncGroup(self._sync_top)
+        self.grown: Callable[[Overlay], None] = _unwatched
+        """Called when an overlay has grown to its `watch_at`; says when to look again."""
+        self.scarce: Callable[[], None] = self.give_back
+        """Called when an overlay's file system is full: gives back stale space, here and wherever else it may help."""
 
     # -- guest face: reading -------------------------------------------------------------------------------
 
@@ -232,6 +262,8 @@ class Stack:
             return
         pause("guest-write.before-mark")
         self.active.mark(first, last, Held.DATA)
+        if self.active.data_blocks >= self.active.watch_at:
+            self.grown(self.active)
 
     def _settle(self, pieces: Sequence[Buffer], offset: int, length: int) -> None:
         """During a commit, a write for which active has no room: its blocks are committed here and now. `top` is
@@ -305,47 +337,94 @@ class Stack:
 
     def write_below(self, data: memoryview, offset: int, fua: bool) -> None:
         """The primary's write: what it overwrites goes to hidden first."""
-        held = self._hold(self.below, offset, len(data))
-        try:
-            self._preserve(offset, len(data))
-            pause("target-write.preserved")
+
+        def write() -> None:
             with on_layer(Layer.SECONDARY, "write", offset, len(data)):
                 self.disk.write([data], offset, fua)
-            pause("target-write.written")
-        finally:
-            self.below.release(held)
+
+        self._overwrite(offset, len(data), write)
 
     def zero_below(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """The primary's zeroes or trim, which destroy data like a write."""
-        held = self._hold(self.below, offset, length)
-        try:
-            self._preserve(offset, length)
-            pause("target-write.preserved")
+
+        def zero() -> None:
             with on_layer(Layer.SECONDARY, "zero", offset, length):
                 self.disk.zero(offset, length, may_trim, fua)
+
+        self._overwrite(offset, length, zero)
+
+    def _overwrite(self, offset: int, length: int, change: Callable[[], None]) -> None:
+        """Preserve, then change the disk. What fails is noted as lost, and no longer when a later write covers it."""
+        try:
+            held = self._hold(self.below, offset, length)
+        except BaseException:
+            self.lost.mark(offset, length)
+            raise
+        try:
+            if self.preserving:
+                self._preserve_stably(offset, length)
+            pause("target-write.preserved")
+            change()
+            pause("target-write.written")
+            if self.lost.missing:
+                self.lost.repaired(offset, length)
+        except BaseException:
+            self.lost.mark(offset, length)
+            raise
         finally:
             self.below.release(held)
 
-    def _preserve(self, offset: int, length: int) -> None:
-        """Copy what hidden does not hold of the range's blocks from the disk into hidden. `below` is held."""
+    def _preserve_stably(self, offset: int, length: int) -> None:
+        """Preserve, and with durability=power make that stable. What was there before was made stable by whoever put it
+        there, or else the group has failed."""
+        copied = True  # in part perhaps, when it fails: nobody looks at these blocks again
+        try:
+            copied = self._preserve(offset, length)
+        finally:
+            if self.power:
+                with on_layer(Layer.HIDDEN, "sync", 0, 0):
+                    if copied:
+                        self._hidden_sync.run()
+                    else:
+                        self._hidden_sync.check()
+
+    def settle(self, disk: bool) -> None:
+        """With durability=power, at the start of a process: what a killed one has left behind in memory becomes stable,
+        because from here on it is taken for that. `disk`: also what it has committed. LayerError."""
+        for overlay, layer in ((self.hidden, Layer.HIDDEN), (self.active, Layer.ACTIVE)):
+            with on_layer(layer, "sync", 0, 0):
+                overlay.settle()
+        if disk:
+            self._flush_disk()
+
+    def _sync_hidden(self) -> None:
+        words = self.hidden.unpublished()
+        self.hidden.data.flush()
+        self.hidden.publish(words)
+
+    def _preserve(self, offset: int, length: int) -> bool:
+        """Copy what hidden does not hold of the range's blocks from the disk into hidden; whether there was anything.
+        `below` is held."""
         first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
         cluster = first // BLOCKS_PER_CLUSTER
         if (last - 1) // BLOCKS_PER_CLUSTER == cluster:
             low = first % BLOCKS_PER_CLUSTER
             data = DATA_MASK[low][low + last - first]
             if self.hidden.word(cluster) & data == data:
-                return
+                return False
+        copied = False
         for start, stop, held in list(self.hidden.held(first, last)):
             if held is Held.NOTHING:
                 self._copy_to_hidden(start * BLOCK, min(stop * BLOCK, self.size))
+                copied = True
+        return copied
 
     def _copy_to_hidden(self, start: int, stop: int) -> None:
         at = start
         while at < stop:
             end = min(stop, (at // COPY_CHUNK + 1) * COPY_CHUNK)
             if stop - at >= _SPARSE_FROM:
-                with on_layer(Layer.SECONDARY, "extents", at, stop - at):
-                    extent = self.disk.extents(at, stop - at)[0]
+                extent = self._first_extent(at, stop)
                 whole = (at + extent.length) // BLOCK * BLOCK if at + extent.length < stop else stop
                 if extent.zero and whole > at:
                     self.hidden.mark(at // BLOCK, -(-whole // BLOCK), Held.ZERO)
@@ -362,10 +441,19 @@ class Stack:
                     self._write_hidden(old, at)
             at = end
 
+    def _first_extent(self, start: int, stop: int) -> Extent:
+        """What is known of the disk from `start` on, without reading; it is only there to save reading."""
+        try:
+            return self.disk.extents(start, stop - start)[0]
+        except DiskError:
+            return Extent(start, stop - start, False, False)
+
     def _write_hidden(self, old: memoryview, at: int) -> None:
         self._with_room(lambda: self.hidden.data.write([old], at))
         pause("copy-before-write.before-mark")
         self.hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.DATA)
+        if self.hidden.data_blocks >= self.hidden.watch_at:
+            self.grown(self.hidden)
 
     # -- commit --------------------------------------------------------------------------------------------
 
@@ -404,12 +492,19 @@ class Stack:
         return (pair for pair, _ in itertools.groupby(ranges))
 
     def held_bytes(self) -> int:
-        """Bytes of whole blocks that active or hidden holds."""
-        total = 0
-        for first, last in self.held_ranges():
-            for start, stop, source in self._visible(first * BLOCK, min(last * BLOCK, self.size)):
-                total += 0 if source is Source.DISK else stop - start
-        return total
+        """Bytes of the blocks that active or hidden holds."""
+        pages = {*self.active.dirty_pages(), *self.hidden.dirty_pages()}
+        held = sum(int((self.active.blocks_of(page) | self.hidden.blocks_of(page)).sum()) for page in pages) * BLOCK
+        last = self.active.blocks - 1
+        short = (last + 1) * BLOCK - self.size
+        return held - short if self._held_at_all(last) else held
+
+    def _held_at_all(self, block: int) -> bool:
+        return any(
+            state is not Held.NOTHING
+            for overlay in (self.active, self.hidden)
+            for _, _, state in overlay.held(block, block + 1)
+        )
 
     # -- all of it -----------------------------------------------------------------------------------------
 
@@ -425,10 +520,22 @@ class Stack:
                 overlay.check()
 
     def empty(self) -> None:
-        """Let go of everything the overlays hold. The gate is closed."""
-        self.active.empty()
-        pause("checkpoint.active-emptied")
-        self.hidden.empty()
+        """Let go of everything the overlays hold. The gate is closed. With durability=power `publish_emptied` must
+        follow."""
+        for overlay in (self.active, self.hidden):
+            overlay.empty()
+            overlay.watch_at = 0
+            if overlay is self.active:
+                pause("checkpoint.active-emptied")
+
+    def publish_emptied(self) -> None:
+        """With durability=power, after `empty`: the images on stable storage hold nothing either. LayerError; the
+        caller then calls `fail`."""
+        if not self.power:
+            return
+        for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
+            with on_layer(layer, "make-empty", 0, self.size):
+                overlay.publish(overlay.unpublished())
 
     def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> bool:
         """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; False when there are no more.
@@ -454,20 +561,68 @@ class Stack:
                 self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
 
     def _with_room(self, write: Callable[[], None]) -> None:
-        """Write to an overlay; when its file system is full, first give back what neither overlay needs any more."""
+        """Write to an overlay; when its file system is full, first give back what no overlay needs any more."""
         try:
             write()
         except DiskError as error:
             if error.errno != errno.ENOSPC or self.committing:
                 raise
-            for overlay in (self.active, self.hidden):
-                self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
+            self.scarce()
             write()
 
+    def give_back(self) -> None:
+        """Give back all stale space that nobody is writing to; never waits for a range. Not during a commit."""
+        for overlay in (self.active, self.hidden):
+            self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
+
     def flush_top(self) -> None:
-        """Make stable what the guest was answered for."""
+        """Make stable what the guest was answered for, wherever it is."""
         with on_layer(Layer.ACTIVE, "flush", 0, 0):
+            if self.power:
+                self._top_sync.run()
+                return
             self.active.flush()
+        if self.committing:
+            self._flush_disk()
+
+    def flush_committed(self) -> None:
+        """At the end of a commit: what came down is stable. The overlays hold nothing of use any more; but with
+        durability=power they must say so themselves."""
+        if self.power:
+            self.flush_top()
+        else:
+            self._flush_disk()
+
+    def flush_all(self) -> None:
+        """Make everything stable: overlays and disk."""
+        self.flush_top()
+        if not self.power:
+            with on_layer(Layer.HIDDEN, "flush", 0, 0):
+                self.hidden.flush()
+        self.flush_below()
+
+    def fail(self, failure: DiskError) -> None:
+        """With durability=power: nothing can be made stable any more, because it is not known what is."""
+        self._top_sync.fail(failure)
+        self._hidden_sync.fail(failure)
+
+    def _sync_top(self) -> None:
+        # Active's words first: what they say is gone is gone from hidden, too, so hidden's must not be older.
+        above = self.active.unpublished()
+        if not self.committing:
+            self.active.data.flush()
+            self.active.publish(above)
+            return
+        below = self.hidden.unpublished()
+        self._flush_disk()
+        self.active.data.flush()
+        self.hidden.data.flush()
+        self.hidden.publish(below)
+        self.active.publish(above)
+
+    def _flush_disk(self) -> None:
+        with on_layer(Layer.SECONDARY, "flush", 0, 0):
+            self.disk.flush()
 
     def close(self) -> None:
         """Let go of the overlays; the disk belongs to whoever opened it."""
@@ -475,11 +630,20 @@ class Stack:
         self.hidden.close()
 
     def flush_below(self) -> None:
-        """Make stable what the primary was answered for: first what hidden preserves, then the disk."""
-        with on_layer(Layer.HIDDEN, "flush", 0, 0):
-            self.hidden.flush()
-        with on_layer(Layer.SECONDARY, "flush", 0, 0):
-            self.disk.flush()
+        """Make stable what the primary was answered for. With durability=power what hidden preserves is stable already;
+        otherwise it is of no use after a power cut (and stable after a clean end: `flush_all`)."""
+        if self.power:
+            with on_layer(Layer.HIDDEN, "flush", 0, 0):
+                self._hidden_sync.check()
+        try:
+            self._flush_disk()
+        except DiskError:
+            self.lost.mark_all()  # nobody knows which writes did not become stable
+            raise
+
+
+def _unwatched(overlay: Overlay) -> None:
+    overlay.watch_at = sys.maxsize
 
 
 def _clear(part: memoryview) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -220,3 +221,61 @@ def test_the_map_of_another_disk_is_refused_and_kept(tmp_path: Path) -> None:
 def test_a_map_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot use the change map .*: No such file or directory"):
         ChangeMap(str(tmp_path / "nowhere" / "x"), SIZE)
+
+
+def states(changes: ChangeMap) -> list[int]:
+    return list(changes._grain_states)
+
+
+def test_everything_is_missing_when_nothing_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "disk0.changes"
+    changes = ChangeMap(str(path), SIZE)
+    changes.mark(0, 1)
+    changes.mark_all()
+    assert list(changes.missing_ranges()) == [(0, SIZE)]
+    assert (changes.missing, changes.marked_bytes) == (True, SIZE)
+    changes.close()
+    after = ChangeMap(str(path), SIZE)
+    assert list(after.missing_ranges()) == [(0, SIZE)]
+    after.clear()
+    assert (after.missing, after.marked_bytes, list(after.missing_ranges())) == (False, 0, [])
+    after.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "repaired"),
+    [
+        (0, SIZE, range(GRAINS)),
+        (0, GRAIN, [0]),
+        (0, GRAIN - 1, []),
+        (1, GRAIN, []),
+        (1, 2 * GRAIN - 1, [1]),
+        (GRAIN - 1, GRAIN + 1, [1]),
+        (GRAIN, 2 * GRAIN + 5, [1, 2]),
+        ((GRAINS - 1) * GRAIN, SIZE - (GRAINS - 1) * GRAIN, [GRAINS - 1]),
+        ((GRAINS - 1) * GRAIN, SIZE - (GRAINS - 1) * GRAIN - 1, []),
+        ((GRAINS - 1) * GRAIN + 1, SIZE - (GRAINS - 1) * GRAIN - 1, []),
+        ((GRAINS - 2) * GRAIN + 1, SIZE - (GRAINS - 2) * GRAIN - 1, [GRAINS - 1]),
+    ],
+)
+def test_only_grains_that_were_written_as_a_whole_are_repaired(
+    offset: int, length: int, repaired: Sequence[int]
+) -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark_all()
+    changes.repaired(offset, length)
+    assert [grain for grain, state in enumerate(states(changes)) if state == CLEAN] == list(repaired)
+    assert changes.missing == (len(repaired) < GRAINS)
+    assert changes.marked_bytes == min((GRAINS - len(repaired)) * GRAIN, SIZE)
+    changes.close()
+
+
+def test_repairing_what_is_not_missing_changes_nothing() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark(GRAIN, 1)
+    changes.repaired(0, GRAIN)
+    assert list(changes.missing_ranges()) == [(GRAIN, GRAIN)]
+    changes.repaired(0, SIZE)
+    changes.repaired(0, SIZE)
+    assert (changes.missing, changes.marked_bytes) == (False, 0)
+    changes.close()

@@ -42,11 +42,11 @@ class Node:
         self._record("get_error")
         return self.error
 
-    def stop(self, failover: bool) -> None:
-        self._record("stop", failover)
+    def stop(self, failover: bool, force: bool = False) -> None:
+        self._record("stop", failover, force)
 
-    def retry(self) -> None:
-        self._record("retry")
+    def retry(self, force: bool = False) -> None:
+        self._record("retry", force)
 
     def lost_heartbeat(self) -> None:
         self._record("lost_heartbeat")
@@ -54,6 +54,10 @@ class Node:
     def query(self) -> dict[str, Any]:
         self._record("query")
         return {"mode": "primary", "stage": "running"}
+
+    def query_failover(self) -> dict[str, Any]:
+        self._record("query_failover")
+        return {"allowed": True, "force": False}
 
     def query_jobs(self) -> list[dict[str, Any]]:
         self._record("query_jobs")
@@ -96,13 +100,15 @@ SET = "xen-set-replication"
     [
         (SET, {"enable": True, "primary": True}, [("start", Mode.PRIMARY, None, "auto")], {}),
         (SET, {"enable": True, "primary": False}, [("start", Mode.SECONDARY, None, "auto")], {}),
-        (SET, {"enable": False, "primary": True}, [("stop", False)], {}),
-        (SET, {"enable": False, "primary": False, "failover": False}, [("stop", False)], {}),
-        (SET, {"enable": False, "primary": True, "failover": True}, [("stop", True)], {}),
+        (SET, {"enable": False, "primary": True}, [("stop", False, False)], {}),
+        (SET, {"enable": False, "primary": False, "failover": False}, [("stop", False, False)], {}),
+        (SET, {"enable": False, "primary": True, "failover": True}, [("stop", True, False)], {}),
         ("xen-colo-do-checkpoint", None, [("checkpoint",)], {}),
         ("query-xen-replication-status", None, [("get_error",)], {"error": False}),
         ("x-colo-lost-heartbeat", None, [("lost_heartbeat",)], {}),
-        ("replication-retry", None, [("retry",)], {}),
+        ("replication-retry", None, [("retry", False)], {}),
+        ("replication-retry", {"force": False}, [("retry", False)], {}),
+        ("replication-retry", {"force": True}, [("retry", True)], {}),
         ("replication-start", None, [("start", None, None, "auto")], {}),
         (
             "replication-start",
@@ -114,9 +120,12 @@ SET = "xen-set-replication"
         ("replication-start", {"sync": "none"}, [("start", None, None, "none")], {}),
         ("replication-checkpoint", None, [("checkpoint",)], {"epoch": 7, "duration": 0.25}),
         ("replication-get-error", None, [("get_error",)], {}),
-        ("replication-stop", None, [("stop", False)], {}),
-        ("replication-stop", {"failover": True}, [("stop", True)], {}),
+        ("replication-stop", None, [("stop", False, False)], {}),
+        ("replication-stop", {"failover": True}, [("stop", True, False)], {}),
+        ("replication-stop", {"failover": True, "force": True}, [("stop", True, True)], {}),
+        ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
+        ("query-failover", None, [("query_failover",)], {"allowed": True, "force": False}),
         ("query-jobs", None, [("query_jobs",)], JOBS),
         ("job-cancel", {"id": "a"}, [("cancel_job", "a")], {}),
         ("job-dismiss", {"id": "a"}, [("dismiss_job", "a")], {}),
@@ -157,6 +166,13 @@ BOTH = {"enable": True, "primary": True}
         ("replication-start", {"sync": None}, "Invalid parameter type for 'sync', expected: string"),
         ("replication-start", {"secondary": 5}, "Invalid parameter type for 'secondary', expected: string"),
         ("replication-stop", {"failover": "yes"}, "Invalid parameter type for 'failover', expected: boolean"),
+        ("replication-stop", {"failover": True, "force": 1}, "Invalid parameter type for 'force', expected: boolean"),
+        ("replication-stop", {"force": True}, "Parameter 'force' is only for failover"),
+        ("replication-stop", {"failover": False, "force": True}, "Parameter 'force' is only for failover"),
+        ("replication-retry", {"force": "yes"}, "Invalid parameter type for 'force', expected: boolean"),
+        ("replication-retry", {"failover": True}, "Parameter 'failover' is unexpected"),
+        ("query-failover", {"force": True}, "Parameter 'force' is unexpected"),
+        (SET, {"enable": False, "primary": False, "force": True}, "Parameter 'force' is unexpected"),
         ("job-cancel", None, "Parameter 'id' is missing"),
         ("job-cancel", {"id": 3}, "Invalid parameter type for 'id', expected: string"),
         ("job-cancel", {"id": "a", "force": True}, "Parameter 'force' is unexpected"),
@@ -232,6 +248,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-stop",
         "replication-retry",
         "query-replication",
+        "query-failover",
         "query-jobs",
         "job-cancel",
         "job-dismiss",

@@ -115,6 +115,7 @@ def test_a_commit_that_fails_names_the_cause_and_loses_nothing(stack: Stack, mon
     with monkeypatch.context() as broken:
         broken.setattr(stack.disk, "write", refuse)
         thread = CommitThread([Commit(jobs, "disk0", stack, closing)], closing, lambda: True, note)
+        thread.start()
         assert done.wait(DEADLINE_S)
         thread.join(DEADLINE_S)
     assert failed == [("disk0", "secondary disk: broken")]

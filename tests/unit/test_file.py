@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lab import make_raw, pattern
 from replication.errors import ConfigError, DiskError
-from replication.image import file as file_module
+from replication.image import files
 from replication.image.face import Extent
 from replication.image.file import FileDisk
 
@@ -146,22 +146,57 @@ def test_an_error_keeps_its_errno_and_names_the_request(disk: FileDisk, monkeypa
         assert refusal.value.errno == errno.ENOSPC
 
 
+def failing(number: int) -> Callable[..., Any]:
+    """A system call that fails with this errno."""
+
+    def fails(*_: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
 def test_a_file_system_without_fallocate_gets_zeroes_written(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.write([b"\xaa" * SIZE], 0)
-    monkeypatch.setattr(file_module, "_fallocate", lambda *_: -1)
-    monkeypatch.setattr(file_module.ctypes, "get_errno", lambda: errno.EOPNOTSUPP)
+    monkeypatch.setattr(files, "fallocate", failing(errno.EOPNOTSUPP))
     disk.zero(3, SIZE - 5, may_trim=True)
     disk.discard(0, 3)  # nothing to give back there, and no error either
     assert content(disk) == b"\xaa" * 3 + bytes(SIZE - 5) + b"\xaa" * 2
 
 
 def test_any_other_failure_of_fallocate_is_an_error(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_module, "_fallocate", lambda *_: -1)
-    monkeypatch.setattr(file_module.ctypes, "get_errno", lambda: errno.ENOSPC)
+    monkeypatch.setattr(files, "fallocate", failing(errno.ENOSPC))
     for action in (lambda: disk.zero(0, 10, False), lambda: disk.discard(0, 10)):
         with pytest.raises(DiskError) as refusal:
             action()
         assert refusal.value.errno == errno.ENOSPC
+
+
+def test_an_interrupted_fallocate_is_asked_again(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.write([b"\xaa" * 8192], 0)
+    real = files.fallocate
+    calls: list[int] = []
+
+    def interrupted(fd: int, mode: int, offset: int, length: int) -> None:
+        calls.append(mode)
+        if len(calls) < 3:
+            raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+        real(fd, mode, offset, length)
+
+    monkeypatch.setattr(files, "fallocate", interrupted)
+    disk.zero(0, 4096, may_trim=True)
+    assert len(calls) == 3
+    assert content(disk, 0, 8192) == bytes(4096) + b"\xaa" * 4096
+
+
+def test_fallocate_itself_says_why_it_failed(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(OSError, match="Illegal seek") as refusal:
+            files.fallocate(writing, 0, 0, 4096)
+        assert refusal.value.errno == errno.ESPIPE
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_trimmed_space_is_given_back_and_zeroed_space_is_not(disk: FileDisk) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replication.errors import ConfigError
-from replication.options import ALL_KEYS, DISK_KEYS, KEYS, OptionParser, Options, export_of, is_uri
+from replication.options import ALL_KEYS, DISK_KEYS, KEYS, Durability, OptionParser, Options, export_of, is_uri
 from replication.stage import Mode
 
 PRIMARY = ["mode=primary", "state=/s"]
@@ -172,11 +172,52 @@ def test_qemus_texts_are_kept(pairs: list[str], text: str) -> None:
     assert refusal(*pairs) == text
 
 
-@pytest.mark.parametrize("key", ["secondary=nbd://h", "protocol=sync", "queue-limit=64M", "timeout=5"])
-def test_a_secondary_refuses_the_keys_of_a_primary(key: str) -> None:
-    name = key.partition("=")[0]
-    text = f"The secondary side does not support option {name}"
-    assert refusal(*SECONDARY, "disk=/d", "top-id=t", key) == text
+def test_a_secondary_refuses_the_key_that_says_who_is_one() -> None:
+    text = "The secondary side does not support option secondary"
+    assert refusal(*SECONDARY, "disk=/d", "top-id=t", "secondary=nbd://h") == text
+
+
+def test_a_secondary_has_the_keys_of_the_link_for_when_it_is_a_primary() -> None:
+    options = parse(*SECONDARY, "disk=/d", "top-id=t", "protocol=sync", "queue-limit=2M", "timeout=7.5")
+    assert (options.sync, options.queue_limit, options.timeout_s) == (True, 2 << 20, 7.5)
+    assert options.secondary is None
+
+
+@pytest.mark.parametrize("pair", ["durability=power", "durability=process", "overlay-watermark=50"])
+def test_a_primary_refuses_the_keys_of_overlays(pair: str) -> None:
+    text = f"The primary side does not support option {pair.partition('=')[0]}"
+    assert refusal(*PRIMARY, "disk=/d", pair) == text
+
+
+def test_a_checkpoint_outlives_the_process_by_default_and_a_power_cut_when_asked() -> None:
+    secondary = [*SECONDARY, "disk=/d", "top-id=t"]
+    assert parse(*secondary).durability is Durability.PROCESS
+    assert parse(*secondary, "durability=process").durability is Durability.PROCESS
+    assert parse(*secondary, "durability=power").durability is Durability.POWER
+
+
+def test_durability_of_power_needs_a_state_folder() -> None:
+    pairs = ["mode=secondary", "control=/c", "disk=/d", "top-id=t", "active=/a", "hidden=/h"]
+    assert parse(*pairs, "durability=process").state is None
+    assert refusal(*pairs, "durability=power").startswith("Missing the option state: durability=power")
+
+
+@pytest.mark.parametrize(
+    ("text", "percent"), [("80", 80.0), ("80%", 80.0), ("1", 1.0), ("100", 100.0), ("99.5%", 99.5)]
+)
+def test_a_watermark_is_in_per_cent(text: str, percent: float) -> None:
+    assert parse(*SECONDARY, "disk=/d", "top-id=t", f"overlay-watermark={text}").overlay_watermark == percent
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        *(f"durability={value}" for value in ("", "POWER", "both", "power ")),
+        *(f"overlay-watermark={value}" for value in ("", "0", "0.9", "100.1", "-5", "nan", "inf", "full", "80%%", "%")),
+    ],
+)
+def test_a_bad_value_of_a_key_of_overlays_is_refused_and_named(pair: str) -> None:
+    assert refusal(*SECONDARY, "disk=/d", "top-id=t", pair).startswith(pair)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ CLUSTERS = 600
 SIZE = CLUSTERS * CLUSTER - BLOCK - 512
 """More than two pages of words, the last cluster and its last block short."""
 BLOCKS = -(-SIZE // BLOCK)
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where nothing has to be waited for that is flushed thousands of times."""
 
 
 @functools.cache
@@ -67,10 +69,10 @@ class Histories(RuleBasedStateMachine):
         st.tuples(st.sampled_from([0, 31, 32, 256 * 32 - 1, 256 * 32, BLOCKS - 1]), st.integers(1, 33)),
     ).map(lambda at: (at[0], min(at[0] + at[1], BLOCKS)))
 
-    @initialize()
-    def open(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="overlay-"))
-        self.overlay = Overlay("active", "disk0", str(make(self.folder)))
+    @initialize(power=st.booleans())
+    def open(self, power: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="overlay-", dir=MEMORY))
+        self.overlay = Overlay("active", "disk0", str(make(self.folder)), power)
         self.model: dict[int, Held] = {}
 
     def teardown(self) -> None:
@@ -102,22 +104,34 @@ class Histories(RuleBasedStateMachine):
         self.overlay.empty()
         self.model.clear()
 
-    @rule()
-    def reopen(self) -> None:
+    @rule(power=st.booleans())
+    def reopen(self, power: bool) -> None:
         self.overlay.close()
-        self.overlay = Overlay("active", "disk0", str(self.folder / "x.qcow2"))
+        self.overlay = Overlay("active", "disk0", str(self.folder / "x.qcow2"), power)
 
     @rule()
-    def be_killed(self) -> None:
+    def publish(self) -> None:
+        """With durability=power: from here on the image has every word, and nothing is left to publish."""
+        if self.overlay.power:
+            words = self.overlay.unpublished()
+            assert self.overlay.unpublished() == []
+            self.overlay.publish(words)
+            table = (self.folder / "x.qcow2").read_bytes()[self.overlay.layout.table_offset :]
+            assert table[: self.overlay.layout.table_length] == self.overlay._table.tobytes()
+
+    @rule(power=st.booleans())
+    def be_killed(self, power: bool) -> None:
         """Nothing is closed or flushed: the next process sees what is in the mapping."""
-        after = Path(tempfile.mkdtemp(prefix="overlay-"))
+        after = Path(tempfile.mkdtemp(prefix="overlay-", dir=MEMORY))
         shutil.copy(self.folder / "x.qcow2", after)
+        if self.overlay.power:
+            shutil.copy(self.folder / "x.live", after)
         make_raw(after / "x.data", SIZE)
         make_raw(after / "disk", SIZE)
         self.overlay.close()
         shutil.rmtree(self.folder)
         self.folder = after
-        self.overlay = Overlay("active", "disk0", str(after / "x.qcow2"))
+        self.overlay = Overlay("active", "disk0", str(after / "x.qcow2"), power)
 
     @rule(where=ranges)
     def look(self, where: tuple[int, int]) -> None:

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from lab import make_raw
+from replication.changes import GRAIN, ChangeMap
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import Case, FaultLatch
 from replication.image import qcow2
-from replication.image.face import Buffer
 from replication.image.file import FileDisk
+from replication.image.files import Buffer
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
-from replication.jobs import JobList
-from replication.secondary_disk import SecondaryDisk, backup_job
+from replication.secondary_disk import SecondaryDisk
 from replication.stage import Stage
 
 SIZE = 256 << 10
@@ -58,11 +58,18 @@ class Bench:
         self.told: list[int] = []
         hub.subscribe(lambda event: self.told.append(event["data"]["case"]))
         self.faults = FaultLatch(hub, lambda: None)
-        self.ended: list[str] = []
-        self.disk = SecondaryDisk("disk0", "top", self.raw, self.faults, self.ended.append)
+        self.failed: list[str] = []
+        self.repairs = 0
+        self.disk = SecondaryDisk("disk0", "top", self.raw, self.faults)
+        self.disk.open_maps(lambda kind: ChangeMap(None, SIZE))
+        self.disk.backup_failed = lambda error: self.failed.append(error.operation)
+        self.disk.repaired = self.note_repair
         overlays = (Overlay(name, "disk0", str(folder / f"{name}.qcow2")) for name in ("active", "hidden"))
-        self.stack = Stack(*overlays, self.raw)
+        self.stack = Stack(*overlays, self.raw, self.disk.lost)
         self.disk.stack = self.stack
+
+    def note_repair(self) -> None:
+        self.repairs += 1
 
     def guest(self, offset: int = 0) -> bytes:
         data = bytearray(8)
@@ -157,12 +164,13 @@ def test_a_write_that_the_secondary_disk_refuses_is_latched_as_lost(bench: Bench
     refused(errno.EIO, target_requests(bench.disk)[1 if kind == "write" else 2])
     fault = bench.faults.fault
     assert fault is not None
-    assert (fault.case, fault.operation, fault.write_lost) == (Case.SECONDARY_DISK, kind, True)
-    assert bench.ended == []
+    assert (fault.case, fault.operation) == (Case.SECONDARY_DISK, kind)
+    assert bench.disk.lost.missing
+    assert bench.failed == []
     assert bench.guest() == b"\x11" * 8
 
 
-def test_when_copy_before_write_fails_the_write_fails_and_the_backup_ends(
+def test_when_copy_before_write_fails_the_write_fails_and_the_backup_is_told(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -173,17 +181,18 @@ def test_when_copy_before_write_fails_the_write_fails_and_the_backup_ends(
     refused(errno.ENOSPC, lambda: bench.disk.target_write(DATA, 0, False))
     fault = bench.faults.fault
     assert fault is not None
-    assert (fault.case, fault.write_lost) == (Case.COPY_BEFORE_WRITE, True)
-    assert len(bench.ended) == 1
+    assert fault.case == Case.COPY_BEFORE_WRITE
+    assert bench.disk.lost.missing
+    assert bench.failed == ["write"]
     assert bench.target() == bench.guest() == b"\x11" * 8
 
 
 def test_once_the_backup_has_ended_nothing_is_overwritten(bench: Bench) -> None:
     bench.disk.stage = Stage.RUNNING
-    bench.disk.backup_running = False
+    bench.disk.accepts_writes = False
     refused(errno.EIO, *target_requests(bench.disk)[1:3])
     assert bench.target() == b"\x11" * 8
-    assert bench.faults.write_lost
+    assert bench.disk.lost.missing
 
 
 def test_what_the_guest_meets_is_told_and_not_latched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +208,35 @@ def test_what_the_guest_meets_is_told_and_not_latched(bench: Bench, monkeypatch:
     assert bench.told == [Case.ACTIVE_DISK, Case.SECONDARY_DISK]
 
 
-def test_copy_before_write_is_a_job_that_shows_what_hidden_holds(bench: Bench) -> None:
-    jobs = JobList(EventHub())
-    backup_job(jobs, bench.disk, bench.ended.append)
+def test_a_lost_write_is_repaired_when_all_of_it_was_written_anew(bench: Bench) -> None:
     bench.disk.stage = Stage.RUNNING
-    bench.disk.target_write(DATA, 0, False)
-    (shown,) = jobs.query()
-    assert (shown["id"], shown["current-progress"], shown["total-progress"]) == ("backup-disk0", 4096, SIZE)
-    jobs.cancel("backup-disk0")
-    assert bench.ended == ["cancelled by job-cancel"]
+    bench.raw.broken = True
+    refused(errno.EIO, lambda: bench.disk.target_write(DATA, GRAIN - 4, False))
+    assert bench.disk.lost.marked_bytes == 2 * GRAIN
+    bench.raw.broken = False
+    grain = memoryview(bytes(GRAIN))
+    bench.disk.target_write(grain[:-1], 0, False)
+    assert bench.disk.lost.marked_bytes == 2 * GRAIN
+    bench.disk.target_write(grain, 0, False)
+    assert (bench.disk.lost.marked_bytes, bench.repairs) == (GRAIN, 0)
+    bench.disk.target_zero(0, SIZE, True, False)
+    assert (bench.disk.lost.marked_bytes, bench.repairs) == (0, 1)
+
+
+def test_without_a_valid_checkpoint_the_guest_sees_nothing(bench: Bench) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.inconsistent = "the host was restarted"
+    refused(errno.EIO, *guest_requests(bench.disk))
+    bench.disk.stage = Stage.DONE
+    for request in guest_requests(bench.disk):
+        request()
+
+
+def test_what_the_guest_changes_when_done_is_recorded(bench: Bench) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.guest_write(DATA, 0, False)
+    assert not bench.disk.changes.missing
+    bench.disk.stage = Stage.DONE
+    bench.disk.guest_write(DATA, 0, False)
+    bench.disk.guest_zero(3 * GRAIN, 1, True, False)
+    assert list(bench.disk.changes.missing_ranges()) == [(0, GRAIN), (3 * GRAIN, GRAIN)]

@@ -7,6 +7,7 @@ The interleavings are forced by a secondary disk that calls back in the midst of
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,8 @@ from lab import DEADLINE_S, make_raw, pattern, wait_until
 from replication.errors import DiskError
 from replication.image import overlay as overlay_module
 from replication.image import qcow2
-from replication.image.face import Buffer
 from replication.image.file import FileDisk
+from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
@@ -32,6 +33,8 @@ from replication.image.stack import Stack
 
 SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 """The last block is short, and not even whole sectors."""
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where nothing has to be waited for that is flushed thousands of times."""
 
 
 class Disk(FileDisk):
@@ -59,10 +62,11 @@ class Disk(FileDisk):
 
 
 class Images:
-    """A disk, its overlays and its stack in a folder; `disk.raw` begins with `content`."""
+    """A disk, its overlays and its stack in a folder; `disk.raw` begins with `content`. `power`: durability=power."""
 
-    def __init__(self, folder: Path, content: bytes = b"", size: int = SIZE) -> None:
+    def __init__(self, folder: Path, content: bytes = b"", size: int = SIZE, power: bool = False) -> None:
         self.folder = folder
+        self.power = power
         make_raw(folder / "disk.raw", size, content)
         for name, backing, image_format in (("hidden", "disk.raw", "raw"), ("active", "hidden.qcow2", "qcow2")):
             qcow2.create(str(folder / f"{name}.qcow2"), str(folder / backing), image_format, size)
@@ -70,8 +74,10 @@ class Images:
 
     def open(self) -> None:
         self.disk = Disk(self.folder / "disk.raw")
-        hidden = Overlay("hidden", "disk0", str(self.folder / "hidden.qcow2"))
-        self.stack = Stack(Overlay("active", "disk0", str(self.folder / "active.qcow2")), hidden, self.disk)
+        active, hidden = (
+            Overlay(role, "disk0", str(self.folder / f"{role}.qcow2"), self.power) for role in ("active", "hidden")
+        )
+        self.stack = Stack(active, hidden, self.disk)
 
     def close(self) -> None:
         self.stack.close()
@@ -90,9 +96,9 @@ class Images:
             return file.read(self.stack.size - offset if length is None else length)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Iterator[Images]:
-    opened = Images(tmp_path, pattern(1, SIZE))
+@pytest.fixture(params=[False, True], ids=["process", "power"])
+def images(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Images]:
+    opened = Images(tmp_path, pattern(1, SIZE), power=request.param)
     yield opened
     opened.close()
 
@@ -125,11 +131,11 @@ class Histories(RuleBasedStateMachine):
     ).map(lambda at: (at[0], min(at[1], SIZE - at[0])))
     serial = 0
 
-    @initialize(seed=st.integers(0, 5), holes=st.booleans())
-    def open(self, seed: int, holes: bool) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="stack-"))
+    @initialize(seed=st.integers(0, 5), holes=st.booleans(), power=st.booleans())
+    def open(self, seed: int, holes: bool, power: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="stack-", dir=MEMORY))
         content = pattern(seed, CLUSTER if holes else SIZE)
-        self.images = Images(self.folder, content)
+        self.images = Images(self.folder, content, power=power)
         self.below = bytearray(content + bytes(SIZE - len(content)))
         self.top = bytearray(self.below)
 
@@ -201,12 +207,18 @@ class Histories(RuleBasedStateMachine):
         self.below[:] = self.images.below()
 
     @rule()
-    def reopen(self) -> None:
+    def flush(self) -> None:
+        self.images.stack.flush_all()
+
+    @rule(power=st.booleans())
+    def reopen(self, power: bool) -> None:
+        """The next process of this boot, which may have the other durability."""
         self.images.close()
+        self.images.power = power
         self.images.open()
 
-    @rule(where=ranges)
-    def reclaim(self, where: tuple[int, int]) -> None:
+    @rule()
+    def reclaim(self) -> None:
         for overlay in (self.images.stack.active, self.images.stack.hidden):
             self.images.stack.reclaim_some(overlay, overlay.stale_ranges(), 100)
 

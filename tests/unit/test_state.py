@@ -8,18 +8,19 @@ import errno
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import DEADLINE_S, REPOSITORY
-from replication import state as state_module
 from replication.errors import ConfigError
 from replication.fault import Fault
+from replication.image import files
 from replication.stage import Mode, Stage
 from replication.state import Record, StateError, StateFolder
 
@@ -29,8 +30,14 @@ NEW = Record(
     Stage.FAILOVER,
     "failed",
     "nbd://other/disk0",
-    Fault(3, "disk0", "write", 0, 512, "ENOSPC", "Störung", 1, 1.5, 2.5, True).to_json(),
+    Fault(3, "disk0", "write", 0, 512, "ENOSPC", "Störung", 1, 1.5, 2.5).to_json(),
     {"disk0": 4096},
+    True,
+    "8a1c6a3e-boot",
+    "power",
+    True,
+    "the host was restarted",
+    4e8,
 )
 
 
@@ -83,7 +90,7 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path, record: Record) -> 
         assert folder.load() == record
 
 
-@pytest.mark.parametrize("call", ["open", "dump", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "rename"])
 def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fails(*_: object, **__: object) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -91,12 +98,7 @@ def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: py
     with opened(tmp_path / "s") as folder:
         folder.save(OLD)
         with monkeypatch.context() as broken:
-            if call == "dump":
-                broken.setattr(state_module.json, "dump", fails)
-            elif call == "open":
-                broken.setattr("builtins.open", fails)
-            else:
-                broken.setattr(state_module.os, call, fails)
+            broken.setattr(files if call == "pwritev" else os, call, fails)
             with pytest.raises(StateError, match=r"cannot write .*state\.json: No space left"):
                 folder.save(NEW)
         assert folder.load() == OLD
@@ -180,6 +182,22 @@ WRONG = {
     "sizes of another type": json.dumps({**OLD.to_json(), "disks": {"disk0": "big"}}),
     "backup of another type": json.dumps({**OLD.to_json(), "backup": 5}),
     "fault of another type": json.dumps({**OLD.to_json(), "fault": [1]}),
+    **{
+        f"{name} of another type": json.dumps({**OLD.to_json(), name: value})
+        for name, value in {
+            "promoted": 1,
+            "boot": 5,
+            "durability": None,
+            "clean": "yes",
+            "inconsistent": True,
+            "commit_rate": "fast",
+        }.items()
+    },
+    "a rate that JSON cannot say": json.dumps({**OLD.to_json(), "commit_rate": float("inf")}),
+    "disks that are no table": json.dumps({**OLD.to_json(), "disks": "disk0"}),
+    "a fault with a member too many": json.dumps(
+        {**NEW.to_json(), "fault": {**(NEW.fault or {}), "write_lost": False}}
+    ),
     "secondary of another type": json.dumps({**OLD.to_json(), "secondary": 7}),
     "nested without end": "[" * 100_000,
 }
@@ -256,6 +274,161 @@ def test_an_epoch_file_cut_off_while_it_was_made_is_made_anew(tmp_path: Path) ->
         folder.begin_epoch()
     assert (path / "epoch").stat().st_size == 4096
     assert (path / "epoch").stat().st_blocks, "a mapped hole on a full disk would kill the process"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is done to the epoch file, as long as it is done as it should be."""
+    made: list[str] = []
+    real_write, real_sync = files.pwritev, files.fdatasync
+
+    def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        words = struct.unpack(f"{sum(map(len, buffers)) // 8}Q", b"".join(buffers))
+        made.append(f"write {offset // 8}: {words[0] if offset == 0 else 'time'}")
+        return real_write(fd, buffers, offset, flags)
+
+    def fdatasync(fd: int) -> None:
+        assert os.readlink(f"/proc/self/fd/{fd}").endswith("/epoch")
+        made.append("sync")
+        real_sync(fd)
+
+    monkeypatch.setattr(files, "pwritev", pwritev)
+    monkeypatch.setattr(files, "fdatasync", fdatasync)
+    return made
+
+
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[StateFolder]:
+    folder = StateFolder(str(path), durable=True)
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+def test_a_durable_checkpoint_is_on_stable_storage_when_it_is_begun_and_when_it_is_complete(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    with durable(tmp_path / "s") as folder:
+        calls.clear()
+        folder.begin_epoch()
+        assert calls == ["write 0: 3", "sync"]
+        assert (folder.epoch, folder.emptying) == (1, True)
+        calls.clear()
+        folder.begin_epoch()
+        assert calls == [], "the same one again"
+        folder.end_epoch(0.5)
+        assert calls == ["write 1: time", "sync", "write 0: 2", "sync"], "never complete without its time"
+        assert (folder.epoch, folder.emptying, folder.checkpoint["duration"]) == (1, False, 0.5)
+    with opened(tmp_path / "s") as folder:
+        assert (folder.epoch, folder.emptying, folder.checkpoint["duration"]) == (1, False, 0.5)
+
+
+def test_what_a_killed_process_had_begun_is_on_stable_storage_before_the_next_one_relies_on_it(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with durable(path) as folder, monkeypatch.context() as killed:
+        killed.setattr(files, "fdatasync", die)
+        with pytest.raises(Killed):
+            folder.begin_epoch()
+    calls.clear()
+    with durable(path) as following:
+        assert following.emptying, "the kernel has it, though perhaps not the disk"
+        following.begin_epoch()
+        assert calls[-1:] == ["sync"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def die(*_: object) -> None:
+    raise Killed
+
+
+def test_without_a_power_cut_to_fear_nothing_is_synced(tmp_path: Path, calls: list[str]) -> None:
+    with opened(tmp_path / "s") as folder:
+        folder.begin_epoch()
+        folder.end_epoch(0.5)
+        assert calls == []
+
+
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync"])
+def test_a_durable_checkpoint_that_cannot_be_begun_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "s"
+    with durable(path) as folder:
+        folder.begin_epoch()
+        folder.end_epoch(0.25)
+        before = (folder.epoch, folder.emptying, folder.checkpoint)
+        with monkeypatch.context() as broken:
+            broken.setattr(files, call, refuse_space)
+            with pytest.raises(StateError, match=r"cannot write .*epoch: No space left"):
+                folder.begin_epoch()
+        assert (folder.epoch, folder.emptying, folder.checkpoint) == before
+        with opened(crashed(path)) as following:
+            assert (following.epoch, following.emptying) == (1, False)
+        folder.begin_epoch()
+        assert (folder.epoch, folder.emptying) == (2, True)
+
+
+@pytest.mark.parametrize("syncs", [0, 1], ids=["its time", "its end"])
+def test_a_durable_checkpoint_that_cannot_be_ended_is_completed_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syncs: int
+) -> None:
+    path = tmp_path / "s"
+    real = files.fdatasync
+    left = [None] * syncs
+
+    def fdatasync(fd: int) -> None:
+        if not left:
+            refuse_space()
+        left.pop()
+        real(fd)
+
+    with durable(path) as folder:
+        folder.begin_epoch()
+        with monkeypatch.context() as broken:
+            broken.setattr(files, "fdatasync", fdatasync)
+            with pytest.raises(StateError, match=r"cannot write .*epoch: No space left"):
+                folder.end_epoch(0.25)
+        assert (folder.epoch, folder.emptying) == (1, True)
+        with durable(crashed(path)) as following:
+            assert (following.epoch, following.emptying) == (1, True)
+            following.end_epoch(0.5)
+            assert (following.epoch, following.emptying, following.checkpoint["duration"]) == (1, False, 0.5)
+
+
+def refuse_space(*_: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [((1 << 63) + 2, 0, 0), (0, 0x7FF0_0000_0000_0000, 0), (0, 0x3FF0_0000_0000_0000, 0x7FF8_0000_0000_0001)],
+    ids=["epoch", "time", "duration"],
+)
+def test_an_epoch_file_that_this_program_did_not_write_is_refused_and_kept(
+    tmp_path: Path, words: tuple[int, ...]
+) -> None:
+    path = tmp_path / "s"
+    with opened(path):
+        pass
+    content = struct.pack("3Q", *words).ljust(4096, b"\0")
+    (path / "epoch").write_bytes(content)
+    for _ in range(2):  # and the folder is free again
+        with pytest.raises(ConfigError, match=r"epoch is not a file of this program; move it away"):
+            StateFolder(str(path))
+    assert (path / "epoch").read_bytes() == content
+
+
+def test_maps_of_a_disk_are_in_the_folder_or_in_memory(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as folder:
+        assert folder.map_file("a", "changes") == str(tmp_path / "s" / "a.changes")
+        assert folder.map_file("a", "lost") == str(tmp_path / "s" / "a.lost")
+    assert StateFolder(None).map_file("a", "lost") is None
 
 
 # -- the folder --------------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The system calls by which the images change and become stable: one thin seam.
+
+Everything that must survive a power cut goes through these functions, called by their module (`files.pwritev`), so
+that a test can count, fail, cut short or record them. Stores into mappings do not pass here: what they say outlives
+the process, never the host (state.py and image/overlay.py say what does).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+Buffer = bytes | bytearray | memoryview
+
+# fallocate(2) with a mode is not in Python's os module. ctypes lets go of the GIL meanwhile.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """preadv(2): bytes read, which may be fewer than asked for."""
+    return os.preadv(fd, buffers, offset)
+
+
+def pwritev(fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
+    """pwritev2(2): bytes written, which may be fewer than given."""
+    return os.pwritev(fd, buffers, offset, flags) if flags else os.pwritev(fd, buffers, offset)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); OSError, EINTR included."""
+    if _fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def fdatasync(fd: int) -> None:
+    """fdatasync(2): data, and what is needed to find it, are stable."""
+    os.fdatasync(fd)
+
+
+def replace(path: str, content: bytes) -> None:
+    """Give a file new content as a whole: whoever opens it, also after a power cut, finds the old or the new. Stable
+    when it returns."""
+    temporary = path + ".new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        done = 0
+        while done < len(content):
+            done += pwritev(fd, [content[done:]], done)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
