@@ -67,7 +67,8 @@ def test_every_option_is_there_and_no_other() -> None:
 
 @pytest.mark.parametrize("key", sorted(options.ALL_KEYS))
 def test_sides_of_options(key: str) -> None:
-    expected = "primary" if key in options.PRIMARY_KEYS else "secondary" if key in options.DISK_KEYS else "both"
+    of_secondary = options.DISK_KEYS | options.SECONDARY_KEYS
+    expected = "primary" if key in options.PRIMARY_KEYS else "secondary" if key in of_secondary else "both"
     assert _option_rows()[key][0] == expected
 
 
@@ -230,7 +231,7 @@ def test_options_of_replctl_exist() -> None:
 
 def test_every_use_of_replctl_is_a_command() -> None:
     used = set(re.findall(r"(?:\breplctl --state \S+|`replctl) ([a-z]+)", README))
-    assert {"start", "checkpoint", "failover", "stop", "jobs", "retry", "status"} <= used
+    assert {"start", "checkpoint", "failover", "switchover", "jobs", "retry", "status"} <= used
     assert used <= set(_replctl_commands())
 
 

@@ -62,6 +62,24 @@ STATUS: dict[str, Any] = {
 }
 
 
+PREFLIGHT = {
+    "allowed": True,
+    "force": False,
+    "stage": "running",
+    "epoch": 12,
+    "checkpoint-age": 1.25,
+    "bytes-to-commit": 3 << 20,
+    "predicted-seconds": 0.008,
+    "commit-rate": 4e8,
+}
+PREFLIGHT_TEXT = """\
+failover allowed   yes
+last checkpoint    number 12, 1.2 s old: what the primary wrote since is lost
+to commit          3.0 MiB, about 8.0 ms; the guest need not wait for it
+"""
+LOST = PREFLIGHT | {"allowed": False, "force": True, "reason": "Failover is refused: no checkpoint"}
+
+
 def job(name: str, kind: str, status: str, current: int, total: int, **more: Any) -> dict[str, Any]:
     return {
         "id": name,
@@ -81,6 +99,7 @@ class Node:
         self.jobs: list[list[dict[str, Any]]] = [[]]
         self.error: str | None = None
         self.refusal: Exception | None = None
+        self.preflight: dict[str, Any] = PREFLIGHT
         self.hold: threading.Event | None = None
 
     def _act(self, *call: Any) -> None:
@@ -100,11 +119,14 @@ class Node:
     def get_error(self) -> str | None:
         return self.error
 
-    def stop(self, failover: bool) -> None:
-        self._act("stop", failover)
+    def stop(self, failover: bool, force: bool = False) -> None:
+        self._act("stop", failover, *(["force"] if force else []))
 
-    def retry(self) -> None:
-        self._act("retry")
+    def retry(self, force: bool = False) -> None:
+        self._act("retry", *(["force"] if force else []))
+
+    def query_failover(self) -> dict[str, Any]:
+        return self.preflight
 
     def lost_heartbeat(self) -> None:
         self._act("lost_heartbeat")
@@ -123,9 +145,9 @@ class Node:
 
 
 class Stage:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, node: Node | None = None) -> None:
         self.path = folder / "control.sock"
-        self.node = Node()
+        self.node = node or Node()
         self.hub = EventHub()
         self.server = ControlServer(str(self.path), Commands(self.node, lambda: None).execute, self.hub)
 
@@ -282,7 +304,12 @@ def test_where_the_socket_is(stage: Stage) -> None:
         (["checkpoint"], ("checkpoint",), "checkpoint 13 took 42.1 ms\n"),
         (["stop"], ("stop", False), "replication stopped\n"),
         (["retry"], ("retry",), "the commit goes on; `replctl jobs --watch` shows it\n"),
-        (["failover", "--yes"], ("stop", True), "failed over; `replctl jobs --watch` shows the commit\n"),
+        (["retry", "--force"], ("retry", "force"), "the commit goes on; `replctl jobs --watch` shows it\n"),
+        (
+            ["failover", "--yes"],
+            ("stop", True),
+            PREFLIGHT_TEXT + "failed over; `replctl jobs --watch` shows the commit\n",
+        ),
         (["cancel", "commit-disk0"], ("cancel", "commit-disk0"), "job commit-disk0 cancelled\n"),
     ],
 )
@@ -291,11 +318,43 @@ def test_commands(stage: Stage, arguments: list[str], call: tuple[Any, ...], tex
     assert stage.node.calls == [call]
 
 
+def test_failover_check_shows_and_does_nothing(stage: Stage) -> None:
+    assert ok(replctl("-s", stage.path, "failover", "--check")) == PREFLIGHT_TEXT
+    stage.node.preflight = LOST
+    done = replctl("-s", stage.path, "failover", "--check")
+    assert (done.returncode, done.stderr) == (1, "replctl: Failover is refused: no checkpoint\n")
+    assert done.stdout.startswith("failover allowed   no: Failover is refused: no checkpoint\n")
+    assert stage.node.calls == []
+
+
+def test_a_failover_that_is_not_allowed_needs_force(stage: Stage) -> None:
+    stage.node.preflight = LOST
+    done = replctl("-s", stage.path, "failover", "--yes")
+    assert (done.returncode, done.stderr) == (1, "replctl: Failover is refused: no checkpoint\n")
+    assert stage.node.calls == []
+    assert ok(replctl("-s", stage.path, "failover", "--yes", "--force"))
+    assert stage.node.calls == [("stop", True, "force")]
+
+
+def test_force_does_not_help_where_there_is_nothing_to_force(stage: Stage) -> None:
+    stage.node.preflight = LOST | {"force": False, "stage": "none"}
+    assert replctl("-s", stage.path, "failover", "--yes", "--force").returncode == 1
+    assert stage.node.calls == []
+
+
+@pytest.mark.parametrize("reached", ["failover", "done"])
+def test_failing_over_twice_is_no_error(stage: Stage, reached: str) -> None:
+    stage.node.preflight = LOST | {"stage": reached, "force": False}
+    assert ok(replctl("-s", stage.path, "failover", "--yes")).endswith("nothing to do\n")
+    assert stage.node.calls == []
+
+
 @pytest.mark.parametrize("arguments", [["start"], ["checkpoint"], ["stop"], ["failover", "--yes"], ["cancel", "x"]])
 def test_refusal_is_exit_code_1_and_the_nodes_words(stage: Stage, arguments: list[str]) -> None:
     stage.node.refusal = CommandError("Block replication is not running")
     done = replctl("-s", stage.path, *arguments)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "replctl: Block replication is not running\n")
+    said = PREFLIGHT_TEXT if "failover" in arguments else ""
+    assert (done.returncode, done.stdout, done.stderr) == (1, said, "replctl: Block replication is not running\n")
 
 
 def test_error(stage: Stage) -> None:
@@ -327,6 +386,107 @@ def test_failover_on_a_terminal_explains_and_asks(stage: Stage, typed: str, code
     assert "It cannot be undone" in out
     assert err == ("" if code == 0 else "replctl: failover was not confirmed, nothing done\n")
     assert stage.node.calls == calls
+
+
+PAIR_OF_DISKS = [{"name": "disk0", "size": 4096, "out-of-sync-bytes": 0, "totals": {"written": 512}}]
+RUNNING_PRIMARY = {
+    "mode": "primary",
+    "stage": "running",
+    "error": None,
+    "link": {"state": "in-sync", "secondary": "nbd://b"},
+    "disks": PAIR_OF_DISKS,
+}
+RUNNING_SECONDARY = {
+    "mode": "secondary",
+    "stage": "running",
+    "error": None,
+    "disks": [{"name": "disk0", "size": 4096}],
+}
+
+
+class PrimaryNode(Node):
+    """A primary whose guest writes `late` bytes more after the barrier."""
+
+    late = 0
+
+    def stop(self, failover: bool, force: bool = False) -> None:
+        super().stop(failover, force)
+        totals = {"written": 512 + self.late}
+        self.status = self.status | {"stage": "done", "disks": [PAIR_OF_DISKS[0] | {"totals": totals}]}
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Iterator[tuple[Stage, Stage]]:
+    stages = []
+    for name, node in (("p", PrimaryNode()), ("s", Node())):
+        (tmp_path / name).mkdir()
+        stages.append(Stage(tmp_path / name, node))
+        stages[-1].server.bind()
+        stages[-1].server.start()
+    stages[0].node.status, stages[1].node.status = RUNNING_PRIMARY, RUNNING_SECONDARY
+    yield stages[0], stages[1]
+    for each in stages:
+        each.server.stop()
+
+
+STOPPED = [("checkpoint",), ("stop", False)]
+STARTED_AGAIN = [*STOPPED, ("start", None, "nbd://b", "auto")]
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["asked-at-the-primary", "asked-at-the-secondary"])
+def test_switchover_drains_stops_and_promotes(both: tuple[Stage, Stage], turned: bool) -> None:
+    here, there = both[::-1] if turned else both
+    out = ok(replctl("-s", here.path, "switchover", "--yes", "--peer", there.path))
+    assert out.endswith("start the guest there, on the export of its guest face\n")
+    assert both[0].node.calls == STOPPED
+    assert both[1].node.calls == [("stop", False)]
+
+
+def test_switchover_is_taken_back_while_the_guest_still_writes(both: tuple[Stage, Stage]) -> None:
+    assert isinstance(both[0].node, PrimaryNode)
+    both[0].node.late = 512
+    done = replctl("-s", both[0].path, "switchover", "--yes", "--peer", both[1].path)
+    assert done.returncode == 1
+    assert "still writes" in done.stderr
+    assert "replicates again" in done.stderr
+    assert both[0].node.calls == STARTED_AGAIN
+    assert both[1].node.calls == []
+
+
+def test_switchover_is_taken_back_when_the_secondary_refuses(both: tuple[Stage, Stage]) -> None:
+    both[1].node.refusal = CommandError("Backup job was cancelled unexpectedly")
+    done = replctl("-s", both[0].path, "switchover", "--yes", "--peer", both[1].path)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "replctl: Backup job was cancelled unexpectedly; nothing has changed, the primary replicates again\n",
+    )
+    assert both[0].node.calls == STARTED_AGAIN
+
+
+@pytest.mark.parametrize(
+    ("primary", "secondary", "why"),
+    [
+        ({"stage": "done"}, {}, "its stage is done"),
+        ({}, {"stage": "none"}, "its stage is none"),
+        ({"error": {"desc": "link lost"}}, {}, "link lost"),
+        ({"mode": "secondary"}, {}, "both are secondary"),
+        ({}, {"disks": [{"name": "disk0", "size": 512}]}, "not a pair"),
+    ],
+)
+def test_switchover_of_what_is_no_healthy_pair_does_nothing(
+    both: tuple[Stage, Stage], primary: dict[str, Any], secondary: dict[str, Any], why: str
+) -> None:
+    both[0].node.status, both[1].node.status = RUNNING_PRIMARY | primary, RUNNING_SECONDARY | secondary
+    done = replctl("-s", both[0].path, "switchover", "--yes", "--peer", both[1].path)
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert both[0].node.calls == both[1].node.calls == []
+
+
+def test_switchover_without_terminal_needs_yes_and_its_peer_must_be_there(both: tuple[Stage, Stage]) -> None:
+    assert replctl("-s", both[0].path, "switchover", "--peer", both[1].path).returncode == 2
+    assert replctl("-s", both[0].path, "switchover", "--yes", "--peer", "/nowhere").returncode == 2
+    assert both[0].node.calls == []
 
 
 def test_jobs(stage: Stage) -> None:
