@@ -5,6 +5,12 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 # Options or test names for pytest, for example: make test TESTS='tests/unit -k options'
 TESTS   ?=
+# Tests that run side by side: most of them wait for deadlines, so more than there are processors.
+WORKERS ?= 3
+# For `make torture`: any text as seed, how many kills, and the number of one history to replay.
+SEED    ?=
+KILLS   ?=
+HISTORY ?=
 
 PYTHON := .venv/bin/python
 # Recursive on purpose: nbdkit is asked only by install and uninstall.
@@ -16,7 +22,7 @@ MODULES := $(shell find replication -name '*.py')
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/*)
 
-.PHONY: help demo test lint format install uninstall clean
+.PHONY: help demo test torture lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,7 +33,16 @@ demo: ## Replicate a disk, fail over, and check the result
 
 test: ## Run the tests (TESTS= picks some)
 	@scripts/setup test
+ifeq ($(TESTS),)
+	@$(PYTHON) -m pytest -q --durations=10 -n $(WORKERS) --dist worksteal -m 'not alone'
+	@$(PYTHON) -m pytest -q --durations=3 -m alone
+else
 	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
+endif
+
+torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
+	@scripts/setup test
+	@PYTHONPATH=tests $(PYTHON) -m torture --seed '$(SEED)' --kills '$(KILLS)' --history '$(HISTORY)'
 
 lint: ## Check style, types and shell scripts
 	@scripts/setup lint

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The pause points of the product, and what makes a thread reach each of them.
+
+The table is written by hand, so that a person has thought about every point; test_torture.py compares it with the
+source, so that a new point cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Cause(Enum):
+    """What a process must be asked for, so that a thread reaches a point."""
+
+    START = "start"
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+    FAILOVER = "failover"
+    GUEST_READ = "guest-read"
+    GUEST_WRITE = "guest-write"
+    TARGET_WRITE = "target-write"
+    PRIMARY_WRITE = "primary-write"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pause point. `causes`: any of them leads there. `hits`: how often one cause may lead there (two disks)."""
+
+    name: str
+    causes: tuple[Cause, ...]
+    hits: int = 1
+
+
+EMPTYING = (Cause.CHECKPOINT, Cause.START, Cause.STOP)
+
+SECONDARY_POINTS = (
+    Point("start.emptied", (Cause.START,)),
+    Point("stop.entered", (Cause.STOP,)),
+    Point("failover.entered", (Cause.FAILOVER,)),
+    Point("checkpoint.begun", EMPTYING, hits=2),
+    Point("checkpoint.active-emptied", EMPTYING, hits=2),
+    Point("checkpoint.emptied", EMPTYING),
+    Point("guest-read.disk-read", (Cause.GUEST_READ,)),
+    Point("guest-write.completed", (Cause.GUEST_WRITE,), hits=3),
+    Point("guest-write.before-mark", (Cause.GUEST_WRITE,), hits=3),
+    Point("copy-before-write.read", (Cause.TARGET_WRITE,), hits=3),
+    Point("copy-before-write.before-mark", (Cause.TARGET_WRITE,), hits=3),
+    Point("target-write.preserved", (Cause.TARGET_WRITE,), hits=3),
+    Point("target-write.written", (Cause.TARGET_WRITE,), hits=3),
+    Point("commit.written", (Cause.FAILOVER,), hits=3),
+    Point("commit.hidden-forgotten", (Cause.FAILOVER,), hits=3),
+)
+
+PRIMARY_POINTS = (
+    Point("primary-write.marked", (Cause.PRIMARY_WRITE,), hits=3),
+    Point("primary-write.written", (Cause.PRIMARY_WRITE,), hits=3),
+    Point("forward.send", (Cause.PRIMARY_WRITE,), hits=3),
+)
+
+START_POINTS = (
+    Point("start.connected", (Cause.START,)),
+    Point("start.entered", (Cause.START,)),
+)
+"""Of a primary's start, before and after the stage is saved."""
+
+ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS
+
+RECOVERY_POINTS = (
+    "checkpoint.begun",
+    "checkpoint.active-emptied",
+    "checkpoint.emptied",
+    "commit.written",
+    "commit.hidden-forgotten",
+)
+"""What a process may reach while it goes on with what a killed one has left."""
