@@ -163,7 +163,10 @@ def l2_of(path: Path) -> int:
         (("mode=primary", "state={state}", "disk=a b:{disk}"), "'a b'"),
         (("mode=secondary", "state={state}", "disk={disk}"), "Missing the option top-id"),
         (("mode=secondary", "state={state}"), "Missing the option disk"),
-        (("mode=secondary", "state={state}", "disk={disk}", "top-id=t", "timeout=5"), "timeout"),
+        (
+            ("mode=secondary", "state={state}", "disk={disk}", "top-id=t", "secondary=nbd://x"),
+            "support option secondary",
+        ),
         (("mode=secondary", "state={state}", "disk={disk}", "top-id=t", "secondary=nbd://h"), "secondary"),
         (("mode=secondary", "state={state}", "disk={disk}", "top-id=.control"), "top-id"),
         (("mode=secondary", "control={state}", "disk={disk}", "top-id=t"), "active"),

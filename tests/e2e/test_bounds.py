@@ -19,6 +19,8 @@ import pytest
 
 from lab import KIB, MIB, Lab, NbdProcess, Pair, Secondary, Server, disk_name, make_raw, pattern, top_id
 
+pytestmark = pytest.mark.alone
+
 GIB = 1024 * MIB
 ROUNDS = 6
 ROUND_S = 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ class Watch:
         """The cases of all REPLICATION_ERROR events up to now, each once."""
         self._qmp.execute("query-version")  # what was emitted before this answer has arrived before it
         told = [event["data"] for event in self._qmp.events if event["event"] == "REPLICATION_ERROR"]
-        assert all(set(data) == {"case", "disk", "desc"} for data in told)
+        assert all(set(data) == MEMBERS for data in told)
         return sorted({data["case"] for data in told})
 
     def wait(self, name: str, **data: Any) -> dict[str, Any]:
@@ -292,16 +293,44 @@ def test_case_4_after_a_lost_write_no_checkpoint_is_taken_and_the_last_one_stays
     endpoint.fail()
     setup.disk.pwrite(OWN, BLOCK)
     learns(setup.primary)
-    endpoint.work()
-    setup.disk.pwrite(OWN, 2 * BLOCK)  # goes on arriving, so the disk is a mixture now
     assert "lacks" in refused(setup.secondary, "xen-colo-do-checkpoint")
     assert "resync" in refused(setup.primary, "replication-checkpoint")
     assert refused(setup.secondary, "replication-stop")
     assert setup.secondary.status()["stage"] == "running"
     assert whole(setup.guest) == changed(OLD, (0, NEW))
+    endpoint.work()
     setup.secondary.execute("xen-set-replication", FAILOVER)
     setup.secondary.wait_stage("done")
     assert path.read_bytes() == changed(OLD, (0, NEW))
+
+
+def test_case_4_when_the_secondary_disk_works_again_the_primary_sends_what_was_lost_and_all_goes_on(lab: Lab) -> None:
+    path, endpoint = failing_disk(lab, "behind", pwrite="EIO")
+    setup = Setup(lab, secondary_disk=endpoint.uri())
+    endpoint.fail()
+    setup.disk.pwrite(NEW, BLOCK)
+    learns(setup.secondary)
+    assert setup.secondary.status()["disks"][0]["out-of-sync-bytes"] == GRAIN
+    endpoint.work()
+    setup.disk.pwrite(OWN, GRAIN)  # arrives, so the disk is a mixture until the rest is repaired
+    setup.primary.execute("replication-checkpoint")
+    knows_nothing(setup.primary)
+    knows_nothing(setup.secondary)
+    setup.secondary.execute("xen-colo-do-checkpoint")
+    content = changed(OLD, (BLOCK, NEW), (GRAIN, OWN))
+    assert whole(setup.guest) == path.read_bytes() == content
+
+
+def test_a_primary_sends_what_was_lost_by_itself(lab: Lab) -> None:
+    path, endpoint = failing_disk(lab, "behind", pwrite="EIO")
+    setup = Setup(lab, secondary_disk=endpoint.uri())
+    endpoint.fail()
+    setup.disk.pwrite(NEW, BLOCK)
+    learns(setup.primary)
+    endpoint.work()
+    wait_until(lambda: not out_of_sync(setup.primary), "the primary has sent it again")
+    wait_until(lambda: setup.secondary.status()["error"] is None, "the secondary knows that it has all")
+    assert path.read_bytes() == changed(OLD, (BLOCK, NEW))
 
 
 def test_case_4_a_secondary_disk_whose_server_dies_is_never_the_guests_problem_on_the_primary(lab: Lab) -> None:
@@ -382,7 +411,7 @@ def test_case_3_a_full_hidden_disk_fails_the_target_write_and_the_old_content_is
     assert "No space left" in job["error"]
 
 
-def test_case_3_once_copy_before_write_has_failed_there_is_no_checkpoint_and_nothing_is_overwritten(
+def test_case_3_once_copy_before_write_has_failed_there_is_no_checkpoint_until_all_was_sent_again(
     lab: Lab, small: SmallFolder
 ) -> None:
     setup = Setup(lab, secondary_arguments=[f"hidden={small.folder / 'hidden.qcow2'}"])
@@ -391,14 +420,35 @@ def test_case_3_once_copy_before_write_has_failed_there_is_no_checkpoint_and_not
     small.fill()
     with nbd_refusal(errno.ENOSPC):
         target.pwrite(NEW, GRAIN)
+    (job,) = setup.secondary.execute("query-jobs")
+    assert (job["id"], job["status"]) == ("backup-disk0", "concluded")
     small.make_room()
-    for offset in (0, GRAIN):  # neither the block that hidden holds, nor another
-        with nbd_refusal(errno.EIO):
-            target.pwrite(OWN, offset)
+    target.pwrite(OWN, 0)  # the others are taken, but the disk lacks one
     assert refused(setup.secondary, "xen-colo-do-checkpoint") == CANCELLED
     assert refused(setup.secondary, "replication-stop") == CANCELLED
     assert setup.secondary.status()["stage"] == "running"
     assert whole(setup.guest) == OLD
+    knows(setup.secondary, case=3)
+    setup.secondary.restart(signal.SIGKILL)  # what is lacking is not forgotten
+    assert refused(setup.secondary, "xen-colo-do-checkpoint") == CANCELLED
+    target = setup.secondary.connect("disk0")
+    target.pwrite(NEW * (GRAIN // BLOCK), GRAIN)  # as the primary does it: the grain as a whole
+    knows_nothing(setup.secondary)
+    (job,) = setup.secondary.execute("query-jobs")
+    assert (job["id"], job["status"]) == ("backup-disk0", "running")
+    guest = setup.secondary.connect("top0")
+    assert whole(guest) == OLD
+    setup.secondary.execute("xen-colo-do-checkpoint")
+    assert whole(guest) == whole(target) == changed(OLD, (0, OWN), (GRAIN, NEW * (GRAIN // BLOCK)))
+
+
+def test_case_3_after_a_failed_copy_the_last_checkpoint_can_be_failed_over_to(lab: Lab, small: SmallFolder) -> None:
+    setup = Setup(lab, secondary_arguments=[f"hidden={small.folder / 'hidden.qcow2'}"])
+    target = setup.secondary.connect("disk0")
+    target.pwrite(NEW, 0)
+    small.fill()
+    with nbd_refusal(errno.ENOSPC):
+        target.pwrite(NEW, GRAIN)
     setup.guest.pwrite(OWN, 2 * GRAIN)
     setup.secondary.execute("xen-set-replication", FAILOVER)
     setup.secondary.wait_stage("done")

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""After the secondary's host was restarted without warning: the primary sends everything anew, and the pair is whole
+again. What the secondary says until then is in test_durability.py."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import nbd
+import pytest
+
+from lab import KIB, MIB, Lab, Pair, QmpError, nbd_refusal
+
+OLD, FIRST, SECOND, LATER = (bytes([byte]) * (4 * KIB) for byte in b"o12l")
+
+
+class Broken:
+    """A pair with a checkpoint (FIRST at 0) and a later write (SECOND there), whose secondary's host was restarted."""
+
+    def __init__(self, lab: Lab, durability: str) -> None:
+        arguments = [f"durability={durability}"]
+        self.pair: Pair = lab.pair([MIB], contents=[OLD * 256], secondary_arguments=arguments)
+        self.pair.start_replication()
+        self.primary, self.secondary = self.pair.primary, self.pair.secondary
+        self.disk = self.primary.connect("disk0")
+        self.disk.pwrite(FIRST, 0)
+        self.primary.checkpoint()
+        self.secondary.checkpoint()
+        self.disk.pwrite(SECOND, 0)
+        self.primary.checkpoint()
+        self.secondary.kill()
+        self.restart("restarted")
+
+    def restart(self, boot: str) -> None:
+        """The secondary's process again, in that boot of its host."""
+        self.secondary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = boot
+        if self.secondary.running:
+            self.secondary.kill()
+        self.secondary.start()
+        self.guest: nbd.NBD = self.secondary.connect("top0")
+
+    def resync(self) -> None:
+        """As the person at the primary does it."""
+        self.primary.execute("replication-stop")
+        self.disk.pwrite(LATER, 8 * KIB)
+        self.primary.execute("replication-start", secondary=self.secondary.uri(), sync="full")
+        self.primary.checkpoint()
+
+    def refused(self, command: str, **arguments: Any) -> str:
+        with pytest.raises(QmpError) as refusal:
+            self.secondary.execute(command, arguments)
+        return refusal.value.desc
+
+    def equal(self) -> bool:
+        return self.primary.disks[0].read_bytes() == self.secondary.disks[0].read_bytes()
+
+
+def test_a_secondary_that_lost_its_checkpoint_has_one_again_after_a_full_resync_and_a_checkpoint(lab: Lab) -> None:
+    broken = Broken(lab, "process")
+    status = broken.secondary.status()
+    assert (status["consistent"], status["stage"]) == (False, "running")
+    assert status["disks"][0]["out-of-sync-bytes"] == MIB
+    assert "full resync" in broken.refused("xen-colo-do-checkpoint")
+    assert "full resync" in broken.refused("replication-stop")
+    broken.resync()
+    # All is there, but nothing says yet which instant it is of.
+    assert broken.secondary.status()["consistent"] is False
+    assert broken.secondary.status()["error"] is None
+    assert broken.secondary.execute("query-jobs") == []
+    with nbd_refusal(errno.EIO):
+        broken.guest.pread(512, 0)
+    assert "force" in broken.refused("replication-stop", failover=True)
+    broken.secondary.checkpoint()
+    status = broken.secondary.status()
+    assert (status["consistent"], status["disks"][0]["hidden-bytes"]) == (True, 0)
+    assert broken.equal()
+    # And replication is what it was: the checkpoint is kept from what the primary writes now.
+    broken.disk.pwrite(OLD, 0)
+    broken.primary.checkpoint()
+    assert bytes(broken.guest.pread(4 * KIB, 0)) == SECOND
+    broken.secondary.failover()
+    assert broken.secondary.disks[0].read_bytes() == SECOND + OLD + LATER + OLD * 253
+
+
+def test_a_resync_from_nothing_copies_nothing_before_it_writes(lab: Lab) -> None:
+    broken = Broken(lab, "process")
+    held = broken.secondary.status()["disks"][0]["hidden-bytes"]
+    broken.resync()
+    assert broken.secondary.status()["disks"][0]["hidden-bytes"] == held
+
+
+def test_with_durability_power_the_checkpoint_stays_valid_during_the_resync(lab: Lab) -> None:
+    broken = Broken(lab, "power")
+    assert broken.secondary.status()["consistent"] is True
+    assert "lacks" in broken.refused("xen-colo-do-checkpoint")
+    broken.resync()
+    assert broken.secondary.status()["error"] is None
+    assert bytes(broken.guest.pread(4 * KIB, 0)) == FIRST
+    broken.secondary.checkpoint()
+    assert bytes(broken.guest.pread(12 * KIB, 0)) == SECOND + OLD + LATER
+    assert broken.equal()
+
+
+def test_a_resync_from_nothing_that_is_cut_off_begins_again(lab: Lab) -> None:
+    broken = Broken(lab, "process")
+    broken.resync()
+    broken.restart("restarted again")
+    assert "full resync" in broken.refused("xen-colo-do-checkpoint")
+    broken.primary.execute("replication-stop")
+    broken.primary.execute("replication-start", secondary=broken.secondary.uri(), sync="full")
+    broken.primary.checkpoint()
+    broken.secondary.checkpoint()
+    assert bytes(broken.guest.pread(12 * KIB, 0)) == SECOND + OLD + LATER
+
+
+def test_a_planned_stop_after_a_resync_from_nothing_needs_no_checkpoint(lab: Lab) -> None:
+    broken = Broken(lab, "process")
+    broken.resync()
+    broken.primary.execute("replication-stop")
+    broken.secondary.execute("replication-stop")
+    assert bytes(broken.guest.pread(12 * KIB, 0)) == SECOND + OLD + LATER
+    assert broken.secondary.status()["consistent"] is True
+
+
+@pytest.mark.parametrize("resynced", [False, True], ids=["at-once", "after-the-resync"])
+def test_a_forced_failover_takes_the_disk_as_it_is(lab: Lab, resynced: bool) -> None:
+    broken = Broken(lab, "process")
+    if resynced:
+        broken.resync()
+    content = broken.secondary.disks[0].read_bytes()
+    broken.secondary.execute("replication-stop", failover=True, force=True)
+    broken.secondary.wait_stage("done")
+    assert broken.secondary.disks[0].read_bytes() == content
+    assert bytes(broken.guest.pread(MIB, 0)) == content
+
+
+def test_a_primary_whose_host_was_restarted_sends_everything_anew(lab: Lab) -> None:
+    pair = lab.pair([MIB], contents=[OLD * 256])
+    pair.start_replication()
+    disk = pair.primary.connect("disk0")
+    disk.pwrite(FIRST, 0)
+    pair.primary.checkpoint()
+    pair.primary.kill()
+    # The power cut: what the disk had not flushed is gone, and the map does not know.
+    pair.primary.disks[0].write_bytes(OLD * 256)
+    pair.primary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = "restarted"
+    pair.primary.start()
+    pair.primary.checkpoint()
+    assert pair.secondary.disks[0].read_bytes() == OLD * 256
+
+
+def test_a_primary_that_ended_in_good_order_sends_nothing_anew_after_a_restart_of_its_host(lab: Lab) -> None:
+    pair = lab.pair([MIB], contents=[OLD * 256])
+    pair.start_replication()
+    pair.primary.connect("disk0").pwrite(FIRST, 0)
+    pair.primary.checkpoint()
+    pair.primary.terminate()
+    pair.primary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = "restarted"
+    pair.primary.start()
+    pair.primary.checkpoint()
+    assert pair.primary.status()["disks"][0]["totals"]["forwarded"] == 0
