@@ -7,6 +7,9 @@ DESTDIR ?=
 TESTS   ?=
 # Tests that run side by side: most of them wait for deadlines, so more than there are processors.
 WORKERS ?= 3
+# For `make power`: how many histories from seed SEED on, and how many states after a cut are looked at for each.
+HISTORIES ?= 50
+SAMPLES   ?= 80
 # For `make torture`: any text as seed, how many kills, and the number of one history to replay.
 SEED    ?=
 KILLS   ?=
@@ -22,7 +25,7 @@ MODULES := $(shell find replication -name '*.py')
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/*)
 
-.PHONY: help demo test torture lint format install uninstall clean
+.PHONY: help demo test torture power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -43,6 +46,11 @@ endif
 torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
 	@scripts/setup test
 	@PYTHONPATH=tests $(PYTHON) -m torture --seed '$(SEED)' --kills '$(KILLS)' --history '$(HISTORY)'
+
+power: ## Cut the power at random and compare (SEED=, HISTORIES=, SAMPLES=)
+	@scripts/setup test
+	@first='$(or $(SEED),0)'; for seed in $$(seq "$$first" $$((first + $(HISTORIES) - 1))); do \
+	    printf 'seed %s: ' "$$seed"; PYTHONPATH=.:tests $(PYTHON) -m power.simulator "$$seed" '$(SAMPLES)' || exit 1; done
 
 lint: ## Check style, types and shell scripts
 	@scripts/setup lint

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from replication.boot import boot_id
@@ -22,7 +23,7 @@ from replication.fault import FaultLatch
 from replication.gate import Gate, GateStuck
 from replication.jobs import JobList
 from replication.log import log
-from replication.options import Options
+from replication.options import Durability, Options
 from replication.primary import PrimarySide
 from replication.secondary import SecondarySide
 from replication.side import Face, Setting, Side
@@ -53,6 +54,7 @@ class Node:
         self._jobs = JobList(hub)
         self._faults = FaultLatch(hub, self._keep_fault)
         self._faults.restore(self._record.fault)
+        self._distrust_early()
         kind = PrimarySide if self._record.mode is Mode.PRIMARY else SecondarySide
         self.side: Side = kind(self._setting(lambda: self.side))
         self.side.open()
@@ -86,6 +88,17 @@ class Node:
             f"the state folder {self._options.state} belongs to a {record.mode.value}; "
             f"start with mode={record.mode.value} or use another folder"
         )
+
+    def _distrust_early(self) -> None:
+        """With durability=process the images get words that are not stable as soon as they are opened. If a former
+        process of this boot had durability=power, a power cut from then on must not find that in the record."""
+        record = self._record
+        powerful = record.durability == Durability.POWER.value and self._options.durability is not Durability.POWER
+        if powerful and record.stage is not Stage.NONE and record.boot == boot_id():
+            try:
+                self._state.save(replace(record, durability=self._options.durability.value))
+            except StateError as error:
+                raise ConfigError(str(error)) from error
 
     def _note_process(self) -> None:
         """From here on the record is this process's."""

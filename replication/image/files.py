@@ -54,6 +54,11 @@ def replace(path: str, content: bytes) -> None:
     finally:
         os.close(fd)
     os.rename(temporary, path)
+    sync_folder(path)
+
+
+def sync_folder(path: str) -> None:
+    """A file of this name that was made or renamed is there after a power cut, too."""
     folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replication.errors import ConfigError
+from replication.image import files
 from replication.image.lock import lock_for_writing
 
 CLUSTER = 128 << 10
@@ -103,6 +104,7 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
             stdin=subprocess.DEVNULL,
         )
         os.rename(temporary, path)
+        files.sync_folder(path)
     except FileNotFoundError as error:
         raise ConfigError(f"cannot create {path}: qemu-img is not installed") from error
     except subprocess.CalledProcessError as error:
