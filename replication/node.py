@@ -37,7 +37,7 @@ _AUTOSTART_RETRY_S = 1.0
 
 
 class Node:
-    """A primary or a secondary, by `options.mode`."""
+    """A primary or a secondary: by `options.mode`, or what a former process of the state folder has become."""
 
     def __init__(self, options: Options, hub: EventHub, state: StateFolder) -> None:
         """Open everything; ConfigError says what is wrong, and the state folder stays the caller's to close. Nothing is

@@ -177,6 +177,9 @@ class PrimarySide(Side):
                 raise DiskError(
                     f"{connection.uri} has failed over or was promoted: it is nobody's secondary"
                 ) from error
+            if connection.dead:
+                raise
+            # A server that cannot be read may still be written to: what else is wrong shows with the first write.
 
     # -- commands ------------------------------------------------------------------------------------------
 
