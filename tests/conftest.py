@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from lab import Lab
+from lab import Lab, SmallFolder
 
 
 @pytest.fixture
@@ -21,3 +21,16 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         if said:
             request.node.add_report_section("teardown", "processes", said)
         laboratory.close()
+
+
+@pytest.fixture
+def small_folder(lab: Lab) -> Callable[[int], SmallFolder]:
+    """Makes a SmallFolder of so many bytes in this test's lab; skips the test where that is not allowed."""
+
+    def made(size: int) -> SmallFolder:
+        try:
+            return lab.small_folder(size)
+        except PermissionError as error:
+            pytest.skip(str(error))
+
+    return made

@@ -17,6 +17,7 @@ does not end when it is asked to is killed, and that fails the test (`Lab.close`
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -84,6 +85,65 @@ def qemu_img(*arguments: str | os.PathLike[str], timeout_s: float = 60.0) -> str
         command = " ".join(os.fspath(argument) for argument in arguments)
         raise AssertionError(f"qemu-img {command}: exit {done.returncode}: {done.stderr}{done.stdout}")
     return done.stdout
+
+
+def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
+    """`content` with writes (offset, data) in it."""
+    result = bytearray(content)
+    for offset, data in writes:
+        result[offset : offset + len(data)] = data
+    return bytes(result)
+
+
+def whole(handle: nbd.NBD) -> bytes:
+    """All that an export shows."""
+    return bytes(handle.pread(handle.get_size(), 0))
+
+
+class SmallFolder:
+    """A folder on a file system of its own, a tmpfs."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """Mount it, with room for `size` bytes; PermissionError if that is not allowed."""
+        self.folder = folder
+        self._filler = folder / "filler"
+        folder.mkdir()
+        done = self._run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+        if done.returncode:
+            raise PermissionError(f"mounting a tmpfs needs root: {done.stderr.strip()}")
+
+    def fill(self) -> None:
+        """Leave no room."""
+        with open(self._filler, "ab", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4 * KIB))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+    def make_room(self) -> None:
+        """Take back what `fill` did."""
+        self._filler.unlink()
+
+    def grow(self, size: int) -> None:
+        """Make it a file system of `size` bytes."""
+        self._run("mount", "-o", f"remount,size={size}").check_returncode()
+
+    @property
+    def percent(self) -> float:
+        """Of its bytes in use."""
+        status = os.statvfs(self.folder)
+        return 100 * (status.f_blocks - status.f_bavail) / status.f_blocks
+
+    def close(self) -> None:
+        """Unmount."""
+        self._run("umount").check_returncode()
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(self.folder)], check=False, timeout=DEADLINE_S, capture_output=True, text=True
+        )
 
 
 # --- QMP ------------------------------------------------------------------------------------------------------
@@ -863,6 +923,7 @@ class Lab:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._processes: list[Process] = []
+        self._mounted: list[SmallFolder] = []
 
     def __enter__(self) -> Self:
         return self
@@ -917,6 +978,11 @@ class Lab:
         """Pause points in a folder of this lab."""
         return PausePoints(self.folder / "pause")
 
+    def small_folder(self, size: int) -> SmallFolder:
+        """A folder with room for `size` bytes, mounted for as long as this lab's processes; PermissionError."""
+        self._mounted.append(SmallFolder(self.folder / f"small{len(self._mounted)}", size))
+        return self._mounted[-1]
+
     def failed_start(self, arguments: Sequence[str], **options: Any) -> tuple[int, str]:
         """`Server.failed_start` in this folder."""
         return Server.failed_start(self.folder, arguments, **options)
@@ -935,9 +1001,21 @@ class Lab:
                 misbehaviour.append(str(error))
             misbehaviour += process.misbehaviour
         self._processes.clear()
+        for mounted in self._mounted:
+            mounted.close()
+        self._mounted.clear()
         shutil.rmtree(self.folder)
         if misbehaviour:
             raise AssertionError("; ".join(misbehaviour))
+
+
+def refused(server: Server, command: str, arguments: Mapping[str, Any] | None = None) -> str:
+    """The description with which `command` is refused."""
+    try:
+        answer = server.execute(command, arguments)
+    except QmpError as error:
+        return error.desc
+    raise AssertionError(f"{command} should have been refused, but returned {answer}")
 
 
 @contextlib.contextmanager

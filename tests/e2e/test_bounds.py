@@ -8,6 +8,7 @@ so that a busy neighbour does not decide. The figures of every round are printed
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -25,13 +26,17 @@ GIB = 1024 * MIB
 ROUNDS = 6
 ROUND_S = 2
 
-PRIMARY_IOPS_MIN = 8000
-"""At queue depth 16 with 1 ms a request: half of what the storage could do, eight times what one at a time does."""
+PRIMARY_TIMES_MIN = 5.0
+"""With 1 ms a request: at queue depth 16 so many times the requests a second of depth 1, in the same run. The storage
+could do 16 times; what is left is processor time, and machines differ in that (8 to 12 times seen)."""
 
-PAIR_IOPS_MIN = 5000
+PAIR_TIMES_MIN = 4.0
 """The same while a whole secondary works on the same machine: five processes share the processors then."""
 
-FACE_IOPS_MIN = 4000
+FACE_TIMES_MIN = 4.0
+FACE_IOPS_ENOUGH = 4000
+"""A guest write does not need the slow disk, so it is quick at depth 1 already."""
+
 CHECKPOINT_S_MAX = 0.020
 PRIVATE_BYTES_MAX = 100 * MIB
 QUEUE_LIMIT = 64 * MIB
@@ -62,6 +67,13 @@ def fio(uri: str, mode: str, *, size: int, depth: int = 16, block: int = 4 * KIB
     return float(job[kind]["iops"])
 
 
+def gain(uri: str, mode: str, size: int) -> float:
+    """How many times the requests a second of depth 1 there are at depth 16; what is quick anyhow counts as enough."""
+    one, many = (fio(uri, mode, size=size, depth=depth) for depth in (1, 16))
+    print(f"{mode}: {one:.0f} a second at depth 1, {many:.0f} at depth 16")
+    return math.inf if one >= FACE_IOPS_ENOUGH else many / one
+
+
 def best(measure: Callable[[], float], enough: Callable[[float], bool], name: str, unit: str) -> float:
     """The first of at most ROUNDS measurements that is enough, else the last; prints all."""
     figures: list[float] = []
@@ -83,17 +95,17 @@ def slow_secondary(lab: Lab, size: int) -> Server:
 
 
 @pytest.mark.parametrize(
-    ("mode", "peer", "bound"),
+    ("mode", "peer", "times"),
     [
-        ("randwrite", "memory", PRIMARY_IOPS_MIN),
-        ("randread", "memory", PRIMARY_IOPS_MIN),
-        ("randwrite", "secondary", PAIR_IOPS_MIN),
-        ("randwrite", "slow secondary", PAIR_IOPS_MIN),
+        ("randwrite", "memory", PRIMARY_TIMES_MIN),
+        ("randread", "memory", PRIMARY_TIMES_MIN),
+        ("randwrite", "secondary", PAIR_TIMES_MIN),
+        ("randwrite", "slow secondary", PAIR_TIMES_MIN),
     ],
     ids=["write", "read", "write-to-a-secondary", "write-to-a-slow-secondary"],
 )
 def test_a_primary_over_a_disk_of_1_ms_keeps_16_requests_in_flight(
-    lab: Lab, memory_folder: Path, mode: str, peer: str, bound: int
+    lab: Lab, memory_folder: Path, mode: str, peer: str, times: float
 ) -> None:
     """One connection; the guest does not wait for what the writes are forwarded to. The secondary belongs on another
     host, so the primary's own bound is measured with an NBD server in its place that takes next to no processor."""
@@ -113,8 +125,8 @@ def test_a_primary_over_a_disk_of_1_ms_keeps_16_requests_in_flight(
     primary = lab.start(Server(lab.folder, "primary", arguments))
     primary.execute("xen-set-replication", {"enable": True, "primary": True})
     uri = primary.uri(disk_name(0))
-    iops = best(lambda: fio(uri, mode, size=size), lambda rate: rate >= bound, f"primary {mode} {peer}", "a second")
-    assert iops >= bound
+    found = best(lambda: gain(uri, mode, size), lambda ratio: ratio >= times, f"primary {mode} {peer}", "times")
+    assert found >= times
     primary.execute("replication-checkpoint")
     assert primary.execute("query-replication")["error"] is None
 
@@ -130,8 +142,8 @@ def test_both_faces_over_a_disk_of_1_ms_keep_several_requests_in_flight(lab: Lab
     size = 64 * MIB
     server = slow_secondary(lab, size)
     uri = server.uri(face)
-    iops = best(lambda: fio(uri, mode, size=size), lambda rate: rate >= FACE_IOPS_MIN, f"{face} {mode}", "a second")
-    assert iops >= FACE_IOPS_MIN
+    found = best(lambda: gain(uri, mode, size), lambda ratio: ratio >= FACE_TIMES_MIN, f"{face} {mode}", "times")
+    assert found >= FACE_TIMES_MIN
 
 
 def test_a_checkpoint_takes_the_same_short_time_with_512_mib_in_each_overlay(lab: Lab, memory_folder: Path) -> None:

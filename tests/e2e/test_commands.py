@@ -17,7 +17,21 @@ from typing import Any
 
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, QmpError, Secondary, Server, make_raw, nbd_refusal, pattern, qemu_img, wait_until
+from lab import (
+    KIB,
+    MIB,
+    Lab,
+    Pair,
+    QmpError,
+    Secondary,
+    Server,
+    make_raw,
+    nbd_refusal,
+    pattern,
+    qemu_img,
+    refused,
+    wait_until,
+)
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)
@@ -39,16 +53,6 @@ START_SECONDARY = {"enable": True, "primary": False}
 START_PRIMARY = {"enable": True, "primary": True}
 STOP = {"enable": False, "primary": False}
 FAILOVER = {"enable": False, "primary": False, "failover": True}
-
-
-def refused(server: Server, command: str, arguments: dict[str, Any] | None = None) -> str:
-    """The description with which `command` is refused; nothing else may have changed."""
-    before = server.status()
-    with pytest.raises(QmpError) as caught:
-        server.execute(command, arguments)
-    assert caught.value.cls == "GenericError"
-    assert server.status() == before
-    return caught.value.desc
 
 
 def ignored(server: Server, command: str, arguments: dict[str, Any] | None = None) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import errno
 import shutil
 import signal
-import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, PausePoints, QmpError, Secondary, nbd_refusal, pattern, qemu_img
+from lab import KIB, MIB, Lab, PausePoints, QmpError, Secondary, SmallFolder, changed, nbd_refusal, pattern, qemu_img
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)
@@ -103,14 +102,6 @@ class Host:
         """qemu-img finds no fault; the process has ended."""
         for kind in ("active", "hidden"):
             qemu_img("check", "-q", "-f", "qcow2", self.secondary.overlay(kind))
-
-
-def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
-    """`content` with writes (offset, data) in it."""
-    result = bytearray(content)
-    for offset, data in writes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
 
 
 FLUSHED = changed(OLD, (AT_OWN, OWN))
@@ -509,15 +500,9 @@ def test_from_power_to_process_a_power_cut_loses_the_checkpoint(lab: Lab) -> Non
 
 
 @pytest.fixture
-def tmpfs(lab: Lab) -> Iterator[Path]:
+def tmpfs(small_folder: Callable[[int], SmallFolder]) -> Path:
     """A tmpfs of 4 MiB."""
-    folder = lab.folder / "tmpfs"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(command, check=False, timeout=10, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
+    return small_folder(4 * MIB).folder
 
 
 def test_power_is_refused_with_overlays_in_tmpfs_and_nothing_is_made_there(lab: Lab, tmpfs: Path) -> None:

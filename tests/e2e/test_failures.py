@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,17 @@ from lab import (
     Pair,
     Primary,
     Qmp,
-    QmpError,
     Secondary,
     Server,
+    SmallFolder,
+    changed,
     make_raw,
     nbd_refusal,
     pattern,
+    refused,
     silent,
     wait_until,
+    whole,
 )
 
 BLOCK = 4 * KIB
@@ -60,26 +62,6 @@ MEMBERS = {
     "desc",
 }
 """What query-replication says of an error; more is allowed."""
-
-
-def refused(server: Server, command: str, arguments: dict[str, Any] | None = None) -> str:
-    """The description with which `command` is refused."""
-    with pytest.raises(QmpError) as caught:
-        server.execute(command, arguments)
-    return caught.value.desc
-
-
-def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
-    """`content` with writes (offset, data) in it."""
-    result = bytearray(content)
-    for offset, data in writes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
-
-
-def whole(handle: nbd.NBD) -> bytes:
-    """All that a face shows."""
-    return bytes(handle.pread(handle.get_size(), 0))
 
 
 class Watch:
@@ -353,41 +335,10 @@ def test_case_4_a_secondary_disk_whose_server_dies_is_never_the_guests_problem_o
 # -- case 3: copy-before-write -----------------------------------------------------------------------------------
 
 
-class SmallFolder:
-    """A folder on a file system of its own that can be filled up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._filler = folder / "filler"
-
-    def fill(self) -> None:
-        """Leave no room."""
-        with open(self._filler, "ab", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(BLOCK))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-
-    def make_room(self) -> None:
-        """Take back what `fill` did."""
-        self._filler.unlink()
-
-
 @pytest.fixture
-def small(lab: Lab, request: pytest.FixtureRequest) -> Iterator[SmallFolder]:
-    """A tmpfs of 4 MiB; unmounted before the lab goes, after its processes have ended."""
-    folder = lab.folder / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False, timeout=10, capture_output=True
-    )
-    if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield SmallFolder(folder)
-    # Lazily, because the processes that use it end with the lab, which is after this.
-    subprocess.run(["umount", "-l", folder], check=True, timeout=10)
+def small(small_folder: Callable[[int], SmallFolder]) -> SmallFolder:
+    """A file system of 4 MiB."""
+    return small_folder(4 * MIB)
 
 
 def test_case_3_a_full_hidden_disk_fails_the_target_write_and_the_old_content_is_not_lost(

@@ -21,7 +21,6 @@ import contextlib
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,16 +35,20 @@ import pytest
 from lab import (
     DEADLINE_S,
     KIB,
+    MIB,
     DelayedEndpoint,
     Lab,
     PausePoints,
     QmpError,
     Secondary,
     Server,
+    SmallFolder,
+    changed,
     make_raw,
     nbd_refusal,
     pattern,
     wait_until,
+    whole,
 )
 from replication.control.commands import Commands
 from replication.errors import CommandError, DiskError
@@ -88,14 +91,6 @@ IO_ERROR = "I/O error occurred"
 NOT_RUNNING = "Block replication is not running"
 CANCELLED = "Backup job was cancelled unexpectedly"
 FAILOVER = {"enable": False, "primary": False, "failover": True}
-
-
-def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
-    """`content` with writes (offset, data) in it."""
-    result = bytearray(content)
-    for offset, data in writes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
 
 
 def is_either(found: bytes, old: bytes, new: bytes) -> bool:
@@ -1207,11 +1202,6 @@ class Ends:
             self.secondary.wait_stage("done")
 
 
-def whole(handle: nbd.NBD) -> bytes:
-    """All that a face shows."""
-    return bytes(handle.pread(handle.get_size(), 0))
-
-
 ENDPOINT_ROWS = [
     ("none", "pwrite", "ENOSPC", "target", "write"),
     ("none", "pread", "EIO", "target", "read"),
@@ -1376,39 +1366,10 @@ def test_a_flush_that_the_secondary_disk_fails_fails_the_barrier_and_not_the_gue
 # -- overlays on a full file system ----------------------------------------------------------------------------------
 
 
-class Full:
-    """A folder on a tmpfs of 4 MiB, which `fill` leaves without room."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._filler = folder / "filler"
-
-    def fill(self) -> None:
-        """Leave no room."""
-        with open(self._filler, "ab", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(BLOCK))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-
-    def make_room(self) -> None:
-        """Take back what `fill` did."""
-        self._filler.unlink()
-
-
 @pytest.fixture
-def small(lab: Lab) -> Iterator[Full]:
-    folder = lab.folder / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
-    mounted = subprocess.run(command, check=False, timeout=10, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield Full(folder)
-    # Lazily, because the processes that use it end with the lab, which is after this.
-    subprocess.run(["umount", "-l", folder], check=True, timeout=10)
+def small(small_folder: Callable[[int], SmallFolder]) -> SmallFolder:
+    """A file system of 4 MiB."""
+    return small_folder(4 * MIB)
 
 
 def write_everywhere(guest: nbd.NBD) -> list[tuple[int, bytes]]:
@@ -1420,7 +1381,7 @@ def write_everywhere(guest: nbd.NBD) -> list[tuple[int, bytes]]:
     return writes
 
 
-def test_a_full_active_disk_does_not_fail_the_guest_while_a_commit_is_under_way(lab: Lab, small: Full) -> None:
+def test_a_full_active_disk_does_not_fail_the_guest_while_a_commit_is_under_way(lab: Lab, small: SmallFolder) -> None:
     points = lab.pause_points()
     server = lab.secondary((SIZE,), contents=(OLD,), overlays=small.folder, extra_environment=points.environment)
     server.start_replication()
@@ -1445,7 +1406,7 @@ def test_a_full_active_disk_does_not_fail_the_guest_while_a_commit_is_under_way(
     assert server.execute("query-xen-replication-status") == {"error": False}
 
 
-def test_a_full_active_disk_does_not_fail_the_guest_after_a_failed_commit(lab: Lab, small: Full) -> None:
+def test_a_full_active_disk_does_not_fail_the_guest_after_a_failed_commit(lab: Lab, small: SmallFolder) -> None:
     below = make_raw(lab.folder / "behind.raw", SIZE, OLD)
     endpoint = lab.endpoint(path=below, name="behind", error={"pwrite": "EIO"})
     arguments = ["mode=secondary", f"state={lab.folder / 's'}", f"disk=disk0:{endpoint.uri()}", "top-id=top0"]
@@ -1474,7 +1435,7 @@ def test_a_full_active_disk_does_not_fail_the_guest_after_a_failed_commit(lab: L
 
 @pytest.mark.parametrize("disk", [True, False], ids=["with-disk", "only-forwarding"])
 def test_a_full_hidden_disk_is_never_the_trouble_of_a_guest_that_waits_for_both_disks(
-    lab: Lab, small: Full, disk: bool
+    lab: Lab, small: SmallFolder, disk: bool
 ) -> None:
     below = make_raw(lab.folder / "secondary.raw", SIZE, OLD)
     arguments = ["mode=secondary", f"state={lab.folder / 's'}", f"disk=disk0:{below}", "top-id=top0"]

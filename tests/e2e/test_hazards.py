@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -33,6 +32,7 @@ from lab import (
     Primary,
     Secondary,
     Server,
+    SmallFolder,
     disk_name,
     make_raw,
     nbd_refusal,
@@ -970,16 +970,9 @@ def test_reclaim_gives_back_stale_blocks_between_ones_in_use(lab: Lab, kind: str
 
 
 @pytest.fixture
-def small_tmpfs(lab: Lab) -> Iterator[Path]:
+def small_tmpfs(small_folder: Callable[[int], SmallFolder]) -> Path:
     """A tmpfs of 8 MiB, where the overlays are."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    folder = lab.folder / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "overlays", str(folder)], check=True)
-    yield folder
-    # Lazily: the lab ends the processes that still have files there, and removes the folder, after this.
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return small_folder(8 * MIB).folder
 
 
 def free_of(folder: Path) -> int:

@@ -26,10 +26,12 @@ from lab import (
     QmpError,
     Secondary,
     Server,
+    changed,
     make_raw,
     pattern,
     qemu_img,
     wait_until,
+    whole,
 )
 
 BLOCK = 4 * KIB
@@ -42,19 +44,6 @@ IO_ERROR = "I/O error occurred"
 FAILOVER = {"enable": False, "primary": False, "failover": True}
 
 TERM_AND_KILL = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-
-
-def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
-    """`content` with writes (offset, data) in it."""
-    result = bytearray(content)
-    for offset, data in writes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
-
-
-def whole(handle: nbd.NBD) -> bytes:
-    """All that a face shows."""
-    return bytes(handle.pread(handle.get_size(), 0))
 
 
 def lasting(server: Server) -> dict[str, Any]:

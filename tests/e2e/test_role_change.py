@@ -34,6 +34,7 @@ from lab import (
     QmpError,
     Secondary,
     Server,
+    changed,
     disk_name,
     make_raw,
     nbd_refusal,
@@ -205,14 +206,6 @@ def record(server: Secondary) -> dict[str, Any]:
     """The saved state."""
     saved: dict[str, Any] = json.loads((server.state / "state.json").read_text())
     return saved
-
-
-def changed(content: bytes, *changes: tuple[int, bytes]) -> bytes:
-    """`content` after writes of (offset, data)."""
-    result = bytearray(content)
-    for offset, data in changes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
 
 
 def refusal(server: Server, arguments: dict[str, Any]) -> str:

@@ -29,10 +29,12 @@ from lab import (
     Qmp,
     Secondary,
     Server,
+    changed,
     make_raw,
     pattern,
     silent,
     wait_until,
+    whole,
 )
 
 END_S = 5.0
@@ -63,19 +65,6 @@ def end(server: Server) -> None:
     server.disconnect()
     assert took_s <= END_S, f"{server.name} took {took_s:.1f} s to end"
     assert "Traceback" not in server.stderr()
-
-
-def changed(content: bytes, *writes: tuple[int, bytes]) -> bytes:
-    """`content` after writes of (offset, data)."""
-    result = bytearray(content)
-    for offset, data in writes:
-        result[offset : offset + len(data)] = data
-    return bytes(result)
-
-
-def whole(handle: nbd.NBD) -> bytes:
-    """All that an export shows."""
-    return bytes(handle.pread(handle.get_size(), 0))
 
 
 def send(server: Server, command: str, arguments: str = "{}") -> Qmp:

@@ -9,16 +9,13 @@ system itself says, not what the event says.
 from __future__ import annotations
 
 import errno
-import os
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, Primary, Secondary, disk_name, nbd_refusal, pattern, top_id, wait_until
+from lab import KIB, MIB, Lab, Primary, Secondary, SmallFolder, disk_name, nbd_refusal, pattern, top_id, wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB
@@ -30,36 +27,10 @@ LATE = 6.0
 """Per cent of ROOM by which an event may be late: 64 blocks and one write of 64 KiB are 4 per cent."""
 
 
-class SmallFolder:
-    """A folder that is a file system of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def percent(self) -> float:
-        """Of its bytes in use."""
-        status = os.statvfs(self.folder)
-        return 100 * (status.f_blocks - status.f_bavail) / status.f_blocks
-
-    def grow(self, size: int) -> None:
-        """Make room."""
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True, timeout=10)
-
-
 @pytest.fixture
-def small(lab: Lab) -> Iterator[SmallFolder]:
-    """A tmpfs of ROOM bytes; unmounted before the lab goes."""
-    folder = lab.folder / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder], check=False, timeout=10, capture_output=True
-    )
-    if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield SmallFolder(folder)
-    # Lazily, because the processes that use it end with the lab, which is after this.
-    subprocess.run(["umount", "-l", folder], check=True, timeout=10)
+def small(small_folder: Callable[[int], SmallFolder]) -> SmallFolder:
+    """A file system of ROOM bytes."""
+    return small_folder(ROOM)
 
 
 def old(index: int = 0) -> bytes:
