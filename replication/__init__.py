@@ -49,6 +49,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     backup.py                   copy-before-write as a job, and what its failure means
     fill.py                     warns when the overlays' file system fills up
     resync.py                   the job that sends what the secondary lacks
+    failover.py                 the commit of all disks, and what it would cost
     commit.py                   the job that commits the overlays down after failover
     primary_disk.py             local I/O and forwarding
     secondary_disk.py           the guest face and the target face

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The secondary half: all its disks, their overlays, checkpoint, planned stop, failover and commit."""
+"""The secondary half: all its disks, their overlays, checkpoint, planned stop and failover."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from replication.backup import RUNNING, Backup
 from replication.changes import ChangeMap
-from replication.commit import Commit, CommitThread
 from replication.errors import CommandError, ConfigError, DiskError
+from replication.failover import Failover, forceful
 from replication.fault import Case
 from replication.fill import FillWatch
-from replication.gate import GateStuck
 from replication.image.disk import open_disk
 from replication.image.face import Disk
 from replication.image.layer import LayerError
@@ -30,18 +28,9 @@ from replication.state import StateError
 
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
-COMMIT_RATE = 400e6
-"""Bytes a second that a commit is taken to do before one has been measured: half of what page cache and tmpfs do
-here."""
-
-_RATE_FROM = 16 << 20
-"""Bytes of a commit from which on its speed says something."""
-
 _CLOSE_S = 3.0
 """Longest wait, at the end of the process, for its threads (a commit copies 1 MiB between two looks) and for the disks
 to be flushed."""
-
-_SETTLE_RETRY_S = 1.0
 
 
 class SecondarySide(Side):
@@ -56,10 +45,8 @@ class SecondarySide(Side):
         self._refusals: dict[str, str] = {}
         self._backup = Backup(setting, self.disks)
         self._unflushed = False
-        self._commit: CommitThread | None = None
-        self._commit_begun = 0.0
-        self._closing = threading.Event()
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
+        self._failover = Failover(setting, self.disks, self._reclaimer.wake)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -173,7 +160,7 @@ class SecondarySide(Side):
             why = "the host was restarted: what the primary wrote after the last flush may be missing"
             self._report_restart(Case.SECONDARY_DISK, why)
         if record.stage is Stage.FAILOVER:
-            self._begin_commit()
+            self._failover.begin()
         self._reclaimer.start([disk.stack for disk in self.disks if disk.stack is not None])
 
     def _report_restart(self, case: Case, why: str) -> None:
@@ -301,22 +288,22 @@ class SecondarySide(Side):
     def _fail_over(self, force: bool) -> None:
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
-            raise CommandError(f"Failover is refused: {_forceful(inconsistent)}")
+            raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
         with self._set.gate.closed():
             if inconsistent is not None and self._empty_all() is not None:
                 raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
             self._enter_whatever(Stage.FAILOVER)
         self._backup.conclude(None)
         pause("failover.entered")
-        self._begin_commit()
+        self._failover.begin()
 
     def retry(self, force: bool) -> None:
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
-            raise CommandError(f"The commit cannot go on: {_forceful(inconsistent)}")
+            raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}")
         with self._set.gate.closed():
             self._enter_whatever(Stage.FAILOVER)
-        self._begin_commit()
+        self._failover.begin()
 
     def _enter_whatever(self, stage: Stage) -> None:
         """Enter a stage from which on there is no talk of a checkpoint: the content counts, whatever it is."""
@@ -329,30 +316,7 @@ class SecondarySide(Side):
             raise
 
     def query_failover(self) -> dict[str, Any]:
-        record = self._set.record
-        refusal = None
-        if record.stage is Stage.NONE:
-            refusal = "Block replication is not running"
-        elif record.stage is not Stage.RUNNING:
-            refusal = f"The secondary has failed over already: its stage is {record.stage.value}"
-        elif record.inconsistent is not None:
-            refusal = f"Failover is refused: {_forceful(record.inconsistent)}"
-        moment = self._set.state.checkpoint["time"]
-        to_commit = 0
-        if record.stage is not Stage.DONE and record.inconsistent is None:
-            to_commit = sum(disk.stack.held_bytes() for disk in self.disks if disk.stack is not None)
-        rate = record.commit_rate or COMMIT_RATE
-        return {
-            "allowed": refusal is None,
-            **({} if refusal is None else {"reason": refusal}),
-            "force": record.inconsistent is not None,
-            "stage": record.stage.value,
-            "epoch": self._set.state.epoch,
-            "checkpoint-age": None if moment is None else max(0.0, time.time() - moment),
-            "bytes-to-commit": to_commit,
-            "predicted-seconds": to_commit / rate,
-            "commit-rate": rate,
-        }
+        return self._failover.preflight()
 
     # -- checkpoint ----------------------------------------------------------------------------------------
 
@@ -433,65 +397,6 @@ class SecondarySide(Side):
         else:
             self._backup.failed(str(error))
 
-    # -- commit --------------------------------------------------------------------------------------------
-
-    def _begin_commit(self) -> None:
-        commits = []
-        for disk in self.disks:
-            assert disk.stack is not None
-            commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
-        self._commit_begun = time.monotonic()
-        self._commit = CommitThread(commits, self._closing, self._committed, self._commit_failed)
-        self._commit.start()
-
-    def _committed(self) -> bool:
-        """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
-
-        def all_down() -> bool:
-            return not any(disk.stack is not None and any(disk.stack.held_ranges()) for disk in self.disks)
-
-        for disk in self.disks:
-            disk.changes.mark_all()  # nothing is known of the old primary's disk
-        self._note_rate()
-        if all_down():
-            # Before the stage: a process killed in between has no error left over from a commit that has gone well.
-            self._set.faults.clear()
-        if not self._settle(Stage.DONE, all_down):
-            return False
-        self._reclaimer.wake()
-        return True
-
-    def _note_rate(self) -> None:
-        """For the next prediction of query_failover."""
-        assert self._commit is not None
-        if self._commit.bytes_done >= _RATE_FROM:
-            self._set.record.commit_rate = self._commit.bytes_done / (time.monotonic() - self._commit_begun)
-
-    def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
-        """Enter the stage in which a commit has ended, if `still()` with the gate closed. There is nobody to give a
-        failure to, so it is tried again until it works or the process ends."""
-        while not self._closing.is_set():
-            try:
-                with self._set.gate.closed():
-                    if not still():
-                        return False
-                    self._set.enter(stage)
-                    return True
-            except (StateError, GateStuck) as error:
-                log(f"the commit has ended, but stage {stage.value} cannot be entered yet: {error}")
-            self._closing.wait(_SETTLE_RETRY_S)
-        return False
-
-    def _commit_failed(self, commit: Commit, error: DiskError) -> None:
-        if self._closing.is_set():
-            return  # the next process goes on with it
-        operation, offset, length = "commit", 0, 0
-        if isinstance(error, LayerError):
-            offset, length = error.offset, error.length
-        # Before the stage, which must not be there without its cause.
-        self._set.faults.report(Case.COMMIT, commit.disk_name, operation, offset, length, error)
-        self._settle(Stage.FAILOVER_FAILED)
-
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
@@ -527,16 +432,14 @@ class SecondarySide(Side):
     def retire(self) -> None:
         """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back
         space may be waiting before it."""
-        self._closing.set()
+        self._failover.end(_CLOSE_S)
         self._reclaimer.stop(_CLOSE_S)
         for disk in self.disks:
             disk.let_go()
 
     def close(self) -> None:
         deadline = time.monotonic() + _CLOSE_S
-        self._closing.set()
-        if self._commit is not None:
-            self._commit.join(_CLOSE_S)
+        self._failover.end(_CLOSE_S)
         self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
         if self._end_clean(deadline):
             self._let_go()
@@ -568,7 +471,3 @@ class SecondarySide(Side):
     def _let_go(self) -> None:
         for disk in self.disks:
             disk.close()
-
-
-def _forceful(why: str) -> str:
-    return f"there is no valid checkpoint ({why}); resync from the primary, or use force to take the disks as they are"

@@ -139,9 +139,7 @@ class Process:
 
     def abandon(self) -> None:
         """As a kill leaves it: nothing is flushed or saved."""
-        self.side._closing.set()
-        if self.side._commit is not None:
-            self.side._commit.join(DEADLINE_S)
+        self.side._failover.end(DEADLINE_S)
         self.side._reclaimer.stop(DEADLINE_S)
         self.side._let_go()
         self._state.close()
