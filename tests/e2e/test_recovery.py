@@ -5,12 +5,13 @@ again. What the secondary says until then is in test_durability.py."""
 from __future__ import annotations
 
 import errno
+import signal
 from typing import Any
 
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, QmpError, nbd_refusal
+from lab import KIB, MIB, Lab, Pair, QmpError, nbd_refusal, wait_until
 
 OLD, FIRST, SECOND, LATER = (bytes([byte]) * (4 * KIB) for byte in b"o12l")
 
@@ -160,3 +161,23 @@ def test_a_primary_that_ended_in_good_order_sends_nothing_anew_after_a_restart_o
     pair.primary.start()
     pair.primary.checkpoint()
     assert pair.primary.status()["disks"][0]["totals"]["forwarded"] == 0
+
+
+def test_a_lost_link_is_taken_up_again_by_a_stop_and_a_start_that_send_only_what_is_missing(lab: Lab) -> None:
+    pair = lab.pair([MIB], contents=[OLD * 256])
+    pair.start_replication()
+    disk = pair.primary.connect("disk0")
+    disk.pwrite(FIRST, 0)
+    pair.primary.checkpoint()
+    pair.secondary.restart(signal.SIGKILL)
+    disk.pwrite(SECOND, 64 * KIB)
+    wait_until(lambda: pair.primary.status()["error"], "the link counts as lost")
+    pair.primary.execute("replication-stop")
+    disk.pwrite(LATER, 192 * KIB)
+    before = pair.primary.status()["disks"][0]["totals"]["forwarded"]
+    pair.primary.execute("replication-start", secondary=pair.secondary.uri())
+    pair.primary.checkpoint()
+    status = pair.primary.status()
+    assert (status["error"], status["disks"][0]["totals"]["forwarded"] - before) == (None, 128 * KIB)
+    assert pair.primary.disks[0].read_bytes() == pair.secondary.disks[0].read_bytes()
+    pair.secondary.checkpoint()
