@@ -45,7 +45,7 @@ MIB = 1024 * KIB
 
 DEADLINE_S = 60.0
 """Longest wait for anything that should take milliseconds: long enough for a busy machine with two cores, and for an
-fdatasync behind everything that the tests beside this one have written (more than 20 s seen)."""
+fdatasync behind everything that the tests beside this one have written (20 s were once too short)."""
 
 _POLL_S = 0.002
 
