@@ -107,7 +107,9 @@ class Node:
         self._record.clean = False
 
     def launch(self) -> None:
-        """Start the threads; after nbdkit has forked."""
+        """Start the threads; after nbdkit has forked. StateError when the record cannot be written."""
+        if self.stage is not Stage.NONE:
+            self._save()  # from here on the former process's good end counts no longer
         self.side.launch()
         if self._options.autostart and self.stage is Stage.NONE and not self._autostarted():
             threading.Thread(target=self._autostart, name="autostart", daemon=True).start()

@@ -109,9 +109,6 @@ class PrimarySide(Side):
         self.disks.append(disk)
 
     def launch(self) -> None:
-        if self._set.record.stage is not Stage.NONE:
-            # From here on the former process's good end counts no longer.
-            self._set.save()
         self._resync.start()
         if self._set.record.stage is Stage.RUNNING:
             self._resuming = threading.Thread(target=self._resume, name="resume", daemon=True)

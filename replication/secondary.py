@@ -150,9 +150,6 @@ class SecondarySide(Side):
 
     def launch(self) -> None:
         record = self._set.record
-        if record.stage is not Stage.NONE:
-            # From here on the former process's good end counts no longer.
-            self._set.save()
         if record.inconsistent is not None and self._set.faults.fault is None:
             case = Case.COPY_BEFORE_WRITE if record.stage is Stage.RUNNING else Case.COMMIT
             self._report_restart(case, f"the last checkpoint is lost: {record.inconsistent}")
@@ -263,10 +260,7 @@ class SecondarySide(Side):
             self._fail_over(force)
             return
         self._check_complete()
-        self._prepare_emptying()
-        for disk in self.disks:
-            # Most of it before the gate is closed.
-            self._flush_disk(disk)
+        self._prepare_emptying(flush=True)
         with self._set.gate.closed():
             self._check_complete()
             for disk in self.disks:
@@ -320,15 +314,16 @@ class SecondarySide(Side):
 
     # -- checkpoint ----------------------------------------------------------------------------------------
 
-    def _prepare_emptying(self) -> None:
-        """All that may fail, before anything is emptied (case 6), and most of what takes time."""
+    def _prepare_emptying(self, flush: bool = False) -> None:
+        """All that may fail, before anything is emptied (case 6), and most of what takes time, before the gate is
+        closed. `flush`: the disks as well, which durability=power needs anyway."""
         for disk in self.disks:
             assert disk.stack is not None
             try:
                 disk.stack.check_images()
             except LayerError as error:
                 raise self._cannot_empty(disk, error) from error
-            if disk.stack.power:
+            if flush or disk.stack.power:
                 self._flush_disk(disk)
 
     def _flush_disk(self, disk: SecondaryDisk) -> None:

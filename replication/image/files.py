@@ -9,6 +9,7 @@ the process, never the host (state.py and image/overlay.py say what does).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Sequence
 
@@ -29,6 +30,17 @@ def pwritev(fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> 
     return os.pwritev(fd, buffers, offset, flags) if flags else os.pwritev(fd, buffers, offset)
 
 
+def write_all(fd: int, content: bytes, offset: int) -> bool:
+    """Write all of it, in as many pieces as it takes; False when no more is taken."""
+    done = 0
+    while done < len(content):
+        count = pwritev(fd, [content[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); OSError, EINTR included."""
     if _fallocate(fd, mode, offset, length):
@@ -47,9 +59,8 @@ def replace(path: str, content: bytes) -> None:
     temporary = path + ".new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        done = 0
-        while done < len(content):
-            done += pwritev(fd, [content[done:]], done)
+        if not write_all(fd, content, 0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
     finally:
         os.close(fd)

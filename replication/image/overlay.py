@@ -340,7 +340,8 @@ class Overlay:
             return
         try:
             for page, content in words:
-                self._write_page(content, self.layout.table_offset + page * _PAGE)
+                if not files.write_all(self._fd, content, self.layout.table_offset + page * _PAGE):
+                    raise DiskError(f"{self.path} takes no more data", errno.ENOSPC)
             files.fdatasync(self._fd)
         except OSError as error:
             raise DiskError.from_os(f"writing the allocation bits of {self.path}", error) from error
@@ -355,14 +356,6 @@ class Overlay:
             files.fdatasync(self._fd)
         except OSError as error:
             raise DiskError.from_os(f"flushing {self.path}", error) from error
-
-    def _write_page(self, content: bytes, offset: int) -> None:
-        done = 0
-        while done < len(content):
-            count = files.pwritev(self._fd, [content[done:]], offset + done)
-            if not count:
-                raise DiskError(f"{self.path} takes no more data", errno.ENOSPC)
-            done += count
 
     def close(self) -> None:
         """Let go of the files; no other method may be called after it."""
