@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from replication import changes as changes_module
 from replication.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, RUN_MAX, ChangeMap
 from replication.errors import ConfigError
 
@@ -88,6 +90,7 @@ class Replication(RuleBasedStateMachine):
         """Send everything missing, as it is now."""
         for offset, length in list(self.map.missing_ranges()):
             blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
+            self.map.watch(offset, length)
             self.map.begin(offset, length, repair=True)
             self.queue.append(Sent(offset, length, {block: self.local[block] for block in blocks}))
 
@@ -189,21 +192,156 @@ def test_a_write_on_its_way_is_missing_for_the_next_process(tmp_path: Path) -> N
     killed.close()
 
 
-def test_missing_ranges_end_at_the_disks_end_and_are_cut_to_what_a_resync_sends_at_a_time() -> None:
-    size = 40 * GRAIN + 1
+def test_missing_ranges_end_at_the_disks_end_and_are_cut_to_runs() -> None:
+    size = 2 * RUN_MAX + 5 * GRAIN + 1
     changes = ChangeMap(None, size)
-    changes.mark(0, size)
+    changes.mark(GRAIN, size - GRAIN)
     ranges = list(changes.missing_ranges())
-    assert ranges == [(0, RUN_MAX), (RUN_MAX, RUN_MAX), (2 * RUN_MAX, size - 2 * RUN_MAX)]
+    assert ranges == [(GRAIN, RUN_MAX), (GRAIN + RUN_MAX, RUN_MAX), (GRAIN + 2 * RUN_MAX, 4 * GRAIN + 1)]
     changes.close()
 
 
 def test_runs_that_cross_the_step_of_the_scan_are_all_there() -> None:
-    grains = (1 << 20) + 3
-    changes = ChangeMap(None, grains * GRAIN)
-    changes.mark(((1 << 20) - 2) * GRAIN, 4 * GRAIN)
+    step = changes_module._SCAN_STEP
+    changes = ChangeMap(None, (2 * step + 3) * GRAIN)
+    changes.mark((step - 2) * GRAIN, 4 * GRAIN)
+    changes.mark((2 * step + 1) * GRAIN, 1)
     covered = [(offset // GRAIN, length // GRAIN) for offset, length in changes.missing_ranges()]
-    assert covered == [((1 << 20) - 2, 2), (1 << 20, 2)]
+    assert covered == [(step - 2, 2), (step, 2), (2 * step + 1, 1)]
+    assert changes.ranges_marked(0, 9) == (
+        [[(step - 2) * GRAIN, 4 * GRAIN], [(2 * step + 1) * GRAIN, GRAIN]],
+        None,
+    ), "and for the other side they are one"
+    changes.close()
+
+
+# -- the map for the other side --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    marked=st.lists(st.sampled_from([CLEAN, ON_ITS_WAY, MISSING]), min_size=1, max_size=24),
+    short=st.integers(0, GRAIN - 1),
+    limit=st.integers(1, 5),
+    start=st.integers(0, 24 * GRAIN),
+)
+def test_a_map_in_bounded_messages_is_the_whole_map(marked: list[int], short: int, limit: int, start: int) -> None:
+    size = len(marked) * GRAIN - short
+    changes = ChangeMap(None, size)
+    for grain, state in enumerate(marked):
+        if state == MISSING:
+            changes.mark(grain * GRAIN, 1)
+        elif state == ON_ITS_WAY:
+            changes.begin(grain * GRAIN, 1)
+    at: int | None = start
+    told: list[list[int]] = []
+    while at is not None:
+        found, following = changes.ranges_marked(at, limit)
+        assert len(found) <= limit
+        assert following is None or following > at, "every message goes on"
+        assert following is None or len(found) == limit
+        told += found
+        at = following
+    assert all(offset % GRAIN == 0 and 0 < length <= size - offset for offset, length in told)
+    covered = {byte // GRAIN for offset, length in told for byte in range(offset, offset + length, GRAIN)}
+    assert covered == {grain for grain, state in enumerate(marked) if state != CLEAN and grain >= start // GRAIN}
+    other = ChangeMap(None, size)
+    other.mark_ranges(told)
+    assert states(other) == [MISSING if grain in covered else CLEAN for grain in range(len(marked))]
+    changes.close()
+    other.close()
+
+
+def test_a_map_of_which_nothing_is_marked_needs_one_message() -> None:
+    changes = ChangeMap(None, SIZE)
+    assert changes.ranges_marked(0, 1) == ([], None)
+    assert changes.ranges_marked(SIZE, 1) == ([], None)
+    changes.close()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[-1, 5], [0, 0], [0, -1], [0, SIZE + 1], [SIZE, 1], [SIZE - 1, 2], [0], [0, 1, 2], [0.0, 1], [True, 1], [0, "1"]],
+    ids=str,
+)
+def test_ranges_that_are_not_of_the_disk_are_refused_all_together(bad: list[Any]) -> None:
+    changes = ChangeMap(None, SIZE)
+    with pytest.raises(ValueError, match="not a range of a disk of"):
+        changes.mark_ranges([[0, 5], bad])
+    assert states(changes) == [CLEAN] * GRAINS
+    changes.mark_ranges([[GRAIN - 1, 2], [SIZE - 1, 1]])
+    assert states(changes) == [MISSING, MISSING, CLEAN, CLEAN, MISSING]
+    changes.close()
+
+
+# -- repair -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_marked_while_a_repair_is_read_stays_missing() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark_all()
+    changes.watch(0, 2 * GRAIN)
+    changes.mark(2 * GRAIN, 5)  # beside it
+    changes.begin(0, GRAIN, repair=True)
+    assert states(changes)[:3] == [ON_ITS_WAY, MISSING, MISSING]
+    changes.mark(GRAIN, 5)
+    changes.begin(GRAIN, GRAIN, repair=True)
+    changes.end(0, GRAIN, True)
+    changes.end(GRAIN, GRAIN, True)
+    assert states(changes) == [CLEAN, MISSING, MISSING, MISSING, MISSING]
+    # Read once more, it is repaired.
+    changes.watch(GRAIN, GRAIN)
+    changes.begin(GRAIN, GRAIN, repair=True)
+    changes.end(GRAIN, GRAIN, True)
+    assert states(changes)[1] == CLEAN
+    changes.close()
+
+
+def test_a_mark_after_the_beginning_of_a_repair_outlives_it() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark(0, 1)
+    changes.watch(0, GRAIN)
+    changes.begin(0, GRAIN, repair=True)
+    changes.mark(0, 1)
+    changes.end(0, GRAIN, True)
+    assert states(changes)[0] == MISSING
+    changes.close()
+
+
+def test_everything_is_missing_also_what_is_in_flight() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.begin(0, 2 * GRAIN)
+    changes.watch(3 * GRAIN, GRAIN)
+    changes.mark_all()
+    changes.begin(3 * GRAIN, GRAIN, repair=True)
+    changes.end(3 * GRAIN, GRAIN, True)
+    changes.end(0, 2 * GRAIN, True)
+    assert states(changes) == [MISSING] * GRAINS
+    assert changes.missing_bytes == SIZE
+    changes.close()
+
+
+def test_a_repair_that_was_not_watched_repairs_nothing() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark_all()
+    changes.watch(0, GRAIN)
+    changes.begin(0, 2 * GRAIN, repair=True)
+    changes.end(0, 2 * GRAIN, True)
+    assert states(changes) == [MISSING] * GRAINS
+    changes.close()
+
+
+@pytest.mark.parametrize(("grain", "missing"), [(0, GRAIN), (GRAINS - 1, SIZE - (GRAINS - 1) * GRAIN)])
+def test_missing_bytes_are_exact_at_the_disks_end(grain: int, missing: int) -> None:
+    changes = ChangeMap(None, SIZE)
+    assert changes.missing_bytes == 0
+    changes.mark(grain * GRAIN, 1)
+    assert changes.missing_bytes == missing
+    changes.mark_all()
+    assert changes.missing_bytes == SIZE
+    changes.clear()
+    changes.begin(grain * GRAIN, 1)
+    assert changes.missing_bytes == 0
     changes.close()
 
 
