@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from replication.clients import sockets
 from replication.log import log
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -93,16 +94,7 @@ class Disconnector:
         """Duplicates of the connections that nbdkit has accepted: sockets with a peer and a listener's address."""
         listeners: set[object] = set()
         connected: list[socket.socket] = []
-        for name in os.listdir("/proc/self/fd"):
-            try:
-                duplicate = os.dup(int(name))
-            except OSError:
-                continue  # closed since the listing
-            try:
-                found = socket.socket(fileno=duplicate)
-            except OSError:
-                os.close(duplicate)  # not a socket
-                continue
+        for found in sockets():
             if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 listeners.add(_address(found))
                 found.close()

@@ -7,11 +7,12 @@ Invariants
 * No thread of its own: a thread that waits for its request drives the handle for all (the leader) while the others
   sleep; when the leader's own request is done it wakes one of the others to lead. At queue depth 1 a request
   therefore costs no hand-over between threads.
-* Waiting ends: without progress for `timeout_s`, or after four times that for one request whatever else moves.
+* Waiting ends (`check_progress`): a silent server is given up after `timeout_s`, a slow link that moves bytes is not.
 
 libnbd facts relied on (1.14, see DESIGN 8): the asynchronous calls only take the handle's lock for a moment;
 completion callbacks run inside `aio_notify_*` or the issuing call; a handle whose socket is shut down fails all
-requests in flight with their callbacks; a lost handle cannot reconnect.
+requests in flight with their callbacks; a lost handle cannot reconnect; TCP_NODELAY is set. Over TLS, what GnuTLS has
+decrypted is used up before a call returns, so poll(2) on the socket tells all; but see `_read_on`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import nbd
 
-from replication.errors import DiskError
+from replication.errors import ConfigError, DiskError
 from replication.image.direct import DirectCalls
+from replication.tls import Tls, explain
 
 CHUNK = 32 << 20
 """Most bytes that one NBD request may carry everywhere (NBD specification, default maximum payload)."""
@@ -42,6 +46,16 @@ _FITS_SOCKET = 8 << 10
 two libnbd calls, and so two fights for the GIL, for each small request. Should it ever not fit, it goes on when the
 next answer comes or a wait ends."""
 
+_LOOKS = 16
+"""How often in `timeout_s` the progress is looked at while requests are in flight."""
+
+_HEADER = 28
+"""Bytes of an NBD request without its payload."""
+
+_TCP_INFO_BYTES = struct.Struct("=QQ")
+_TCP_INFO_AT = 120
+"""Where tcpi_bytes_acked and tcpi_bytes_received are in struct tcp_info (linux/tcp.h, since Linux 4.2)."""
+
 Completion = Callable[[Any], int]
 Issue = Callable[[nbd.NBD, Completion], object]
 
@@ -49,12 +63,18 @@ Issue = Callable[[nbd.NBD, Completion], object]
 class Request:
     """One request in flight."""
 
-    __slots__ = ("_wake", "done", "errno", "issued", "on_done")
+    __slots__ = ("_wake", "done", "errno", "length", "moved_before", "on_done", "since", "to_move")
 
-    def __init__(self, on_done: Callable[[Request], None] | None = None) -> None:
+    def __init__(self, length: int, on_done: Callable[[Request], None] | None = None) -> None:
+        """`length` is the number of bytes that the request and its answer carry."""
         self.done = False
         self.errno = 0
-        self.issued = time.monotonic()
+        self.since = time.monotonic()
+        """Since when only the server keeps it waiting: when it was issued, or last seen to be moving."""
+        self.length = length + _HEADER
+        self.to_move = 0
+        """Bytes that have to move until this request has: its own and those in flight before it."""
+        self.moved_before = 0
         self.on_done = on_done
         # A lock as a binary semaphore: held until there is something to wake up for.
         self._wake = threading.Lock()
@@ -79,13 +99,18 @@ class Request:
             self.on_done(self)
 
 
+class ExportRefused(DiskError):
+    """The server was reached and does not serve the export; `errno` is ENOENT when it says that there is none."""
+
+
 class Connection:
     """A connected handle. Errors are DiskError and name the URI."""
 
-    def __init__(self, uri: str, export: str | None, timeout_s: float) -> None:
-        """Connect within `timeout_s` seconds; `export` replaces the URI's export name unless None."""
+    def __init__(self, uri: str, export: str | None, timeout_s: float, tls: Tls | None = None) -> None:
+        """Connect within `timeout_s` seconds; `export` replaces the URI's export name unless None, and `tls` is for an
+        nbds: URI that says nothing of it itself."""
         self.uri = uri
-        self.timeout_s = timeout_s
+        self._timeout_s = timeout_s
         # Protects `_cause`, `_socket` and the wake-up descriptor against `close`. Never held across I/O.
         self._lock = threading.Lock()
         self._pending: dict[int, Request] = {}
@@ -94,6 +119,11 @@ class Connection:
         self._cause: str | None = None
         self._leader = threading.Lock()
         self._completed = 0
+        # Bytes of requests issued and ended; the difference is in flight. `_lock` protects the first, libnbd's own lock
+        # the second.
+        self._issued_bytes = self._ended_bytes = 0
+        # What `_bytes_moved` said at the last look.
+        self._moved = 0
         self._suspect = False
         # Whether libnbd may hold bytes that did not fit into the socket.
         self._unsent = False
@@ -109,8 +139,17 @@ class Connection:
         self._socket: socket.socket | None = None
         self._fd = -1
         self.handle = nbd.NBD()
+        self._tls: Tls | None = None
+        self._connecting: Future[None] = Future()
         try:
-            self._connect(export)
+            self._tls = Tls.of(uri, tls)
+            if self._tls is None:
+                self._connect(export)
+            else:
+                self._connect_over_tls(export)
+        except ConfigError as error:
+            self.close()
+            raise DiskError(f"cannot connect to {uri}: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -131,44 +170,82 @@ class Connection:
         except nbd.Error:
             return ""  # ENOTSUP: the server has not said any
 
+    def _connect_over_tls(self, export: str | None) -> None:
+        """Connect in a thread that can be left behind: libnbd lets GnuTLS wait inside a call for a server that falls
+        silent in mid-handshake, for up to 40 s, and holds the handle meanwhile."""
+
+        def connect() -> None:
+            try:
+                self._connect(export)
+            except (DiskError, OSError) as error:
+                self._connecting.set_exception(error)
+            else:
+                self._connecting.set_result(None)
+
+        threading.Thread(target=connect, name="tls-connect", daemon=True).start()
+        try:
+            self._connecting.result(self._timeout_s * (1 + 2 / _LOOKS))
+        except TimeoutError as error:
+            raise DiskError(self._unanswered(), errno.ETIMEDOUT) from error
+
+    def _unanswered(self) -> str:
+        return f"cannot connect to {self.uri}: no answer within {self._timeout_s:g} s"
+
     def _connect(self, export: str | None) -> None:
         handle = self.handle
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + self._timeout_s
         try:
             handle.set_uri_allow_local_file(True)
             handle.add_meta_context("base:allocation")
             handle.set_opt_mode(True)
             handle.set_full_info(True)
+            if self._tls is not None:
+                self._tls.put_on(handle)
             handle.aio_connect_uri(self.uri)
             self._until(deadline, handle.aio_is_negotiating)
             if export is not None:
                 handle.set_export_name(export)
-            failures: list[int] = []
-
-            def gone(error: Any) -> int:
-                failures.extend([error.value] if error.value else [])
-                return 1
-
-            handle.aio_opt_go(gone)
-            self._until(deadline, lambda: handle.aio_is_ready() or bool(failures))
-            if failures:
-                name = handle.get_export_name()
-                raise DiskError(f"the server at {self.uri} refuses the export '{name}': {os.strerror(failures[0])}")
-            self._fd = int(handle.aio_get_fd())
-            self._socket = socket.socket(fileno=os.dup(self._fd))
-            self._poll.register(self._fd, select.POLLIN)
+            self._go(deadline)
         except nbd.Error as error:
-            raise DiskError(f"cannot connect to {self.uri}: {error.string}", error.errnum or errno.EIO) from error
+            cause = error.string if self._tls is None else explain(self.uri, error.string, self._tls, deadline)
+            raise DiskError(f"cannot connect to {self.uri}: {cause}", error.errnum or errno.EIO) from error
+        self._fd = int(handle.aio_get_fd())
+        self._socket = socket.socket(fileno=os.dup(self._fd))
+        self._poll.register(self._fd, select.POLLIN)
+        self._set_socket_deadlines()
+        self._moved = self._bytes_moved()
+
+    def _go(self, deadline: float) -> None:
+        """Choose the export."""
+        handle = self.handle
+        failures: list[int] = []
+
+        def gone(error: Any) -> int:
+            failures.extend([error.value] if error.value else [])
+            return 1
+
+        handle.aio_opt_go(gone)
+        self._until(deadline, lambda: handle.aio_is_ready() or bool(failures))
+        if failures and failures[0] == errno.ENOTSUP and self._tls is None:
+            # NBD_REP_ERR_TLS_REQD; no server answers so for another reason (NBD_REP_ERR_PLATFORM).
+            raise DiskError(f"the server at {self.uri} requires TLS: use an nbds: URI")
+        if failures:
+            name = handle.get_export_name()
+            text = f"the server at {self.uri} refuses the export '{name}': {os.strerror(failures[0])}"
+            raise ExportRefused(text, failures[0])
 
     def _until(self, deadline: float, ready: Callable[[], bool]) -> None:
         """Drive the handle while it connects."""
         handle = self.handle
         while not ready():
+            if handle.aio_is_closed() and self._tls is not None:
+                # Closed by libnbd: a connection that the server closes is dead.
+                raise DiskError(f"the server at {self.uri} does not offer TLS: it has to be started with it")
             if handle.aio_is_dead() or handle.aio_is_closed():
                 raise DiskError(f"cannot connect to {self.uri}: the server closed the connection")
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise DiskError(f"cannot connect to {self.uri}: no answer within {self.timeout_s:g} s", errno.ETIMEDOUT)
+                raise DiskError(self._unanswered(), errno.ETIMEDOUT)
             poll = select.poll()
             poll.register(handle.aio_get_fd(), self._wanted())
             for _, events in poll.poll(left_s * 1000):
@@ -191,6 +268,45 @@ class Connection:
         elif events & (select.POLLOUT | select.POLLHUP | select.POLLERR) and direction & nbd.AIO_DIRECTION_WRITE:
             self.handle.aio_notify_write()
 
+    # -- deadlines -----------------------------------------------------------------------------------------
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest time without progress, in seconds; may be set at any time."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._timeout_s = seconds
+        self._set_socket_deadlines()
+
+    def _set_socket_deadlines(self) -> None:
+        """Let the kernel give up a TCP peer that is silent: one that owes an acknowledgement, and, asked for a sign of
+        life from half the time on, one that owes nothing. Its unit is 1 s for the latter."""
+        idle_s = max(1, int(self._timeout_s / 2))
+        every_s = max(1, int(self._timeout_s / 6))
+        with self._lock:
+            found = self._socket
+            if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
+                return
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(self._timeout_s * 1000)))
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every_s)
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int((self._timeout_s - idle_s) / every_s)))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def _bytes_moved(self) -> int:
+        """Bytes that the peer's kernel has acknowledged or that have come from it; always 0 where that is not known."""
+        with self._lock:
+            found = self._socket
+            if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
+                return 0
+            info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_AT + _TCP_INFO_BYTES.size)
+        if len(info) < _TCP_INFO_AT + _TCP_INFO_BYTES.size:
+            return 0
+        acked, received = _TCP_INFO_BYTES.unpack_from(info, _TCP_INFO_AT)
+        return int(acked) + int(received)
+
     # -- requests -----------------------------------------------------------------------------------------
 
     @property
@@ -208,13 +324,15 @@ class Connection:
         """Requests issued and not done."""
         return len(self._pending) + len(self._written_alone)
 
-    def issue(self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None) -> Request:
+    def issue(
+        self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None, answer: int = 0
+    ) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
 
-        `payload` is the number of bytes that it carries. `on_done` is for an owner that drives the handle itself and
-        never calls `wait`; it is called with libnbd's lock held, so it may only note.
+        `payload` is the number of bytes that it carries, `answer` that of its answer. `on_done` is for an owner that
+        drives the handle itself and never calls `wait`; it is called with libnbd's lock held, so it may only note.
         """
-        request = Request(on_done)
+        request = Request(payload + answer, on_done)
         key = id(request)
 
         def completed(error: Any) -> int:
@@ -225,8 +343,7 @@ class Connection:
         with self._lock:
             if self._cause is not None:
                 raise DiskError(self._cause)
-            if not self.in_flight:
-                self._progress = request.issued
+            self._count(request)
             self._pending[key] = request
         try:
             issue(self.handle, completed)
@@ -238,6 +355,8 @@ class Connection:
             self._suspect = True
             self._look_if_suspect(error.string)
             if self._pending.pop(key, None) is not None:
+                with self._lock:
+                    self._issued_bytes -= request.length
                 if self._cause is not None:
                     raise DiskError(self._cause) from error
                 raise DiskError(f"{self.uri}: {error.string}", error.errnum or errno.EIO) from error
@@ -246,11 +365,18 @@ class Connection:
             self._look_if_suspect("the server closed it")
         return request
 
+    def _count(self, request: Request) -> None:
+        """Note what has to move until the request has."""
+        self._issued_bytes += request.length
+        request.to_move = self._issued_bytes - self._ended_bytes
+        request.moved_before = self._moved
+
     def _ended(self, request: Request, number: int) -> None:
         """libnbd has ended a request. An errno is perhaps the server's answer, perhaps the end of the connection:
         whoever drives has to look."""
         self._suspect |= number != 0
         self._completed += 1
+        self._ended_bytes += request.length
         self._progress = time.monotonic()
         request.finish(number)
 
@@ -271,14 +397,14 @@ class Connection:
                     self._leader.release()
                     self._appoint()
             else:
-                request.sleep(self.timeout_s)
+                request.sleep(self._timeout_s)
         if request.errno:
             raise DiskError(self._cause or f"{self.uri}: {os.strerror(request.errno)}", request.errno)
 
     def _lead(self, request: Request) -> None:
         """Drive for all until one's own request is done."""
         while not request.done:
-            self.drive(self.timeout_s)
+            self.drive(self._timeout_s)
         if self._pending:
             # The others' answers tend to come together with one's own: one call for each here, instead of a change
             # of leader, a poll and a call.
@@ -303,7 +429,8 @@ class Connection:
             self._polled = wanted
             self._poll.modify(self._fd, wanted)
         before = self._completed
-        ready = self._poll.poll(max(0.0, min(wait_s, self.timeout_s / 4)) * 1000)
+        pace_s = self._timeout_s / (_LOOKS if self.in_flight else 4)
+        ready = self._poll.poll(max(0.0, min(wait_s, pace_s)) * 1000)
         if not ready:
             self._unsent = True  # nothing came: look again whether something is left to send
         for fd, events in ready:
@@ -313,6 +440,7 @@ class Connection:
             try:
                 if events & ~select.POLLOUT and wanted & select.POLLIN:
                     self.handle.aio_notify_read()
+                    self._read_on()
                 else:
                     self.handle.aio_notify_write()
             except nbd.Error as error:
@@ -333,38 +461,67 @@ class Connection:
                 request.finish(errno.ENOTCONN)
 
     def check_progress(self) -> None:
-        """Give the connection up when nothing has come for too long; part of `drive`."""
+        """Give the connection up when nothing moves any more; part of `drive`.
+
+        The clock of a request starts when it is issued. Over TCP it starts anew whenever bytes are seen to have moved
+        (acknowledged by the peer's kernel, or come from it) until as many have as the request needs: its own and
+        those in flight before it, both ways. So no link is too slow for a large request, but what fills the buffers
+        of a stopped server does not count for the requests that are there already. The connection is lost
+        * when the oldest clock and the last answer are `timeout_s` old: a server that stops is given up between
+          `timeout_s` and 9/8 of it after its last answer or after the last byte of the oldest request, or
+        * when the oldest clock is four times as old, whatever else moves or is answered.
+        What is in a Unix socket's buffers is not known: there, the clock is never started anew.
+        """
         now = time.monotonic()
         if now < self._check_at or not self.in_flight:
             return
-        self._check_at = now + self.timeout_s / 16
+        self._check_at = now + self._timeout_s / _LOOKS
         alone = (request for request, _ in self._written_alone.values())
-        oldest = min(request.issued for request in (*list(self._pending.values()), *alone))
-        if now - self._progress > self.timeout_s or now - oldest > 4 * self.timeout_s:
-            self.fail(f"no progress on the connection to {self.uri} for {self.timeout_s:g} s")
+        in_flight = (*list(self._pending.values()), *alone)
+        moved = self._bytes_moved()
+        if moved > self._moved:
+            for request in in_flight:
+                if moved - request.moved_before < request.to_move:
+                    request.since = now
+        self._moved = moved
+        since = min((request.since for request in in_flight), default=now)
+        if now - max(self._progress, since) > self._timeout_s or now - since > 4 * self._timeout_s:
+            self.fail(f"no progress on the connection to {self.uri} for {self._timeout_s:g} s")
+
+    def _read_on(self) -> None:
+        """Over TLS, after libnbd was told that there is something to read.
+
+        A part of a TLS record, or a record of TLS's own, leaves libnbd 1.14 waiting for the next bytes (its state
+        REPLY.START), and what is issued meanwhile unsent: for good, if the server has no answer to give. Told once
+        more, it finds nothing and is ready again.
+        """
+        if self._tls is None or self.handle.aio_is_ready():
+            return
+        if self.handle.aio_get_direction() == nbd.AIO_DIRECTION_READ:
+            self.handle.aio_notify_read()
 
     def drain(self) -> None:
         """Take the answers that are there, without waiting; for the one thread that drives."""
         try:
             # One libnbd call an answer: it moves one at a time, and every call costs a fight for the GIL.
             _repeat(lambda: self.handle.poll(0) == 1)
+            self._read_on()
         except nbd.Error as error:
             self.fail(f"lost the connection to {self.uri}: {error.string}")
         self._look_if_suspect("the server closed it")
 
     def write_alone(self, data: bytes, offset: int, flags: int, on_done: Callable[[Request], None]) -> None:
         """Send a write, as `issue` does, from the one thread that uses this connection (direct.py)."""
-        request = Request(on_done)
+        request = Request(len(data), on_done)
         if self._cause is not None:
             raise DiskError(self._cause)
-        if not self.in_flight:
-            self._progress = request.issued
         try:
             cookie = self._direct.pwrite(data, offset, flags)
         except OSError as error:
             self._suspect = True
             self._look_if_suspect(str(error.strerror))
             raise DiskError(self._cause or f"{self.uri}: {error.strerror}", error.errno or errno.EIO) from error
+        self._count(request)
         self._written_alone[cookie] = request, data
         if len(data) > _FITS_SOCKET:
             self._unsent = True
@@ -373,8 +530,10 @@ class Connection:
         """As `drain`, for the one thread that uses this connection."""
         try:
             _repeat(self._direct.poll)
-        except OSError as error:
-            self.fail(f"lost the connection to {self.uri}: {error.strerror}")
+            self._read_on()
+        except (OSError, nbd.Error) as error:
+            reason = error.string if isinstance(error, nbd.Error) else error.strerror
+            self.fail(f"lost the connection to {self.uri}: {reason}")
         self._collect()
         self._look_if_suspect("the server closed it")
 
@@ -413,6 +572,9 @@ class Connection:
 
     def close(self) -> None:
         """Disconnect, politely when nothing is in flight. The owner makes sure that no thread uses it any more."""
+        if self._tls is not None and not self._connecting.done():
+            self._connecting.add_done_callback(lambda _: self.close())  # by the thread that was left behind
+            return
         with self._lock:
             polite = self._cause is None and not self.in_flight
             self._cause = self._cause or f"the connection to {self.uri} is closed"

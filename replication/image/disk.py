@@ -8,11 +8,12 @@ from replication.image.endpoint import NbdDisk
 from replication.image.face import Disk
 from replication.image.file import FileDisk
 from replication.options import is_uri
+from replication.tls import Tls
 
 
-def open_disk(name: str, location: str) -> Disk:
-    """Open the disk; ConfigError names what is wrong."""
-    disk = NbdDisk(name, location) if is_uri(location) else FileDisk(name, location)
+def open_disk(name: str, location: str, tls: Tls | None = None) -> Disk:
+    """Open the disk, with `tls` for an nbds: URI; ConfigError names what is wrong."""
+    disk = NbdDisk(name, location, tls) if is_uri(location) else FileDisk(name, location)
     if not disk.size:
         disk.close()
         raise ConfigError(f"{location} of disk '{name}' has no bytes")

@@ -26,6 +26,7 @@ from replication.image.connection import CHUNK, Completion, Connection, Issue
 from replication.image.face import ZEROES, Disk, Extent
 from replication.image.files import Buffer
 from replication.rangelock import RangeLock
+from replication.tls import Tls
 
 CONNECT_S = 5.0
 """Longest time to connect: shorter than a request's, because a guest waits for it."""
@@ -42,16 +43,18 @@ _EXTENT_CHUNK = 1 << 30
 class NbdDisk(Disk):
     """A disk served by an NBD server, opened for writing."""
 
-    def __init__(self, name: str, uri: str) -> None:
-        """Connect; ConfigError when the server does not answer, refuses, or serves it read-only."""
+    def __init__(self, name: str, uri: str, tls: Tls | None = None) -> None:
+        """Connect, with `tls` over an nbds: URI; ConfigError when the server does not answer, refuses, or serves it
+        read-only."""
         try:
-            connection = Connection(uri, None, CONNECT_S)
+            connection = Connection(uri, None, CONNECT_S, tls)
         except DiskError as error:
             raise ConfigError(f"disk '{name}': {error}") from error
         if connection.read_only:
             connection.close()
             raise ConfigError(f"disk '{name}': {uri} is served read-only")
         super().__init__(name, uri, connection.size)
+        self._tls = tls
         self._block_size = connection.block_size
         connection.timeout_s = TIMEOUT_S
         # Protects the two fields below it; held while connecting, by intent: the others wait for the same server.
@@ -75,7 +78,7 @@ class NbdDisk(Disk):
             return
         for start in range(0, len(buffer), CHUNK):
             part = buffer[start : start + CHUNK] if len(buffer) > CHUNK else buffer
-            self._run(partial(_pread, part, offset + start))
+            self._run(partial(_pread, part, offset + start), 0, len(part))
 
     def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
         length = sum(map(len, pieces))
@@ -152,9 +155,9 @@ class NbdDisk(Disk):
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def _run(self, issue: Issue, payload: int = 0) -> None:
+    def _run(self, issue: Issue, payload: int = 0, answer: int = 0) -> None:
         connection = self._connected()
-        connection.wait(connection.issue(issue, payload))
+        connection.wait(connection.issue(issue, payload, None, answer))
 
     def _connected(self) -> Connection:
         connection = self._connection
@@ -173,7 +176,7 @@ class NbdDisk(Disk):
                 self._flushed = self._written
             # The lost connection is not closed here: other threads may still be fetching their errors from it.
             # It goes when the last of them lets go of it.
-            fresh = Connection(self.location, None, CONNECT_S)
+            fresh = Connection(self.location, None, CONNECT_S, self._tls)
             if fresh.size != self.size or fresh.block_size != self._block_size or fresh.read_only:
                 fresh.close()
                 raise DiskError(f"{self.location} came back as a different disk")

@@ -33,7 +33,7 @@ from replication.image.files import Buffer
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
 from replication.image.table import image_table, live_table
 
-_PAGE_CLUSTERS = 256
+PAGE_CLUSTERS = 256
 """Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work, and in
 which words are published."""
 
@@ -117,7 +117,7 @@ class Overlay:
         except BaseException:
             self._unmap()
             raise
-        pages = np.add.reduceat(self._table[:, 1] != 0, range(0, len(self._table), _PAGE_CLUSTERS))
+        pages = np.add.reduceat(self._table[:, 1] != 0, range(0, len(self._table), PAGE_CLUSTERS))
         self._dirty = bytearray((pages != 0).astype(np.uint8).tobytes())
         self.allocated_blocks = sum(self._count(page) for page in self.dirty_pages())
         self.data_blocks = sum(self._count_data(page) for page in self.dirty_pages())
@@ -137,7 +137,7 @@ class Overlay:
                 self._unpublished[page] = image.read(_PAGE) != self._page(page)
 
     def _page(self, page: int) -> bytes:
-        return self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS].tobytes()
+        return self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS].tobytes()
 
     # -- what is held -------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Overlay:
                     new |= zero
                 if new != old:
                     self._all[2 * cluster + 1] = new
-                    self._dirty[cluster // _PAGE_CLUSTERS] = self._unpublished[cluster // _PAGE_CLUSTERS] = 1
+                    self._dirty[cluster // PAGE_CLUSTERS] = self._unpublished[cluster // PAGE_CLUSTERS] = 1
                     self.allocated_blocks += new.bit_count() - old.bit_count()
                     self.data_blocks += (new & _DATA_BITS).bit_count() - (old & _DATA_BITS).bit_count()
                 start += last - first
@@ -229,13 +229,13 @@ class Overlay:
         the data, which `reclaim` gives back afterwards."""
         with self._words:
             for page in self.dirty_pages():
-                self._table[page * _PAGE_CLUSTERS : (page + 1) * _PAGE_CLUSTERS, 1] = 0
+                self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS, 1] = 0
                 self._unpublished[page] = 1
             self._dirty[:] = bytes(len(self._dirty))
             self.allocated_blocks = self.data_blocks = 0
 
     def dirty_pages(self) -> Iterator[int]:
-        """Pages (of _PAGE_CLUSTERS clusters) that may hold bits."""
+        """Pages (of PAGE_CLUSTERS clusters) that may hold bits."""
         page = self._dirty.find(1)
         while page >= 0:
             yield page
@@ -244,8 +244,8 @@ class Overlay:
     def dirty_ranges(self) -> Iterator[tuple[int, int]]:
         """Block ranges, a cluster each, that hold something now; in ascending order."""
         for page in list(self.dirty_pages()):
-            first = page * _PAGE_CLUSTERS
-            for cluster in np.flatnonzero(self._table[first : first + _PAGE_CLUSTERS, 1]):
+            first = page * PAGE_CLUSTERS
+            for cluster in np.flatnonzero(self._table[first : first + PAGE_CLUSTERS, 1]):
                 block = (first + int(cluster)) * BLOCKS_PER_CLUSTER
                 if block >= self.blocks:
                     return
@@ -262,16 +262,16 @@ class Overlay:
         return self.allocated_blocks * BLOCK
 
     def blocks_of(self, page: int) -> npt.NDArray[np.uint8]:
-        """For every block of a page (of _PAGE_CLUSTERS clusters) whether it is held, 1 or 0, in the same order for
-        every overlay."""
+        """For every block of a page (of PAGE_CLUSTERS clusters) whether it is held, 1 or 0; in ascending order, but for
+        the blocks of one eighth of a cluster among themselves."""
         words = self._words_of(page)
-        either = (words | words >> np.uint64(32)).astype(np.uint32)
+        either = (words | words >> np.uint64(32)).astype("<u4")
         return np.unpackbits(either.view(np.uint8))
 
     def _words_of(self, page: int) -> npt.NDArray[np.uint64]:
         # The words behind the last cluster are of no use, whatever is in them.
-        end = min((page + 1) * _PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
-        return self._table[page * _PAGE_CLUSTERS : end, 1]
+        end = min((page + 1) * PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
+        return self._table[page * PAGE_CLUSTERS : end, 1]
 
     def _count_data(self, page: int) -> int:
         return int(np.unpackbits((self._words_of(page) & np.uint64(_DATA_BITS)).view(np.uint8)).sum())

@@ -56,12 +56,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from replication.changes import ChangeMap
 from replication.errors import DiskError
 from replication.image.face import ZEROES, Disk, Extent
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, on_layer
-from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
+from replication.image.overlay import DATA_MASK, PAGE_CLUSTERS, ZERO_MASK, Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.syncgroup import SyncGroup
 from replication.pause import pause
@@ -490,6 +492,18 @@ class Stack:
         """Block ranges, a cluster each, of which active or hidden holds something; ascending."""
         ranges = heapq.merge(self.active.dirty_ranges(), self.hidden.dirty_ranges())
         return (pair for pair, _ in itertools.groupby(ranges))
+
+    def held_grains(self, grain: int) -> Iterator[tuple[int, int]]:
+        """Ranges in bytes, in whole grains (of 32 KiB times a power of two, at most a page), of which active or hidden
+        holds something."""
+        for page in sorted({*self.active.dirty_pages(), *self.hidden.dirty_pages()}):
+            blocks = self.active.blocks_of(page) | self.hidden.blocks_of(page)
+            held = np.flatnonzero(blocks.reshape(-1, grain // BLOCK).any(axis=1))
+            start = page * PAGE_CLUSTERS * BLOCKS_PER_CLUSTER * BLOCK
+            for run in np.split(held, np.flatnonzero(np.diff(held) != 1) + 1):
+                if len(run):
+                    offset = start + int(run[0]) * grain
+                    yield offset, min(len(run) * grain, self.size - offset)
 
     def held_bytes(self) -> int:
         """Bytes of the blocks that active or hidden holds."""

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TLS of the connections that this process makes: whom it trusts, who it is, and why a handshake has failed.
+
+Facts about libnbd 1.14 (lib/crypto.c, lib/uri.c), each seen here:
+* An nbds: URI never falls back to plain text.
+* The server's certificate is verified over TCP, against ca-cert.pem of the folder and the host name in the URI. Over a
+  Unix socket, or without a folder (the system's CAs), nothing is verified: the link is private, but with anybody.
+* A folder without a readable ca-cert.pem counts as no folder; a missing or unreadable client certificate is left out.
+  Both are errors here.
+* What GnuTLS found wrong with a certificate is not told, so OpenSSL is asked (`explain`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import struct
+import time
+from dataclasses import dataclass
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import nbd
+
+from replication.errors import ConfigError
+
+_TLS_URI = re.compile(r"nbds(\+unix|\+vsock)?://")
+_PSK_FILE_MAX = 1 << 20
+_PORT = 10809
+
+_OPTION_MAGIC = b"IHAVEOPT"
+_GREETING = b"NBDMAGIC" + _OPTION_MAGIC
+_FIXED_NEWSTYLE_NO_ZEROES = 3
+_OPT_STARTTLS = 5
+_REPLY_BYTES = 20
+_REPLY_ACK = struct.pack(">I", 1)
+
+_UNKNOWN_CA = (2, 18, 19, 20, 21)
+"""OpenSSL's X509_V_ERR_ of an issuer that it does not have, or of one that vouches for itself."""
+
+
+def is_tls(uri: str) -> bool:
+    """Whether the URI demands TLS."""
+    return _TLS_URI.match(uri) is not None
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What nbdkit's options of the same names say on the server side. Paths are absolute."""
+
+    certificates: str | None = None
+    psk: str | None = None
+    username: str | None = None
+
+    @classmethod
+    def of(cls, uri: str, default: Tls | None) -> Tls | None:
+        """What holds for one URI: None unless it demands TLS; what it says itself (tls-certificates and tls-psk-file in
+        its query, its user) takes the place of the default. ConfigError names a file that is of no use."""
+        if not is_tls(uri):
+            return None
+        default = default or cls()
+        try:
+            parts = urlsplit(uri)
+            said = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            username = default.username if parts.username is None else unquote(parts.username)
+        except ValueError as error:
+            raise ConfigError(f"'{uri}' is not an NBD URI: {error}") from error
+        certificates, psk = said.get("tls-certificates"), said.get("tls-psk-file")
+        if certificates is None and psk is None:
+            return cls(default.certificates, default.psk, username)
+        own = cls(certificates, psk, username)
+        own.check()
+        return own
+
+    def check(self) -> None:
+        """ConfigError names what contradicts, or the file that is of no use."""
+        if self.certificates is not None and self.psk is not None:
+            raise ConfigError("tls-certificates and tls-psk are two ways to the same end: give one of them")
+        if self.username is not None and self.psk is None:
+            raise ConfigError("tls-username is the user of tls-psk, which is missing")
+        if self.certificates is not None:
+            _check_certificates(self.certificates)
+        if self.psk is not None:
+            self._check_psk(self.psk)
+
+    def _check_psk(self, path: str) -> None:
+        try:
+            with open(path, "rb") as file:
+                lines = file.read(_PSK_FILE_MAX).decode(errors="replace").splitlines()
+        except OSError as error:
+            raise ConfigError(f"tls-psk: cannot read {path}: {error.strerror}") from error
+        user = self.user
+        key = next((line.partition(":")[2] for line in lines if line.startswith(f"{user}:")), None)
+        if key is None:
+            raise ConfigError(f"tls-psk: there is no line '{user}:KEY' in {path} (tls-username says whose it is)")
+        if not re.fullmatch(r"([0-9a-fA-F]{2})+", key):
+            raise ConfigError(f"tls-psk: the key of '{user}' in {path} is not hexadecimal")
+
+    @property
+    def user(self) -> str:
+        """Who this side is with a PSK: by default the login name, as libnbd takes it."""
+        if self.username is not None:
+            return self.username
+        try:
+            return str(nbd.NBD().get_tls_username())
+        except nbd.Error as error:
+            raise ConfigError(f"tls-psk needs tls-username: the login name is not known ({error.string})") from error
+
+    def put_on(self, handle: nbd.NBD) -> None:
+        """Prepare a handle that is about to connect."""
+        if self.certificates is not None:
+            handle.set_tls_certificates(self.certificates)
+        if self.psk is not None:
+            handle.set_tls_psk_file(self.psk)
+        if self.username is not None:
+            handle.set_tls_username(self.username)
+
+
+def _check_certificates(folder: str) -> None:
+    """The files that libnbd takes from the folder, under nbdkit's names for them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    names = ("ca-cert.pem", "ca-crl.pem", "client-cert.pem", "client-key.pem")
+    paths = [os.path.join(folder, name) for name in names]
+    for path, needed in zip(paths, (True, False, False, False), strict=True):
+        if needed or os.path.lexists(path):
+            try:
+                with open(path, "rb"):
+                    pass
+            except OSError as error:
+                raise ConfigError(f"tls-certificates: cannot read {path}: {error.strerror}") from error
+    authority, _, certificate, key = paths
+    if os.path.exists(certificate) != os.path.exists(key):
+        raise ConfigError(f"tls-certificates: of client-cert.pem and client-key.pem only one is in {folder}")
+    path = authority
+    try:
+        context.load_verify_locations(authority)
+        if os.path.exists(certificate):
+            path = certificate
+            context.load_cert_chain(certificate, key, password=lambda: b"")
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigError(f"tls-certificates: {path} (or its key) is of no use: {reason}") from error
+
+
+# -- why a handshake has failed ---------------------------------------------------------------------------------------
+
+
+def explain(uri: str, said: str, tls: Tls, deadline: float) -> str:
+    """What libnbd said of a connection that failed, and what it means. Before `deadline` (time.monotonic) the server
+    may be asked once more."""
+    said = said.removeprefix("nbd_aio_notify_read: ").removeprefix("nbd_aio_notify_write: ")
+    if "certificate verification" in said:
+        found = _verdict(uri, tls, deadline) or "it is of another CA, expired, or of another host"
+        return f"the server's certificate is refused: {found}"
+    if "gnutls" not in said:
+        return said
+    if tls.psk is not None and "Insufficient credentials" in said:
+        return f"the server wants certificates, but tls-psk was given ({said})"
+    if tls.psk is not None:
+        return f"the server refuses the key of '{tls.user}': tls-psk has to be the same there ({said})"
+    if "gnutls_record" in said:
+        return f"the server refuses the client certificate, or there is none in tls-certificates ({said})"
+    return f"the server broke the TLS handshake off; perhaps it wants tls-psk ({said})"
+
+
+def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
+    """What OpenSSL finds wrong with the server's certificate; None if nothing, or if it cannot be asked."""
+    parts = urlsplit(uri)
+    if tls.certificates is None or parts.scheme != "nbds" or parts.hostname is None:
+        return None
+    authority = os.path.join(tls.certificates, "ca-cert.pem")
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        with socket.create_connection((parts.hostname, parts.port or _PORT), _left_s(deadline)) as link:
+            _start_tls(link, deadline)
+            link.settimeout(_left_s(deadline))
+            context.wrap_socket(link, server_hostname=parts.hostname).close()
+    except ssl.SSLCertVerificationError as error:
+        known = error.verify_code not in _UNKNOWN_CA
+        return error.verify_message.rstrip(".") + ("" if known else f" (its CA is not the one in {authority})")
+    except (OSError, ValueError):
+        # The failure that is to be explained has been noticed; this one would only be another.
+        return None
+    return None
+
+
+def _left_s(deadline: float) -> float:
+    """For a socket's timeout, which 0 would switch to non-blocking."""
+    return max(deadline - time.monotonic(), 0.001)
+
+
+def _start_tls(link: socket.socket, deadline: float) -> None:
+    """NBD's part of the handshake; ValueError when the server does not play it."""
+    if not _received(link, len(_GREETING) + 2, deadline).startswith(_GREETING):
+        raise ValueError("no NBD server")
+    link.sendall(struct.pack(">I8sII", _FIXED_NEWSTYLE_NO_ZEROES, _OPTION_MAGIC, _OPT_STARTTLS, 0))
+    if _received(link, _REPLY_BYTES, deadline)[12:16] != _REPLY_ACK:
+        raise ValueError("no TLS")
+
+
+def _received(link: socket.socket, length: int, deadline: float) -> bytes:
+    """Just so many bytes."""
+    data = b""
+    while len(data) < length:
+        link.settimeout(_left_s(deadline))
+        more = link.recv(length - len(data))
+        if not more:
+            raise ValueError("the server closed the connection")
+        data += more
+    return data
