@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import nbdkit
@@ -22,8 +23,10 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 # nbdkit's Python takes its prefix from the first python3 on PATH; the modules that it needs (nbd, numpy) are Debian's.
 sys.path.append("/usr/lib/python3/dist-packages")
 
-from replication import VERSION
+from replication import VERSION, clients
 from replication.control.commands import Commands
+from replication.control.inband import ControlExport
+from replication.control.paircommands import PairCommands
 from replication.control.qmp import Answer
 from replication.control.server import ControlServer
 from replication.disconnect import Disconnector
@@ -34,9 +37,13 @@ from replication.hangup import HangupGuard
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
+from replication.pairing import Channel
 from replication.state import StateFolder
 
 API_VERSION = 2
+
+AnyExport = Export | ControlExport
+"""nbdkit's handle of a client."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,9 +139,16 @@ def get_ready() -> None:
         state.close()
         raise
     Process.node = node
-    Process.exports = Exports(node)
     Process.disconnector = Disconnector(nbdkit.shutdown, Process.options.control, _unended, cleanup)
-    Process.commands = Commands(node, Process.disconnector.end)
+    commands = Commands(node, Process.disconnector.end)
+    Process.commands = commands
+
+    def control_export() -> ControlExport:
+        channel = Channel()
+        execute = PairCommands(node, commands, channel).execute
+        return ControlExport(execute, hub, partial(node.channel_closed, channel), channel.note)
+
+    Process.exports = Exports(node, control_export, Process.options.guests_local)
 
 
 def _execute(name: str, arguments: dict[str, Any]) -> Answer:
@@ -179,67 +193,74 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 @_boundary
-def open(readonly: bool) -> Export:
+def open(readonly: bool) -> AnyExport:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
-    return Process.exports.open(nbdkit.export_name())
+    client = clients.current()
+    clients.watch(client)
+    return Process.exports.open(nbdkit.export_name(), client)
 
 
-def get_size(h: Export) -> int:
+def close(h: AnyExport) -> None:
+    """The client has gone."""
+    h.close()
+
+
+def get_size(h: AnyExport) -> int:
     """Bytes."""
     return h.size
 
 
-def export_description(h: Export) -> str:
+def export_description(h: AnyExport) -> str:
     """For nbdinfo."""
     return h.description
 
 
-def block_size(h: Export) -> tuple[int, int, int]:
+def block_size(h: AnyExport) -> tuple[int, int, int]:
     """Any alignment is accepted; whole blocks of the overlays are fastest."""
     return (1, BLOCK, MAX_BLOCK)
 
 
-def can_multi_conn(h: Export) -> bool:
-    """A flush on one connection covers what was answered on all: Export.flush."""
-    return True
+def can_multi_conn(h: AnyExport) -> bool:
+    """A flush on one connection covers what was answered on all: Export.flush. A control connection is one session."""
+    return isinstance(h, Export)
 
 
-def can_write(h: Export) -> bool:
+def can_write(h: AnyExport) -> bool:
     """Both faces and the primary are written to."""
     return True
 
 
-def can_flush(h: Export) -> bool:
+def can_flush(h: AnyExport) -> bool:
     """Everywhere."""
     return True
 
 
-def can_trim(h: Export) -> bool:
+def can_trim(h: AnyExport) -> bool:
     """Everywhere, as zeroes."""
     return True
 
 
-def can_zero(h: Export) -> bool:
+def can_zero(h: AnyExport) -> bool:
     """Everywhere."""
     return True
 
 
-def can_fast_zero(h: Export) -> bool:
+def can_fast_zero(h: AnyExport) -> bool:
     """No: copy-before-write may have to read and write what a zero destroys."""
     return False
 
 
-def can_fua(h: Export) -> int:
+def can_fua(h: AnyExport) -> int:
     """Passed down to the disk."""
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_cache(h: Export) -> int:
+def can_cache(h: AnyExport) -> int:
     """nbdkit reads, which fills the page cache below."""
     return int(nbdkit.CACHE_EMULATE)
 
 
-def can_extents(h: Export) -> bool:
+def can_extents(h: AnyExport) -> bool:
     """Everywhere."""
     return True
 
@@ -248,37 +269,37 @@ def can_extents(h: Export) -> bool:
 
 
 @_boundary
-def pread(h: Export, buf: memoryview, offset: int, flags: int) -> None:
+def pread(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
     """Read."""
     h.read(buf, offset)
 
 
 @_boundary
-def pwrite(h: Export, buf: memoryview, offset: int, flags: int) -> None:
+def pwrite(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
     """Write."""
     h.write(buf, offset, bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def zero(h: Export, count: int, offset: int, flags: int) -> None:
+def zero(h: AnyExport, count: int, offset: int, flags: int) -> None:
     """Write zeroes."""
     h.zero(offset, count, bool(flags & nbdkit.FLAG_MAY_TRIM), bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def trim(h: Export, count: int, offset: int, flags: int) -> None:
+def trim(h: AnyExport, count: int, offset: int, flags: int) -> None:
     """Trim: zeroes, as holes where possible, so that both sides of the pair read the same afterwards."""
     h.zero(offset, count, True, bool(flags & nbdkit.FLAG_FUA))
 
 
 @_boundary
-def flush(h: Export, flags: int) -> None:
+def flush(h: AnyExport, flags: int) -> None:
     """Flush."""
     h.flush()
 
 
 @_boundary
-def extents(h: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+def extents(h: AnyExport, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """Block status."""
     return [
         (item.offset, item.length, nbdkit.EXTENT_ZERO * item.zero | nbdkit.EXTENT_HOLE * item.hole)

@@ -27,6 +27,13 @@ one instant.
 node.side is a primary.PrimarySide or a secondary.SecondarySide. A promoted secondary that becomes a primary keeps its
 disks and its process: the node swaps the side and what is behind the exports (Node.faces), with the gate closed.
 
+The pair
+--------
+    dial.Dialler  --(.control, replication-pair)-->  control.inband -> control.paircommands -> pairing.Pairing
+    link.Link       keeps the link up: connects, notices a loss, connects again; resync.Resync sends what is missing
+    epochs.Epochs   cuts the stream of writes, and has the secondary take its checkpoint there
+    lineage.decide  nothing to send, what the change maps say, everything, or a refusal; the same rule on both sides
+
 What outlives what
 ------------------
     the process     everything that was answered: data is in the page cache, words and maps are stores into mapped files
@@ -38,24 +45,34 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
     hangup.py                   a client that dies must not end the process
     disconnect.py               ending the process although clients are connected
+    export.py                   export name -> Face
+    control/paircommands.py     the QMP commands of a primary, over the control export
+    control/inband.py           QMP over NBD: the export .control of a secondary
     control/server.py           the Unix socket and its clients
     control/commands.py         the QMP command table over a Node
     control/qmp.py              the protocol: parsing, greeting, errors
-    export.py                   export name -> Face
     node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
+    schedule.py                 automatic checkpoints, and the warning when the last one gets old
     primary.py                  all disks of a process as a primary, also one that was a secondary
     secondary.py                all disks of a process as a secondary
     images.py                   opening the overlays, and what a restart of the host has left of them
     backup.py                   copy-before-write as a job, and what its failure means
     fill.py                     warns when the overlays' file system fills up
+    pairing.py                  which primary may write to a secondary, and whether its disks are complete
+    epochs.py                   the primary's checkpoints: cut, brought over, taken
+    link.py                     the link's states, its loss, and its coming back
+    dial.py                     how a primary comes to an agreement with its secondary
     resync.py                   the job that sends what the secondary lacks
     failover.py                 the commit of all disks, and what it would cost
     commit.py                   the job that commits the overlays down after failover
     primary_disk.py             local I/O and forwarding
+    content.py                  what a range of the primary's disk holds, as entries
     secondary_disk.py           the guest face and the target face
     side.py                     what the two modes have in common for the node
-    forward.py                  the forward queue and its link
+    forward.py                  the forward queue of a disk and its connection
     backlog.py                  what waits for the secondary, and how much of it there may be
+    peer.py                     the primary's client of .control
+    ancestry.py                 this node's lineage, and how it outlives the process
     reclaim.py                  giving back stale overlay space
     image/stack.py              active, hidden and secondary disk as one
     image/overlay.py            bits and data of one overlay
@@ -70,7 +87,10 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     image/direct.py             libnbd calls that keep the GIL
     image/lock.py               QEMU's byte-range locks
     options.py                  the command line and the TOML file
+    clients.py                  who is at the other end of an NBD connection
+    tls.py                      certificates and keys of our own connections, and why a handshake fails
     changes.py  state.py        the change map, the state folder
+    lineage.py                  who has what: generations, and what two nodes that meet may do
     image/files.py              the system calls that change files, as a seam
     jobs.py  fault.py           what query-jobs and get-error report
     gate.py  rangelock.py       who waits for whom
@@ -86,10 +106,12 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     3. RangeLock       whole 4 KiB blocks, first come first served. The stack has two: `top` (guest writes,
                        commit) and `below` (target writes). No thread takes both. The primary has one a
                        disk (guest writes). Held across the I/O of the request that it orders.
-    4. StateFolder._saving (only when a fault is latched or the stage changes)
+    4. Ancestry._lock, then StateFolder._saving (only when a fault is latched, the stage changes, or the nodes part)
     5. PrimaryDisk._order (m)
-    6. Overlay._words (m), ChangeMap._lock (m), Forwarder._lock (m), FaultLatch._lock (m), Connection._lock (m)
-    7. EventHub._lock (m)
+    6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
+    7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m)
+    8. Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m)
+    9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in
 image/stack.py (secondary) and primary.py (primary).

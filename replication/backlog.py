@@ -17,8 +17,16 @@ from replication.image.qcow2 import BLOCK
 _ENTRY_COST = 512
 """Bytes an entry counts beside its data, so that a queue of zeroes and flushes is bounded as well."""
 
-ZERO_MAX = 1 << 30
-"""Longest range of one entry of zeroes."""
+DATA_MAX = 1 << 20
+"""Most data of one entry: on a slow link every answer counts as progress, and one megabyte takes 0.8 s at 10 Mbit/s."""
+
+ZERO_MAX = 64 << 20
+"""Longest range of one entry of zeroes: the secondary has to copy before it writes, which must not look like a link
+without progress."""
+
+FLIGHT_MAX = 8 << 20
+"""Most data in flight, unless one entry has more: what 1 Gbit/s carries in 60 ms. More would only wait in the socket,
+and grow old there."""
 
 _SMALL = 64 << 10
 
@@ -86,12 +94,15 @@ class Kind(Enum):
     WRITE = "write"
     ZERO = "zero"
     FLUSH = "flush"
+    CUT = "cut"
+    """The end of an epoch: nothing behind it is sent before all in front of it is answered and it is let go."""
 
 
 class Entry:
-    """One request on its way; one NBD request, so at most CHUNK bytes of data or ZERO_MAX bytes of zeroes."""
+    """One request on its way; one NBD request, so at most DATA_MAX bytes of data or ZERO_MAX bytes of zeroes. (A cut is
+    no request; it ends when it is reached.)"""
 
-    __slots__ = ("arrived", "cost", "data", "ended", "fua", "kind", "length", "may_trim", "offset", "on_end")
+    __slots__ = ("arrived", "cost", "data", "ended", "fua", "kind", "length", "let_go", "may_trim", "offset", "on_end")
 
     def __init__(
         self,
@@ -112,6 +123,7 @@ class Entry:
         self.on_end = on_end
         self.cost = _ENTRY_COST
         self.arrived = False
+        self.let_go = False
         self.ended = threading.Event() if waited_for else None
 
     def load(self, data: memoryview) -> None:
@@ -151,6 +163,8 @@ class InFlight:
         self._blocks: set[int] = set()
         self._small: list[Entry] = []
         self._large: list[Entry] = []
+        self.bytes = 0
+        """Of data."""
 
     def __len__(self) -> int:
         return len(self._small) + len(self._large)
@@ -169,6 +183,7 @@ class InFlight:
 
     def add(self, entry: Entry) -> None:
         """The entry goes to the secondary."""
+        self.bytes += len(entry.data)
         if _is_small(entry):
             self._small.append(entry)
             self._blocks.update(_blocks(entry))
@@ -177,6 +192,7 @@ class InFlight:
 
     def remove(self, entry: Entry) -> None:
         """The secondary has answered."""
+        self.bytes -= len(entry.data)
         if _is_small(entry):
             self._small.remove(entry)
             self._blocks.difference_update(_blocks(entry))

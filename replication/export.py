@@ -7,20 +7,29 @@ looks its face up for every request, inside the gate, with which such a change i
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
+from replication.clients import Client
+from replication.control.inband import ControlExport
 from replication.errors import DiskError
 from replication.gate import Gate
 from replication.image.face import Extent
 from replication.node import Node
-from replication.side import Face
+from replication.options import CONTROL_EXPORT
+from replication.side import FOR_GUESTS, GUEST_WRITES, Face
+from replication.stage import Mode
 
 
 class Export:
     """One export as one client sees it. Every method may be called by several threads at once; they raise DiskError."""
 
-    def __init__(self, gate: Gate, faces: dict[str, Face], name: str) -> None:
+    def __init__(self, gate: Gate, faces: dict[str, Face], name: str, admit: Callable[[], None] | None = None) -> None:
+        """`admit()` is called inside the gate before everything that changes something; it raises DiskError."""
         self._gate = gate
         self._faces = faces
         self._name = name
+        self._admit = admit
         face = faces[name]
         self.size = face.size()
         self.description = face.description
@@ -33,11 +42,15 @@ class Export:
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write the data at `offset`."""
         with self._gate:
+            if self._admit is not None:
+                self._admit()
             self._faces[self._name].write(data, offset, fua)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Make a range read as zeroes."""
         with self._gate:
+            if self._admit is not None:
+                self._admit()
             self._faces[self._name].zero(offset, length, may_trim, fua)
 
     def flush(self) -> None:
@@ -50,12 +63,19 @@ class Export:
         with self._gate:
             return self._faces[self._name].extents(offset, length)
 
+    def close(self) -> None:
+        """The client has gone."""
+
 
 class Exports:
     """The exports of a node, by name."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, control: Callable[[], ControlExport], guests_local: bool) -> None:
+        """`control()` makes the export over which a primary talks to this node. With `guests_local`, what belongs to a
+        guest is only for clients on this host."""
         self._node = node
+        self._guests_local = guests_local
+        self._control = control
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of all exports."""
@@ -66,10 +86,17 @@ class Exports:
         mistaken primary must not write into the guest face."""
         return self._node.side.default
 
-    def open(self, name: str) -> Export:
-        """An export by name; DiskError names the valid ones."""
-        wanted = name or self.default()
+    def open(self, name: str, client: Client) -> Export | ControlExport:
+        """An export by name; DiskError names the valid ones, or says that it is not for this client."""
+        if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
+            return self._control()
+        wanted, admit = self._node.side.admission(name or self.default())
         if wanted not in self._node.faces:
             valid = ", ".join(f"'{known}'" for known in self._node.faces)
             raise DiskError(f"there is no export '{name[:255]}': the exports are {valid}")
-        return Export(self._node.gate, self._node.faces, wanted)
+        for_guest = self._node.faces[wanted].description in (*FOR_GUESTS, GUEST_WRITES)
+        if self._guests_local and for_guest and not client.local:
+            raise DiskError(
+                f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
+            )
+        return Export(self._node.gate, self._node.faces, wanted, admit)

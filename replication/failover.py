@@ -74,6 +74,7 @@ class Failover:
         commits = []
         for disk in self._disks:
             assert disk.stack is not None
+            disk.mark_rollback()  # before anything comes down; a process killed before the end of this does it again
             commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
         self._begun = time.monotonic()
         self._commit = CommitThread(commits, self._closing, self._committed, self._failed)
@@ -85,8 +86,6 @@ class Failover:
         def all_down() -> bool:
             return not any(disk.stack is not None and any(disk.stack.held_ranges()) for disk in self._disks)
 
-        for disk in self._disks:
-            disk.changes.mark_all()  # nothing is known of the old primary's disk
         self._note_rate()
         if all_down():
             # Before the stage: a process killed in between has no error left over from a commit that has gone well.

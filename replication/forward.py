@@ -8,8 +8,11 @@ Invariants
 * The queue holds at most `Budget.limit` bytes over all disks, or one request that is larger.
 * Every entry ends exactly once, with `arrived` true or false.
 * A failure never reaches the guest: it goes to `Forwarder.failed`, and the change map keeps what is missing.
-* The link counts as lost when the connection goes, or makes no progress for `timeout_s` seconds; from then
-  on entries end at once, so a dead secondary holds up a guest once, for at most that long.
+* The connection counts as lost when it goes, or makes no progress for `timeout_s` seconds; from then on entries end at
+  once, so a dead secondary holds up a guest once, for at most that long. link.py makes a new one.
+* An epoch is cut in all queues at one instant (`cut`): of two writes of which the guest has seen the first answered
+  before it issued the second, the second is never in front of the cut alone, because a write is in its queue before it
+  is answered. No request waits for a cut.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import Enum
 
-from replication.backlog import Budget, Entry, InFlight, Kind, cost
+from replication.backlog import FLIGHT_MAX, Budget, Entry, InFlight, Kind, cost
 from replication.errors import DiskError
 from replication.image.connection import Connection, Request
 from replication.pause import pause
@@ -37,24 +41,17 @@ _ACTIVE_S = 0.02
 """After the last entry the thread naps for so long before it sleeps: waking it costs the guest a system call."""
 
 
-class LinkState(Enum):
-    """What query-replication and REPLICATION_LINK say of the link."""
-
-    DISCONNECTED = "disconnected"
-    CONNECTING = "connecting"
-    IN_SYNC = "in-sync"
-    LOST = "lost"
-
-
-Failed = Callable[[Entry | None, DiskError], None]
+Failed = Callable[[Entry, DiskError], None]
 
 
 class Rest(Enum):
-    """What the forwarding thread does: who puts an entry has to wake it from SLEEP, and for an urgent one from NAP."""
+    """What the forwarding thread does: who puts an entry has to wake it from SLEEP, and for an urgent one from NAP; and
+    from HELD, at a cut, only who lets the cut go."""
 
     NONE = "working"
     NAP = "nap"
     SLEEP = "sleep"
+    HELD = "held"
 
 
 class Forwarder:
@@ -66,55 +63,67 @@ class Forwarder:
         budget: Budget,
         timeout_s: float,
         failed: Failed,
-        state_changed: Callable[[LinkState], None],
+        lost: Callable[[Forwarder, DiskError], None],
     ) -> None:
+        """`failed(entry, error)` is called for an entry that the secondary has refused, `lost(self, error)` when the
+        connection is lost; both without locks, by the forwarding thread or a guest's."""
         self.disk_name = disk_name
         self.timeout_s = timeout_s
         self._budget = budget
         self._failed = failed
-        self._state_changed = state_changed
+        self._lost = lost
         # Protects the fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._queue: deque[Entry] = deque()
         self._in_flight = InFlight()
         # Entries that the secondary has answered and their errno; only the forwarding thread touches it.
         self._answered: deque[tuple[Entry, int]] = deque()
-        # Entries queued or in flight that somebody waits for.
+        # Entries queued or in flight that somebody waits for (of cuts, those that are not reached yet).
         self._awaited = 0
         self._rest = Rest.NONE
-        self._state = LinkState.DISCONNECTED
+        self._up = False
         self._stopping = False
         self._connection: Connection | None = None
         self._thread: threading.Thread | None = None
         self.bytes_forwarded = 0
 
-    # -- link ----------------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> LinkState:
-        """The link's state."""
-        return self._state
+    # -- connection ----------------------------------------------------------------------------------------
 
     @property
     def up(self) -> bool:
         """Whether entries put now will be sent."""
-        return self._state is LinkState.IN_SYNC
+        return self._up
 
     def adopt(self, connection: Connection) -> None:
-        """Begin to forward over a fresh connection; the former one, if any, was lost or stopped."""
+        """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`)."""
         connection.timeout_s = self.timeout_s
         with self._lock:
             self._connection = connection
             self._stopping = False
-            self._state = LinkState.IN_SYNC
+            self._up = True
         self._thread = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
         self._thread.start()
-        self._state_changed(LinkState.IN_SYNC)
 
-    def note(self, state: LinkState) -> None:
-        """Show a state while there is no connection."""
-        self._state = state
-        self._state_changed(state)
+    def abandon(self, cause: str) -> None:
+        """The link is lost elsewhere: entries end at once from now on. Nobody is told."""
+        with self._lock:
+            connection = self._connection
+            if not self._up or connection is None:
+                return
+            self._up = False
+        connection.fail(cause)
+        self._budget.wake()
+
+    def wait_down(self, timeout_s: float) -> bool:
+        """Wait until a lost or stopped connection has given everything back, `timeout_s` seconds at most; whether it
+        has."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+            if thread.is_alive():
+                return False
+            self._thread = None
+        return True
 
     # -- queue ---------------------------------------------------------------------------------------------
 
@@ -135,22 +144,34 @@ class Forwarder:
         """The entries will not be put after all."""
         self._budget.give(cost(entries))
 
-    def put(self, entry: Entry) -> None:
-        """Queue an entry for which `reserve` has made room. It may end before this returns."""
+    def put(self, *entries: Entry) -> None:
+        """Queue entries for which `reserve` has made room, all of them on one side of a cut. They may end before this
+        returns."""
         with self._lock:
             connection = self._connection
-            taken = self._state is LinkState.IN_SYNC and connection is not None
+            taken = self._up and connection is not None
             if taken:
-                self._queue.append(entry)
-                self._awaited += entry.ended is not None
-            wake = taken and (self._rest is Rest.SLEEP or (self._rest is Rest.NAP and entry.ended is not None))
-            if wake:
-                self._rest = Rest.NONE
-        if wake and connection is not None:
-            connection.poke()
+                self._queue.extend(entries)
+                urgent = sum(entry.ended is not None for entry in entries)
+                self._awaited += urgent
+                wake = self._rest is Rest.SLEEP or (self._rest is Rest.NAP and urgent > 0)
+                if wake:
+                    self._rest = Rest.NONE
         if not taken:
-            self._budget.give(entry.cost)
-            entry.end(False)
+            for entry in entries:
+                self._budget.give(entry.cost)
+                entry.end(False)
+        elif wake and connection is not None:
+            connection.poke()
+
+    def let_go(self, entry: Entry) -> None:
+        """What is behind a cut may be sent."""
+        with self._lock:
+            entry.let_go = True
+            connection = self._connection
+            self._rest = Rest.NONE
+        if connection is not None:
+            connection.poke()
 
     def await_end(self, entry: Entry) -> bool:
         """Wait until an entry has ended; whether it arrived. Bounded: the link is lost without progress."""
@@ -187,11 +208,7 @@ class Forwarder:
             connection = self._connection
         if connection is not None:
             connection.poke()
-        thread = self._thread
-        if thread is not None:
-            thread.join(self.timeout_s)
-            if not thread.is_alive():
-                self._thread = None
+        self.wait_down(self.timeout_s)
 
     # -- the forwarding thread -----------------------------------------------------------------------------
 
@@ -208,7 +225,8 @@ class Forwarder:
                 # guest more than the write itself (4k writes at depth 16 to a slow disk: 6k without, 9k with it).
                 hurry = self._awaited > 0 or bool(self._queue) or in_flight >= WINDOW
                 nap = not hurry and (in_flight > 0 or time.monotonic() < active_until)
-                self._rest = Rest.NONE if entries else Rest.NAP if nap else Rest.SLEEP
+                held = not in_flight and bool(self._queue)
+                self._rest = Rest.NONE if entries else Rest.NAP if nap else Rest.HELD if held else Rest.SLEEP
             if entries:
                 active_until = time.monotonic() + _ACTIVE_S
                 for entry in entries:
@@ -228,11 +246,25 @@ class Forwarder:
     def _next_locked(self) -> list[Entry]:
         """The next entries, moved into flight, up to the first that has to wait for one in flight."""
         entries: list[Entry] = []
-        while self._queue and len(self._in_flight) < WINDOW and not self._in_flight.meets(self._queue[0]):
-            entry = self._queue.popleft()
-            self._in_flight.add(entry)
-            entries.append(entry)
+        while self._queue and len(self._in_flight) < WINDOW:
+            entry = self._queue[0]
+            if entry.kind is Kind.CUT:
+                if self._in_flight or not self._passed_locked(entry):
+                    break
+            elif self._in_flight.meets(entry) or (self._in_flight and self._in_flight.bytes > FLIGHT_MAX):
+                break
+            else:
+                self._in_flight.add(entry)
+                entries.append(entry)
+            self._queue.popleft()
         return entries
+
+    def _passed_locked(self, cut: Entry) -> bool:
+        """Everything in front of the cut has been answered. Tell that; whether the queue may go on."""
+        if not cut.arrived:
+            self._awaited -= 1
+            cut.end(True)
+        return cut.let_go
 
     def _send(self, connection: Connection, entry: Entry) -> None:
         pause("forward.send")
@@ -267,12 +299,11 @@ class Forwarder:
         """The link is lost: from now on entries end at once. Called by the forwarding thread, and by a guest's
         thread that found the queue stuck."""
         with self._lock:
-            if self._state is LinkState.LOST or self._stopping:
+            if not self._up or self._stopping:
                 return
-            self._state = LinkState.LOST
+            self._up = False
         connection.fail(str(error))
-        self._failed(None, error)
-        self._state_changed(LinkState.LOST)
+        self._lost(self, error)
         self._budget.wake()
 
     def _wind_up(self, connection: Connection) -> None:
@@ -284,17 +315,35 @@ class Forwarder:
             connection.drive(_IDLE_S)
         self._end_answered(connection)
         with self._lock:
-            if self._state is LinkState.IN_SYNC:
-                self._state = LinkState.DISCONNECTED
+            self._up = False
             left = [*self._queue]
             self._queue.clear()
             self._awaited = 0
             self._connection = None
-            stopped = self._state is LinkState.DISCONNECTED
         for entry in left:
             self._budget.give(entry.cost)
             entry.end(False)
         connection.close()
-        if stopped:
-            self._state_changed(LinkState.DISCONNECTED)
         self._budget.wake()
+
+
+def cut(forwarders: Sequence[Forwarder]) -> list[Entry] | None:
+    """End an epoch in all queues at one instant: the entries that wait there for `let_go`, in the order of the
+    forwarders; None, with nothing done, when one of them is not up. One at a time, which the caller sees to."""
+    entries = [Entry(Kind.CUT, waited_for=True) for _ in forwarders]
+    for entry in entries:
+        entry.cost = 0
+    with ExitStack() as locked:
+        for forwarder in forwarders:
+            locked.enter_context(forwarder._lock)
+        if not all(forwarder._up for forwarder in forwarders):
+            return None
+        for forwarder, entry in zip(forwarders, entries, strict=True):
+            forwarder._queue.append(entry)
+            forwarder._awaited += 1
+            forwarder._rest = Rest.NONE
+    for forwarder in forwarders:
+        connection = forwarder._connection
+        if connection is not None:
+            connection.poke()
+    return entries

@@ -16,16 +16,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from replication.ancestry import Ancestry
 from replication.boot import boot_id
 from replication.errors import CommandError, ConfigError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.gate import Gate, GateStuck
 from replication.jobs import JobList
+from replication.lineage import Lineage
 from replication.log import log
 from replication.options import Durability, Options
+from replication.pairing import Channel
 from replication.primary import PrimarySide
+from replication.schedule import AgeWatch, AutomaticCheckpoints, Ticker
 from replication.secondary import SecondarySide
+from replication.secondary_disk import changing_face
 from replication.side import Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
 from replication.state import Record, StateError, StateFolder
@@ -34,6 +39,9 @@ COMMAND_S = 120.0
 """Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""
 
 _AUTOSTART_RETRY_S = 1.0
+
+_TICKER_S = 0.2
+"""At the end of the process, longest wait for an automatic checkpoint that is at work; then its link goes."""
 
 
 class Node:
@@ -49,12 +57,14 @@ class Node:
         # request waits for it.
         self._command = threading.Lock()
         self._closing = threading.Event()
+        self._tickers: list[Ticker] = []
         self._state = state
         self._record = self._former_record() or Record(options.mode)
         self._jobs = JobList(hub)
         self._faults = FaultLatch(hub, self._keep_fault)
         self._faults.restore(self._record.fault)
         self._distrust_early()
+        self._ancestry = Ancestry(state, self._record, self._save)
         kind = PrimarySide if self._record.mode is Mode.PRIMARY else SecondarySide
         self.side: Side = kind(self._setting(lambda: self.side))
         self.side.open()
@@ -74,16 +84,22 @@ class Node:
             self._jobs,
             self._faults,
             self.gate,
+            self._ancestry,
             lambda stage: self._enter(side(), stage),
             self._save,
+            lambda: side().show_stage(self.stage),
         )
 
     def _former_record(self) -> Record | None:
         record = self._state.load()
         if record is None or record.mode is self._options.mode:
             return record
-        if record.promoted and self._options.mode is Mode.SECONDARY:
-            return record  # it has become a primary since it was started by this command line
+        if self._options.mode is Mode.SECONDARY:
+            # A promoted one has become a primary since it was started by this command line, and stays it. A former
+            # primary comes back as a secondary: what may happen to its content is decided by its lineage.
+            return record if record.promoted else record.as_secondary()
+        if record.stage is Stage.DONE:
+            return record.as_primary()
         raise ConfigError(
             f"the state folder {self._options.state} belongs to a {record.mode.value}; "
             f"start with mode={record.mode.value} or use another folder"
@@ -111,6 +127,16 @@ class Node:
         if self.stage is not Stage.NONE:
             self._save()  # from here on the former process's good end counts no longer
         self.side.launch()
+        if self._options.checkpoint_interval_s is not None:
+            self._tickers.append(AutomaticCheckpoints(self._options.checkpoint_interval_s, self._checkpoint_when_ready))
+        if self._options.checkpoint_age_limit_s is not None:
+            self._tickers.append(
+                AgeWatch(
+                    self._options.checkpoint_age_limit_s, self._checkpoint_age, lambda: self._state.epoch, self._hub
+                )
+            )
+        for ticker in self._tickers:
+            ticker.start()
         if self._options.autostart and self.stage is Stage.NONE and not self._autostarted():
             threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
 
@@ -133,6 +159,8 @@ class Node:
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""
         self._closing.set()
+        for ticker in self._tickers:
+            ticker.stop(_TICKER_S)
         self.side.close()
         self._state.close()
 
@@ -199,6 +227,10 @@ class Node:
                 return
             if self.stage is Stage.FAILOVER:
                 raise CommandError("The commit after failover is still under way: try again in stage done")
+            if self.stage is Stage.RUNNING and self._record.led and mode is not Mode.PRIMARY and secondary is None:
+                self._record.led = False
+                self._save()
+                return
             if self.stage not in (Stage.NONE, Stage.DONE):
                 raise CommandError("Block replication is running or done")
             promoted = self.stage is Stage.DONE and isinstance(self.side, SecondarySide)
@@ -220,16 +252,147 @@ class Node:
         side.start(secondary, sync)
         former.retire()
 
+    def demote(self) -> None:
+        """replication-demote: a secondary that was promoted becomes one again, with its disks as they are, and runs.
+        Its guest has been moved away."""
+        with self._commanding():
+            if self._options.mode is not Mode.SECONDARY:
+                raise CommandError("This was started as a primary: start it with mode=secondary and its top-id instead")
+            if self.stage is not Stage.DONE:
+                raise CommandError(f"Only the owner of its disks can be demoted, in stage done, not {self.stage.value}")
+            self._become_secondary()
+
+    def _become_secondary(self) -> None:
+        former, record = self.side, self._record
+        kind, kept = type(former), replace(record)
+        with self.gate.closed():
+            for name, face in list(self.faces.items()):
+                self.faces[name] = changing_face(name, face.size())
+        former.close()
+        record.take(kept.as_secondary())
+        side = SecondarySide(self._setting(lambda: side))
+        try:
+            side.open()
+            try:
+                side.start(None, "auto")
+            except BaseException:
+                side.close()
+                raise
+        except (ConfigError, CommandError, GateStuck, StateError) as error:
+            record.take(kept)
+            self._restore(kind)
+            raise CommandError(f"cannot become a secondary: {error}") from error
+        self._faults.clear()
+        side.launch()
+
+    def _restore(self, kind: type[Side]) -> None:
+        """As it was before; ConfigError when its own disks cannot be opened any more."""
+        side: Side = kind(self._setting(lambda: side))
+        side.open()
+        side.show_stage(self.stage)
+        with self.gate.closed():
+            self.side = side
+            self.faces.clear()
+            self.faces.update(side.faces())
+        side.launch()
+
     def checkpoint(self) -> tuple[int, float]:
         """replication-checkpoint: the epoch and the seconds that it took."""
+        return self._checkpoint(self.side.checkpoint)
+
+    def _checkpoint(self, take: Callable[[], None]) -> tuple[int, float]:
         with self._commanding():
+            if self.stage in (Stage.FAILOVER, Stage.DONE):
+                return self._state.epoch, 0.0
             begun = time.monotonic()
-            if self.stage not in (Stage.FAILOVER, Stage.DONE):
-                self.side.checkpoint()
-                duration_s = time.monotonic() - begun
-                self._hub.emit("REPLICATION_CHECKPOINT", epoch=self._state.epoch, duration=duration_s)
-                return self._state.epoch, duration_s
-            return self._state.epoch, 0.0
+            take()
+            duration_s = time.monotonic() - begun
+            self._hub.emit("REPLICATION_CHECKPOINT", epoch=self._state.epoch, duration=duration_s)
+            return self._state.epoch, duration_s
+
+    def _checkpoint_when_ready(self) -> None:
+        """An automatic one: only on a primary, and if nothing stands in its way."""
+        side = self.side
+        if self.stage is Stage.RUNNING and isinstance(side, PrimarySide) and side.ready:
+            self.checkpoint()
+
+    def _checkpoint_age(self) -> float | None:
+        """In seconds, while there is a pair for which it matters."""
+        return self._state.checkpoint["age"] if self.stage is Stage.RUNNING else None
+
+    def hold(self) -> int:
+        """replication-checkpoint with `hold`: the number of the epoch that was cut."""
+        with self._commanding():
+            return self._primary("hold").hold()
+
+    def commit(self, epoch: int) -> tuple[int, float]:
+        """replication-checkpoint-commit."""
+        side = self._primary("commit")
+        return self._checkpoint(lambda: side.commit(epoch))
+
+    def abort(self, epoch: int) -> None:
+        """replication-checkpoint-abort."""
+        with self._commanding():
+            self._primary("abort").abort(epoch)
+
+    def _primary(self, what: str) -> PrimarySide:
+        if not isinstance(self.side, PrimarySide):
+            raise CommandError(f"This is a secondary: to {what} an epoch is a matter of its primary")
+        return self.side
+
+    def discard(self) -> None:
+        """replication-discard: what was written here may be overwritten by a primary."""
+        with self._commanding():
+            self.side.discard()
+
+    # -- commands of a primary, over the peer channel ------------------------------------------------------
+
+    def _secondary(self) -> SecondarySide:
+        if not isinstance(self.side, SecondarySide):
+            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+        return self.side
+
+    def pair(
+        self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], epoch: int, timeout_s: float
+    ) -> dict[str, Any]:
+        """replication-pair: who is here, and the token with which the primary may write."""
+        with self._commanding():
+            token = self._secondary().pairing.pair(channel, node, lineage, disks, timeout_s)
+            self._state.count_from(epoch)
+            return {
+                "token": token,
+                "node": self._record.node,
+                "lineage": self._ancestry.lineage.to_json(),
+                "stage": self.stage.value,
+                "epoch": self._state.epoch,
+            }
+
+    def pair_map(self, token: str, disk: str, start: int) -> dict[str, Any]:
+        """replication-pair-map."""
+        with self._commanding():
+            return self._secondary().pairing.map_part(token, disk, start)
+
+    def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
+        """replication-pair-sync."""
+        with self._commanding():
+            self._secondary().pairing.sync(token, verdict, generation, marked, history)
+
+    def unpair(self, token: str) -> None:
+        """replication-unpair."""
+        with self._commanding():
+            self._secondary().pairing.end(token)
+
+    def checkpoint_of_primary(self, token: str, epoch: int) -> tuple[int, float]:
+        """replication-checkpoint, of a primary."""
+        if self.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE):
+            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+        return self._checkpoint(lambda: self._secondary().checkpoint_of_primary(token, epoch))
+
+    def channel_closed(self, channel: Channel) -> None:
+        """A control connection has ended."""
+        side = self.side
+        if isinstance(side, SecondarySide):
+            side.pairing.closed(channel)
 
     def get_error(self) -> str | None:
         """replication-get-error: QEMU's text, or None."""
@@ -266,6 +429,7 @@ class Node:
             "error": None if fault is None else fault.to_json(),
             "epoch": self._state.epoch,
             "checkpoint": self._state.checkpoint,
+            "node": self._record.node,
             **self.side.query(),
         }
 

@@ -7,16 +7,20 @@ import os
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from urllib.parse import unquote, urlsplit
 
 from replication.errors import ConfigError
 from replication.stage import Mode
+from replication.tls import Tls, is_tls
 
 DEFAULT_DISK = "disk0"
 CONTROL_EXPORT = ".control"
 """Reserved export name (DESIGN 6)."""
+
+DATA_EXPORT = ".data"
+"""`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (pairing.py)."""
 
 QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the
@@ -95,6 +99,13 @@ class Options:
     timeout_s: float = TIMEOUT_S
     durability: Durability = Durability.PROCESS
     overlay_watermark: float = OVERLAY_WATERMARK
+    checkpoint_interval_s: float | None = None
+    checkpoint_age_limit_s: float | None = None
+    resync_rate: int | None = None
+    """Bytes a second over all disks, None for as fast as it goes."""
+    tls: Tls = field(default_factory=Tls)
+    guests_local: bool = False
+    """Whether guests' exports are only for clients on this host."""
 
 
 @dataclass
@@ -192,6 +203,7 @@ class OptionParser:
                 check_uri(options.secondary, len(options.disks))
             except ConfigError as error:
                 raise ConfigError(f"secondary={error}") from error
+        _check_tls(options)
         if options.durability is Durability.POWER and state is None:
             raise ConfigError("Missing the option state: durability=power has to write the checkpoints somewhere")
         if options.control is None and not options.autostart:
@@ -261,7 +273,8 @@ def _check_top_ids(disks: list[DiskOptions]) -> None:
             raise ConfigError(
                 "Missing the option top-id" if len(disks) == 1 else f"Missing the option top-id of disk '{disk.name}'"
             )
-        if disk.top_id == CONTROL_EXPORT or len(disk.top_id.encode()) > _EXPORT_MAX or "\0" in disk.top_id:
+        reserved = disk.top_id == CONTROL_EXPORT or disk.top_id.startswith(f"{DATA_EXPORT}:")
+        if reserved or len(disk.top_id.encode()) > _EXPORT_MAX or "\0" in disk.top_id:
             raise ConfigError(f"top-id={disk.top_id[:80]} cannot be an export's name")
         # Its own disk's name is left to start, which says what QEMU says ("No top_bs or it is invalid").
         if disk.top_id in names - {disk.name} or any(disk.top_id == other.top_id for other in disks[:index]):
@@ -313,21 +326,26 @@ def _set_protocol(options: Options, value: str) -> None:
 
 
 def _set_queue_limit(options: Options, value: str) -> None:
+    options.queue_limit = _size("queue-limit", value, 1 << 20, "1M")
+
+
+def _set_resync_rate(options: Options, value: str) -> None:
+    options.resync_rate = _size("resync-rate", value, 64 << 10, "64K")
+
+
+def _size(key: str, value: str, least: int, least_text: str) -> int:
+    """A number of bytes from `least` to 1T."""
     match = _SIZE.match(value)
     if match is None:
-        raise ConfigError(f"queue-limit={value} is not a size such as 64M")
-    options.queue_limit = int(match[1]) << _SCALE[match[2]]
-    if not 1 << 20 <= options.queue_limit <= 1 << 40:
-        raise ConfigError(f"queue-limit={value} should be between 1M and 1T")
+        raise ConfigError(f"{key}={value} is not a size such as 64M")
+    size = int(match[1]) << _SCALE[match[2]]
+    if not least <= size <= 1 << 40:
+        raise ConfigError(f"{key}={value} should be between {least_text} and 1T")
+    return size
 
 
 def _set_timeout(options: Options, value: str) -> None:
-    try:
-        options.timeout_s = float(value)
-    except ValueError as error:
-        raise ConfigError(f"timeout={value} is not a number of seconds") from error
-    if not 0.1 <= options.timeout_s <= 30:
-        raise ConfigError(f"timeout={value} should be between 0.1 and 30 seconds")
+    options.timeout_s = _seconds("timeout", value, 0.1, 30)
 
 
 def _set_durability(options: Options, value: str) -> None:
@@ -346,6 +364,52 @@ def _set_overlay_watermark(options: Options, value: str) -> None:
         raise ConfigError(f"overlay-watermark={value} should be between 1 and 100 per cent")
 
 
+def _set_checkpoint_interval(options: Options, value: str) -> None:
+    options.checkpoint_interval_s = _seconds("checkpoint-interval", value, 0.05, 86400)
+
+
+def _set_checkpoint_age_limit(options: Options, value: str) -> None:
+    options.checkpoint_age_limit_s = _seconds("checkpoint-age-limit", value, 0.05, 1e7)
+
+
+def _seconds(key: str, value: str, least: float, most: float) -> float:
+    try:
+        seconds = float(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}={value} is not a number of seconds") from error
+    if not least <= seconds <= most:
+        raise ConfigError(f"{key}={value} should be between {least:g} and {most:g} seconds")
+    return seconds
+
+
+def _set_tls_certificates(options: Options, value: str) -> None:
+    options.tls = replace(options.tls, certificates=_path(value, "tls-certificates"))
+
+
+def _set_tls_psk(options: Options, value: str) -> None:
+    options.tls = replace(options.tls, psk=_path(value, "tls-psk"))
+
+
+def _set_tls_username(options: Options, value: str) -> None:
+    if not value or "\0" in value or ":" in value:
+        raise ConfigError(f"tls-username={value[:80]} cannot be a user's name")
+    options.tls = replace(options.tls, username=value)
+
+
+def _check_tls(options: Options) -> None:
+    options.tls.check()
+    if options.secondary is None or options.tls == Tls():
+        return  # a secondary may become a primary, and a primary may be told its secondary later
+    if not any(is_tls(uri) for uri in (options.secondary, *(disk.location or "" for disk in options.disks))):
+        raise ConfigError("the tls- keys are for nbds: URIs, and neither secondary= nor disk= is one")
+
+
+def _set_guest_access(options: Options, value: str) -> None:
+    if value not in ("any", "local"):
+        raise ConfigError(f"guest-access={value} should be any or local")
+    options.guests_local = value == "local"
+
+
 def _set_secondary(options: Options, value: str) -> None:
     options.secondary = value
 
@@ -358,12 +422,17 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "timeout": _set_timeout,
     "durability": _set_durability,
     "overlay-watermark": _set_overlay_watermark,
+    "checkpoint-interval": _set_checkpoint_interval,
+    "checkpoint-age-limit": _set_checkpoint_age_limit,
+    "resync-rate": _set_resync_rate,
+    "tls-certificates": _set_tls_certificates,
+    "tls-psk": _set_tls_psk,
+    "tls-username": _set_tls_username,
+    "guest-access": _set_guest_access,
 }
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))
 PRIMARY_KEYS = frozenset(("secondary",))
 SECONDARY_KEYS = frozenset(("durability", "overlay-watermark"))
-LINK_KEYS = frozenset(("protocol", "queue-limit", "timeout"))
-"""Of the primary; on a secondary they are for the time when it has become one."""
 KEYS = frozenset(("mode", "state", "control", *_CONVERTERS))
 ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

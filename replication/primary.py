@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The primary half: its disks, their links to the secondary, barriers, and what is sent again after a restart."""
+"""The primary half: its disks, the link to their secondary, barriers and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any
 
 from replication.backlog import Budget, Entry
 from replication.changes import ChangeMap
+from replication.dial import Refusal
+from replication.epochs import Epochs, Lacking
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case, Fault
-from replication.forward import Forwarder, LinkState
-from replication.image.connection import Connection
+from replication.forward import Forwarder
 from replication.image.disk import open_disk
 from replication.image.face import Disk
+from replication.link import Link
 from replication.log import log
-from replication.options import check_uri, export_of
+from replication.options import check_uri
 from replication.pause import pause
 from replication.primary_disk import PrimaryDisk
 from replication.resync import Resync
 from replication.secondary_disk import SecondaryDisk, closed_face
-from replication.side import FOR_GUESTS, GUEST_DISK, Face, Setting, Side, disk_list
+from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
 from replication.state import StateError
 
-_RETRY_S = 0.2
 _RESYNC_S = 30.0
 """Longest wait of a barrier for what is still missing."""
 
@@ -47,10 +48,11 @@ class PrimarySide(Side):
     def __init__(self, setting: Setting) -> None:
         self._set = setting
         self.disks: list[PrimaryDisk] = []
-        self._closing = threading.Event()
-        self._resuming: threading.Thread | None = None
+        self._ancestry = setting.ancestry
         self._budget = Budget(setting.options.queue_limit)
-        self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._repaired)
+        self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._pass_ended, setting.options.resync_rate)
+        self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
+        self._epochs = Epochs(setting, self.disks, self._link)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -65,7 +67,7 @@ class PrimarySide(Side):
         locals_: list[Disk | None] = []
         try:
             for disk in options.disks:
-                locals_.append(None if disk.location is None else open_disk(disk.name, disk.location))
+                locals_.append(None if disk.location is None else open_disk(disk.name, disk.location, options.tls))
             sizes = {
                 disk.name: record.disks.get(disk.name, 0) if local is None else local.size
                 for disk, local in zip(options.disks, locals_, strict=True)
@@ -101,18 +103,16 @@ class PrimarySide(Side):
             self._budget,
             self._set.options.timeout_s,
             partial(self._forward_failed, name),
-            lambda link: self._set.hub.emit("REPLICATION_LINK", state=link.value),
+            self._link.lost,
         )
-        disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._set.options.sync)
+        disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
         disk.size = size
         disk.top_id = top_id
         self.disks.append(disk)
 
     def launch(self) -> None:
         self._resync.start()
-        if self._set.record.stage is Stage.RUNNING:
-            self._resuming = threading.Thread(target=self._resume, name="resume", daemon=True)
-            self._resuming.start()
+        self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:
@@ -124,9 +124,7 @@ class PrimarySide(Side):
         if not disk.size:
             with self._sizing:
                 if not disk.size:
-                    connection = self._connect(disk, self._uri)
-                    self._learn_size(disk, connection.size)
-                    connection.close()
+                    self._learn_size(disk, self._link.dialler.size_of(disk, self._uri))
         return disk.size
 
     def _learn_size(self, disk: PrimaryDisk, size: int) -> None:
@@ -135,48 +133,6 @@ class PrimarySide(Side):
             disk.changes = ChangeMap(None, size)
             disk.size = size
             self._set.record.disks[disk.name] = size
-
-    def _connect(self, disk: PrimaryDisk, uri: str | None) -> Connection:
-        """A connection to the target face; DiskError names what is wrong."""
-        if uri is None:
-            raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
-        export = None if export_of(uri) else disk.name
-        connection = Connection(uri, export, self._set.options.timeout_s)
-        try:
-            self._check(disk, connection)
-        except DiskError:
-            connection.close()
-            raise
-        return connection
-
-    @staticmethod
-    def _check(disk: PrimaryDisk, connection: Connection) -> None:
-        """DiskError unless the export can be the target face of the disk."""
-        uri = connection.uri
-        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
-            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
-        if connection.description in FOR_GUESTS:
-            # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
-            raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
-        if disk.size and connection.size != disk.size:
-            raise DiskError(
-                f"disk '{disk.name}' has {disk.size} bytes here, but {connection.size} on the secondary {uri}"
-            )
-
-    @staticmethod
-    def _check_open(connection: Connection) -> None:
-        """DiskError when the secondary has failed over, or was promoted: it takes nothing from anybody."""
-        block = memoryview(bytearray(connection.block_size))
-        try:
-            connection.wait(connection.issue(lambda handle, done: handle.aio_pread(block, 0, done), 0))
-        except DiskError as error:
-            if error.errno == errno.ESHUTDOWN:
-                raise DiskError(
-                    f"{connection.uri} has failed over or was promoted: it is nobody's secondary"
-                ) from error
-            if connection.dead:
-                raise
-            # A server that cannot be read may still be written to: what else is wrong shows with the first write.
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -188,31 +144,24 @@ class PrimarySide(Side):
                 check_uri(secondary, len(self.disks))
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
-        uri = secondary or self._uri
-        connections: list[Connection] = []
         try:
-            for disk in self.disks:
-                connections.append(self._connect(disk, uri))
-                self._check_open(connections[-1])
-        except DiskError as error:
-            for connection in connections:
-                connection.close()
+            agreement = self._link.dialler.dial(secondary or self._uri, sync, None)
+        except (DiskError, Refusal) as error:
             raise CommandError(f"cannot start: {error}") from error
         record = self._set.record
         former = record.secondary
         try:
             pause("start.connected")
+            # Before the stage is saved: a process killed in between must not forget what is to be sent.
+            self._link.dialler.settle(agreement, sync)
+            pause("start.settled")
             with self._set.gate.closed():
                 record.secondary = secondary or former
-                for disk, connection in zip(self.disks, connections, strict=True):
+                for disk, connection in zip(self.disks, agreement.connections, strict=True):
                     self._learn_size(disk, connection.size)
-                if sync == "full":
-                    # Before the stage is saved: a process killed in between must not forget it.
-                    for disk in self.disks:
-                        disk.changes.mark_all()
                 self._set.enter(Stage.RUNNING)
                 # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
-                self._set.state.count_epoch(0.0)
+                self._set.state.count_epoch(0.0, agreement.epoch)
                 pause("start.entered")
                 self._set.faults.clear()
                 for disk in self.disks:
@@ -220,26 +169,50 @@ class PrimarySide(Side):
                     # other way round it would forget what it has recorded.
                     if sync == "none" or disk.local is None:
                         disk.changes.clear()
-                for disk, connection in zip(self.disks, connections, strict=True):
-                    disk.forwarder.adopt(connection)
+        except (DiskError, Refusal) as error:
+            record.secondary = former
+            agreement.close()
+            raise CommandError(f"cannot start: {error}") from error
         except BaseException:
             record.secondary = former
-            for connection in connections:
-                connection.close()
+            agreement.close()
             raise
         self._resync.start()
-        self._resync.now()
+        self._link.launch(resume=False)
+        self._link.establish(agreement, begin=True)
 
     def checkpoint(self) -> None:
-        """A barrier: every write answered before it is on the secondary's disk when it returns."""
+        """With a secondary that takes checkpoints, one of the pair (epochs.py); else a barrier: every write answered
+        before it is on the secondary's disk when it returns."""
         if self._set.record.stage is not Stage.RUNNING:
             raise CommandError("Block replication is not running")
-        if self._resuming is not None:
-            self._resuming.join(self._set.options.timeout_s)
+        self._link.wait_connected(self._set.options.timeout_s)
+        agreement = self._link.agreement
+        if agreement is not None and agreement.peer is None:
+            self._plain_checkpoint()
+            return
+        try:
+            self._epochs.checkpoint()
+        except Lacking:
+            # Something was refused a while ago, or a resync is under way.
+            self._resync.complete(_RESYNC_S)
+            self._checkpoint_again()
+        except CommandError as error:
+            if agreement is None and any(disk.changes.marked_bytes for disk in self.disks):
+                raise CommandError(self._why_incomplete()) from error
+            raise
+        self._set.faults.clear(lambda fault: fault.case in _REPAIRED_BY_RESYNC)
+
+    def _checkpoint_again(self) -> None:
+        try:
+            self._epochs.checkpoint()
+        except Lacking as error:
+            raise CommandError(self._why_incomplete()) from error
+
+    def _plain_checkpoint(self) -> None:
         begun = time.monotonic()
         complete = self._barrier()
         if not complete and any(disk.forwarder.up and disk.local is not None for disk in self.disks):
-            # Something was refused a while ago, or a resync is under way.
             self._resync.complete(_RESYNC_S)
             complete = self._barrier()
         if not complete:
@@ -247,13 +220,50 @@ class PrimarySide(Side):
         self._set.state.count_epoch(time.monotonic() - begun)
         self._set.faults.clear(lambda fault: fault.case in _REPAIRED_BY_RESYNC)
 
-    def _repaired(self) -> None:
+    @property
+    def ready(self) -> bool:
+        """Whether a checkpoint can be expected to succeed, without waiting for a resync."""
+        return self._link.ready and self._epochs.held is None
+
+    def hold(self) -> int:
+        """replication-checkpoint with `hold`: the number of the epoch that was cut."""
+        if self._set.record.stage is not Stage.RUNNING:
+            raise CommandError("Block replication is not running")
+        agreement = self._link.agreement
+        if agreement is not None and agreement.peer is None:
+            raise CommandError("Parameter 'hold' needs a secondary that takes checkpoints, not a plain NBD server")
+        try:
+            return self._epochs.hold()
+        except Lacking as error:
+            raise CommandError(self._why_incomplete()) from error
+
+    def commit(self, epoch: int) -> None:
+        """replication-checkpoint-commit."""
+        try:
+            self._epochs.commit(epoch)
+        except Lacking as error:
+            raise CommandError(self._why_incomplete()) from error
+
+    def abort(self, epoch: int) -> None:
+        """replication-checkpoint-abort."""
+        self._epochs.abort(epoch)
+
+    def discard(self) -> None:
+        raise CommandError(
+            "This is a primary: run discard on the node whose changes are to be thrown away, as a secondary"
+        )
+
+    def _pass_ended(self) -> None:
         """A pass of the resync has ended."""
+        self._link.synchronized()
 
         def nothing_missing(fault: Fault) -> bool:
-            return fault.case in _REPAIRED_BY_RESYNC and all(
-                disk.forwarder.up and not disk.changes.missing for disk in self.disks
-            )
+            # The loss of a link ends with the next checkpoint: until then the secondary's is as old as the loss.
+            agreement = self._link.agreement
+            plain = agreement is not None and agreement.peer is None
+            if fault.case not in _REPAIRED_BY_RESYNC or (fault.case == Case.LINK and not plain):
+                return False
+            return all(disk.forwarder.up and not disk.changes.missing for disk in self.disks)
 
         self._set.faults.clear(nothing_missing)
 
@@ -279,8 +289,8 @@ class PrimarySide(Side):
     def stop(self, failover: bool, force: bool) -> None:
         with self._set.gate.closed():
             self._set.enter(Stage.DONE)
-        for disk in self.disks:
-            disk.forwarder.stop(self._set.options.timeout_s)
+        self._epochs.drop()
+        self._link.stop(self._set.options.timeout_s)
 
     def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")
@@ -290,13 +300,11 @@ class PrimarySide(Side):
 
     # -- link ----------------------------------------------------------------------------------------------
 
-    def _forward_failed(self, name: str, entry: Entry | None, error: DiskError) -> None:
-        if entry is None:
-            self._set.faults.report(Case.LINK, name, "link", 0, 0, error)
-            return
+    def _forward_failed(self, name: str, entry: Entry, error: DiskError) -> None:
         if entry.length:
             # Noted before it is told, so that a resync which ends at this moment does not take it for repaired.
             next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
+            self._link.desynchronized()
         self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
         if error.errno != errno.ESHUTDOWN:  # or it has failed over, for good
             self._resync.request()
@@ -304,34 +312,13 @@ class PrimarySide(Side):
     def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
         self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
 
-    def _resume(self) -> None:
-        """After a restart in `running`: connect again, and send what had not arrived when the former process ended."""
-        deadline = time.monotonic() + self._set.options.timeout_s
-        for disk in self.disks:
-            disk.forwarder.note(LinkState.CONNECTING)
-            while not self._closing.is_set():
-                try:
-                    disk.forwarder.adopt(self._connect(disk, self._uri))
-                    break
-                except DiskError as error:
-                    if time.monotonic() > deadline:
-                        disk.forwarder.note(LinkState.LOST)
-                        self._forward_failed(disk.name, None, error)
-                        break
-                self._closing.wait(_RETRY_S)
-            if disk.local is None and disk.forwarder.up and disk.changes.missing:
-                why = "writes that were answered before the restart may be missing, and there is no local disk"
-                self._forward_failed(disk.name, None, DiskError(why))
-        self._resync.now()
-
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
-        states = {disk.forwarder.state for disk in self.disks}
-        worst = next(state for state in (LinkState.LOST, *LinkState) if state in states)
         return {
             "consistent": True,
-            "link": {"state": worst.value, "secondary": self._uri},
+            "held-epoch": self._epochs.held,
+            "link": {"state": self._link.state.value, "secondary": self._uri, "reason": self._link.reason},
             "disks": [
                 {
                     "name": disk.name,
@@ -351,7 +338,7 @@ class PrimarySide(Side):
     def faces(self) -> dict[str, Face]:
         shown = {}
         for disk in self.disks:
-            what = GUEST_DISK if disk.local is not None else "writes for the secondary"
+            what = GUEST_DISK if disk.local is not None else GUEST_WRITES
             face = Face(what, partial(self.size_of, disk), disk.read, disk.write, disk.zero, disk.flush, disk.extents)
             if self._set.record.promoted and disk.top_id is not None:
                 # The guest goes on over the export that it has. The other one stays closed: the old primary knows it.
@@ -366,13 +353,10 @@ class PrimarySide(Side):
         return "" if self._set.record.promoted and self.disks[0].top_id is not None else self.disks[0].name
 
     def close(self) -> None:
-        self._closing.set()
         deadline = time.monotonic() + _STOP_S
-        if self._resuming is not None:
-            self._resuming.join(_STOP_S)
+        self._epochs.drop()
         self._resync.stop(max(0.0, deadline - time.monotonic()))
-        for disk in self.disks:
-            disk.forwarder.stop(max(0.0, deadline - time.monotonic()))
+        self._link.close(max(0.0, deadline - time.monotonic()))
         if self._set.record.stage is not Stage.NONE:
             try:
                 for disk in self.disks:

@@ -10,8 +10,11 @@ write, read
     No lock: the read gets the old or the new content, as from any disk.
 write, resync
     The resync takes the same range lock while it reads a grain and queues it.
-barrier, resync
-    `_order`: a barrier finds a range still missing, or its data in the queue before the barrier's flush.
+barrier or cut, resync
+    `_order`: a barrier or a cut finds a range still missing, or its data in the queue in front of itself.
+write, cut
+    The queue (forward.cut): a write is in its queue before it is answered, so what the guest wrote in the knowledge of
+    an answer is never in an earlier epoch than what was answered.
 write, stop or start
     The gate (in node.py).
 
@@ -24,15 +27,17 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from replication.backlog import ZERO_MAX, Entry, Kind
+from replication.ancestry import Ancestry
+from replication.backlog import DATA_MAX, ZERO_MAX, Entry, Kind
 from replication.changes import ChangeMap
+from replication.content import ZERO_RUN_MAX, known_zeroes, what_is_read
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.forward import Forwarder
-from replication.image.connection import CHUNK
 from replication.image.face import Disk, Extent
 from replication.image.qcow2 import BLOCK
 from replication.pause import pause
@@ -57,6 +62,7 @@ class PrimaryDisk:
         changes: ChangeMap,
         forwarder: Forwarder,
         faults: FaultLatch,
+        ancestry: Ancestry,
         sync: bool,
     ) -> None:
         self.name = name
@@ -64,6 +70,7 @@ class PrimaryDisk:
         self.changes = changes
         self.forwarder = forwarder
         self._faults = faults
+        self._ancestry = ancestry
         self._sync = sync
         self.stage = Stage.NONE
         """Set by the node while the gate is closed."""
@@ -107,8 +114,8 @@ class PrimaryDisk:
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write locally and forward."""
         entries = [
-            Entry(Kind.WRITE, offset + at, min(CHUNK, len(data) - at), fua=fua and self._sync, waited_for=self._sync)
-            for at in range(0, len(data), CHUNK)
+            Entry(Kind.WRITE, offset + at, min(DATA_MAX, len(data) - at), fua=fua and self._sync, waited_for=self._sync)
+            for at in range(0, len(data), DATA_MAX)
         ]
         for entry in entries:
             entry.load(data[entry.offset - offset : entry.offset - offset + entry.length])
@@ -116,7 +123,7 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.write([data], offset, fua)
 
-        self._change("write", offset, len(data), entries, locally)
+        self._change("write", offset, len(data), fua, entries, locally)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
@@ -135,11 +142,12 @@ class PrimaryDisk:
         def locally(local: Disk) -> None:
             local.zero(offset, length, may_trim, fua)
 
-        self._change("zero", offset, length, entries, locally)
+        self._change("zero", offset, length, fua, entries, locally)
 
     def flush(self) -> None:
         """Make stable what the guest was answered for: on the local disk, and with protocol=sync on the
         secondary. With async the secondary's disk is flushed by barriers."""
+        self._ancestry.flush()
         if self.local is not None:
             self._tell("flush", 0, 0, self.local.flush)
         elif self.stage is not Stage.RUNNING:
@@ -148,7 +156,13 @@ class PrimaryDisk:
             self.finish_barrier(self.begin_barrier())
 
     def _change(
-        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
+        self,
+        operation: str,
+        offset: int,
+        length: int,
+        fua: bool,
+        entries: list[Entry],
+        locally: Callable[[Disk], None],
     ) -> None:
         local = self.local
         if self.stage is not Stage.RUNNING:
@@ -156,12 +170,13 @@ class PrimaryDisk:
                 raise self._not_running()
             # Not forwarded, but remembered for the resync of the next pair.
             self.changes.mark(offset, length)
+            self._part(fua)
             self._tell(operation, offset, length, lambda: locally(local))
             self.bytes_written += length
             return
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            self._change_held(operation, offset, length, entries, locally)
+            self._change_held(operation, offset, length, fua, entries, locally)
         finally:
             self.ranges.release(held)
         if self._sync:
@@ -170,7 +185,13 @@ class PrimaryDisk:
         self.bytes_written += length
 
     def _change_held(
-        self, operation: str, offset: int, length: int, entries: list[Entry], locally: Callable[[Disk], None]
+        self,
+        operation: str,
+        offset: int,
+        length: int,
+        fua: bool,
+        entries: list[Entry],
+        locally: Callable[[Disk], None],
     ) -> None:
         """One write in `running`, with its range held: mark, write, queue."""
         local = self.local
@@ -180,13 +201,14 @@ class PrimaryDisk:
         queued = self.forwarder.reserve(entries)
         if not queued:
             # Without a link the mark is all that remains of the write.
+            self._part(fua)
             _end(entries)
         pause("primary-write.marked")
         if queued and self._sync:
             # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process killed
             # when the secondary has it and the local disk does not must send it again.
             self.changes.begin(offset, length)
-            self._put(entries)
+            self.forwarder.put(*entries)
         try:
             if local is not None:
                 self._tell(operation, offset, length, lambda: locally(local))
@@ -203,19 +225,23 @@ class PrimaryDisk:
         if queued and self._sync:
             self.changes.end(offset, length, True)
         elif queued:
-            self._put(entries)
+            self.forwarder.put(*entries)
 
-    def _put(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            self.forwarder.put(entry)
+    def _part(self, fua: bool) -> None:
+        """The other node will not get a write that is about to be made here."""
+        self._ancestry.part()
+        if fua:
+            self._ancestry.flush()
 
     def _ended(self, entry: Entry) -> None:
+        if not entry.arrived:
+            self._ancestry.part()
         self.changes.end(entry.offset, entry.length, entry.arrived)
 
     def _not_running(self) -> DiskError:
         return DiskError(f"disk '{self.name}' only forwards, and replication is not running", errno.EIO)
 
-    # -- barrier and resync --------------------------------------------------------------------------------
+    # -- barrier, cut and resync --------------------------------------------------------------------------------
 
     def begin_barrier(self) -> Barrier:
         """Queue a flush behind everything answered so far."""
@@ -232,26 +258,55 @@ class PrimaryDisk:
         arrived = barrier.entry is not None and self.forwarder.await_end(barrier.entry)
         return arrived and not barrier.lacking and not self.changes.missing
 
-    def resend(self, offset: int, length: int, on_end: Callable[[Entry], None]) -> bool:
-        """Queue a range as it is now, because the secondary lacks something of it; False without a link."""
+    @contextmanager
+    def still(self) -> Iterator[bool]:
+        """In here nothing becomes complete or incomplete by a resend; whether something is missing."""
+        with self._order:
+            yield self.changes.missing
+
+    def resend(
+        self, offset: int, length: int, on_end: Callable[[Entry], None], zeroes: bool = False
+    ) -> Sequence[Entry]:
+        """Queue the beginning of a range as it is now, because the secondary lacks something of it.
+
+        Returns what was queued: up to DATA_MAX bytes, or with `zeroes` (just seen) up to ZERO_RUN_MAX bytes
+        of zeroes if they still are; nothing without a link, or when replication is stopped. The range is whole grains,
+        the disk's last may be short. `on_end(entry)` is called when an entry has ended, before the change map has it.
+        DiskError when the local disk cannot be read.
+        """
+        known = self._resend(offset, min(length, ZERO_RUN_MAX), on_end, known_zeroes) if zeroes else ()
+        return known or self._resend(offset, min(length, DATA_MAX), on_end, what_is_read)
+
+    def _resend(
+        self,
+        offset: int,
+        length: int,
+        on_end: Callable[[Entry], None],
+        entries_of: Callable[[Disk, int, int], list[Entry]],
+    ) -> Sequence[Entry]:
         assert self.local is not None
 
         def ended(entry: Entry) -> None:
-            self._ended(entry)
             on_end(entry)
+            self._ended(entry)
 
         held = self.ranges.acquire(offset, offset + length)
         try:
-            entry = Entry(Kind.WRITE, offset, length, on_end=ended)
-            data = bytearray(length)
-            self.local.read(memoryview(data), offset)
-            entry.load(memoryview(data))
-            if not self.forwarder.reserve([entry]):
-                return False
+            self.changes.watch(offset, length)
+            if self.stage is not Stage.RUNNING:
+                # Looked at behind `watch`: a guest that writes after a stop takes no range lock, but what it marks from
+                # now on stays missing.
+                return ()
+            entries = entries_of(self.local, offset, length)
+            for entry in entries:
+                entry.on_end = ended
+            if not entries or not self.forwarder.reserve(entries):
+                return ()
             with self._order:
-                self.changes.begin(offset, length, repair=True)
-                self.forwarder.put(entry)
-            return True
+                for entry in entries:
+                    self.changes.begin(entry.offset, entry.length, repair=True)
+                self.forwarder.put(*entries)
+            return entries
         finally:
             self.ranges.release(held)
 

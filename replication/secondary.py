@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from replication.backup import RUNNING, Backup
@@ -17,8 +19,10 @@ from replication.image.disk import open_disk
 from replication.image.face import Disk
 from replication.image.layer import LayerError
 from replication.images import Found, open_images
+from replication.lineage import new_id
 from replication.log import log
-from replication.options import DiskOptions, Durability
+from replication.options import DATA_EXPORT, DiskOptions, Durability
+from replication.pairing import Pairing
 from replication.pause import pause
 from replication.reclaim import Reclaimer
 from replication.secondary_disk import SecondaryDisk
@@ -47,6 +51,7 @@ class SecondarySide(Side):
         self._unflushed = False
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
         self._failover = Failover(setting, self.disks, self._reclaimer.wake)
+        self.pairing = Pairing(setting, setting.ancestry, self.disks)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -57,13 +62,14 @@ class SecondarySide(Side):
             if record.stage is Stage.DONE:
                 for disk in self.disks:
                     self._open_maps(disk)
-                    if record.cut_off:
-                        disk.changes.mark_all()  # it was not synced
             else:
                 # The maps after the images: a start that is refused because of an image has made none.
                 found = open_images(self.disks, self._set.options, record, self._open_maps)
                 self._refusals = found.refusals
                 self._note_restart(found)
+            if record.cut_off:
+                for disk in self.disks:
+                    disk.changes.mark_all()  # it was not synced
         except BaseException:
             self._let_go()
             raise
@@ -115,7 +121,7 @@ class SecondarySide(Side):
         try:
             for options in self._set.options.disks:
                 assert options.location is not None
-                located.append((options, open_disk(options.name, options.location)))
+                located.append((options, open_disk(options.name, options.location, self._set.options.tls)))
             sizes = {options.name: disk.size for options, disk in located}
             if record.disks and record.disks != sizes:
                 raise ConfigError(
@@ -125,7 +131,8 @@ class SecondarySide(Side):
             record.disks = sizes
             for options, disk in located:
                 assert options.top_id is not None
-                self.disks.append(SecondaryDisk(options.name, options.top_id, disk, self._set.faults))
+                secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
+                self.disks.append(secondary_disk)
         except BaseException:
             for _, disk in located[len(self.disks) :]:
                 disk.close()
@@ -182,6 +189,10 @@ class SecondarySide(Side):
             raise CommandError("Block replication is running or done")
         if sync == "full":
             raise CommandError("Parameter 'sync' is for the primary; this is a secondary")
+        self._check_start()
+        self._start(0)
+
+    def _check_start(self) -> None:
         for disk in self.disks:
             refusal = self._refusals.get(disk.name)
             if refusal is not None and "length" not in refusal and "make_empty" not in refusal:
@@ -192,6 +203,9 @@ class SecondarySide(Side):
                 raise CommandError(refusal)
             if disk.top_id == disk.name:
                 raise CommandError("No top_bs or it is invalid")
+
+    def _start(self, number: int, led: bool = False) -> None:
+        """The first checkpoint. `number`: the primary's for it, `led`: who has asked for it."""
         self._prepare_emptying()
         with self._set.gate.closed():
             self._set.record.backup = RUNNING
@@ -199,26 +213,43 @@ class SecondarySide(Side):
                 disk.lost.clear()
             # Empty before the stage is saved: what the overlays hold in stage none is of no use, but a process killed
             # in between must not come back as running with it.
-            failure = self._empty_all()
+            failure = self._empty_all(number)
             if failure is not None:
                 raise failure
             pause("start.emptied")
-            self._set.enter(Stage.RUNNING)
+            self._set.record.led = led
+            # What a resync has not completed is no state of any disk, so there is nothing to keep.
+            self._enter_with(Stage.RUNNING, self.pairing.incomplete)
         self._backup.begin()
         self._reclaimer.wake()
 
     def checkpoint(self) -> None:
-        record = self._set.record
-        if record.stage is not Stage.RUNNING:
+        if self._set.record.stage is not Stage.RUNNING:
             raise CommandError(BACKUP_CANCELLED)
+        self._checkpoint(0)
+
+    def checkpoint_of_primary(self, token: str, number: int) -> None:
+        """As its primary asks for it, in stage none as well; `number` is that of its epoch. CommandError."""
+        self.pairing.check_token(token)
+        stage = self._set.record.stage
+        if stage is Stage.NONE:
+            if self.pairing.incomplete is not None:
+                raise CommandError(self._why_incomplete())
+            self._check_start()
+            self._start(number, led=True)
+        elif stage is Stage.RUNNING:
+            self._checkpoint(number)
+        else:
+            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+
+    def _checkpoint(self, number: int) -> None:
         self._check_complete()
         self._prepare_emptying()
         with self._set.gate.closed():
             # Again: a target write may have failed since.
             self._check_complete()
-            failure = self._empty_all()
-            if record.inconsistent is not None:
-                self._become_consistent()
+            failure = self._empty_all(number)
+            self._settle_checkpoint()
         if failure is not None:
             # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
             # one with these disks. get-error and the next checkpoint tell the rest.
@@ -227,6 +258,8 @@ class SecondarySide(Side):
 
     def _check_complete(self) -> None:
         """CommandError when the disks are not what the primary has written."""
+        if self.pairing.incomplete is not None:
+            raise CommandError(self._why_incomplete())
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and any(disk.lost.missing for disk in self.disks):
             raise CommandError(
@@ -243,17 +276,30 @@ class SecondarySide(Side):
                     "the last checkpoint stays valid until a resync"
                 )
 
-    def _become_consistent(self) -> None:
-        """The first checkpoint after a resync from nothing. A process killed before this takes it once more."""
+    def _why_incomplete(self) -> str:
+        valid = "the last checkpoint stays valid" if self._set.record.inconsistent is None else "it is not consistent"
+        return f"The secondary lacks something of its primary's ({self.pairing.incomplete}): {valid}"
+
+    def _settle_checkpoint(self) -> None:
+        """What else a checkpoint means after a resync: it is of the primary's generation, and, if there was none, there
+        is a valid one again. A process killed before this takes it once more. The gate is closed."""
         record = self._set.record
         former, record.inconsistent = record.inconsistent, None
+        take_back = self.pairing.adopt()
+        if take_back is None and former is None:
+            return
         try:
             self._set.save()
         except BaseException:
             record.inconsistent = former
+            if take_back is not None:
+                take_back()
             raise
-        self.show_stage(record.stage)
-        self._backup.begin()
+        if take_back is not None:
+            self.pairing.adopted()
+        if former is not None:
+            self._set.show()
+            self._backup.begin()
 
     def stop(self, failover: bool, force: bool) -> None:
         if failover:
@@ -265,10 +311,11 @@ class SecondarySide(Side):
             self._check_complete()
             for disk in self.disks:
                 self._flush_disk(disk)
-                disk.changes.clear()
             # The stage first: in done nobody looks at the overlays any more, so a process killed in between has
             # dropped them all the same, and one that cannot save the stage has dropped nothing.
-            self._enter_whatever(Stage.DONE)
+            self._enter_with(Stage.DONE, None)
+            for disk in self.disks:
+                disk.changes.clear()  # not sooner: they may be of use if nothing comes of it
             pause("stop.entered")
             try:
                 failure = self._empty_all()
@@ -284,9 +331,13 @@ class SecondarySide(Side):
         if inconsistent is not None and not force:
             raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
         with self._set.gate.closed():
-            if inconsistent is not None and self._empty_all() is not None:
-                raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
-            self._enter_whatever(Stage.FAILOVER)
+            if inconsistent is not None:
+                if self._empty_all() is not None:
+                    raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
+                for disk in self.disks:
+                    disk.changes.mark_all()
+            take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
+            self._enter(Stage.FAILOVER, None, take_back)
         self._backup.conclude(None)
         pause("failover.entered")
         self._failover.begin()
@@ -296,18 +347,47 @@ class SecondarySide(Side):
         if inconsistent is not None and not force:
             raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}")
         with self._set.gate.closed():
-            self._enter_whatever(Stage.FAILOVER)
+            self._enter(Stage.FAILOVER, None)
         self._failover.begin()
 
-    def _enter_whatever(self, stage: Stage) -> None:
-        """Enter a stage from which on there is no talk of a checkpoint: the content counts, whatever it is."""
+    def _enter_with(self, stage: Stage, inconsistent: str | None) -> None:
+        """Enter a stage in which the disks count as the primary has offered them; `inconsistent`: or why not."""
+        take_back = self.pairing.adopt() if inconsistent is None else None
+        adopted = take_back is not None
+        if take_back is None and stage is Stage.DONE:
+            take_back = self._set.ancestry.note(lambda lineage: lineage.kept())
+        self._enter(stage, inconsistent, take_back)
+        if adopted:
+            self.pairing.adopted()
+
+    def _enter(self, stage: Stage, inconsistent: str | None, take_back: Callable[[], None] | None = None) -> None:
+        """Enter a stage, with why there is no valid checkpoint; if that fails, `take_back` what was noted for it."""
         record = self._set.record
-        former, record.inconsistent = record.inconsistent, None
+        former, record.inconsistent = record.inconsistent, inconsistent
         try:
             self._set.enter(stage)
         except BaseException:
             record.inconsistent = former
+            if take_back is not None:
+                take_back()
             raise
+
+    def discard(self) -> None:
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            raise CommandError(
+                f"This node is the owner of its disks (stage {self._set.record.stage.value}): make it a secondary first"
+            )
+        self.pairing.discard()
+
+    def admission(self, export: str) -> tuple[str, Callable[[], None] | None]:
+        names = {disk.name for disk in self.disks}
+        prefix, _, rest = export.partition(":")
+        token, colon, name = rest.partition(":")
+        if prefix == DATA_EXPORT and colon and name in names:
+            return name, partial(self.pairing.admit, token)
+        if export in names:
+            return export, partial(self.pairing.admit, None)
+        return export, None
 
     def query_failover(self) -> dict[str, Any]:
         return self._failover.preflight()
@@ -342,9 +422,9 @@ class SecondarySide(Side):
         self._set.faults.report(Case.EMPTYING, disk.name, operation, offset, length, error)
         return CommandError(f"cannot empty the overlays of disk '{disk.name}': {error}")
 
-    def _empty_all(self) -> CommandError | None:
+    def _empty_all(self, number: int = 0) -> CommandError | None:
         """Empty the overlays of every disk, as one step for whoever looks, now or after a kill. The gate is
-        closed, or nothing is served yet.
+        closed, or nothing is served yet. `number`: the primary's for this checkpoint.
 
         Fails only with durability=power. CommandError: nothing has changed. A CommandError that is returned: all are
         empty, and would be after a power cut, since the epoch says so; but nothing can be made stable any more, so no
@@ -356,7 +436,7 @@ class SecondarySide(Side):
                 self._flush_disk(disk)
         at = self.disks[0]
         try:
-            self._set.state.begin_epoch()
+            self._set.state.begin_epoch(number)
         except StateError as error:
             raise self._end_stability(at, DiskError(str(error))) from error
         for disk in self.disks:
@@ -397,7 +477,7 @@ class SecondarySide(Side):
     def query(self) -> dict[str, Any]:
         return {
             "consistent": self._set.record.inconsistent is None,
-            "link": None,
+            "link": self.pairing.link,
             "disks": [
                 {
                     "name": disk.name,

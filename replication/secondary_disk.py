@@ -12,7 +12,8 @@ import errno
 from collections.abc import Callable
 from typing import NoReturn
 
-from replication.changes import ChangeMap
+from replication.ancestry import Ancestry
+from replication.changes import GRAIN, ChangeMap
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.face import Disk, Extent
@@ -35,9 +36,9 @@ class SecondaryDisk:
     lost: ChangeMap
     """What the disk lacks of the primary's writes, because they failed."""
     changes: ChangeMap
-    """In stage done: what has changed since the pair was parted."""
+    """From failover, or a planned stop, on: what has changed since the pair was parted."""
 
-    def __init__(self, name: str, top_id: str, disk: Disk, faults: FaultLatch) -> None:
+    def __init__(self, name: str, top_id: str, disk: Disk, faults: FaultLatch, ancestry: Ancestry) -> None:
         """`open_maps` must follow before the first request."""
         self.name = name
         self.top_id = top_id
@@ -55,6 +56,7 @@ class SecondaryDisk:
         self.repaired: Callable[[], None] = _nobody
         """Called when a target write has made `lost` empty."""
         self._faults = faults
+        self._ancestry = ancestry
         self.totals = {"guest-read": 0, "guest-written": 0, "target-read": 0, "target-written": 0}
 
     def open_maps(self, open_map: Callable[[str], ChangeMap]) -> None:
@@ -91,11 +93,12 @@ class SecondaryDisk:
         stack = self._for_guest()
         try:
             if stack is None:
-                self.changes.mark(offset, len(data))
+                self._note(offset, len(data), fua)
                 self.disk.write([data], offset, fua)
             elif self.stage is Stage.RUNNING:
                 stack.write_top(data, offset)
             else:
+                self._note(offset, len(data), fua)
                 stack.write_over(data, offset, fua, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
@@ -109,11 +112,12 @@ class SecondaryDisk:
         stack = self._for_guest()
         try:
             if stack is None:
-                self.changes.mark(offset, length)
+                self._note(offset, length, fua)
                 self.disk.zero(offset, length, may_trim, fua)
             elif self.stage is Stage.RUNNING:
                 stack.zero_top(offset, length)
             else:
+                self._note(offset, length, fua)
                 stack.zero_over(offset, length, may_trim, fua, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
@@ -122,9 +126,17 @@ class SecondaryDisk:
             raise
         self.totals["guest-written"] += length
 
+    def _note(self, offset: int, length: int, fua: bool) -> None:
+        """The disk is about to become another than what the old primary has."""
+        self.changes.mark(offset, length)
+        self._ancestry.part()
+        if fua:
+            self._ancestry.flush()
+
     def guest_flush(self) -> None:
         """Make stable what the guest was answered for."""
         stack = self._for_guest()
+        self._ancestry.flush()
         try:
             if stack is None:
                 self.disk.flush()
@@ -243,6 +255,13 @@ class SecondaryDisk:
 
     # -- the rest ------------------------------------------------------------------------------------------
 
+    def mark_rollback(self) -> None:
+        """Failover: what the overlays hold is about to come down, so the disk becomes another than the old primary's
+        there. `changes` has what was written here before the pair, if it was not overwritten since."""
+        assert self.stack is not None
+        for offset, length in self.stack.held_grains(GRAIN):
+            self.changes.mark(offset, length)
+
     def let_go(self) -> None:
         """Close the overlays: the stage is done, and the disk and its changes are in other hands."""
         if self.stack is not None:
@@ -267,10 +286,19 @@ def kept_out(name: str) -> DiskError:
 def closed_face(name: str, size: int) -> Face:
     """The target face of a disk that has been promoted: nothing, for good."""
 
-    def refuse(*_arguments: object) -> NoReturn:
-        raise kept_out(name)
+    return _refusing("target face: closed", size, lambda: kept_out(name))
 
-    return Face("target face: closed", lambda: size, refuse, refuse, refuse, refuse, refuse)
+
+def changing_face(name: str, size: int) -> Face:
+    """Any face of a disk while its process takes another role."""
+    return _refusing("not there now", size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+
+
+def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Face:
+    def refuse(*_arguments: object) -> NoReturn:
+        raise error()
+
+    return Face(description, lambda: size, refuse, refuse, refuse, refuse, refuse)
 
 
 def _nobody(*_arguments: object) -> None:

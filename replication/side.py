@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from replication.ancestry import Ancestry
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.gate import Gate
@@ -19,6 +20,7 @@ from replication.state import Record, StateFolder
 
 GUEST_FACE = "guest face: the last checkpoint plus the guest's own writes"
 GUEST_DISK = "the guest's disk"
+GUEST_WRITES = "writes for the secondary"
 FOR_GUESTS = (GUEST_FACE, GUEST_DISK)
 """What exports that belong to a guest say of themselves: no primary may take one of them for its secondary."""
 
@@ -54,10 +56,13 @@ class Setting:
     jobs: JobList
     faults: FaultLatch
     gate: Gate
+    ancestry: Ancestry
     enter: Callable[[Stage], None]
     """`enter(stage)`: make the stage last, show it to all disks, tell the clients. The gate is closed."""
     save: Callable[[], None]
-    """Make the record last."""
+    """Make the record last; StateError."""
+    show: Callable[[], None]
+    """Show the stage to the disks anew, because something else in the record has changed. The gate is closed."""
 
 
 class Side(ABC):
@@ -67,6 +72,9 @@ class Side(ABC):
     """
 
     mode: Mode
+
+    @abstractmethod
+    def __init__(self, setting: Setting) -> None: ...
 
     @abstractmethod
     def faces(self) -> dict[str, Face]:
@@ -104,6 +112,14 @@ class Side(ABC):
     @abstractmethod
     def retry(self, force: bool) -> None:
         """From failover-failed back to failover. `force`: although there is no valid checkpoint."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Give up what was written here, if a primary wants to overwrite it."""
+
+    def admission(self, export: str) -> tuple[str, Callable[[], None] | None]:
+        """Which face a client means that opens `export`, and what has to be asked before each of its writes."""
+        return export, None
 
     @abstractmethod
     def query_failover(self) -> dict[str, Any]:

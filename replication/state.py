@@ -3,7 +3,8 @@
 
     lock            held by the process that uses the folder
     state.json      the Record below, replaced as a whole
-    epoch           one mapped page: the checkpoint in progress or last completed
+    epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, and the
+                    generation that this node's own writes have begun (ancestry.py)
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     *.qcow2 *.data  default overlays
@@ -29,18 +30,21 @@ import os
 import struct
 import threading
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from replication.boot import boot_id
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.image import files
+from replication.lineage import Lineage, new_id
 from replication.stage import Mode, Stage
 
 _FORMAT = 1
 _PAGE = 4096
 _FILE_MAX = 1 << 20
+_MOVED = 3
+"""Which word of the epoch page names the generation that has been begun."""
 _EPOCH_MAX = 1 << 62
 """So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
 
@@ -75,6 +79,46 @@ class Record:
     """Why a secondary has no valid checkpoint, None when it has."""
     commit_rate: float | None = None
     """Bytes a second of the last commit."""
+    node: str = field(default_factory=new_id)
+    """Names this node to the others."""
+    lineage: dict[str, Any] | None = None
+    """Who wrote what since when (lineage.py)."""
+    next_generation: str = ""
+    """The id of the generation that the node's own next write begins (ancestry.py)."""
+    partner: str | None = None
+    """The node id of a running primary's secondary."""
+    paired: bool = False
+    """A primary writes to this secondary, or its link was lost in the midst of an epoch."""
+    led: bool = False
+    """A secondary that was started by its primary's checkpoint: the start of its own operator is still to come."""
+    resync: bool = False
+    """The secondary's disk lacks something of its primary's, which a resync is sending."""
+
+    def as_secondary(self) -> Record:
+        """An owner of disks that comes back as a secondary: what it knows of its content stays."""
+        return replace(
+            self,
+            mode=Mode.SECONDARY,
+            stage=Stage.NONE,
+            backup="running",
+            fault=None,
+            secondary=None,
+            partner=None,
+            promoted=False,
+            inconsistent=None,
+            paired=False,
+            led=False,
+            resync=False,
+        )
+
+    def take(self, other: Record) -> None:
+        """Become equal to another one, in place."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(other, item.name))
+
+    def as_primary(self) -> Record:
+        """A promoted secondary whose command line says now what it is."""
+        return replace(self, mode=Mode.PRIMARY, promoted=False)
 
     @property
     def cut_off(self) -> bool:
@@ -98,14 +142,16 @@ class Record:
             Fault.from_json(record.fault)
         if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
             raise TypeError("disks is not a table of sizes")
+        if record.lineage is not None:
+            Lineage.from_json(record.lineage)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
         return record
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("backup", "durability"), str),
-    **dict.fromkeys(("secondary", "boot", "inconsistent"), str | None),
-    **dict.fromkeys(("promoted", "clean"), bool),
+    **dict.fromkeys(("backup", "durability", "node", "next_generation"), str),
+    **dict.fromkeys(("secondary", "boot", "inconsistent", "partner"), str | None),
+    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync"), bool),
     "commit_rate": float | None,
 }
 
@@ -204,21 +250,47 @@ class StateFolder:
         """Whether that checkpoint is still to be finished."""
         return bool(self._words[0] & 1)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, number: int = 0) -> None:
         """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
-        the same one again. StateError, with nothing changed, only when `durable`."""
+        the same one again. It gets the primary's `number`, if that is a later one than its own would be. StateError,
+        with nothing changed, only when `durable`."""
         if not self.emptying:
-            self._store(0, (self.epoch + 1) << 1 | 1)
+            self._store(0, max(self.epoch + 1, number) << 1 | 1)
 
     def end_epoch(self, duration_s: float) -> None:
         """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""
         self._store(1, *_clock(duration_s))
         self._store(0, self.epoch << 1)
 
-    def count_epoch(self, duration_s: float) -> None:
-        """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it."""
+    def count_epoch(self, duration_s: float, number: int = 0) -> None:
+        """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
+        the secondary counts it, if that is a later one."""
         self._words[1], self._words[2] = _clock(duration_s)
-        self._words[0] = (self.epoch + 1) << 1
+        self._words[0] = max(self.epoch + 1, number) << 1
+
+    def count_from(self, number: int) -> None:
+        """The next epoch comes after `number`, too: the other node has got so far."""
+        if number > self.epoch and not self.emptying:
+            self._store(0, number << 1)
+
+    # -- generation ----------------------------------------------------------------------------------------
+
+    @property
+    def moved_to(self) -> str:
+        """The generation that this node's own writes have begun, as `move_to` has noted it last."""
+        return f"{self._words[_MOVED]:016x}"
+
+    def move_to(self, generation: str) -> None:
+        """Note it: one store, which a kill does not undo."""
+        self._words[_MOVED] = int(generation, 16)
+
+    def flush_moved(self) -> None:
+        """Make `move_to` stable; StateError."""
+        if self._epoch_fd >= 0:
+            try:
+                files.fdatasync(self._epoch_fd)
+            except OSError as error:
+                raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
 
     def _store(self, index: int, *values: int) -> None:
         if self._epoch_fd < 0 or not self._durable:
@@ -235,9 +307,10 @@ class StateFolder:
 
     @property
     def checkpoint(self) -> dict[str, float | None]:
-        """Time (seconds since 1970) and duration (seconds) of the last complete checkpoint."""
+        """Time (seconds since 1970), duration and age (seconds) of the last complete checkpoint."""
         moment, duration_s = struct.unpack("dd", struct.pack("QQ", self._words[1], self._words[2]))
-        return {"time": moment or None, "duration": duration_s if moment else None}
+        age_s = max(0.0, time.time() - moment) if moment else None
+        return {"time": moment or None, "duration": duration_s if moment else None, "age": age_s}
 
     def close(self) -> None:
         """Let the folder go."""

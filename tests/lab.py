@@ -1036,6 +1036,18 @@ class Lab:
             raise AssertionError("; ".join(misbehaviour))
 
 
+def drained(primary: Server) -> dict[str, Any]:
+    """Wait until the secondary of `primary` has everything, without a checkpoint; the status then."""
+
+    def all_there() -> dict[str, Any] | None:
+        status = primary.status()
+        waiting = sum(disk["forward-queue-bytes"] + disk["out-of-sync-bytes"] for disk in status["disks"])
+        return None if waiting else status
+
+    there: dict[str, Any] = wait_until(all_there, f"the secondary of {primary.name} has everything")
+    return there
+
+
 def refused(server: Server, command: str, arguments: Mapping[str, Any] | None = None) -> str:
     """The description with which `command` is refused."""
     try:

@@ -37,6 +37,21 @@ class Replicated(Protocol):
     def retry(self, force: bool = False) -> None:
         """Go on with a commit that has failed; `force`: although there is no valid checkpoint."""
 
+    def hold(self) -> int:
+        """Cut an epoch and hold it; its number."""
+
+    def commit(self, epoch: int) -> tuple[int, float]:
+        """Have the secondary take the epoch that is held; its number there, and the seconds that it took."""
+
+    def abort(self, epoch: int) -> None:
+        """Give the epoch up that is held."""
+
+    def demote(self) -> None:
+        """Make an owner of disks a secondary again."""
+
+    def discard(self) -> None:
+        """Allow that what was written here is overwritten by a primary."""
+
     def lost_heartbeat(self) -> None:
         """The peer is dead: a secondary fails over, a primary stops."""
 
@@ -117,9 +132,27 @@ class Commands:
         self._node.start(mode, arguments.get("secondary"), arguments.get("sync", "auto"))
         return {}
 
-    def _checkpoint(self, _arguments: Mapping[str, Any]) -> Any:
+    def _checkpoint(self, arguments: Mapping[str, Any]) -> Any:
+        if arguments.get("hold", False):
+            return {"epoch": self._node.hold()}
         epoch, duration_s = self._node.checkpoint()
         return {"epoch": epoch, "duration": duration_s}
+
+    def _commit(self, arguments: Mapping[str, Any]) -> Any:
+        epoch, duration_s = self._node.commit(arguments["epoch"])
+        return {"epoch": epoch, "duration": duration_s}
+
+    def _abort(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.abort(arguments["epoch"])
+        return {}
+
+    def _demote(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.demote()
+        return {}
+
+    def _discard(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.discard()
+        return {}
 
     def _get_error(self, _arguments: Mapping[str, Any]) -> Any:
         desc = self._node.get_error()
@@ -188,9 +221,13 @@ class Commands:
                 "sync": Argument("string", values=("auto", "none", "full")),
             },
         ),
-        "replication-checkpoint": Command(_checkpoint),
+        "replication-checkpoint": Command(_checkpoint, {"hold": Argument("boolean")}),
+        "replication-checkpoint-commit": Command(_commit, {"epoch": Argument("integer", required=True)}),
+        "replication-checkpoint-abort": Command(_abort, {"epoch": Argument("integer", required=True)}),
         "replication-get-error": Command(_get_error),
         "replication-stop": Command(_stop, {"failover": Argument("boolean"), "force": Argument("boolean")}),
+        "replication-discard": Command(_discard),
+        "replication-demote": Command(_demote),
         "replication-retry": Command(_retry, {"force": Argument("boolean")}),
         "query-replication": Command(_query),
         "query-failover": Command(_query_failover),

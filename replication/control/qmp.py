@@ -212,18 +212,28 @@ def version() -> dict[str, Any]:
     return {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": f"nbdkit-replication {VERSION}"}
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "boolean": bool,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "array": list,
+    "object": dict,
+}
+
+
 @dataclass(frozen=True)
 class Argument:
     """What a command accepts under one name."""
 
-    type: Literal["boolean", "string", "integer", "array"]
+    type: Literal["boolean", "string", "integer", "number", "array", "object"]
     required: bool = False
     values: tuple[str, ...] = ()
     """The only strings accepted; empty: any."""
 
     def check(self, name: str, value: Any) -> None:
         """CommandError, in QEMU's words, if `value` is not acceptable."""
-        expected = {"boolean": bool, "string": str, "integer": int, "array": list}[self.type]
+        expected = _TYPES[self.type]
         # In Python a bool is an int; in QMP it is not.
         if not isinstance(value, expected) or (isinstance(value, bool) and self.type != "boolean"):
             raise CommandError(f"Invalid parameter type for '{name}', expected: {self.type}")

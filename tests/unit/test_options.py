@@ -108,6 +108,13 @@ def test_a_queue_limit_has_a_unit_or_is_in_bytes(text: str, size: int) -> None:
     assert parse(*PRIMARY, "disk=/d", f"queue-limit={text}").queue_limit == size
 
 
+@pytest.mark.parametrize(("text", "rate"), [("64K", 64 << 10), ("65536", 64 << 10), ("10M", 10 << 20), ("1T", 1 << 40)])
+def test_a_resync_rate_is_in_bytes_a_second(text: str, rate: int) -> None:
+    assert parse(*PRIMARY, "disk=/d", f"resync-rate={text}").resync_rate == rate
+    assert parse(*SECONDARY, "disk=/d", "top-id=t", f"resync-rate={text}").resync_rate == rate
+    assert parse(*PRIMARY, "disk=/d").resync_rate is None
+
+
 @pytest.mark.parametrize("word", ["true", "TRUE", "1", "yes", "on", "y", "t"])
 def test_autostart_takes_the_words_that_nbdkit_takes_for_true(word: str) -> None:
     assert parse(*PRIMARY, "disk=/d", f"autostart={word}").autostart
@@ -234,6 +241,11 @@ def test_a_bad_value_of_a_key_of_overlays_is_refused_and_named(pair: str) -> Non
         ("queue-limit= 64M", "queue-limit= 64M"),
         ("queue-limit=9999999999999999999999", "queue-limit="),
         ("queue-limit=٦٤M", "queue-limit="),
+        ("resync-rate=", "resync-rate= is not a size"),
+        ("resync-rate=0", "resync-rate=0 should be between 64K and 1T"),
+        ("resync-rate=63K", "resync-rate=63K should be between 64K and 1T"),
+        ("resync-rate=2T", "resync-rate=2T should be between 64K and 1T"),
+        ("resync-rate=10MB/s", "resync-rate=10MB/s is not a size"),
         ("timeout=", "timeout="),
         ("timeout=soon", "timeout=soon"),
         ("timeout=0", "timeout=0"),

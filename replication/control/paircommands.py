@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The commands that a primary gives over the control export of its secondary.
+
+What everybody may ask (the queries, as on the control socket), and what only a primary does: pairing (dial.py has the
+steps), and the checkpoint of its epoch. Nothing else is taken there: who can reach the port of the pair is not yet an
+operator of this node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from replication.control import qmp
+from replication.control.commands import Commands
+from replication.control.qmp import Answer, Argument
+from replication.errors import CommandError
+from replication.lineage import Lineage
+from replication.pairing import Channel
+
+SHARED = (
+    "query-xen-replication-status",
+    "replication-get-error",
+    "query-replication",
+    "query-failover",
+    "query-jobs",
+    "query-version",
+)
+"""Commands of the control socket that are taken here as well."""
+
+_DISKS_MAX = 256
+
+
+class Paired(Protocol):
+    """What these commands need of a node. Every method may be called by several threads at once, does its own locking,
+    and raises CommandError when it refuses."""
+
+    def pair(
+        self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], epoch: int, timeout_s: float
+    ) -> dict[str, Any]:
+        """Begin a session of a primary."""
+
+    def pair_map(self, token: str, disk: str, start: int) -> dict[str, Any]:
+        """Part of what a disk has changed or lacks."""
+
+    def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
+        """What is going to be sent, or has been."""
+
+    def unpair(self, token: str) -> None:
+        """The primary leaves in good order."""
+
+    def checkpoint_of_primary(self, token: str, epoch: int) -> tuple[int, float]:
+        """The checkpoint of an epoch."""
+
+
+class PairCommands:
+    """The commands of one control connection."""
+
+    def __init__(self, node: Paired, commands: Commands, channel: Channel) -> None:
+        """`commands` executes what the control socket takes as well."""
+        self._node = node
+        self._commands = commands
+        self._channel = channel
+
+    def execute(self, name: str, arguments: dict[str, Any]) -> Answer:
+        """Run the command `name`; raises CommandError if there is none, or if it or the node refuses."""
+        if name == "query-commands":
+            qmp.check_arguments({}, arguments)
+            return Answer([{"name": known} for known in (qmp.NEGOTIATION, name, *SHARED, *self.TABLE)])
+        if name in SHARED:
+            return self._commands.execute(name, arguments)
+        row = self.TABLE.get(name)
+        if row is None:
+            raise CommandError(f"The command {name} has not been found on the control export", "CommandNotFound")
+        handler, declared = row
+        qmp.check_arguments(declared, arguments)
+        return Answer(handler(self, arguments))
+
+    def _pair(self, arguments: Mapping[str, Any]) -> Any:
+        disks, timeout_s = arguments["disks"], arguments["timeout"]
+        if len(disks) > _DISKS_MAX or not all(type(size) is int and 0 <= size < 1 << 62 for size in disks.values()):
+            raise CommandError("Invalid parameter type for 'disks', expected: names and sizes")
+        if not 0.0 < timeout_s <= 3600.0:
+            raise CommandError("Parameter 'timeout' expects seconds")
+        _check_epoch(arguments["epoch"])
+        try:
+            lineage = Lineage.from_json(arguments["lineage"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CommandError(f"Invalid parameter 'lineage': {error}") from error
+        return self._node.pair(
+            self._channel, arguments["node"][:64], lineage, disks, arguments["epoch"], float(timeout_s)
+        )
+
+    def _pair_map(self, arguments: Mapping[str, Any]) -> Any:
+        if not 0 <= arguments["start"] < 1 << 62:
+            raise CommandError("Parameter 'start' expects an offset")
+        return self._node.pair_map(arguments["token"], arguments["disk"], arguments["start"])
+
+    def _pair_sync(self, arguments: Mapping[str, Any]) -> Any:
+        generation, history = arguments["generation"], arguments.get("history", [])
+        try:
+            # A primary's lineage must be one: what is adopted stands in the state folder of this node afterwards.
+            Lineage.from_json({**Lineage(generation).to_json(), "history": history})
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"Invalid parameter 'generation' or 'history': {error}") from error
+        self._node.pair_sync(arguments["token"], arguments["verdict"], generation, arguments["marked"], tuple(history))
+        return {}
+
+    def _unpair(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.unpair(arguments["token"])
+        return {}
+
+    def _checkpoint(self, arguments: Mapping[str, Any]) -> Any:
+        _check_epoch(arguments["epoch"])
+        epoch, duration_s = self._node.checkpoint_of_primary(arguments["token"], arguments["epoch"])
+        return {"epoch": epoch, "duration": duration_s}
+
+    TABLE: Mapping[str, tuple[Callable[[PairCommands, Mapping[str, Any]], Any], Mapping[str, Argument]]] = {
+        "replication-pair": (
+            _pair,
+            {
+                "node": Argument("string", required=True),
+                "lineage": Argument("object", required=True),
+                "disks": Argument("object", required=True),
+                "epoch": Argument("integer", required=True),
+                "timeout": Argument("number", required=True),
+            },
+        ),
+        "replication-pair-map": (
+            _pair_map,
+            {
+                "token": Argument("string", required=True),
+                "disk": Argument("string", required=True),
+                "start": Argument("integer", required=True),
+            },
+        ),
+        "replication-pair-sync": (
+            _pair_sync,
+            {
+                "token": Argument("string", required=True),
+                "verdict": Argument("string", required=True, values=("equal", "quick", "full", "complete")),
+                "generation": Argument("string", required=True),
+                "history": Argument("array"),
+                "marked": Argument("boolean", required=True),
+            },
+        ),
+        "replication-unpair": (_unpair, {"token": Argument("string", required=True)}),
+        "replication-checkpoint": (
+            _checkpoint,
+            {"token": Argument("string", required=True), "epoch": Argument("integer", required=True)},
+        ),
+    }
+
+
+def _check_epoch(epoch: int) -> None:
+    if not 0 <= epoch < 1 << 61:
+        raise CommandError("Parameter 'epoch' expects the number of an epoch")

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a primary comes to an agreement with its secondary, before a byte of data goes there.
+
+    1. the control export: a secondary of this software has it, any other NBD server does not (and is taken as an
+       endpoint that just stores what it is sent: nothing is known of it, and nobody there takes checkpoints)
+    2. `replication-pair`: both say who they are and what they descend from, and both decide by the same rule
+       (lineage.decide) whether anything has to be sent; the secondary gives a token that lets this primary write, and
+       from then on nothing of an older connection is accepted there
+    3. `replication-pair-map`: what the secondary's disk has changed or lacks goes into the change map here
+    4. a connection for every disk
+    5. `settle`: the lineage, first here, then there (`replication-pair-sync`)
+
+Up to and including 4 nothing has changed but the change map, which may say too much. An interruption between the steps
+of 5 leads to a resync that sends too much, never to one that sends too little: lineage.py.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from replication.ancestry import Ancestry
+from replication.errors import DiskError, ReplicationError
+from replication.image.connection import Connection
+from replication.lineage import Lineage, Verdict, decide, new_id
+from replication.options import DATA_EXPORT, export_of
+from replication.peer import Peer, PeerError
+from replication.primary_disk import PrimaryDisk
+from replication.side import FOR_GUESTS, Setting
+
+
+class Refusal(ReplicationError):
+    """The other side, or what the two sides descend from, does not allow it: a person has to do something."""
+
+
+@dataclass
+class Agreement:
+    """A secondary that has been reached, and what has been agreed."""
+
+    uri: str
+    peer: Peer | None
+    """None: a plain NBD server."""
+    connections: list[Connection]
+    verdict: Verdict
+    token: str = ""
+    node: str | None = None
+    epoch: int = 0
+    completed: bool = False
+    """The secondary knows that it has had everything at some time since."""
+    broken: DiskError | None = None
+    """Set when the peer channel is lost."""
+
+    def close(self) -> None:
+        """It comes to nothing."""
+        for connection in self.connections:
+            connection.close()
+        if self.peer is not None:
+            self.peer.close()
+
+
+class Dialler:
+    """Reaches secondaries for the disks of one primary."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        ancestry: Ancestry,
+        disks: Sequence[PrimaryDisk],
+        broken: Callable[[Agreement, DiskError], None],
+    ) -> None:
+        """`broken(agreement, error)` is called when a peer channel is lost, by its own thread."""
+        self._set = setting
+        self._ancestry = ancestry
+        self._disks = disks
+        self._broken = broken
+
+    # -- steps 1 to 4 --------------------------------------------------------------------------------------
+
+    def dial(self, uri: str | None, sync: str, former: str | None) -> Agreement:
+        """Reach the secondary at `uri`. `former`: it must be the node of that id, because a pair is to go on. DiskError
+        when it cannot be reached, Refusal when it must not be used."""
+        if uri is None:
+            raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
+        timeout_s = self._set.options.timeout_s
+        agreement = Agreement(uri, None, [], Verdict.EQUAL)
+
+        def broken(error: DiskError) -> None:
+            agreement.broken = error
+            self._broken(agreement, error)
+
+        peer = Peer.open(uri, timeout_s, self._connection, _nothing, broken)
+        if peer is None:
+            if former is not None:
+                raise Refusal(f"what answers at {uri} is not the secondary that it was")
+            return self._dial_plain(agreement)
+        agreement.peer = peer
+        try:
+            self._pair(agreement, peer, sync, former)
+            for disk in self._disks:
+                name = export_of(uri) or disk.name
+                connection = self._connection(uri, f"{DATA_EXPORT}:{agreement.token}:{name}", timeout_s)
+                agreement.connections.append(connection)
+                self._check(disk, connection)
+        except PeerError as error:
+            agreement.close()
+            raise Refusal(f"the secondary {uri} refuses: {error}") from error
+        except BaseException:
+            agreement.close()
+            raise
+        return agreement
+
+    def size_of(self, disk: PrimaryDisk, uri: str | None) -> int:
+        """The size of the target face, for an export that only forwards; DiskError."""
+        if uri is None:
+            raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
+        connection = self._plain(disk, uri)
+        connection.close()
+        return connection.size
+
+    def _connection(self, uri: str, export: str | None, timeout_s: float) -> Connection:
+        return Connection(uri, export, timeout_s, self._set.options.tls)
+
+    def _pair(self, agreement: Agreement, peer: Peer, sync: str, former: str | None) -> None:
+        uri = agreement.uri
+        names = {disk.name: export_of(uri) or disk.name for disk in self._disks}
+        mine = self._ancestry.lineage
+        answer = self._ask(
+            peer,
+            "replication-pair",
+            {
+                "node": self._set.record.node,
+                "lineage": mine.to_json(),
+                "disks": {names[disk.name]: disk.size for disk in self._disks},
+                "epoch": self._set.state.epoch,
+                "timeout": self._set.options.timeout_s,
+            },
+        )
+        try:
+            agreement.token, agreement.node = str(answer["token"]), str(answer["node"])
+            agreement.epoch = int(answer["epoch"])
+            decision = decide(mine, Lineage.from_json(answer["lineage"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refusal(f"the secondary {uri} is of another version: {error}") from error
+        if former is not None and former != agreement.node:
+            raise Refusal(f"what answers at {uri} is another secondary than it was: stop, then start with it")
+        if decision.verdict is Verdict.REFUSED:
+            raise Refusal(decision.reason)
+        agreement.verdict = Verdict.EQUAL if sync == "none" else decision.verdict
+        if agreement.verdict is Verdict.FULL or sync == "full":
+            for disk in self._disks:
+                if disk.local is None:
+                    raise Refusal(f"the secondary needs all of disk '{disk.name}', and there is no local disk to send")
+        if agreement.verdict is Verdict.QUICK:
+            for disk in self._disks:
+                self._take_map(agreement, peer, disk, names[disk.name])
+
+    def _take_map(self, agreement: Agreement, peer: Peer, disk: PrimaryDisk, name: str) -> None:
+        """What the secondary's disk has changed by itself, or lacks."""
+        start: int | None = 0
+        while start is not None:
+            answer = self._ask(peer, "replication-pair-map", {"token": agreement.token, "disk": name, "start": start})
+            try:
+                for offset, length in answer["ranges"]:
+                    if not 0 <= offset < offset + length <= disk.size:
+                        raise ValueError(f"{offset}+{length} is not a part of disk '{disk.name}'")
+                    disk.changes.mark(offset, length)
+                further = answer["next"]
+                if further is not None and further <= start:
+                    raise ValueError("its change map does not end")
+                start = further
+            except (KeyError, TypeError, ValueError) as error:
+                raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
+
+    def _ask(self, peer: Peer, command: str, arguments: dict[str, Any]) -> Any:
+        return peer.call(command, arguments, self._set.options.timeout_s)
+
+    # -- plain servers -------------------------------------------------------------------------------------
+
+    def _dial_plain(self, agreement: Agreement) -> Agreement:
+        try:
+            for disk in self._disks:
+                agreement.connections.append(self._plain(disk, agreement.uri))
+                self._check_open(agreement.connections[-1])
+        except BaseException:
+            agreement.close()
+            raise
+        return agreement
+
+    def _plain(self, disk: PrimaryDisk, uri: str) -> Connection:
+        connection = self._connection(uri, None if export_of(uri) else disk.name, self._set.options.timeout_s)
+        try:
+            self._check(disk, connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @staticmethod
+    def _check(disk: PrimaryDisk, connection: Connection) -> None:
+        """DiskError unless the export can be the target face of the disk."""
+        uri = connection.uri
+        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
+            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
+        if connection.description in FOR_GUESTS:
+            # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
+            raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
+        if disk.size and connection.size != disk.size:
+            raise DiskError(
+                f"disk '{disk.name}' has {disk.size} bytes here, but {connection.size} on the secondary {uri}"
+            )
+
+    @staticmethod
+    def _check_open(connection: Connection) -> None:
+        """DiskError when the secondary has failed over, or was promoted: it takes nothing from anybody."""
+        block = memoryview(bytearray(connection.block_size))
+        try:
+            connection.wait(connection.issue(lambda handle, done: handle.aio_pread(block, 0, done), 0))
+        except DiskError as error:
+            if error.errno == errno.ESHUTDOWN:
+                raise DiskError(
+                    f"{connection.uri} has failed over or was promoted: it is nobody's secondary"
+                ) from error
+            if connection.dead:
+                raise
+            # A server that cannot be read may still be written to: what else is wrong shows with the first write.
+
+    # -- step 5 --------------------------------------------------------------------------------------------
+
+    def settle(self, agreement: Agreement, sync: str) -> None:
+        """Make what was agreed last, here and there. No forwarder is up. DiskError, Refusal or StateError."""
+        if sync == "full" or agreement.verdict is Verdict.FULL:
+            for disk in self._disks:
+                disk.changes.mark_all()
+        if agreement.peer is None:
+            # Whoever had this generation until now has not got what this server will take off the change map.
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current else lineage)
+            return
+        marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
+        if agreement.verdict is Verdict.FULL or (agreement.verdict is Verdict.EQUAL and marked):
+            # Not equal as long as something is marked: a failover there would make a mere ancestor of this node.
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()))
+        elif agreement.verdict is Verdict.EQUAL:
+            self._ancestry.become(lambda lineage: lineage.paired_as_equal(new_id()))
+            if sync != "none" and any(disk.changes.missing for disk in self._disks):
+                self._ancestry.part()  # a write since the look above, which nobody will forward
+        mine = self._ancestry.lineage
+        try:
+            self._ask(
+                agreement.peer,
+                "replication-pair-sync",
+                {
+                    "token": agreement.token,
+                    "verdict": agreement.verdict.value,
+                    "generation": mine.current,
+                    "marked": marked,
+                },
+            )
+        except PeerError as error:
+            raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
+        self._set.state.count_from(agreement.epoch)
+
+    def tell_complete(self, agreement: Agreement) -> None:
+        """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
+        PeerError."""
+        assert agreement.peer is not None
+        mine = self._ancestry.become(lambda lineage: lineage.offered())
+        self._ask(
+            agreement.peer,
+            "replication-pair-sync",
+            {
+                "token": agreement.token,
+                "verdict": "complete",
+                "generation": mine.current,
+                "history": list(mine.history),
+                "marked": False,
+            },
+        )
+        agreement.completed = True
+
+
+def _nothing(_name: str, _data: dict[str, Any]) -> None:
+    """Events of the secondary are for its own operators; a primary sees what matters in the answers."""

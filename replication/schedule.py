@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What happens by the clock: automatic checkpoints, and the warning that the last one is getting old."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from replication.errors import CommandError
+from replication.events import EventHub
+from replication.log import log
+
+_AGE_LOOKS = 10
+"""How often, within the limit, the age is looked at: the event is late by a tenth of the limit at most."""
+_LOOK_MAX_S = 1.0
+
+
+class Ticker:
+    """Calls `action` every `period_s` seconds, from the beginning of one call to that of the next, until `stop`; a call
+    that takes longer than that delays the next."""
+
+    def __init__(self, name: str, period_s: float, action: Callable[[], None]) -> None:
+        self._period_s = period_s
+        self._action = action
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin; the first call comes after one period."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End; waits at most `timeout_s` seconds for a call that is at work."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._period_s
+        while not self._closing.wait(max(0.0, due - time.monotonic())):
+            due = max(due + self._period_s, time.monotonic())
+            self._action()
+
+
+class AutomaticCheckpoints(Ticker):
+    """Takes a checkpoint every `interval_s` seconds."""
+
+    def __init__(self, interval_s: float, take: Callable[[], None]) -> None:
+        """`take()` takes one if it can be taken now; CommandError when it fails."""
+        super().__init__("checkpoints", interval_s, self._take_one)
+        self._take = take
+        self._said = ""
+
+    def _take_one(self) -> None:
+        try:
+            self._take()
+        except CommandError as error:
+            # The last one stays valid, and the next is tried after the interval. The same reason is said once.
+            if str(error) != self._said:
+                self._said = str(error)
+                log(f"automatic checkpoint: {error}")
+        else:
+            self._said = ""
+
+
+class AgeWatch(Ticker):
+    """Emits REPLICATION_CHECKPOINT_AGE when the last checkpoint is older than `limit_s` seconds: once, until there is a
+    younger one."""
+
+    def __init__(
+        self, limit_s: float, age: Callable[[], float | None], epoch: Callable[[], int], hub: EventHub
+    ) -> None:
+        """`age()` is the last checkpoint's in seconds, None when it does not matter now."""
+        super().__init__("age", min(limit_s / _AGE_LOOKS, _LOOK_MAX_S), self._look)
+        self._limit_s = limit_s
+        self._age = age
+        self._epoch = epoch
+        self._hub = hub
+        self._told = False
+
+    def _look(self) -> None:
+        age_s = self._age()
+        old = age_s is not None and age_s > self._limit_s
+        if old and not self._told:
+            self._hub.emit("REPLICATION_CHECKPOINT_AGE", epoch=self._epoch(), age=age_s, limit=self._limit_s)
+        self._told = old
