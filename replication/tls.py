@@ -132,15 +132,17 @@ def _check_certificates(folder: str) -> None:
     authority, _, certificate, key = paths
     if os.path.exists(certificate) != os.path.exists(key):
         raise ConfigError(f"tls-certificates: of client-cert.pem and client-key.pem only one is in {folder}")
-    path = authority
     try:
         context.load_verify_locations(authority)
-        if os.path.exists(certificate):
-            path = certificate
+    except ssl.SSLError as error:
+        raise ConfigError(f"tls-certificates: there is no certificate in {authority}") from error
+    if os.path.exists(certificate):
+        try:
+            # Nobody is there to be asked for a password.
             context.load_cert_chain(certificate, key, password=lambda: b"")
-    except OSError as error:  # ssl.SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror
-        raise ConfigError(f"tls-certificates: {path} (or its key) is of no use: {reason}") from error
+        except ssl.SSLError as error:
+            why = error.reason or "not in PEM"
+            raise ConfigError(f"tls-certificates: {certificate} and client-key.pem are no pair: {why}") from error
 
 
 # -- why a handshake has failed ---------------------------------------------------------------------------------------

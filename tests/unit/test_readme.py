@@ -17,7 +17,7 @@ from replication import options
 from replication.control.commands import TABLE
 from replication.errors import ConfigError
 from replication.fault import Case
-from replication.forward import LinkState
+from replication.link import LinkState
 from replication.stage import Mode, Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -99,7 +99,7 @@ def test_default_paths_and_names() -> None:
     assert f"`{disk.name}`" in _section("Options")
 
 
-@pytest.mark.parametrize("key", ["mode", "protocol", "autostart"])
+@pytest.mark.parametrize("key", ["mode", "protocol", "autostart", "guest-access"])
 def test_values_of_options(key: str) -> None:
     """Every value that the table lists is taken, by name."""
     [values] = [
@@ -121,7 +121,12 @@ def test_values_of_options(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "pattern", "too_small", "too_big"),
-    [("queue-limit", r"(1M) to (1T)", "1023k", "1025G"), ("timeout", r"(0\.1) to (30)\.", "0.09", "30.1")],
+    [
+        ("queue-limit", r"(1M) to (1T)", "1023k", "1025G"),
+        ("resync-rate", r"(64K) to (1T)", "65535", "1025G"),
+        ("timeout", r"(0\.1) to (30)\.", "0.09", "30.1"),
+        ("checkpoint-interval", r"(0\.05) to (86400)\.", "0.04", "86401"),
+    ],
 )
 def test_bounds_of_options(key: str, pattern: str, too_small: str, too_big: str) -> None:
     [row] = [row for row in _tables(_section("Options"))["Key"] if _code(row[0])[0].startswith(f"{key}=")]
@@ -156,7 +161,7 @@ def test_every_key_in_a_command_line_exists() -> None:
     used: set[str] = set()
     for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
         for command in re.findall(r"^nbdkit (?:.|\\\n)*", block, re.MULTILINE):
-            used |= set(re.findall(r"\s([a-z-]+)=", command))
+            used |= set(re.findall(r"\s([a-z][a-z-]*)=", command))
     assert used
     assert used <= options.ALL_KEYS
 

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Certificates and keys, made by the `openssl` command; and servers with two listeners, as systemd starts them."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lab import DEADLINE_S, DelayedEndpoint, NbdProcess, Primary, Secondary
+
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+HERE = "DNS:localhost,IP:127.0.0.1"
+
+
+def _openssl(*arguments: str | Path) -> None:
+    done = subprocess.run(
+        ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Authority:
+    """A CA, and folders with the files that nbdkit and libnbd want."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self._name = name
+        self.certificate, self._key = folder / f"{name}.pem", folder / f"{name}.key"
+        usage = ("-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=keyCertSign,cRLSign")
+        subject = ("-subj", f"/CN={name}", "-days", "30")
+        _openssl("req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, *subject, *usage)
+
+    def server(self, name: str = "server", hosts: str = HERE, days: int = 30) -> Path:
+        """A folder for a server that `hosts` (subjectAltName) may call itself; `days` -1 has expired."""
+        return self._folder_with("server", name, hosts, days)
+
+    def client(self, name: str = "client") -> Path:
+        """A folder for a client that can say who it is."""
+        return self._folder_with("client", name, f"DNS:{name}", 30)
+
+    def nobody(self, name: str = "nobody") -> Path:
+        """A folder for a client without a certificate."""
+        folder = self._folder / f"{self._name}-{name}"
+        folder.mkdir()
+        shutil.copy(self.certificate, folder / "ca-cert.pem")
+        return folder
+
+    def _folder_with(self, kind: str, name: str, hosts: str, days: int) -> Path:
+        folder = self.nobody(name)
+        request, extensions = folder / "request", folder / "extensions"
+        extensions.write_text(f"subjectAltName={hosts}\n")
+        _openssl("req", *_KEY, "-keyout", folder / f"{kind}-key.pem", "-out", request, "-subj", f"/CN={name}")
+        issuer = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-extfile", extensions)
+        _openssl("x509", "-req", "-in", request, "-out", folder / f"{kind}-cert.pem", "-days", str(days), *issuer)
+        return folder
+
+
+def psk_file(path: Path, *users: str) -> Path:
+    """A file with a fresh key for every user."""
+    path.write_text("".join(f"{user}:{secrets.token_hex(32)}\n" for user in users))
+    return path
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+_ACTIVATE = """
+import os, socket, sys
+unix = socket.socket(socket.AF_UNIX)
+unix.bind(sys.argv[1])
+tcp = socket.socket()
+tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+tcp.bind((sys.argv[2], int(sys.argv[3])))
+for number, listener in enumerate((unix, tcp)):
+    listener.listen()
+    os.dup2(listener.fileno(), 10 + number)
+for number in range(2):
+    os.dup2(10 + number, 3 + number)
+    os.close(10 + number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
+os.execvp(sys.argv[4], sys.argv[4:])
+"""
+
+
+class TwoDoors(NbdProcess):
+    """A server that socket activation has given a Unix socket, for the guest, and a TCP port, for the pair.
+
+    To be put before the class of the server: `class Both(TwoDoors, Secondary)`.
+    """
+
+    def __init__(self, *arguments: Any, host: str = "127.0.0.1", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.host = host
+        self.port = free_port()
+
+    def command(self) -> list[str]:
+        command = super().command()
+        at = command.index("-U")
+        nbdkit = command[:at] + command[at + 2 :]
+        return [sys.executable, "-c", _ACTIVATE, str(self.socket_path), self.host, str(self.port), *nbdkit]
+
+    def tcp_uri(self, scheme: str = "nbds", export: str = "", host: str = "localhost") -> str:
+        """The URI of the TCP port."""
+        return f"{scheme}://{host}:{self.port}/{export}"
+
+
+class SecondaryWithTwoDoors(TwoDoors, Secondary):
+    """A secondary of this project."""
+
+
+class PrimaryWithTwoDoors(TwoDoors, Primary):
+    """A primary of this project."""
+
+
+class EndpointWithTwoDoors(TwoDoors, DelayedEndpoint):
+    """nbdkit's own plugins."""
