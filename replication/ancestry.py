@@ -32,11 +32,12 @@ class Ancestry:
         self._lock = threading.Lock()
         self._lineage = Lineage() if record.lineage is None else Lineage.from_json(record.lineage)
         record.next_generation = record.next_generation or new_id()
-        if state.moved_to == record.next_generation:
+        # What a killed process has begun may be in memory only, and the guest's next flush is for its writes, too.
+        self._unstable = state.moved_to == record.next_generation
+        if self._unstable:
             self._note(self._lineage.moved(record.next_generation))
         self.shared = self._lineage.shared
         """Whether the next write that the other node does not get begins a new generation."""
-        self._unstable = False
 
     @property
     def lineage(self) -> Lineage:

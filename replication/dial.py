@@ -29,6 +29,7 @@ from replication.options import DATA_EXPORT, export_of
 from replication.peer import Peer, PeerError
 from replication.primary_disk import PrimaryDisk
 from replication.side import FOR_GUESTS, Setting
+from replication.stage import Stage
 
 
 class Refusal(ReplicationError):
@@ -47,6 +48,8 @@ class Agreement:
     token: str = ""
     node: str | None = None
     epoch: int = 0
+    running: bool = False
+    """The secondary has been started, so it has a first checkpoint."""
     completed: bool = False
     """The secondary knows that it has had everything at some time since."""
     broken: DiskError | None = None
@@ -140,6 +143,7 @@ class Dialler:
         try:
             agreement.token, agreement.node = str(answer["token"]), str(answer["node"])
             agreement.epoch = int(answer["epoch"])
+            agreement.running = answer["stage"] == Stage.RUNNING.value
             decision = decide(mine, Lineage.from_json(answer["lineage"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Refusal(f"the secondary {uri} is of another version: {error}") from error
@@ -155,6 +159,17 @@ class Dialler:
         if agreement.verdict is Verdict.QUICK:
             for disk in self._disks:
                 self._take_map(agreement, peer, disk, names[disk.name])
+        if former is not None:
+            self._check_sendable()
+
+    def _check_sendable(self) -> None:
+        """A start of an export that only forwards says that the disks are equal; a link that comes back does not."""
+        for disk in self._disks:
+            if disk.local is None and disk.changes.missing:
+                raise Refusal(
+                    f"the secondary lacks {disk.changes.marked_bytes} bytes of disk '{disk.name}', and there is no "
+                    "local disk to send them from: stop, copy the disk, then start again"
+                )
 
     def _take_map(self, agreement: Agreement, peer: Peer, disk: PrimaryDisk, name: str) -> None:
         """What the secondary's disk has changed by itself, or lacks."""
@@ -259,7 +274,6 @@ class Dialler:
             )
         except PeerError as error:
             raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
-        self._set.state.count_from(agreement.epoch)
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or

@@ -155,9 +155,9 @@ class Lineage:
             raise TypeError("history is a list")
         for name in ("current", "base", "incoming"):
             if values[name] != "":
-                _check_id(name, values[name])
+                check_id(name, values[name])
         for generation in history:
-            _check_id("history", generation)
+            check_id("history", generation)
         if len(history) > HISTORY_MAX or len({values["current"], *history}) != len(history) + 1:
             raise ValueError("history is too long or repeats a generation")
         lineage = cls(**{**values, "history": tuple(history)})
@@ -168,7 +168,8 @@ class Lineage:
         return lineage
 
 
-def _check_id(name: str, generation: object) -> None:
+def check_id(name: str, generation: object) -> None:
+    """TypeError or ValueError unless `generation` is one, or a node's id."""
     if not isinstance(generation, str):
         raise TypeError(f"{name} is not a generation")
     if not _ID.fullmatch(generation) or not int(generation, 16):

@@ -101,6 +101,12 @@ class Link:
         return self._agreement
 
     @property
+    def paired(self) -> bool:
+        """Whether it is up, and the secondary is no plain NBD server."""
+        agreement = self._agreement
+        return agreement is not None and agreement.peer is not None
+
+    @property
     def ready(self) -> bool:
         """Whether it is in sync."""
         return self._state is LinkState.IN_SYNC
@@ -124,7 +130,6 @@ class Link:
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
                     disk.forwarder.adopt(connection)
                 self._agreement = agreement
-                self._set.record.partner = agreement.node
                 missing = any(disk.changes.missing for disk in self._disks)
                 self._show_locked(LinkState.SYNCHRONIZING if missing else LinkState.IN_SYNC)
                 self._changed.notify_all()
@@ -272,6 +277,7 @@ class Link:
             self._show_connecting()
             pause("link.dialled")
             self.dialler.settle(agreement, "auto")
+            self._set.state.count_from(agreement.epoch)
             return self.establish(agreement, begin=False)
         except (DiskError, Refusal, StateError) as error:
             if agreement is not None:

@@ -52,6 +52,7 @@ class Channel:
 
     def __init__(self) -> None:
         self.heard = time.monotonic()
+        self.closed = False
 
     def note(self) -> None:
         """It has said something."""
@@ -145,6 +146,9 @@ class Pairing:
                 raise
         session = Session(channel, node, _PATIENCE * timeout_s)
         with self._set.gate.closed(), self._lock:
+            if channel.closed:
+                # It was given up while it waited here, and may have been followed by another one already.
+                raise CommandError("the control connection was closed")
             self._session = session
         self._offered = None
         pause("pairing.begun")
@@ -243,6 +247,7 @@ class Pairing:
     def closed(self, channel: Channel) -> None:
         """A control connection has ended; if it was the primary's, so has its session."""
         with self._lock:
+            channel.closed = True
             if self._session is not None and self._session.channel is channel:
                 self._session = None
 

@@ -149,19 +149,19 @@ class PrimarySide(Side):
         except (DiskError, Refusal) as error:
             raise CommandError(f"cannot start: {error}") from error
         record = self._set.record
-        former = record.secondary
+        former = (record.secondary, record.partner)
         try:
             pause("start.connected")
             # Before the stage is saved: a process killed in between must not forget what is to be sent.
             self._link.dialler.settle(agreement, sync)
             pause("start.settled")
             with self._set.gate.closed():
-                record.secondary = secondary or former
+                record.secondary, record.partner = secondary or former[0], agreement.node
                 for disk, connection in zip(self.disks, agreement.connections, strict=True):
                     self._learn_size(disk, connection.size)
                 self._set.enter(Stage.RUNNING)
                 # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
-                self._set.state.count_epoch(0.0, agreement.epoch)
+                self._set.state.count_epoch(0.0, agreement.epoch, joins=agreement.running)
                 pause("start.entered")
                 self._set.faults.clear()
                 for disk in self.disks:
@@ -169,13 +169,11 @@ class PrimarySide(Side):
                     # other way round it would forget what it has recorded.
                     if sync == "none" or disk.local is None:
                         disk.changes.clear()
-        except (DiskError, Refusal) as error:
-            record.secondary = former
+        except BaseException as error:
+            record.secondary, record.partner = former
             agreement.close()
-            raise CommandError(f"cannot start: {error}") from error
-        except BaseException:
-            record.secondary = former
-            agreement.close()
+            if isinstance(error, DiskError | Refusal):
+                raise CommandError(f"cannot start: {error}") from error
             raise
         self._resync.start()
         self._link.launch(resume=False)
@@ -306,8 +304,11 @@ class PrimarySide(Side):
             next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
             self._link.desynchronized()
         self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
-        if error.errno != errno.ESHUTDOWN:  # or it has failed over, for good
+        if error.errno != errno.ESHUTDOWN:
             self._resync.request()
+        elif self._link.paired:
+            # It has failed over, or has another primary: it says so to who tries to pair.
+            self._link.lost(None, error)
 
     def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
         self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)

@@ -37,7 +37,7 @@ from replication.boot import boot_id
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.image import files
-from replication.lineage import Lineage, new_id
+from replication.lineage import Lineage, check_id, new_id
 from replication.stage import Mode, Stage
 
 _FORMAT = 1
@@ -142,6 +142,9 @@ class Record:
             Fault.from_json(record.fault)
         if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
             raise TypeError("disks is not a table of sizes")
+        check_id("node", record.node)
+        if record.next_generation:
+            check_id("next_generation", record.next_generation)
         if record.lineage is not None:
             Lineage.from_json(record.lineage)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
@@ -262,11 +265,11 @@ class StateFolder:
         self._store(1, *_clock(duration_s))
         self._store(0, self.epoch << 1)
 
-    def count_epoch(self, duration_s: float, number: int = 0) -> None:
+    def count_epoch(self, duration_s: float, number: int = 0, joins: bool = False) -> None:
         """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
-        the secondary counts it, if that is a later one."""
+        the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
         self._words[1], self._words[2] = _clock(duration_s)
-        self._words[0] = max(self.epoch + 1, number) << 1
+        self._words[0] = max(self.epoch + (not joins), number) << 1
 
     def count_from(self, number: int) -> None:
         """The next epoch comes after `number`, too: the other node has got so far."""

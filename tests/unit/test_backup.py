@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from lab import make_raw, pattern
+from replication.ancestry import Ancestry
 from replication.backup import FAILED, RUNNING, Backup
 from replication.changes import GRAIN, ChangeMap
 from replication.errors import CommandError, DiskError
@@ -25,7 +26,7 @@ from replication.jobs import JobList
 from replication.secondary_disk import SecondaryDisk
 from replication.side import Setting
 from replication.stage import Mode, Stage
-from replication.state import Record, StateError
+from replication.state import Record, StateError, StateFolder
 
 SIZE = 4 * GRAIN
 
@@ -41,6 +42,7 @@ class Bench:
         self.can_save = True
         self.faults = FaultLatch(hub, lambda: None)
         setting = SimpleNamespace(jobs=self.jobs, record=self.record, faults=self.faults, save=self.save)
+        self.ancestry = Ancestry(StateFolder(None), self.record, lambda: None)
         self.disks = [self.open_disk(folder, name) for name in ("a", "b")]
         self.backup = Backup(cast(Setting, setting), self.disks)
         for disk in self.disks:
@@ -58,7 +60,7 @@ class Bench:
         make_raw(folder / name, SIZE, pattern(1, SIZE))
         for role in ("active", "hidden"):
             qcow2.create(str(folder / f"{name}.{role}.qcow2"), str(folder / name), "raw", SIZE)
-        disk = SecondaryDisk(name, f"top-{name}", FileDisk(name, str(folder / name)), self.faults)
+        disk = SecondaryDisk(name, f"top-{name}", FileDisk(name, str(folder / name)), self.faults, self.ancestry)
         disk.open_maps(lambda kind: ChangeMap(None, SIZE))
         active, hidden = (Overlay(role, name, str(folder / f"{name}.{role}.qcow2")) for role in ("active", "hidden"))
         disk.stack = Stack(active, hidden, disk.disk, disk.lost)

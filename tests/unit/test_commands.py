@@ -48,6 +48,23 @@ class Node:
     def retry(self, force: bool = False) -> None:
         self._record("retry", force)
 
+    def hold(self) -> int:
+        self._record("hold")
+        return 8
+
+    def commit(self, epoch: int) -> tuple[int, float]:
+        self._record("commit", epoch)
+        return epoch, 0.5
+
+    def abort(self, epoch: int) -> None:
+        self._record("abort", epoch)
+
+    def demote(self) -> None:
+        self._record("demote")
+
+    def discard(self) -> None:
+        self._record("discard")
+
     def lost_heartbeat(self) -> None:
         self._record("lost_heartbeat")
 
@@ -119,6 +136,12 @@ SET = "xen-set-replication"
         ("replication-start", {"mode": "secondary"}, [("start", Mode.SECONDARY, None, "auto")], {}),
         ("replication-start", {"sync": "none"}, [("start", None, None, "none")], {}),
         ("replication-checkpoint", None, [("checkpoint",)], {"epoch": 7, "duration": 0.25}),
+        ("replication-checkpoint", {"hold": False}, [("checkpoint",)], {"epoch": 7, "duration": 0.25}),
+        ("replication-checkpoint", {"hold": True}, [("hold",)], {"epoch": 8}),
+        ("replication-checkpoint-commit", {"epoch": 8}, [("commit", 8)], {"epoch": 8, "duration": 0.5}),
+        ("replication-checkpoint-abort", {"epoch": 8}, [("abort", 8)], {}),
+        ("replication-demote", None, [("demote",)], {}),
+        ("replication-discard", None, [("discard",)], {}),
         ("replication-get-error", None, [("get_error",)], {}),
         ("replication-stop", None, [("stop", False, False)], {}),
         ("replication-stop", {"failover": True}, [("stop", True, False)], {}),
@@ -172,6 +195,14 @@ BOTH = {"enable": True, "primary": True}
         ("replication-retry", {"force": "yes"}, "Invalid parameter type for 'force', expected: boolean"),
         ("replication-retry", {"failover": True}, "Parameter 'failover' is unexpected"),
         ("query-failover", {"force": True}, "Parameter 'force' is unexpected"),
+        ("replication-checkpoint", {"hold": 1}, "Invalid parameter type for 'hold', expected: boolean"),
+        ("replication-checkpoint", {"epoch": 8}, "Parameter 'epoch' is unexpected"),
+        ("replication-checkpoint-commit", None, "Parameter 'epoch' is missing"),
+        ("replication-checkpoint-commit", {"epoch": "8"}, "Invalid parameter type for 'epoch', expected: integer"),
+        ("replication-checkpoint-abort", {}, "Parameter 'epoch' is missing"),
+        ("replication-checkpoint-abort", {"epoch": 8.0}, "Invalid parameter type for 'epoch', expected: integer"),
+        ("replication-demote", {"force": True}, "Parameter 'force' is unexpected"),
+        ("replication-discard", {"force": True}, "Parameter 'force' is unexpected"),
         (SET, {"enable": False, "primary": False, "force": True}, "Parameter 'force' is unexpected"),
         ("job-cancel", None, "Parameter 'id' is missing"),
         ("job-cancel", {"id": 3}, "Invalid parameter type for 'id', expected: string"),
@@ -189,7 +220,7 @@ def test_arguments_that_are_refused_reach_nobody(
 
 @pytest.mark.parametrize("command", TABLE)
 def test_every_command_refuses_what_it_does_not_know(node: Node, command: str) -> None:
-    filler = {"boolean": False, "string": "primary", "integer": 1, "array": []}
+    filler = {"boolean": False, "string": "primary", "integer": 1, "number": 1.5, "array": [], "object": {}}
     needed = {name: filler[a.type] for name, a in TABLE[command].arguments.items() if a.required}
     assert ask(node, command, needed | {"zz": 1}) == failure("Parameter 'zz' is unexpected")
     assert node.calls == []
@@ -201,6 +232,24 @@ def test_a_boolean_is_no_integer() -> None:
     for wrong in (True, 1.5, "1", None):
         with pytest.raises(CommandError, match=r"Invalid parameter type for 'n', expected: integer"):
             qmp.check_arguments(declared, {"n": wrong})
+
+
+def test_a_number_may_have_a_fraction_or_none_and_is_no_boolean() -> None:
+    declared = {"n": qmp.Argument("number", required=True)}
+    for right in (2, 1.5, -0.25, 0):
+        qmp.check_arguments(declared, {"n": right})
+    for wrong in (True, False, "1", None, [1], {}):
+        with pytest.raises(CommandError, match=r"Invalid parameter type for 'n', expected: number"):
+            qmp.check_arguments(declared, {"n": wrong})
+
+
+def test_an_object_is_no_array_and_nothing_else() -> None:
+    declared = {"o": qmp.Argument("object", required=True)}
+    for right in ({}, {"a": 1}):
+        qmp.check_arguments(declared, {"o": right})
+    for wrong in ([], [1], "{}", None, 1, True):
+        with pytest.raises(CommandError, match=r"Invalid parameter type for 'o', expected: object"):
+            qmp.check_arguments(declared, {"o": wrong})
 
 
 @pytest.mark.parametrize("command", ["foo", "", "Query-Version", "_quit", "TABLE"])
@@ -244,6 +293,10 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "x-colo-lost-heartbeat",
         "replication-start",
         "replication-checkpoint",
+        "replication-checkpoint-commit",
+        "replication-checkpoint-abort",
+        "replication-demote",
+        "replication-discard",
         "replication-get-error",
         "replication-stop",
         "replication-retry",

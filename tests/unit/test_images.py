@@ -10,6 +10,7 @@ import pytest
 
 from lab import make_raw, pattern, qemu_img
 from replication import images
+from replication.ancestry import Ancestry
 from replication.boot import BOOT_ID_ENVIRONMENT
 from replication.changes import ChangeMap
 from replication.errors import ConfigError
@@ -22,7 +23,7 @@ from replication.images import Found, open_images
 from replication.options import DiskOptions, Durability, Options
 from replication.secondary_disk import SecondaryDisk
 from replication.stage import Mode, Stage
-from replication.state import Record
+from replication.state import Record, StateFolder
 
 SIZE = 2 * CLUSTER + 1234
 GOOD = Found({}, None, False)
@@ -70,7 +71,10 @@ class Host:
             durability=Durability(durability),
         )
         faults = FaultLatch(EventHub(), lambda: None)
-        self.disks = [SecondaryDisk(name, "t", FileDisk(name, str(self.folder / name)), faults) for name in self.names]
+        ancestry = Ancestry(StateFolder(None), record, lambda: None)
+        self.disks = [
+            SecondaryDisk(name, "t", FileDisk(name, str(self.folder / name)), faults, ancestry) for name in self.names
+        ]
         self.mapped = []
 
         def then(disk: SecondaryDisk) -> None:

@@ -7,19 +7,24 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from lab import make_raw, pattern, wait_until
 from replication.boot import BOOT_ID_ENVIRONMENT
+from replication.clients import Client
+from replication.control.inband import ControlExport
+from replication.dial import Dialler
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
 from replication.export import Exports
 from replication.forward import Forwarder
 from replication.image.qcow2 import BLOCK
+from replication.lineage import Lineage
 from replication.node import Node
-from replication.options import DiskOptions, Options
+from replication.options import CONTROL_EXPORT, DiskOptions, Options
+from replication.peer import Peer
 from replication.primary import PrimarySide
 from replication.secondary import SecondarySide
 from replication.stage import Mode, Stage
@@ -49,8 +54,10 @@ class Host:
         make_raw(folder / "disk", SIZE, pattern(1, SIZE))
         self.connections: list[NewSecondary] = []
         self.reachable = True
-        monkeypatch.setattr(PrimarySide, "_connect", lambda side, disk, uri: self.connect())
-        monkeypatch.setattr(PrimarySide, "_check_open", staticmethod(lambda connection: None))
+        # A plain NBD server: nothing is known of what it comes from.
+        monkeypatch.setattr(Peer, "open", lambda *_: None)
+        monkeypatch.setattr(Dialler, "_plain", lambda dialler, disk, uri: self.connect())
+        monkeypatch.setattr(Dialler, "_check_open", staticmethod(lambda connection: None))
         monkeypatch.setattr(Forwarder, "adopt", lambda forwarder, connection: None)
         self.node: Node | None = None
 
@@ -105,6 +112,15 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     opened.end()
 
 
+def exports_of(node: Node) -> Exports:
+    def no_control() -> ControlExport:
+        raise AssertionError("nobody pairs")
+
+    return Exports(node, no_control, guests_local=False)
+
+
+HERE = Client("a client on this host", True)
+NODE = "00000000000000ee"
 AS_SECONDARY = (Mode.SECONDARY, Stage.DONE, False, None)
 AS_PRIMARY = (Mode.PRIMARY, Stage.RUNNING, True, URI)
 
@@ -122,8 +138,8 @@ def test_a_promoted_secondary_that_has_become_a_primary_says_so_in_its_record(ho
 
 def test_its_guest_goes_on_over_the_export_that_it_has_and_the_old_primary_is_kept_out(host: Host) -> None:
     node = host.promoted()
-    exports = Exports(node)
-    guest, target = exports.open("top"), exports.open("disk0")
+    exports = exports_of(node)
+    guest, target = exports.open("top", HERE), exports.open("disk0", HERE)
     guest.write(memoryview(b"\xaa" * BLOCK), 0, False)
     node.start(Mode.PRIMARY, URI, "auto")
     guest.write(memoryview(b"\xbb" * BLOCK), BLOCK, False)
@@ -186,26 +202,102 @@ def test_a_start_whose_state_cannot_be_written_changes_nothing(host: Host, monke
     assert host.saved() == AS_PRIMARY
 
 
-@pytest.mark.parametrize(
-    ("record", "mode"),
-    [
-        (Record(Mode.PRIMARY, Stage.RUNNING), Mode.SECONDARY),
-        (Record(Mode.SECONDARY, Stage.DONE), Mode.PRIMARY),
-    ],
-    ids=["a primary", "a secondary"],
-)
-def test_the_state_of_the_other_mode_is_refused_unless_it_was_promoted(host: Host, record: Record, mode: Mode) -> None:
+NOT_ITS_OWN = [stage for stage in Stage if stage is not Stage.DONE]
+LINEAGE = Lineage("00000000000000bb", shared=True, history=("00000000000000aa",))
+
+
+def left(host: Host, record: Record) -> None:
+    """What a former process has left."""
     state = StateFolder(str(host.folder / "state"))
     state.save(record)
     state.close()
-    with pytest.raises(ConfigError, match=f"belongs to a {record.mode.value}; start with mode={record.mode.value}"):
-        host.start(mode)
+
+
+@pytest.mark.parametrize("stage", NOT_ITS_OWN, ids=lambda stage: stage.value)
+def test_the_state_of_a_secondary_is_no_primarys_until_the_disks_are_its_own(host: Host, stage: Stage) -> None:
+    left(host, Record(Mode.SECONDARY, stage))
+    with pytest.raises(ConfigError, match="belongs to a secondary; start with mode=secondary"):
+        host.start(Mode.PRIMARY)
+
+
+def test_a_promoted_secondary_may_be_started_as_the_primary_that_it_is(host: Host) -> None:
+    left(host, Record(Mode.SECONDARY, Stage.DONE, disks={"disk0": SIZE}, lineage=LINEAGE.to_json(), node=NODE))
+    node = host.start(Mode.PRIMARY)
+    assert isinstance(node.side, PrimarySide)
+    assert node.stage is Stage.DONE
+    node.start(None, URI, "auto")
+    assert host.saved() == (Mode.PRIMARY, Stage.RUNNING, False, URI)
+    record = host.state.load()
+    assert record is not None
+    assert record.node == NODE
+
+
+@pytest.mark.parametrize("stage", [Stage.NONE, Stage.RUNNING, Stage.DONE], ids=lambda stage: stage.value)
+def test_a_former_primary_comes_back_as_a_secondary_and_knows_what_its_content_is(host: Host, stage: Stage) -> None:
+    left(
+        host,
+        Record(
+            Mode.PRIMARY,
+            stage,
+            secondary=URI,
+            partner="00000000000000cc",
+            disks={"disk0": SIZE},
+            lineage=LINEAGE.to_json(),
+            node=NODE,
+            paired=True,
+            resync=True,
+        ),
+    )
+    node = host.start()
+    assert isinstance(node.side, SecondarySide)
+    assert node.stage is Stage.NONE
+    node.start(None, None, "auto")
+    record = host.state.load()
+    assert record is not None
+    assert (record.mode, record.stage, record.promoted) == (Mode.SECONDARY, Stage.RUNNING, False)
+    assert (record.secondary, record.partner, record.paired, record.led, record.resync) == (
+        None,
+        None,
+        False,
+        False,
+        False,
+    )
+    assert (record.node, record.lineage) == (NODE, LINEAGE.to_json())
+
+
+def test_what_a_former_primary_has_begun_is_not_forgotten_when_it_comes_back_as_a_secondary(host: Host) -> None:
+    """It was killed when its guest had written what the other node did not get."""
+    begun = "00000000000000dd"
+    left(
+        host,
+        Record(Mode.PRIMARY, Stage.RUNNING, disks={"disk0": SIZE}, lineage=LINEAGE.to_json(), next_generation=begun),
+    )
+    state = StateFolder(str(host.folder / "state"))
+    state.move_to(begun)
+    state.close()
+    host.start().start(None, None, "auto")
+    record = host.state.load()
+    assert record is not None
+    assert record.lineage == LINEAGE.moved(begun).to_json()
+    assert record.next_generation != begun
 
 
 def test_an_unknown_export_is_refused_and_the_valid_ones_are_named(host: Host) -> None:
-    exports = Exports(host.start())
+    exports = exports_of(host.start())
     for name in ("", "other"):
         with pytest.raises(DiskError, match=r"there is no export '.*': the exports are 'disk0', 'top'"):
-            exports.open(name)
-    assert exports.open("disk0").size == SIZE
-    assert exports.open("top").description.startswith("guest face")
+            exports.open(name, HERE)
+    assert exports.open("disk0", HERE).size == SIZE
+    assert exports.open("top", HERE).description.startswith("guest face")
+
+
+def test_only_a_secondary_has_a_control_export(host: Host) -> None:
+    made = []
+    node = host.promoted()
+    exports = Exports(node, lambda: made.append(1) or cast(ControlExport, "control"), guests_local=False)
+    assert exports.open(CONTROL_EXPORT, HERE) == "control"
+    assert CONTROL_EXPORT not in dict(exports.names())
+    node.start(Mode.PRIMARY, URI, "auto")
+    with pytest.raises(DiskError, match=r"there is no export '\.control'"):
+        exports.open(CONTROL_EXPORT, HERE)
+    assert made == [1]

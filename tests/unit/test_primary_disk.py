@@ -14,6 +14,7 @@ import pytest
 
 from lab import DEADLINE_S, Lab, make_raw, pattern, wait_until
 from replication import primary_disk
+from replication.ancestry import Ancestry
 from replication.backlog import Budget, Entry, Kind
 from replication.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, ChangeMap
 from replication.errors import DiskError
@@ -25,7 +26,8 @@ from replication.image.face import Extent
 from replication.image.file import FileDisk
 from replication.image.files import Buffer
 from replication.primary_disk import PrimaryDisk
-from replication.stage import Stage
+from replication.stage import Mode, Stage
+from replication.state import Record, StateFolder
 
 SIZE = 4 * GRAIN
 KIB = 1024
@@ -37,6 +39,7 @@ class Link:
     def __init__(self) -> None:
         self.up = True
         self.put_entries: list[Entry] = []
+        self.puts: list[int] = []
         self.reserved: list[Entry] = []
         self.before_put: Callable[[Entry], None] = lambda _: None
         self.awaited = threading.Semaphore(0)
@@ -50,12 +53,15 @@ class Link:
         for entry in entries:
             self.reserved.remove(entry)
 
-    def put(self, entry: Entry) -> None:
-        self.before_put(entry)
-        self.put_entries.append(entry)
+    def put(self, *entries: Entry) -> None:
+        for entry in entries:
+            self.before_put(entry)
+        self.put_entries += entries
+        self.puts.append(len(entries))
         if not self.up:
-            self.reserved.remove(entry)
-            entry.end(False)
+            for entry in entries:
+                self.reserved.remove(entry)
+                entry.end(False)
 
     def await_end(self, entry: Entry) -> bool:
         assert entry.ended is not None
@@ -124,7 +130,9 @@ class Bench:
         self.changes = ChangeMap(None, SIZE)
         self.link = Link()
         forwarder = cast(Forwarder, self.link)
-        self.disk = PrimaryDisk("disk0", self.local, self.changes, forwarder, self.faults, sync)
+        self.state = StateFolder(None)
+        self.ancestry = Ancestry(self.state, Record(Mode.PRIMARY), lambda: None)
+        self.disk = PrimaryDisk("disk0", self.local, self.changes, forwarder, self.faults, self.ancestry, sync)
         self.disk.size = SIZE
         self.disk.stage = Stage.RUNNING
         self.pool = ThreadPoolExecutor(4)
@@ -442,7 +450,7 @@ def test_a_local_failure_without_a_link_leaves_the_grain_missing(make: Make, syn
 
 
 def test_a_large_write_goes_as_several_entries_that_end_separately(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primary_disk, "CHUNK", GRAIN)
+    monkeypatch.setattr(primary_disk, "DATA_MAX", GRAIN)
     bench = make()
     data = pattern(1, 2 * GRAIN + 10)
     done(bench.write(data, 5))
@@ -487,14 +495,15 @@ def test_a_forced_write_is_forced_on_the_secondary_only_where_it_is_waited_for(m
 def test_writes_larger_than_the_queue_all_arrive(
     tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, sync: bool
 ) -> None:
-    monkeypatch.setattr(primary_disk, "CHUNK", 8 * KIB)
+    monkeypatch.setattr(primary_disk, "DATA_MAX", 8 * KIB)
     server = lab.endpoint(size=SIZE)
     limit = 16 * KIB
-    forwarder = Forwarder("disk0", Budget(limit), DEADLINE_S, lambda *_: None, lambda _: None)
+    forwarder = Forwarder("disk0", Budget(limit), DEADLINE_S, lambda *_: None, lambda *_: None)
     forwarder.adopt(Connection(server.uri(), None, DEADLINE_S))
     changes = ChangeMap(None, SIZE)
     local = FileDisk("disk0", str(make_raw(tmp_path / "disk", SIZE)))
-    disk = PrimaryDisk("disk0", local, changes, forwarder, FaultLatch(EventHub(), lambda: None), sync)
+    ancestry = Ancestry(StateFolder(None), Record(Mode.PRIMARY), lambda: None)
+    disk = PrimaryDisk("disk0", local, changes, forwarder, FaultLatch(EventHub(), lambda: None), ancestry, sync)
     disk.stage = Stage.RUNNING
     with ThreadPoolExecutor(4) as pool:
         guests = [

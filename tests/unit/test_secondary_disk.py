@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import make_raw
+from replication.ancestry import Ancestry
 from replication.changes import GRAIN, ChangeMap
 from replication.errors import DiskError
 from replication.events import EventHub
@@ -20,7 +21,8 @@ from replication.image.files import Buffer
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
 from replication.secondary_disk import SecondaryDisk
-from replication.stage import Stage
+from replication.stage import Mode, Stage
+from replication.state import Record, StateFolder
 
 SIZE = 256 << 10
 
@@ -60,7 +62,9 @@ class Bench:
         self.faults = FaultLatch(hub, lambda: None)
         self.failed: list[str] = []
         self.repairs = 0
-        self.disk = SecondaryDisk("disk0", "top", self.raw, self.faults)
+        self.state = StateFolder(None)
+        self.ancestry = Ancestry(self.state, Record(Mode.SECONDARY), lambda: None)
+        self.disk = SecondaryDisk("disk0", "top", self.raw, self.faults, self.ancestry)
         self.disk.open_maps(lambda kind: ChangeMap(None, SIZE))
         self.disk.backup_failed = lambda error: self.failed.append(error.operation)
         self.disk.repaired = self.note_repair

@@ -21,6 +21,7 @@ from lab import DEADLINE_S, REPOSITORY
 from replication.errors import ConfigError
 from replication.fault import Fault
 from replication.image import files
+from replication.lineage import Lineage
 from replication.stage import Mode, Stage
 from replication.state import Record, StateError, StateFolder
 
@@ -38,6 +39,13 @@ NEW = Record(
     True,
     "the host was restarted",
     4e8,
+    "00000000000000aa",
+    Lineage("00000000000000bb", shared=True, history=("00000000000000cc",)).to_json(),
+    "00000000000000dd",
+    "00000000000000ee",
+    True,
+    True,
+    True,
 )
 
 
@@ -191,8 +199,20 @@ WRONG = {
             "clean": "yes",
             "inconsistent": True,
             "commit_rate": "fast",
+            "node": None,
+            "lineage": "00000000000000aa",
+            "next_generation": 7,
+            "partner": 7,
+            "paired": 1,
+            "led": "yes",
+            "resync": None,
         }.items()
     },
+    "a lineage with a member too many": json.dumps({**OLD.to_json(), "lineage": {**Lineage().to_json(), "age": 1}}),
+    "a lineage that lacks a member": json.dumps({**OLD.to_json(), "lineage": {"current": ""}}),
+    "a lineage of no generations": json.dumps({**OLD.to_json(), "lineage": {**Lineage().to_json(), "incoming": "new"}}),
+    "a node that is no id": json.dumps({**OLD.to_json(), "node": "A"}),
+    "a next generation that is no id": json.dumps({**OLD.to_json(), "next_generation": "A"}),
     "a rate that JSON cannot say": json.dumps({**OLD.to_json(), "commit_rate": float("inf")}),
     "disks that are no table": json.dumps({**OLD.to_json(), "disks": "disk0"}),
     "a fault with a member too many": json.dumps(
@@ -362,12 +382,13 @@ def test_a_durable_checkpoint_that_cannot_be_begun_has_not_begun(
     with durable(path) as folder:
         folder.begin_epoch()
         folder.end_epoch(0.25)
-        before = (folder.epoch, folder.emptying, folder.checkpoint)
+        before = (folder.epoch, folder.emptying, folder.checkpoint["time"], folder.checkpoint["duration"])
         with monkeypatch.context() as broken:
             broken.setattr(files, call, refuse_space)
             with pytest.raises(StateError, match=r"cannot write .*epoch: No space left"):
                 folder.begin_epoch()
-        assert (folder.epoch, folder.emptying, folder.checkpoint) == before
+        checkpoint = folder.checkpoint
+        assert (folder.epoch, folder.emptying, checkpoint["time"], checkpoint["duration"]) == before
         with opened(crashed(path)) as following:
             assert (following.epoch, following.emptying) == (1, False)
         folder.begin_epoch()
@@ -469,7 +490,7 @@ def test_without_a_folder_the_same_calls_work_in_memory() -> None:
     folder = StateFolder(None)
     folder.save(NEW)
     assert folder.load() is None
-    assert folder.checkpoint == {"time": None, "duration": None}
+    assert folder.checkpoint == {"time": None, "duration": None, "age": None}
     folder.begin_epoch()
     assert (folder.epoch, folder.emptying) == (1, True)
     folder.end_epoch(1.5)
