@@ -78,6 +78,9 @@ class Dialler:
         self._ancestry = ancestry
         self._disks = disks
         self._broken = broken
+        # Set at the end of the process, when the change maps are about to be closed; and what is to be torn loose then.
+        self._interrupted = False
+        self._peer: Peer | None = None
 
     # -- steps 1 to 4 --------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class Dialler:
             if former is not None:
                 raise Refusal(f"what answers at {uri} is not the secondary that it was")
             return self._dial_plain(agreement)
-        agreement.peer = peer
+        agreement.peer = self._peer = peer
         try:
             self._pair(agreement, peer, sync, former)
             for disk in self._disks:
@@ -113,6 +116,12 @@ class Dialler:
             agreement.close()
             raise
         return agreement
+
+    def interrupt(self) -> None:
+        """Whatever is under way fails soon, and touches nothing any more."""
+        self._interrupted = True
+        if self._peer is not None:
+            self._peer.close()
 
     def size_of(self, disk: PrimaryDisk, uri: str | None) -> int:
         """The size of the target face, for an export that only forwards; DiskError."""
@@ -189,7 +198,12 @@ class Dialler:
                 raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
 
     def _ask(self, peer: Peer, command: str, arguments: dict[str, Any]) -> Any:
+        self._check_interrupted()
         return peer.call(command, arguments, self._set.options.timeout_s)
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise DiskError("the process is ending")
 
     # -- plain servers -------------------------------------------------------------------------------------
 
@@ -245,6 +259,7 @@ class Dialler:
 
     def settle(self, agreement: Agreement, sync: str) -> None:
         """Make what was agreed last, here and there. No forwarder is up. DiskError, Refusal or StateError."""
+        self._check_interrupted()
         if sync == "full" or agreement.verdict is Verdict.FULL:
             for disk in self._disks:
                 disk.changes.mark_all()

@@ -64,6 +64,9 @@ class Epochs:
         # Protects `_held`. Never held across I/O.
         self._lock = threading.Lock()
         self._held: Epoch | None = None
+        # Of the last one that was cut. One that was aborted keeps its number, so that a commit that comes too late does
+        # not hit another epoch.
+        self._number = 0
 
     @property
     def held(self) -> int | None:
@@ -141,7 +144,8 @@ class Epochs:
         if entries is None:
             raise CommandError("The link to the secondary was lost")
         pause("epoch.cut")
-        return Epoch(self._set.state.epoch + 1, entries, agreement, begun)
+        self._number = max(self._set.state.epoch, self._number) + 1
+        return Epoch(self._number, entries, agreement, begun)
 
     def _take(self, epoch: Epoch) -> None:
         try:

@@ -236,6 +236,7 @@ class Link:
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
         self.stop(timeout_s)
+        self.dialler.interrupt()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 

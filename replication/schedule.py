@@ -39,7 +39,7 @@ class Ticker:
     def _run(self) -> None:
         due = time.monotonic() + self._period_s
         while not self._closing.wait(max(0.0, due - time.monotonic())):
-            due = max(due + self._period_s, time.monotonic())
+            due = max(due, time.monotonic()) + self._period_s
             self._action()
 
 

@@ -1,52 +1,64 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""After the secondary's host was restarted without warning: the primary sends everything anew, and the pair is whole
-again. What the secondary says until then is in test_durability.py."""
+"""After the secondary's host was restarted without warning: the primary finds it again by itself and sends everything
+anew, and the pair is whole with the next checkpoint. What the secondary says until then is in test_durability.py."""
 
 from __future__ import annotations
 
 import errno
-import signal
 from typing import Any
 
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, QmpError, nbd_refusal, wait_until
+from lab import KIB, MIB, Lab, Pair, QmpError, drained, nbd_refusal, wait_until
 
 OLD, FIRST, SECOND, LATER = (bytes([byte]) * (4 * KIB) for byte in b"o12l")
 
 
 class Broken:
-    """A pair with a checkpoint (FIRST at 0) and a later write (SECOND there), whose secondary's host was restarted."""
+    """A pair with a checkpoint (FIRST at 0) and a later write (SECOND there), whose secondary's host was restarted.
+
+    The primary has found it again, and is held there until `resync`."""
 
     def __init__(self, lab: Lab, durability: str) -> None:
         arguments = [f"durability={durability}"]
-        self.pair: Pair = lab.pair([MIB], contents=[OLD * 256], secondary_arguments=arguments)
+        self.points = lab.pause_points()
+        self.pair: Pair = lab.pair(
+            [MIB],
+            contents=[OLD * 256],
+            secondary_arguments=arguments,
+            primary_options={"extra_environment": self.points.environment},
+        )
         self.pair.start_replication()
         self.primary, self.secondary = self.pair.primary, self.pair.secondary
         self.disk = self.primary.connect("disk0")
         self.disk.pwrite(FIRST, 0)
         self.primary.checkpoint()
-        self.secondary.checkpoint()
         self.disk.pwrite(SECOND, 0)
-        self.primary.checkpoint()
-        self.secondary.kill()
+        drained(self.primary)
         self.restart("restarted")
 
     def restart(self, boot: str) -> None:
         """The secondary's process again, in that boot of its host."""
         self.secondary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = boot
-        if self.secondary.running:
-            self.secondary.kill()
+        self.points.arm("link.dialled")
+        self.secondary.kill()
         self.secondary.start()
         self.guest: nbd.NBD = self.secondary.connect("top0")
+        self.points.wait_hit("link.dialled")
 
     def resync(self) -> None:
-        """As the person at the primary does it."""
-        self.primary.execute("replication-stop")
+        """Nobody has to ask for it."""
         self.disk.pwrite(LATER, 8 * KIB)
-        self.primary.execute("replication-start", secondary=self.secondary.uri(), sync="full")
-        self.primary.checkpoint()
+        self.points.release("link.dialled")
+        self.in_sync()
+
+    def in_sync(self) -> None:
+        """Wait until the secondary has everything."""
+        wait_until(
+            lambda: self.primary.status()["link"]["state"] == "in-sync", "the link is up, and nothing is missing"
+        )
+        drained(self.primary)
 
     def refused(self, command: str, **arguments: Any) -> str:
         with pytest.raises(QmpError) as refusal:
@@ -72,13 +84,13 @@ def test_a_secondary_that_lost_its_checkpoint_has_one_again_after_a_full_resync_
     with nbd_refusal(errno.EIO):
         broken.guest.pread(512, 0)
     assert "force" in broken.refused("replication-stop", failover=True)
-    broken.secondary.checkpoint()
+    broken.primary.checkpoint()
     status = broken.secondary.status()
     assert (status["consistent"], status["disks"][0]["hidden-bytes"]) == (True, 0)
     assert broken.equal()
     # And replication is what it was: the checkpoint is kept from what the primary writes now.
     broken.disk.pwrite(OLD, 0)
-    broken.primary.checkpoint()
+    drained(broken.primary)
     assert bytes(broken.guest.pread(4 * KIB, 0)) == SECOND
     broken.secondary.failover()
     assert broken.secondary.disks[0].read_bytes() == SECOND + OLD + LATER + OLD * 253
@@ -98,7 +110,7 @@ def test_with_durability_power_the_checkpoint_stays_valid_during_the_resync(lab:
     broken.resync()
     assert broken.secondary.status()["error"] is None
     assert bytes(broken.guest.pread(4 * KIB, 0)) == FIRST
-    broken.secondary.checkpoint()
+    broken.primary.checkpoint()
     assert bytes(broken.guest.pread(12 * KIB, 0)) == SECOND + OLD + LATER
     assert broken.equal()
 
@@ -108,10 +120,11 @@ def test_a_resync_from_nothing_that_is_cut_off_begins_again(lab: Lab) -> None:
     broken.resync()
     broken.restart("restarted again")
     assert "full resync" in broken.refused("xen-colo-do-checkpoint")
+    # A person may ask for it as well.
+    broken.points.release("link.dialled")
     broken.primary.execute("replication-stop")
     broken.primary.execute("replication-start", secondary=broken.secondary.uri(), sync="full")
     broken.primary.checkpoint()
-    broken.secondary.checkpoint()
     assert bytes(broken.guest.pread(12 * KIB, 0)) == SECOND + OLD + LATER
 
 
@@ -163,16 +176,38 @@ def test_a_primary_that_ended_in_good_order_sends_nothing_anew_after_a_restart_o
     assert pair.primary.status()["disks"][0]["totals"]["forwarded"] == 0
 
 
+def test_a_lost_link_comes_back_by_itself_and_sends_only_what_is_missing(lab: Lab) -> None:
+    pair = lab.pair([MIB], contents=[OLD * 256])
+    pair.start_replication()
+    disk = pair.primary.connect("disk0")
+    disk.pwrite(FIRST, 0)
+    pair.primary.checkpoint()
+    pair.secondary.kill()
+    disk.pwrite(SECOND, 64 * KIB)
+    wait_until(lambda: pair.primary.status()["error"], "the link counts as lost")
+    disk.pwrite(LATER, 192 * KIB)
+    before = pair.primary.status()["disks"][0]["totals"]["forwarded"]
+    pair.secondary.start()
+    wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "the link is up again")
+    # Until the next checkpoint the secondary's is as old as the loss.
+    assert pair.primary.status()["error"]["case"] == 8
+    pair.primary.checkpoint()
+    status = pair.primary.status()
+    assert (status["error"], status["disks"][0]["totals"]["forwarded"] - before) == (None, 128 * KIB)
+    assert pair.primary.disks[0].read_bytes() == pair.secondary.disks[0].read_bytes()
+
+
 def test_a_lost_link_is_taken_up_again_by_a_stop_and_a_start_that_send_only_what_is_missing(lab: Lab) -> None:
     pair = lab.pair([MIB], contents=[OLD * 256])
     pair.start_replication()
     disk = pair.primary.connect("disk0")
     disk.pwrite(FIRST, 0)
     pair.primary.checkpoint()
-    pair.secondary.restart(signal.SIGKILL)
+    pair.secondary.kill()
     disk.pwrite(SECOND, 64 * KIB)
     wait_until(lambda: pair.primary.status()["error"], "the link counts as lost")
     pair.primary.execute("replication-stop")
+    pair.secondary.start()
     disk.pwrite(LATER, 192 * KIB)
     before = pair.primary.status()["disks"][0]["totals"]["forwarded"]
     pair.primary.execute("replication-start", secondary=pair.secondary.uri())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Pair, pattern, refused, whole
+from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Pair, drained, pattern, refused, whole
 
 OLD, NEW = pattern(1, MIB), pattern(2, 64 * KIB)
 
@@ -44,13 +44,13 @@ def test_the_preflight_says_what_would_be_lost_and_what_is_to_be_done(pair: Pair
     assert (first["allowed"], first["stage"], first["epoch"], first["bytes-to-commit"]) == (True, "running", 1, 0)
     assert "reason" not in first
     pair.primary.connect("disk0").pwrite(NEW, 4 * KIB)
-    pair.primary.checkpoint()
+    drained(pair.primary)
     pair.secondary.connect("top0").pwrite(NEW[: 8 * KIB], 0)  # 4 KiB of it where hidden holds the block, too
     then = preflight(pair)
     assert then["bytes-to-commit"] == 68 * KIB
     assert then["predicted-seconds"] == pytest.approx(68 * KIB / then["commit-rate"])
     assert 0 < first["checkpoint-age"] < then["checkpoint-age"] < 60
-    pair.secondary.checkpoint()
+    pair.primary.checkpoint()
     last = preflight(pair)
     assert (last["epoch"], last["bytes-to-commit"]) == (2, 0)
     assert last["checkpoint-age"] < then["checkpoint-age"]
@@ -109,15 +109,13 @@ def test_a_switch_over_moves_everything_and_back_only_what_has_changed_is_sent(l
     guest = pair.secondary.connect("top0")
     assert whole(guest) == OLD[: 4 * KIB] + NEW + OLD[68 * KIB :]
     guest.pwrite(NEW, 128 * KIB)
-    # The old primary becomes the new secondary, on the disk that it has.
+    # The old primary becomes the new secondary, on the disk and with the state folder that it has.
     pair.primary.terminate()
-    back = lab.folder / "back-disk0.raw"
-    pair.primary.disks[0].rename(back)
-    returned = lab.secondary([MIB], name="back")
+    returned = lab.secondary([MIB], name="primary")
     started = replctl("--state", pair.secondary.state, "start", "--mode", "primary", "--secondary", returned.uri())
     assert started.returncode == 0, started.stderr
     pair.secondary.execute("replication-checkpoint")
-    assert replctl("--state", returned.state, "start").returncode == 0
+    assert replctl("--state", returned.state, "start").returncode == 0  # the checkpoint has started it already
     assert pair.secondary.status()["disks"][0]["totals"]["forwarded"] == 64 * KIB
     guest.pwrite(NEW, 512 * KIB)
     # And home again.

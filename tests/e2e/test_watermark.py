@@ -15,7 +15,20 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, Primary, Secondary, SmallFolder, disk_name, nbd_refusal, pattern, top_id, wait_until
+from lab import (
+    KIB,
+    MIB,
+    Lab,
+    Primary,
+    Secondary,
+    SmallFolder,
+    disk_name,
+    drained,
+    nbd_refusal,
+    pattern,
+    top_id,
+    wait_until,
+)
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB
@@ -283,7 +296,6 @@ def test_a_full_overlay_refuses_the_write_and_heals_by_itself_when_there_is_room
     assert primary is not None
     disk.pwrite(pattern(50, MIB), 0)
     primary.checkpoint()
-    secondary.checkpoint()
     face = pattern(50, MIB) + old()[MIB:]
     written = bytearray(face)
     rig.guests[0].pwrite(b"own", 5 * MIB)
@@ -305,17 +317,17 @@ def test_a_full_overlay_refuses_the_write_and_heals_by_itself_when_there_is_room
     wait_until(lambda: primary.status()["disks"][0]["out-of-sync-bytes"] == 0, "it was sent again")
     wait_until(lambda: secondary.status()["error"] is None, "and the secondary is whole again")
     assert bytes(rig.guests[0].pread(SIZE, 0)) == face
-    primary.checkpoint()
+    wait_until(lambda: primary.status()["error"] is None, "on the primary, too")
     assert primary.execute("query-xen-replication-status") == {"error": False}
-    secondary.checkpoint()
+    primary.checkpoint()
     assert secondary.execute("query-xen-replication-status") == {"error": False}
     assert bytes(rig.guests[0].pread(SIZE, 0)) == written
     assert secondary.disks[0].read_bytes() == primary.disks[0].read_bytes() == written
     # And on it goes.
     disk.pwrite(pattern(60, MIB), 3 * MIB)
-    primary.checkpoint()
+    drained(primary)
     assert bytes(rig.guests[0].pread(SIZE, 0)) == written
-    secondary.checkpoint()
+    primary.checkpoint()
     written[3 * MIB : 4 * MIB] = pattern(60, MIB)
     assert bytes(rig.guests[0].pread(SIZE, 0)) == written
 
@@ -367,11 +379,10 @@ def test_a_manager_that_checkpoints_on_the_warning_never_sees_a_write_refused(
                 warnings += 1
                 assert_sees(rig, faces, own, index, at)
                 primary.checkpoint()
-                rig.checkpoint()
                 faces = [bytes(content) for content in written]
                 own = [{} for _ in range(disks)]
     assert 4 <= warnings <= 16
-    primary.checkpoint()
+    drained(primary)
     for server in (primary, rig.secondary):
         assert server.execute("query-xen-replication-status") == {"error": False}
     for index in range(disks):
