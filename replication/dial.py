@@ -32,6 +32,11 @@ from replication.side import FOR_GUESTS, Setting
 from replication.stage import Stage
 
 
+ANSWER_S = 30.0
+"""Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
+times a second; if not, the wait ends with the link, within `timeout`."""
+
+
 class Refusal(ReplicationError):
     """The other side, or what the two sides descend from, does not allow it: a person has to do something."""
 
@@ -199,7 +204,7 @@ class Dialler:
 
     def _ask(self, peer: Peer, command: str, arguments: dict[str, Any]) -> Any:
         self._check_interrupted()
-        return peer.call(command, arguments, self._set.options.timeout_s)
+        return peer.call(command, arguments, ANSWER_S)
 
     def _check_interrupted(self) -> None:
         if self._interrupted:

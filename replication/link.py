@@ -208,9 +208,9 @@ class Link:
         if self._agreement is agreement:
             self.lost(None, error)
 
-    def stop(self, drain_s: float) -> None:
-        """Send what is queued, for at most `drain_s` seconds, tell the secondary that this was all, if it was, and let
-        the link go."""
+    def stop(self, drain_s: float, farewell_s: float) -> None:
+        """Send what is queued, for at most `drain_s` seconds, tell the secondary that this was all, if it was (it has
+        `farewell_s` seconds to note that), and let the link go."""
         with self._changed:
             self._wanted = False
         deadline = time.monotonic() + drain_s
@@ -223,7 +223,7 @@ class Link:
             return
         if agreement.peer is not None and not any(disk.changes.marked_bytes for disk in self._disks):
             try:
-                agreement.peer.call("replication-unpair", {"token": agreement.token}, max(drain_s, 0.1))
+                agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
             except (DiskError, PeerError) as error:
                 log(f"the secondary cannot be told that this was all: {error}")
         if agreement.peer is not None:
@@ -235,7 +235,7 @@ class Link:
             self._closing = True
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
-        self.stop(timeout_s)
+        self.stop(timeout_s / 2, timeout_s / 2)
         self.dialler.interrupt()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))

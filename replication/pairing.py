@@ -222,7 +222,9 @@ class Pairing:
 
     def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:
         record = self._set.record
-        former = record.resync
+        former, lineage = record.resync, self._ancestry.lineage
+        if former == resync and change(lineage) == lineage:
+            return
         record.resync = resync
         take_back = self._ancestry.note(change)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from replication.backlog import Budget, Entry
 from replication.changes import ChangeMap
-from replication.dial import Refusal
+from replication.dial import ANSWER_S, Refusal
 from replication.epochs import Epochs, Lacking
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case, Fault
@@ -288,7 +288,7 @@ class PrimarySide(Side):
         with self._set.gate.closed():
             self._set.enter(Stage.DONE)
         self._epochs.drop()
-        self._link.stop(self._set.options.timeout_s)
+        self._link.stop(self._set.options.timeout_s, ANSWER_S)
 
     def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")

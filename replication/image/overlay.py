@@ -263,10 +263,11 @@ class Overlay:
 
     def blocks_of(self, page: int) -> npt.NDArray[np.uint8]:
         """For every block of a page (of PAGE_CLUSTERS clusters) whether it is held, 1 or 0; in ascending order, but for
-        the blocks of one eighth of a cluster among themselves."""
+        the eight blocks of a quarter of a cluster among themselves."""
         words = self._words_of(page)
-        either = (words | words >> np.uint64(32)).astype("<u4")
-        return np.unpackbits(either.view(np.uint8))
+        # Bytes as in the file: the zero half, then the data half, each from blocks 24..31 down to blocks 0..7.
+        halves = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 2, 4)
+        return np.unpackbits((halves[:, 0] | halves[:, 1])[:, ::-1])
 
     def _words_of(self, page: int) -> npt.NDArray[np.uint64]:
         # The words behind the last cluster are of no use, whatever is in them.
