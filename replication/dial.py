@@ -31,7 +31,6 @@ from replication.primary_disk import PrimaryDisk
 from replication.side import FOR_GUESTS, Setting
 from replication.stage import Stage
 
-
 ANSWER_S = 30.0
 """Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
 times a second; if not, the wait ends with the link, within `timeout`."""

@@ -55,11 +55,18 @@ STOP = {"enable": False, "primary": False}
 FAILOVER = {"enable": False, "primary": False, "failover": True}
 
 
+def standing(server: Server) -> dict[str, Any]:
+    """The status, without what changes by itself."""
+    status = server.status()
+    del status["checkpoint"]["age"]
+    return status
+
+
 def ignored(server: Server, command: str, arguments: dict[str, Any] | None = None) -> None:
     """`command` is accepted and changes nothing."""
-    before = server.status()
+    before = standing(server)
     server.execute(command, arguments)
-    assert server.status() == before
+    assert standing(server) == before
 
 
 # -- start: images -----------------------------------------------------------------------------------------------
@@ -349,7 +356,8 @@ def test_a_primary_does_not_start_towards_a_disk_of_another_size(lab: Lab) -> No
     server = lab.secondary((2 * MIB,))
     primary = lab.primary(server.uri(), contents=(OLD,))
     desc = refused(primary, "xen-set-replication", START_PRIMARY)
-    assert f"disk 'disk0' has {MIB} bytes here, but {2 * MIB} on the secondary" in desc
+    assert "the secondary" in desc
+    assert f"disk 'disk0' has {MIB} bytes there, but {2 * MIB} here" in desc
 
 
 # -- xen-set-replication's forms ---------------------------------------------------------------------------------
@@ -585,7 +593,6 @@ def test_a_lost_heartbeat_is_a_failover_on_the_secondary_and_a_stop_on_the_prima
     disk = pair.primary.connect("disk0")
     disk.pwrite(NEW, 0)
     pair.primary.checkpoint()
-    pair.secondary.checkpoint()
     disk.pwrite(OWN, 0)
     pair.primary.execute("x-colo-lost-heartbeat")
     assert pair.primary.status()["stage"] == "done"

@@ -320,10 +320,13 @@ def test_while_stale_overlay_space_is_given_back(lab: Lab, when: str) -> None:
 def test_a_primary_with_a_barrier_that_waits_for_a_silent_secondary(lab: Lab, points: PausePoints) -> None:
     both = Couple(lab, points)
     points.arm("forward.send")
+    both.guest.pwrite(NEW[:BLOCK], 0)
+    points.wait_hit("forward.send")
+    points.arm("epoch.cut")
     with send(both.primary, *CHECKPOINT):
-        points.wait_hit("forward.send")  # the flush
+        points.wait_hit("epoch.cut")
         with silent(both.secondary):
-            both.guest.pwrite(NEW[:BLOCK], 0)
+            points.release("epoch.cut")
             points.release("forward.send")
             end(both.primary)
     both.primary.start()

@@ -14,7 +14,7 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import KIB, MIB, DelayedEndpoint, Lab, Pair, Primary, Qmp, Secondary, Server, nbd_refusal, pattern
+from lab import KIB, MIB, DelayedEndpoint, Lab, Pair, Primary, Qmp, Secondary, Server, drained, nbd_refusal, pattern
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)
@@ -333,7 +333,7 @@ def test_a_running_primary_reads_locally_and_writes_to_both_disks(pair: Pair) ->
     disk.trim(BLOCK, 4 * BLOCK)
     expected = changed(OLD, (0, NEW), (5, OWN[:10]), (2 * BLOCK, bytes(BLOCK)), (4 * BLOCK, bytes(BLOCK)))
     assert pair.primary.disks[0].read_bytes() == whole(disk) == expected
-    pair.primary.checkpoint()
+    drained(pair.primary)
     assert pair.secondary.disks[0].read_bytes() == expected
     assert whole(pair.secondary.connect("top0")) == OLD
     assert out_of_sync(pair.primary) == 0
@@ -444,7 +444,6 @@ def test_an_old_primary_that_goes_on_after_failover_keeps_its_guest_and_learns_o
     pair.start_replication()
     disk.pwrite(NEW, 0)
     pair.primary.checkpoint()
-    pair.secondary.checkpoint()
     pair.secondary.failover()
     with pair.primary.qmp() as events:
         disk.pwrite(OWN, BLOCK)  # the guest is never told

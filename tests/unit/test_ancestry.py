@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ancestry.py: after a kill at any step the next process knows at which generation its disks are.
 
-A kill is a copy of the state folder as the kernel has it, opened anew; a power cut is one as it was after the last sync.
+A kill is a copy of the state folder as the kernel has it, opened anew.
 """
 
 from __future__ import annotations

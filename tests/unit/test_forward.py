@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import DEADLINE_S, DelayedEndpoint, Lab, NbdProcess, make_raw, pattern, silent, wait_until
-from replication.backlog import ZERO_MAX, Budget, Entry, InFlight, Kind
+from replication.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Budget, Entry, InFlight, Kind
 from replication.errors import DiskError
-from replication.forward import Forwarder, LinkState
+from replication.forward import Forwarder, cut
 from replication.image.connection import Connection
 
 SIZE = 4 << 20
@@ -32,17 +32,24 @@ KIB = 1024
 class Link:
     """A forwarder with its budget, what it reported, and how often each entry ended."""
 
-    def __init__(self, server: NbdProcess, limit: int = 64 << 20, timeout_s: float = DEADLINE_S) -> None:
-        self.failures: list[tuple[Entry | None, DiskError]] = []
-        self.states: list[LinkState] = []
+    def __init__(
+        self, server: NbdProcess, limit: int = 64 << 20, timeout_s: float = DEADLINE_S, budget: Budget | None = None
+    ) -> None:
+        self.failures: list[tuple[Entry, DiskError]] = []
+        self.losses: list[DiskError] = []
         self.ends: dict[int, list[bool]] = {}
         self.entries: list[Entry] = []
-        self.budget = Budget(limit)
+        self.budget = budget or Budget(limit)
         self.forwarder = Forwarder(
-            "disk0", self.budget, timeout_s, lambda *failure: self.failures.append(failure), self.states.append
+            "disk0", self.budget, timeout_s, lambda *failure: self.failures.append(failure), self.note_loss
         )
         self.connection = Connection(server.uri(), None, DEADLINE_S)
         self.forwarder.adopt(self.connection)
+
+    def note_loss(self, forwarder: Forwarder, error: DiskError) -> None:
+        assert forwarder is self.forwarder
+        assert not forwarder.up, "what is put from now on ends at once"
+        self.losses.append(error)
 
     def make(self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"", waited_for: bool = True) -> Entry:
         entry = Entry(kind, offset, length or len(data), on_end=self._ended, waited_for=waited_for)
@@ -59,6 +66,10 @@ class Link:
         assert self.forwarder.reserve([entry])
         self.forwarder.put(entry)
         return entry
+
+    def put_together(self, *entries: Entry) -> None:
+        assert self.forwarder.reserve(entries)
+        self.forwarder.put(*entries)
 
     def write(self, offset: int, data: bytes, waited_for: bool = True) -> Entry:
         return self.put(self.make(Kind.WRITE, offset, data=data, waited_for=waited_for))
@@ -135,12 +146,12 @@ def test_overlapping_requests_are_never_in_flight_together_and_arrive_in_order(l
     sent = [(entry.offset, entry.length) for entry in link.entries if entry.kind is Kind.WRITE]
     arrived = [(offset, length) for kind, offset, length, _, _ in requests if kind == "Write"]
     assert sorted(sent) == sorted(arrived)
-    assert link.failures == []
+    assert (link.losses, link.failures) == ([], [])
 
 
 entries = st.builds(
     lambda kind, offset, length: Entry(kind, 0 if kind is Kind.FLUSH else offset, 0 if kind is Kind.FLUSH else length),
-    st.sampled_from([*Kind, Kind.WRITE, Kind.WRITE]),
+    st.sampled_from([Kind.WRITE, Kind.ZERO, Kind.FLUSH, Kind.WRITE, Kind.WRITE]),
     st.integers(0, 400 * KIB),
     st.one_of(st.integers(1, 9000), st.integers(60 * KIB, 70 * KIB), st.integers(1, ZERO_MAX)),
 )
@@ -187,7 +198,7 @@ def test_a_silent_secondary_is_lost_within_the_timeout_and_everything_ends_as_no
         assert not link.forwarder.await_end(stuck[0])
         # Generous for a busy machine; the deadline of the harness is far beyond it.
         assert 0.4 < time.monotonic() - begun < 0.5 + 4
-        assert link.forwarder.state is LinkState.LOST
+        assert not link.forwarder.up
         assert not link.forwarder.reserve([link.make(Kind.FLUSH)]), "from now on nobody waits"
         link.entries.pop()
         del link.ends[next(reversed(link.ends))]
@@ -196,10 +207,9 @@ def test_a_silent_secondary_is_lost_within_the_timeout_and_everything_ends_as_no
         link.forwarder.put(late)
         assert link.ends[id(late)] == [False]
     link.wound_up()
-    assert link.states == [LinkState.IN_SYNC, LinkState.LOST]
-    ((entry, error),) = link.failures
-    assert entry is None
+    (error,) = link.losses
     assert "no progress" in str(error)
+    assert link.failures == []
 
 
 def test_a_killed_secondary_ends_every_entry_once(lab: Lab) -> None:
@@ -213,7 +223,7 @@ def test_a_killed_secondary_ends_every_entry_once(lab: Lab) -> None:
     arrived = sum(ends == [True] for ends in link.ends.values())
     assert 50 <= arrived < 600
     assert link.forwarder.bytes_forwarded == arrived * 4096
-    assert [entry for entry, _ in link.failures] == [None], "told once, not for each entry"
+    assert (len(link.losses), link.failures) == (1, []), "told once, not for each entry"
 
 
 def test_a_full_queue_before_a_silent_secondary_pushes_back_no_longer_than_the_timeout(
@@ -230,7 +240,8 @@ def test_a_full_queue_before_a_silent_secondary_pushes_back_no_longer_than_the_t
         assert time.monotonic() - begun < 0.6 + 4
         assert not link.forwarder.await_end(first)
     link.wound_up()
-    assert link.forwarder.state is LinkState.LOST
+    assert not link.forwarder.up
+    assert len(link.losses) == 1
 
 
 def test_a_slow_secondary_that_makes_progress_is_not_lost_while_a_large_write_waits_for_room(lab: Lab) -> None:
@@ -243,7 +254,7 @@ def test_a_slow_secondary_that_makes_progress_is_not_lost_while_a_large_write_wa
     assert link.forwarder.reserve([large]), link.failures
     link.forwarder.put(large)
     assert link.forwarder.await_end(large)
-    assert link.failures == []
+    assert (link.losses, link.failures) == ([], [])
     link.forwarder.stop(DEADLINE_S)
     link.wound_up()
 
@@ -272,8 +283,8 @@ def test_stopping_sends_what_is_queued(lab: Lab) -> None:
     link.forwarder.stop(DEADLINE_S)
     link.wound_up()
     assert bytes(server.connect().pread(4096, 0)) == pattern(19, 4096)
-    assert link.states == [LinkState.IN_SYNC, LinkState.DISCONNECTED]
-    assert link.failures == []
+    assert not link.forwarder.up
+    assert (link.losses, link.failures) == ([], [])
 
 
 def test_stopping_without_time_ends_what_has_not_arrived_and_reports_nothing(lab: Lab) -> None:
@@ -285,21 +296,21 @@ def test_stopping_without_time_ends_what_has_not_arrived_and_reports_nothing(lab
     link.wound_up()
     assert [False] in link.ends.values()
     assert not link.forwarder.up
-    assert link.failures == []
+    assert (link.losses, link.failures) == ([], [])
 
 
 def test_after_a_loss_a_fresh_connection_is_adopted(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE)
     link = Link(server)
     server.kill()
-    wait_until(lambda: link.forwarder.state is LinkState.LOST, "the loss is noticed without any request")
+    wait_until(lambda: link.losses, "the loss is noticed without any request")
     link.wound_up()
     server.start()
     link.forwarder.adopt(Connection(server.uri(), None, DEADLINE_S))
     assert link.forwarder.await_end(link.write(0, b"again"))
     link.forwarder.stop(DEADLINE_S)
     link.wound_up()
-    assert link.states == [LinkState.IN_SYNC, LinkState.LOST, LinkState.IN_SYNC, LinkState.DISCONNECTED]
+    assert len(link.losses) == 1, "a stop is no loss"
 
 
 @pytest.mark.parametrize("action", ["put", "lose", "stop"])
@@ -363,3 +374,339 @@ def test_whoever_waits_for_room_gets_it_when_it_comes_and_goes_when_the_link_is_
         budget.wake()
         assert not waiter.result(DEADLINE_S)
     assert budget._used == 1000
+
+
+# -- cuts --------------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """The forwarders of several disks with one budget, each with a secondary of its own, and a cut through them."""
+
+    def __init__(self, servers: list[NbdProcess], **options: Any) -> None:
+        budget = Budget(64 << 20)
+        self.links = [Link(server, budget=budget, **options) for server in servers]
+
+    def cut(self) -> list[Entry]:
+        entries = cut([link.forwarder for link in self.links])
+        assert entries is not None
+        return entries
+
+    def reached(self, entries: list[Entry]) -> None:
+        for link, entry in zip(self.links, entries, strict=True):
+            assert link.forwarder.await_end(entry)
+
+    def let_go(self, entries: list[Entry]) -> None:
+        for link, entry in zip(self.links, entries, strict=True):
+            link.forwarder.let_go(entry)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.forwarder.stop(DEADLINE_S)
+        for link in self.links:
+            link.forwarder.wait_down(DEADLINE_S)
+            assert link.forwarder.idle
+        assert self.links[0].budget._used == 0
+
+
+def stored(server: NbdProcess, offset: int, length: int) -> bytes:
+    return bytes(server.connect().pread(length, offset))
+
+
+def holds_still(link: Link) -> None:
+    """Wait until the thread holds at a cut: nothing more will be sent until it is let go."""
+    wait_until(lambda: link.forwarder._rest.value == "held", "the thread holds at the cut")
+
+
+def test_nothing_behind_a_cut_is_sent_before_it_is_let_go_and_all_in_front_of_it_has_arrived(lab: Lab) -> None:
+    servers: list[NbdProcess] = [
+        lab.endpoint(size=SIZE, name=name, delay={"write": "5ms", "zero": "5ms"}) for name in ("one", "two")
+    ]
+    line = Line(servers)
+    for link in line.links:
+        for number in range(100):
+            link.write(number * 4096, b"1" * 4096, waited_for=number % 2 == 0)
+    entries = line.cut()
+    for link in line.links:
+        # Of each kind, and urgent ones as well; some overlap what is in front of the cut, some do not.
+        behind = [link.write(number * 4096, b"2" * 4096, waited_for=number % 3 == 0) for number in range(50, 150)]
+        behind.append(link.put(link.make(Kind.ZERO, SIZE - 8192, 8192)))
+        behind.append(link.put(link.make(Kind.FLUSH)))
+    line.reached(entries)
+    for link, server in zip(line.links, servers, strict=True):
+        assert stored(server, 0, 100 * 4096) == b"1" * 100 * 4096
+        assert stored(server, 100 * 4096, 50 * 4096) == bytes(50 * 4096)
+        holds_still(link)
+        sent = link.forwarder.bytes_forwarded
+        assert sent == 100 * 4096
+        link.write(200 * 4096, b"3" * 4096)
+        link.forwarder._connection.poke()  # type: ignore[union-attr]
+        holds_still(link)
+        assert (link.forwarder.bytes_forwarded, len(link.forwarder._in_flight)) == (sent, 0)
+        assert link.forwarder.queue_bytes == 101 * 4096
+        assert not link.forwarder.idle
+    line.let_go(entries)
+    line.close()
+    for link, server in zip(line.links, servers, strict=True):
+        assert stored(server, 0, 150 * 4096) == b"1" * 50 * 4096 + b"2" * 100 * 4096
+        assert stored(server, 200 * 4096, 4096) == b"3" * 4096
+        assert all(ends == [True] for ends in link.ends.values())
+        assert (link.losses, link.failures) == ([], [])
+
+
+@pytest.mark.parametrize("when", ["before it is reached", "when it is reached"])
+def test_a_cut_may_be_let_go_at_any_time_and_ends_once(lab: Lab, when: str) -> None:
+    server = lab.endpoint(size=SIZE, delay={"write": "20ms"})
+    line = Line([server])
+    (link,) = line.links
+    for _ in range(5):
+        link.write(0, b"1" * 4096, waited_for=False)
+    entries = line.cut()
+    if when == "when it is reached":
+        line.reached(entries)
+    line.let_go(entries)
+    line.let_go(entries)
+    last = link.write(0, b"2" * 4096)
+    assert link.forwarder.await_end(last)
+    line.reached(entries)
+    assert link.forwarder._awaited == 0
+    line.close()
+    assert stored(server, 0, 4096) == b"2" * 4096
+
+
+def test_cuts_follow_each_other_and_an_idle_queue_reaches_one_at_once(lab: Lab) -> None:
+    line = Line([lab.endpoint(size=SIZE, name=name) for name in ("one", "two")])
+    for number in range(20):
+        entries = line.cut()
+        line.reached(entries)
+        written = [link.write(0, pattern(number, 4096)) for link in line.links]
+        assert not any(entry.arrived for entry in written)
+        line.let_go(entries)
+        for link, entry in zip(line.links, written, strict=True):
+            assert link.forwarder.await_end(entry)
+    line.close()
+
+
+def test_there_is_no_cut_unless_all_links_are_up(lab: Lab) -> None:
+    server, gone = lab.endpoint(size=SIZE, name="one"), lab.endpoint(size=SIZE, name="two")
+    line = Line([server, gone])
+    gone.kill()
+    line.links[1].wound_up()
+    assert cut([link.forwarder for link in line.links]) is None
+    assert line.links[0].forwarder.idle
+    assert line.links[0].forwarder.await_end(line.links[0].write(0, b"goes on"))
+    line.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "abandoned", "stopped"])
+def test_a_link_that_goes_while_it_is_cut_ends_everything_once(lab: Lab, how: str) -> None:
+    server = lab.endpoint(size=SIZE, delay={"write": "5ms"})
+    line = Line([server])
+    (link,) = line.links
+    entries = line.cut()
+    line.reached(entries)
+    behind = [link.write(number * 4096, b"x" * 4096, waited_for=number % 2 == 0) for number in range(30)]
+    holds_still(link)
+    if how == "killed":
+        server.kill()
+    elif how == "abandoned":
+        link.forwarder.abandon("another disk's connection has gone")
+    else:
+        link.forwarder.stop(0.0)
+    link.wound_up()
+    assert not any(entry.arrived for entry in behind)
+    assert len(link.losses) == (how == "killed")
+    line.let_go(entries)  # as epochs.py does, whatever has happened
+    assert not link.forwarder.up
+
+
+def test_a_cut_that_is_not_reached_when_the_link_goes_has_not_arrived(lab: Lab) -> None:
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
+    line = Line([server], timeout_s=0.5)
+    (link,) = line.links
+    with silent(server):
+        link.write(0, b"x" * 4096)
+        (entry,) = line.cut()
+        assert not link.forwarder.await_end(entry)
+        assert not entry.arrived
+    link.wound_up()
+    assert link.budget._used == 0
+
+
+def test_entries_that_are_put_together_are_never_on_two_sides_of_a_cut(lab: Lab) -> None:
+    """A guest's large write is several entries: an epoch has all of it or nothing."""
+    line = Line([lab.endpoint(size=SIZE)])
+    (link,) = line.links
+    ended = threading.Event()
+
+    def write(place: int) -> int:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            offset = place * 16 * KIB
+            data = bytes([number % 251]) * 1000
+            pieces = [link.make(Kind.WRITE, offset + part * 4 * KIB, data=data) for part in range(4)]
+            link.put_together(*pieces)
+            for piece in pieces:
+                assert link.forwarder.await_end(piece)
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, place) for place in range(4)]
+        try:
+            for _ in range(30):
+                entries = line.cut()
+                line.reached(entries)
+                content = line_content(line)[0]
+                for place in range(4):
+                    first, *others = (content[place * 16 * KIB + part * 4 * KIB] for part in range(4))
+                    assert others == [first] * 3, "a write was cut in two"
+                line.let_go(entries)
+        finally:
+            ended.set()
+            line.let_go(entries)
+        assert all(writer.result(DEADLINE_S) for writer in writers)
+    line.close()
+
+
+def line_content(line: Line) -> list[bytes]:
+    """What the secondaries hold, over connections of their own."""
+    contents = []
+    for link in line.links:
+        reader = Connection(link.connection.uri, None, DEADLINE_S)
+        data = bytearray(SIZE)
+        buffer = memoryview(data)
+        reader.wait(reader.issue(lambda handle, done, buffer=buffer: handle.aio_pread(buffer, 0, done), 0))
+        reader.close()
+        contents.append(bytes(data))
+    return contents
+
+
+def test_a_write_that_knows_of_another_is_never_in_front_of_a_cut_alone(lab: Lab) -> None:
+    """Threads write an ever larger number, first to one disk and, when that is answered (async: when it is queued), to
+    the other one. At every cut no second disk may be ahead of its first one."""
+    line = Line([lab.endpoint(size=SIZE, name=name) for name in ("one", "two")])
+    ended = threading.Event()
+    threads = 6
+
+    def write(place: int) -> int:
+        first, second = (line.links[0], line.links[1]) if place % 2 else (line.links[1], line.links[0])
+        number = 0
+        while not ended.is_set():
+            number += 1
+            data = number.to_bytes(8, "big")
+            for link in (first, second):
+                entry = link.write(place * 4096, data, waited_for=False)
+                if number % 16 == 0 and link is second:
+                    wait_until(
+                        lambda link=link, entry=entry: link.ends[id(entry)], "the queue does not grow without bound"
+                    )
+        return number
+
+    with ThreadPoolExecutor(threads) as pool:
+        writers = [pool.submit(write, place) for place in range(threads)]
+        try:
+            seen = 0
+            for _ in range(40):
+                entries = line.cut()
+                line.reached(entries)
+                one, two = line_content(line)
+                for place in range(threads):
+                    numbers = [
+                        int.from_bytes(content[place * 4096 : place * 4096 + 8], "big") for content in (one, two)
+                    ]
+                    ahead, behind = reversed(numbers) if place % 2 == 0 else numbers
+                    assert ahead - 1 <= behind <= ahead, f"thread {place}: {numbers}"
+                    seen = max(seen, ahead)
+                line.let_go(entries)
+        finally:
+            ended.set()
+            line.let_go(entries)
+        assert all(writer.result(DEADLINE_S) for writer in writers)
+    assert seen > 40, "there was something to cut"
+    line.close()
+
+
+class Watched:
+    """In a lock's place: calls `before()` when somebody wants it."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        self.real = threading.Lock()
+        self._before = before
+
+    def __enter__(self) -> None:
+        self._before()
+        self.real.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.real.release()
+
+
+def test_a_guest_that_writes_while_the_queues_are_being_cut_is_behind_the_cut_on_both(lab: Lab) -> None:
+    """
+    cut:     has the first queue ---------- wants the second ------- cuts both
+    guest:                        writes to the first disk: waits            ... then to the second
+    """
+    line = Line([lab.endpoint(size=SIZE, name=name) for name in ("one", "two")])
+    first, second = line.links
+    wait_until(lambda: first.forwarder._rest.value == second.forwarder._rest.value == "sleep", "the threads sleep")
+    wanted, cutting, test = threading.Event(), threading.Event(), threading.current_thread()
+    written: list[Entry] = []
+
+    def guest() -> None:
+        written.append(first.write(0, b"cause"))
+        written.append(second.write(0, b"effect"))
+
+    writer = threading.Thread(target=guest, daemon=True)
+
+    def at_first() -> None:
+        if threading.current_thread() is writer:
+            wanted.set()
+
+    def at_second() -> None:
+        if threading.current_thread() is test and not cutting.is_set():
+            cutting.set()
+            writer.start()
+            assert wanted.wait(DEADLINE_S)
+            if not locks[0].real.locked():
+                writer.join(DEADLINE_S)  # nothing holds it up: it gets in between
+
+    locks = [Watched(at_first), Watched(at_second)]
+    for link, lock in zip(line.links, locks, strict=True):
+        link.forwarder._lock = lock  # type: ignore[assignment]
+    entries = line.cut()
+    writer.join(DEADLINE_S)
+    assert not writer.is_alive()
+    line.reached(entries)
+    assert [link.forwarder.queue_bytes for link in line.links] == [len(b"cause"), len(b"effect")]
+    assert not any(entry.arrived for entry in written)
+    line.let_go(entries)
+    line.close()
+    assert all(entry.arrived for entry in written)
+
+
+def test_data_in_flight_is_bounded_but_for_one_entry(lab: Lab) -> None:
+    """More would only wait in the socket. The secondary answers nothing until it is let."""
+    size = FLIGHT_MAX * 2
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", size))
+    link = Link(server, limit=4 * FLIGHT_MAX)
+    most = 0
+
+    def watch(real: Callable[[Entry], None]) -> Callable[[Entry], None]:
+        def add(entry: Entry) -> None:
+            nonlocal most
+            real(entry)
+            most = max(most, link.forwarder._in_flight.bytes)
+
+        return add
+
+    link.forwarder._in_flight.add = watch(link.forwarder._in_flight.add)  # type: ignore[method-assign]
+    with silent(server):
+        for offset in range(0, size, DATA_MAX):
+            link.write(offset, b"x" * DATA_MAX)
+        wait_until(lambda: most > FLIGHT_MAX - DATA_MAX, "as much as may be is in flight")
+    for entry in link.entries:
+        assert link.forwarder.await_end(entry)
+    assert FLIGHT_MAX - DATA_MAX < most <= FLIGHT_MAX + DATA_MAX
+    assert link.forwarder._in_flight.bytes == 0
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
