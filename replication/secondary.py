@@ -299,6 +299,7 @@ class SecondarySide(Side):
             self.pairing.adopted()
         if former is not None:
             self._set.show()
+            self._backup.repaired()  # what a restart has reported of it is over as well
             self._backup.begin()
 
     def stop(self, failover: bool, force: bool) -> None:

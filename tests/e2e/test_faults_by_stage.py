@@ -50,7 +50,9 @@ from lab import (
     wait_until,
     whole,
 )
+from replication.clients import Client
 from replication.control.commands import Commands
+from replication.control.inband import ControlExport
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.export import Exports
@@ -446,6 +448,10 @@ SECONDARY_ROWS = [
 # -- the node in this process ------------------------------------------------------------------------------------
 
 
+def _no_control() -> ControlExport:
+    raise AssertionError("nobody pairs with a node in this process")
+
+
 class Bench:
     """A node of two disks in this process, with its commands, its faces and its events. The faults are in `disk0`."""
 
@@ -460,7 +466,7 @@ class Bench:
         self._state = StateFolder(str(state), durable="durability=power" in arguments)
         self.node = Node(parser.finish(), hub, self._state)
         self.node.launch()
-        self._exports = Exports(self.node)
+        self._exports = Exports(self.node, _no_control, False)
         self._commands = Commands(self.node, lambda: None)
 
     def execute(self, command: str, **arguments: Any) -> Any:
@@ -475,7 +481,9 @@ class Bench:
 
     def face(self, name: str) -> Face:
         """The face of an export."""
-        return self._exports.open(name)
+        export = self._exports.open(name, Client("a local process", local=True))
+        assert not isinstance(export, ControlExport)
+        return export
 
     def told(self) -> list[tuple[int, str]]:
         """The case and disk of all REPLICATION_ERROR events since the last call."""
@@ -1150,12 +1158,20 @@ class Ends:
     """A secondary whose disk is behind an endpoint that fails as it is told, and, unless `alone`, its primary."""
 
     def __init__(
-        self, lab: Lab, error: dict[str, str], *, protocol: str = "async", disk: bool = True, alone: bool = False
+        self,
+        lab: Lab,
+        error: dict[str, str],
+        *,
+        protocol: str = "async",
+        disk: bool = True,
+        alone: bool = False,
+        secondary_arguments: Sequence[str] = (),
     ) -> None:
         self.points: PausePoints = lab.pause_points()
         self.below = make_raw(lab.folder / "behind.raw", SIZE, OLD)
         self.endpoint: DelayedEndpoint = lab.endpoint(path=self.below, name="behind", error=error)
         arguments = ["mode=secondary", f"state={lab.folder / 's'}", f"disk=disk0:{self.endpoint.uri()}", "top-id=top0"]
+        arguments += secondary_arguments
         environment = self.points.environment
         self.secondary = lab.start(Server(lab.folder, "secondary", arguments, extra_environment=environment))
         self.target, self.guest = self.secondary.connect("disk0"), self.secondary.connect("top0")
@@ -1302,7 +1318,6 @@ def test_a_forwarded_request_that_the_secondary_disk_refuses_is_never_the_guests
     ends = Ends(lab, {fails: name}, protocol=protocol, disk=disk)
     ends.disk.pwrite(NEW, OVERWRITTEN)
     ends.primary.execute("replication-checkpoint")
-    ends.secondary.execute("xen-colo-do-checkpoint")
     checkpoint = changed(OLD, (OVERWRITTEN, NEW))
     with ends.primary.qmp() as at_primary, ends.secondary.qmp() as at_secondary:
         ends.endpoint.fail()
@@ -1343,18 +1358,21 @@ def test_a_forwarded_request_that_the_secondary_disk_refuses_is_never_the_guests
 
 
 @pytest.mark.parametrize("protocol", ["async", "sync"])
-def test_a_flush_that_the_secondary_disk_fails_fails_the_barrier_and_not_the_guest(lab: Lab, protocol: str) -> None:
-    ends = Ends(lab, {}, protocol=protocol)
+def test_a_flush_that_the_secondary_disk_fails_fails_the_checkpoint_and_not_the_guest(lab: Lab, protocol: str) -> None:
+    ends = Ends(lab, {}, protocol=protocol, secondary_arguments=["durability=power"])
     ends.disk.pwrite(DATA, FREE)
     wait_until(lambda: ends.below.read_bytes()[FREE:][:LENGTH] == DATA, "the write has arrived")
     ends.endpoint.kill()
     if protocol == "sync":
         ends.disk.flush()  # waits for the secondary's, and does not fail with it
-    with pytest.raises(QmpError):
+    epoch = ends.secondary.status()["epoch"]
+    with pytest.raises(QmpError, match=r"^The secondary has not taken the checkpoint: "):
         ends.primary.execute("replication-checkpoint")
+    assert ends.secondary.status()["epoch"] == epoch
     ends.disk.flush()
-    error = ends.error_of(ends.primary)
-    assert (error["case"], error["operation"]) == (2, "flush")
+    if protocol == "sync":
+        error = ends.error_of(ends.primary)
+        assert (error["case"], error["operation"]) == (2, "flush")
     error = ends.error_of(ends.secondary)
     assert (error["case"], error["operation"]) == (4, "flush")
     assert [server.status()["stage"] for server in (ends.primary, ends.secondary)] == ["running"] * 2

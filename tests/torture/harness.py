@@ -14,15 +14,16 @@ What is verified after each restart
 * The raw disk is what the target face shows (none, running), or what the guest face shows (done).
 * A request that must be refused is refused, with the right errno, and no other; a refusal is never taken back.
 * A commit that was cut short comes to its end, and the overlays pass `qemu-img check`.
-* Of a primary: its disk as above; what the protocol has promised of the secondary's; after the resync both raw disks
-  are equal; the secondary's guest face does not change meanwhile.
+* Of a pair: the primary's disk as above; what the protocol has promised of the secondary's; after the resync both raw
+  disks are equal; the secondary's guest face is what the primary's disks were at one instant of the last checkpoint, on
+  both disks or, of a checkpoint that was cut short, on neither. While the two find each other again, either is killed.
 * No process prints a traceback.
 
 What is not verified
 * Power cuts: the kernel lives on, so what was written but not synced survives every kill here.
 * Byte order within one unanswered request: any mixture of its old and new bytes is accepted.
-* Kills of a secondary whose primary is attached; disks behind NBD; failing disks, links and full file systems. The
-  end-to-end tests have these, each with its interleaving forced.
+* Kills of a secondary while its primary's guest writes; disks behind NBD; failing disks, links and full file systems.
+  The end-to-end tests have these, each with its interleaving forced.
 
 What a replay repeats: the disks' content, every choice of requests, commands, points and kinds of kills of a life,
 given the stage in which the life begins. What it cannot repeat: how the threads of the killed process, the kernel and

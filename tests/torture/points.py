@@ -22,6 +22,8 @@ class Cause(Enum):
     GUEST_WRITE = "guest-write"
     TARGET_WRITE = "target-write"
     PRIMARY_WRITE = "primary-write"
+    BARRIER = "barrier"
+    CONNECT = "connect"
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,30 @@ PRIMARY_POINTS = (
     Point("primary-write.marked", (Cause.PRIMARY_WRITE,), hits=3),
     Point("primary-write.written", (Cause.PRIMARY_WRITE,), hits=3),
     Point("forward.send", (Cause.PRIMARY_WRITE,), hits=3),
+    Point("epoch.cut", (Cause.BARRIER,)),
+    Point("epoch.reached", (Cause.BARRIER,)),
 )
 
 START_POINTS = (
     Point("start.connected", (Cause.START,)),
+    Point("start.settled", (Cause.START,)),
     Point("start.entered", (Cause.START,)),
 )
 """Of a primary's start, before and after the stage is saved."""
 
-ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS
+LINK_POINTS = (
+    Point("link.dialled", (Cause.CONNECT,)),
+    Point("link.synchronized", (Cause.CONNECT,)),
+)
+"""Of a primary that goes on with its secondary."""
+
+PAIRING_POINTS = (
+    Point("pairing.begun", (Cause.CONNECT,)),
+    Point("pairing.sync", (Cause.CONNECT,)),
+)
+"""Of a secondary to which its primary comes back."""
+
+ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS + LINK_POINTS + PAIRING_POINTS
 
 RECOVERY_POINTS = (
     "checkpoint.begun",

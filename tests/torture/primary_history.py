@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Histories of a primary that is killed again and again while its secondary lives.
+"""Histories of a pair of which the primary is killed again and again, and now and then the secondary.
 
 After every kill the secondary disk must hold what the protocol has promised for it (sync: every answered write;
-async: every write that an answered barrier covers), and after every restart the local disk must hold every answered
-write. Most lives then wait for the resync: once `replication-checkpoint` succeeds, the raw disks of both sides must be
-equal, byte for byte. The others go on at once, while the resync is under way.
+async: every write that an answered checkpoint covers), the secondary's guest face what the primary's disks held at one
+instant of the last checkpoint, and after every restart the local disk must hold every answered write. While the
+restarted primary finds its secondary again either of them may be killed. Most lives then wait for the resync: once
+`replication-checkpoint` succeeds, the raw disks of both sides must be equal, byte for byte, and the guest face as well.
+The others go on at once, while the resync is under way.
 """
 
 from __future__ import annotations
@@ -13,17 +15,29 @@ import errno
 import random
 import time
 
-from lab import DEADLINE_S, Lab, QmpError, Secondary, disk_name, top_id
+from lab import DEADLINE_S, Lab, PausePoints, QmpError, Secondary, Server, disk_name, top_id, wait_until
 from torture import traffic
 from torture.client import Asked, Client, Command, Kind, Request, Sent, Wrong
 from torture.history import HIT_S, SIZES, WINDOW, History, VictimPrimary, as_array, raw_of
-from torture.oracle import BEFORE, Content, Write
-from torture.points import PRIMARY_POINTS, START_POINTS
+from torture.oracle import BEFORE, Content, Copy, Write
+from torture.points import LINK_POINTS, PAIRING_POINTS, PRIMARY_POINTS, Cause
 
 START = Command("xen-set-replication", {"enable": True, "primary": True})
 BARRIER = Command("replication-checkpoint")
 EXPORTS = tuple((disk_name(index), size) for index, size in enumerate(SIZES))
 DISKS = range(len(SIZES))
+
+STARTS = (("start.connected", "start.entered"), ("start.settled",))
+"""Where the starts of a history are killed; of two in a row one has each."""
+
+RETURNS = {
+    **{point.name: "primary" for point in LINK_POINTS},
+    **{point.name: "secondary" for point in PAIRING_POINTS},
+}
+"""The points at which the two find each other again, and whose threads get there."""
+
+UNKNOWN = "It is not known whether the secondary has taken checkpoint"
+"""How a checkpoint fails that may have been taken."""
 
 _RETRY_S = 0.01
 
@@ -31,9 +45,12 @@ _RETRY_S = 0.01
 class Life:
     """What is known of one process of a primary from its start to its kill."""
 
-    def __init__(self, base: list[bytes], synced: bool) -> None:
-        """`synced`: the secondary held the same as `base` when this life began."""
+    def __init__(self, base: list[bytes], guests: list[bytes], synced: bool) -> None:
+        """`synced`: the secondary held the same as `base` when this life began. `guests`: its guest faces then."""
         self.contents = [Content(as_array(content)) for content in base]
+        self.guests = [Content(as_array(content)) for content in guests]
+        self.copies: list[Copy] = []
+        """What the checkpoint under way does to the guest faces."""
         self.synced = synced
         self.barrier = BEFORE
         """When the last answered barrier began."""
@@ -67,12 +84,20 @@ class Life:
         return self.contents[int(request.export[-1])]
 
     def asking(self, asked: Asked) -> None:
-        """A command has been sent."""
+        """A checkpoint has been asked for."""
         self.asked = asked
+        self.copies = [Copy(content, asked.begun) for content in self.contents]
+        for guest, copy in zip(self.guests, self.copies, strict=True):
+            guest.changes.append(copy)
 
     def answered(self, asked: Asked) -> None:
-        """The command was answered; a barrier may fail only while a resync is still under way."""
+        """The checkpoint was answered; it may fail only while a resync is still under way."""
         self.asked = None
+        for guest, copy in zip(self.guests, self.copies, strict=True):
+            copy.ended = asked.ended
+            if asked.error is not None and UNKNOWN not in asked.error:
+                guest.changes.remove(copy)
+        self.copies = []
         if asked.error is None:
             self.barrier = asked.begun
             self.synced = True
@@ -89,7 +114,10 @@ class PrimaryHistory(History):
         self.sync = bool(self.outcome.number // 5 % 2)
         rng = self.rng_of("disks")
         contents = [traffic.disk_content(rng, size) for size in SIZES]
-        self.secondary = lab.add(Secondary(lab.folder, SIZES, name="s", contents=contents))
+        self.peer_points = PausePoints(lab.folder / "pause-s")
+        self.secondary = lab.add(
+            Secondary(lab.folder, SIZES, name="s", contents=contents, extra_environment=self.peer_points.environment)
+        )
         self.secondary.start()
         self.secondary.start_replication()
         server = lab.add(
@@ -104,8 +132,8 @@ class PrimaryHistory(History):
             )
         )
         server.start()
-        self._start_replication(server, contents)
         self.guests = contents
+        self._start_replication(server, contents)
         base, synced = contents, True
         while self.outcome.kills < self.kills_wanted:
             base, synced = self.live(server, base, synced)
@@ -114,17 +142,17 @@ class PrimaryHistory(History):
         server.kill()
 
     def _start_replication(self, server: VictimPrimary, contents: list[bytes]) -> None:
-        """Start, killed on the way: at one point always, and elsewhere now and then."""
-        point = START_POINTS[self.outcome.number // 5 % len(START_POINTS)].name
-        self.points.arm(point)
-        client = Client(server, [], 0)
-        client.ask(START, lambda asked: None)
-        client.until(lambda: self.points.is_hit(point), f"the start gets to {point}")
-        self.kill_client(server, client, "in the midst of a start", point)
-        server.start()
-        stage = server.status()["stage"]
-        if stage != ("running" if point == "start.entered" else "none"):
-            raise Wrong(f"killed at {point}, a start leads to stage {stage}")
+        """Start, killed on the way: at one or two points always, and elsewhere now and then."""
+        for point in STARTS[self.outcome.number // 5 % len(STARTS)]:
+            self.points.arm(point)
+            client = Client(server, [], 0)
+            client.ask(START, lambda asked: None)
+            client.until(lambda: self.points.is_hit(point), f"the start gets to {point}")  # noqa: B023 (used at once)
+            self.kill_client(server, client, "in the midst of a start", point)
+            server.start()
+            stage = server.status()["stage"]
+            if stage != ("running" if point == "start.entered" else "none"):
+                raise Wrong(f"killed at {point}, a start leads to stage {stage}")
         while stage == "none":
             rng = self.rng_of("replication")
             client = Client(server, [], 0)
@@ -150,7 +178,7 @@ class PrimaryHistory(History):
         is known to hold the same."""
         rng = self.rng_of("life")
         self.phase = f"life after kill {self.outcome.kills}"
-        life = Life(base, synced)
+        life = Life(base, self.guests, synced)
         client = Client(server, [name for name, _ in EXPORTS], WINDOW)
         try:
             self._perform(rng, client, life, rng.randrange(25))
@@ -163,25 +191,63 @@ class PrimaryHistory(History):
         moment = "in the midst of a barrier" if client.commanding else "in the midst of the primary's writes"
         self.outcome.requests += life.requests
         self.kill_client(server, client, moment, point)
-        killed = client.tick + 1
+        killed = client.tick + 2
         self.phase = f"the comparison after kill {self.outcome.kills}"
         if life.synced:
             # In sync the answer came after both sides had it; in async a barrier says so.
             begun = killed if self.sync else life.barrier
             self._compare(life, self.secondary.disks, begun, killed, "secondary disk after the kill")
-        self.start_after_kill(server, self.rng_of("start"), ())
+        self._start_again(server, self.rng_of("start"), life, killed)
         self._compare(life, server.disks, killed, killed, "local disk after the restart")
-        self._look_at_guests()
+        # What the killed primary had asked for is over when the next one is paired.
+        wait_until(lambda: server.status()["link"]["state"] in ("synchronizing", "in-sync"), "the pair is one again")
+        self._look_at_guests(life, killed)
         found = [raw_of(path) for path in server.disks]
         if rng.random() < 0.3:
             return found, False
         self._settle(server)
         if [raw_of(path) for path in server.disks] != found:
             raise Wrong("a resync has changed the local disks")
-        if rng.random() < 0.4:
-            self.secondary.checkpoint()
-            self.guests = found
         return found, True
+
+    def _start_again(self, server: VictimPrimary, rng: random.Random, life: Life, killed: int) -> None:
+        """Start the killed primary; now and then either side is killed while they find each other again."""
+        missing = any(not self.outcome.points[name] for name in RETURNS)
+        while self.outcome.kills < self.kills_wanted and rng.random() < (0.6 if missing else 0.3):
+            point = self.least_hit(rng, sorted(RETURNS))
+            if rng.random() < 0.2:
+                self._killed_early(server, rng)
+            else:
+                victim = self._killed_in_return(server, point, rng)
+                if victim is self.secondary:
+                    self._look_at_guests(life, killed)
+                if victim is not server:
+                    return  # it serves already
+        server.start()
+
+    def _killed_in_return(self, server: VictimPrimary, point: str, rng: random.Random) -> Server | None:
+        """Hold a thread at a point while the two find each other again, and kill one of them: which one, None if the
+        point was not reached. A killed secondary is started again."""
+        points = self.points if RETURNS[point] == "primary" else self.peer_points
+        points.arm(point)
+        server.start()
+        deadline = time.monotonic() + HIT_S
+        while not points.is_hit(point):
+            if time.monotonic() > deadline:
+                points.disarm(point)
+                return None
+            time.sleep(_RETRY_S / 10)
+        victim: Server = server if rng.random() < 0.5 else self.secondary
+        victim.kill()
+        points.disarm(point)
+        self.count_kill(f"of the {'primary' if victim is server else 'secondary'} while they find each other", point)
+        self.check_said(victim)
+        if victim is self.secondary:
+            self.secondary.start()
+            stage = self.secondary.status()["stage"]
+            if stage != "running":
+                raise Wrong(f"a secondary killed at {point} is in stage {stage}")
+        return victim
 
     def _compare(self, life: Life, paths: list, begun: int, killed: int, what: str) -> None:
         for index in DISKS:
@@ -191,12 +257,38 @@ class PrimaryHistory(History):
             if wrong:
                 raise Wrong(wrong)
 
-    def _look_at_guests(self) -> None:
-        """The secondary's guest face holds the last checkpoint, whatever its primary does."""
+    def _seen_by_guests(self) -> list[bytes]:
+        return [bytes(self.secondary.connect(top_id(index)).pread(SIZES[index], 0)) for index in DISKS]
+
+    def _look_at_guests(self, life: Life, killed: int) -> None:
+        """The secondary's guest faces hold the last checkpoint; one that was under way was taken of both or of none."""
+        seen = self._seen_by_guests()
+        wrong = self._guests_wrong(life, seen, killed)
+        if wrong and life.copies:
+            for guest, copy in zip(life.guests, life.copies, strict=True):
+                guest.changes.remove(copy)
+            self.outcome.endings["checkpoint of the pair: has not happened"] += 1
+            otherwise = self._guests_wrong(life, seen, killed)
+            if otherwise:
+                raise Wrong(f"{wrong}\nor, if the checkpoint has not happened: {otherwise}")
+        elif wrong:
+            raise Wrong(wrong)
+        elif life.copies:
+            self.outcome.endings["checkpoint of the pair: may have happened"] += 1
+        self.guests = seen
+        life.guests, life.copies = [Content(as_array(content)) for content in seen], []
+
+    def _guests_wrong(self, life: Life, seen: list[bytes], killed: int) -> str | None:
+        """Why the guest faces cannot be what they are, if the checkpoint under way has happened."""
+        for copy in life.copies:
+            copy.ended = killed - 1
         for index in DISKS:
-            handle = self.secondary.connect(top_id(index))
-            seen = bytes(handle.pread(SIZES[index], 0))
-            self.same(seen, self.guests[index], f"the secondary's guest face top{index} since its last checkpoint")
+            wrong = self.differences(
+                life.guests[index], seen[index], 0, killed, killed, f"the secondary's guest face top{index}"
+            )
+            if wrong:
+                return wrong
+        return None
 
     def _settle(self, server: VictimPrimary) -> None:
         """Wait for the resync, then the disks of both sides must be equal."""
@@ -212,6 +304,9 @@ class PrimaryHistory(History):
         for index in DISKS:
             local, remote = raw_of(server.disks[index]), raw_of(self.secondary.disks[index])
             self.same(remote, local, f"the secondary's disk{index} and the primary's after the resync")
+        self.guests = self._seen_by_guests()
+        for index in DISKS:
+            self.same(self.guests[index], raw_of(server.disks[index]), f"guest face top{index} after the checkpoint")
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -242,6 +337,14 @@ class PrimaryHistory(History):
         """Hold a thread at a point; None if it was not reached."""
         points = {point.name: point for point in PRIMARY_POINTS}
         point = points[self.least_hit(rng, sorted(points))]
+        if Cause.BARRIER in point.causes:
+            client.until(lambda: not client.commanding, "the checkpoint before is answered")
+            self.points.arm(point.name)
+            life.asking(client.ask(BARRIER, life.answered))
+            if client.reaches(lambda: self.points.is_hit(point.name), HIT_S):
+                return point.name
+            self.points.disarm(point.name)
+            return None
         kinds = (Kind.WRITE, Kind.ZERO, Kind.TRIM)
         for hit in range(rng.randint(1, point.hits)):
             self.points.arm(point.name)

@@ -244,3 +244,71 @@ def test_what_the_guest_changes_when_done_is_recorded(bench: Bench) -> None:
     bench.disk.guest_write(DATA, 0, False)
     bench.disk.guest_zero(3 * GRAIN, 1, True, False)
     assert list(bench.disk.changes.missing_ranges()) == [(0, GRAIN), (3 * GRAIN, GRAIN)]
+
+
+def test_a_rollback_marks_what_the_overlays_hold_and_keeps_what_was_marked_before(bench: Bench) -> None:
+    """At failover the disk becomes the last checkpoint plus the guest's writes: there it is another than the old
+    primary's, and where it was another already it still is."""
+    bench.disk.changes.mark(3 * GRAIN, 1)
+    bench.disk.mark_rollback()
+    assert list(bench.disk.changes.missing_ranges()) == [(3 * GRAIN, GRAIN)]
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.guest_write(DATA, 4096, False)
+    bench.disk.target_write(DATA, 2 * GRAIN - 8, False)
+    assert list(bench.disk.changes.missing_ranges()) == [(3 * GRAIN, GRAIN)], "while it runs nothing is marked"
+    bench.disk.mark_rollback()
+    assert list(bench.disk.changes.missing_ranges()) == [(0, 2 * GRAIN), (3 * GRAIN, GRAIN)]
+
+
+@pytest.fixture
+def shared(bench: Bench) -> Bench:
+    """A disk of a node whose content another one has."""
+    bench.ancestry.become(lambda lineage: lineage.paired_as_equal("00000000000000aa"))
+    return bench
+
+
+@pytest.mark.parametrize("kind", ["write", "zero"])
+def test_the_guest_of_a_running_secondary_does_not_part_the_nodes(shared: Bench, kind: str) -> None:
+    shared.disk.stage = Stage.RUNNING
+    guest_requests(shared.disk)[1 if kind == "write" else 2]()
+    shared.disk.target_write(DATA, 0, False)
+    assert shared.ancestry.lineage.current == "00000000000000aa"
+
+
+@pytest.mark.parametrize("stage", [Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE], ids=lambda stage: stage.value)
+@pytest.mark.parametrize("kind", ["write", "zero"])
+def test_a_guest_that_owns_the_disk_parts_the_nodes_before_the_disk_changes(
+    shared: Bench, monkeypatch: pytest.MonkeyPatch, stage: Stage, kind: str
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    for name in ("write", "zero"):
+        real = getattr(shared.raw, name)
+
+        def change(*arguments: object, real: Callable[..., None] = real) -> None:
+            seen.append((shared.state.moved_to, shared.disk.changes.missing))
+            real(*arguments)
+
+        monkeypatch.setattr(shared.raw, name, change)
+    shared.disk.stage = stage
+    guest_requests(shared.disk)[1 if kind == "write" else 2]()
+    lineage = shared.ancestry.lineage
+    assert (lineage.base, lineage.shared) == ("00000000000000aa", False)
+    assert set(seen) == {(lineage.current, True)}
+
+
+@pytest.mark.parametrize("how", ["flush", "write", "zero"])
+def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage(
+    shared: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(shared.state, "flush_moved", lambda: flushed.append(shared.state.moved_to))
+    shared.disk.stage = Stage.DONE
+    shared.disk.guest_write(DATA, 0, False)
+    assert flushed == []
+    if how == "flush":
+        shared.disk.guest_flush()
+    elif how == "write":
+        shared.disk.guest_write(DATA, 0, True)
+    else:
+        shared.disk.guest_zero(0, 8, True, True)
+    assert flushed == [shared.ancestry.lineage.current]

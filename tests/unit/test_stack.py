@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lab import DEADLINE_S, make_raw, pattern, wait_until
+from replication.changes import GRAIN
 from replication.errors import DiskError
 from replication.image import overlay as overlay_module
 from replication.image import qcow2
 from replication.image.file import FileDisk
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError
-from replication.image.overlay import Overlay
+from replication.image.overlay import PAGE_CLUSTERS, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 
@@ -484,3 +485,59 @@ def test_images_that_went_away_are_named(images: Images) -> None:
     with pytest.raises(LayerError, match=r"hidden disk: .*was removed") as refusal:
         images.stack.check_images()
     assert refusal.value.layer is Layer.HIDDEN
+
+
+# -- what the overlays hold --------------------------------------------------------------------------------------
+
+LARGE = 3 * PAGE_CLUSTERS * CLUSTER + 5 * BLOCK + 1234
+
+
+def grains_of(held: set[int], grain: int, size: int) -> list[tuple[int, int]]:
+    """The grains in which one of the blocks is, one by one."""
+    return [(at * grain, min(grain, size - at * grain)) for at in sorted({block * BLOCK // grain for block in held})]
+
+
+def one_by_one(ranges: Iterator[tuple[int, int]], grain: int) -> list[tuple[int, int]]:
+    return [
+        (at, min(grain, offset + length - at))
+        for offset, length in ranges
+        for at in range(offset, offset + length, grain)
+    ]
+
+
+@pytest.mark.parametrize("grain", [32 << 10, GRAIN, CLUSTER], ids=["32K", "64K", "128K"])
+def test_the_grains_that_the_overlays_hold_are_those_of_their_blocks(tmp_path: Path, grain: int) -> None:
+    """On both sides of a page of allocation words, at its ends, and in the disk's last, short block."""
+    images = Images(tmp_path, size=LARGE)
+    page = PAGE_CLUSTERS * CLUSTER
+    places = {
+        "top": [0, 3 * GRAIN + BLOCK, page - BLOCK, page, 2 * page + 17 * GRAIN],
+        "below": [3 * GRAIN + 2 * BLOCK, 4 * GRAIN, page + GRAIN, 2 * page - BLOCK, LARGE // BLOCK * BLOCK],
+    }
+    assert list(images.stack.held_grains(grain)) == []
+    held: set[int] = set()
+    for offset in places["top"]:
+        images.stack.write_top(memoryview(b"t" * min(BLOCK, LARGE - offset)), offset)
+        held.add(offset // BLOCK)
+        assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE)
+    for offset in places["below"]:
+        images.stack.write_below(memoryview(b"b" * min(BLOCK, LARGE - offset)), offset, False)
+        held.add(offset // BLOCK)
+        assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE)
+    images.stack.zero_top(5 * GRAIN, BLOCK)
+    held.add(5 * GRAIN // BLOCK)
+    assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE), "zeroes, too"
+    images.close()
+
+
+def test_neighbouring_grains_come_as_one_range(images: Images) -> None:
+    images.stack.write_top(memoryview(b"t" * 2 * GRAIN), 0)
+    images.stack.write_below(memoryview(b"b"), SIZE - 1, False)
+    assert list(images.stack.held_grains(GRAIN)) == [(0, 2 * GRAIN), (SIZE // GRAIN * GRAIN, SIZE % GRAIN)]
+
+
+def test_after_a_checkpoint_no_grain_is_held(images: Images) -> None:
+    images.stack.write_top(memoryview(b"t" * 2 * GRAIN), 0)
+    images.stack.write_below(memoryview(b"b" * GRAIN), GRAIN, False)
+    images.stack.empty()
+    assert list(images.stack.held_grains(GRAIN)) == []

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lab import DEADLINE_S, REPOSITORY
+from replication import state
 from replication.errors import ConfigError
 from replication.fault import Fault
 from replication.image import files
@@ -443,6 +444,85 @@ def test_an_epoch_file_that_this_program_did_not_write_is_refused_and_kept(
         with pytest.raises(ConfigError, match=r"epoch is not a file of this program; move it away"):
             StateFolder(str(path))
     assert (path / "epoch").read_bytes() == content
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+def test_a_checkpoint_gets_the_primarys_number_if_that_is_a_later_one(tmp_path: Path, power: bool) -> None:
+    folder = StateFolder(str(tmp_path / "s"), durable=power)
+    for number, expected in ((0, 1), (2, 2), (9, 9), (3, 10), (11, 11), (11, 12)):
+        folder.begin_epoch(number)
+        assert (folder.epoch, folder.emptying) == (expected, True)
+        folder.begin_epoch(number + 100)
+        assert folder.epoch == expected, "the same one again keeps its number"
+        folder.end_epoch(0.5)
+        assert (folder.epoch, folder.emptying) == (expected, False)
+    folder.close()
+    with opened(tmp_path / "s") as following:
+        assert following.epoch == 12
+
+
+def test_a_primary_counts_as_its_secondary_does_if_that_is_ahead(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as folder:
+        for number, expected in ((0, 1), (7, 7), (2, 8)):
+            folder.count_epoch(0.25, number)
+            assert (folder.epoch, folder.emptying, folder.checkpoint["duration"]) == (expected, False, 0.25)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+def test_the_next_checkpoint_comes_after_the_other_nodes_without_being_one(tmp_path: Path, power: bool) -> None:
+    folder = StateFolder(str(tmp_path / "s"), durable=power)
+    folder.count_from(5)
+    assert (folder.epoch, folder.emptying, folder.checkpoint["time"]) == (5, False, None)
+    folder.count_from(3)
+    assert folder.epoch == 5, "never backwards"
+    folder.begin_epoch()
+    assert folder.epoch == 6
+    folder.count_from(50)
+    assert (folder.epoch, folder.emptying) == (6, True), "the one that was begun is to be finished"
+    folder.end_epoch(0.5)
+    folder.count_from(50)
+    folder.close()
+    with opened(tmp_path / "s") as following:
+        assert (following.epoch, following.emptying, following.checkpoint["duration"]) == (50, False, 0.5)
+
+
+def test_a_generation_that_was_begun_is_there_for_the_next_process(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with opened(path) as folder:
+        assert folder.moved_to == "0" * 16, "which is no generation"
+        for generation in ("00000000000000aa", "ffffffffffffffff", "8000000000000001"):
+            folder.move_to(generation)
+            assert folder.moved_to == generation
+            with opened(crashed(path)) as following:
+                assert (following.moved_to, following.epoch) == (generation, 0)
+        folder.begin_epoch()
+        folder.end_epoch(0.5)
+        assert folder.moved_to == "8000000000000001", "a checkpoint leaves it alone"
+
+
+def test_a_begun_generation_is_made_stable_and_a_failure_is_said(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path / "s") as folder:
+        folder.move_to("00000000000000aa")
+        assert calls == []
+        folder.flush_moved()
+        assert calls == ["sync"]
+        monkeypatch.setattr(files, "fdatasync", refuse_space)
+        with pytest.raises(StateError, match=r"cannot write .*epoch: No space left"):
+            folder.flush_moved()
+
+
+def test_the_last_checkpoint_gets_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(state.time, "time", lambda: now)
+    with opened(tmp_path / "s") as folder:
+        assert folder.checkpoint["age"] is None
+        folder.count_epoch(0.25)
+        now = 1012.5
+        assert folder.checkpoint == {"time": 1000.0, "duration": 0.25, "age": 12.5}
+        now = 900.0
+        assert folder.checkpoint["age"] == 0.0, "the host's clock was set back"
 
 
 def test_maps_of_a_disk_are_in_the_folder_or_in_memory(tmp_path: Path) -> None:
