@@ -136,6 +136,9 @@ class Peer:
         if connection.description != CONTROL_DESCRIPTION or connection.size != CONTROL_SIZE:
             connection.close()
             return None
+        if connection.read_only:
+            connection.close()
+            raise DiskError(f"{connection.uri} is read-only: it is no secondary", errno.EPERM)
         connection.timeout_s = max(timeout_s, SILENCE_MIN_S)
         peer = cls(connection, event, lost)
         peer._start()

@@ -494,7 +494,7 @@ class Stack:
         return (pair for pair, _ in itertools.groupby(ranges))
 
     def held_grains(self, grain: int) -> Iterator[tuple[int, int]]:
-        """Ranges in bytes, in whole grains (of 32 KiB times a power of two, at most a page), of which active or hidden
+        """Ranges in bytes, in whole grains (of 32, 64 or 128 KiB), of which active or hidden
         holds something."""
         for page in sorted({*self.active.dirty_pages(), *self.hidden.dirty_pages()}):
             blocks = self.active.blocks_of(page) | self.hidden.blocks_of(page)
