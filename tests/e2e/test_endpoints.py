@@ -21,7 +21,20 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, QmpError, Server, make_raw, nbd_refusal, pattern, qemu_img, wait_until
+from lab import (
+    DEADLINE_S,
+    KIB,
+    MIB,
+    Lab,
+    QmpError,
+    Server,
+    drained,
+    make_raw,
+    nbd_refusal,
+    pattern,
+    qemu_img,
+    wait_until,
+)
 
 BEFORE = pattern(11, MIB)
 
@@ -156,17 +169,17 @@ def exercise(lab: Lab, primary: Place, secondary: Place) -> None:
         for _ in range(25):
             guest.change(chance)
             standby.change(chance)
-        here.execute("replication-checkpoint")  # a barrier: all of it is on the secondary
+        drained(here)
         guest.check("the primary's guest")
         standby.check("the secondary's guest before the checkpoint")
         assert there.connect("disk0").pread(MIB, 0) == guest.content
-        there.execute("xen-colo-do-checkpoint")
+        here.execute("replication-checkpoint")
         standby.content[:] = guest.content
         standby.check("the secondary's guest after the checkpoint")
     for _ in range(10):
         guest.change(chance)
         standby.change(chance)
-    here.execute("replication-checkpoint")
+    drained(here)
     guest.handle.flush()
     assert here.status()["error"] is None
     assert there.status()["error"] is None

@@ -10,13 +10,15 @@ a state that is of no instant (a later request there, an earlier one not; half a
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import signal
+import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +32,16 @@ from lab import (
     Lab,
     Pair,
     PausePoints,
+    Primary,
+    Qmp,
     QmpError,
+    Secondary,
     Server,
     disk_name,
     drained,
     pattern,
     refused,
+    silent,
     top_id,
     wait_until,
     whole,
@@ -635,3 +641,594 @@ def test_an_epoch_is_held_only_by_a_running_primary_whose_secondary_takes_checkp
     alone.start_replication()
     refused(alone, "replication-checkpoint", {"hold": True})
     assert alone.status()["held-epoch"] is None
+
+
+# -- interrupted ---------------------------------------------------------------------------------------------------
+
+
+class Cable:
+    """Between a primary and the Unix socket of its secondary, and can be cut."""
+
+    def __init__(self, path: Path, to: Path) -> None:
+        self.path = path
+        self._to = to
+        # Protects the fields below.
+        self._lock = threading.Lock()
+        self._down = False
+        self._ends: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(16)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Cable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+        with contextlib.suppress(OSError):  # wakes the thread in accept, and may say that nobody is connected
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    @property
+    def uri(self) -> str:
+        """What the primary is given."""
+        return f"nbd+unix:///?socket={self.path}"
+
+    def cut(self) -> None:
+        """End every connection, and let none through."""
+        with self._lock:
+            self._down = True
+            for end in self._ends:
+                with contextlib.suppress(OSError):  # its other side has gone by itself
+                    end.shutdown(socket.SHUT_RDWR)
+            self._ends.clear()
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        with self._lock:
+            self._down = False
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.socket(socket.AF_UNIX)
+                try:
+                    far.connect(str(self._to))
+                except OSError:
+                    near.close()
+                    far.close()
+                    continue
+                with self._lock:
+                    through = not self._down
+                    if through:
+                        self._ends += [near, far]
+                if not through:
+                    near.close()
+                    far.close()
+                    continue
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pump(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # cut
+            while data := one.recv(256 * KIB):
+                other.sendall(data)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_RDWR)
+
+
+class Cabled:
+    """A pair with a cable in between; it runs, and has written BEFORE."""
+
+    def __init__(self, lab: Lab, cable: Cable, secondary: Secondary, primary: Primary) -> None:
+        self.cable, self.secondary, self.primary = cable, secondary, primary
+        secondary.start_replication()
+        primary.start_replication()
+        in_sync(primary)
+        self.number = epochs(primary)[0]
+        self.guest = Hands(primary, disk_name)
+        self.guest.write(BEFORE, PLACES[0])
+        self.seen = Hands(secondary, top_id)
+
+    def over(self) -> None:
+        """As all_over."""
+        in_sync(self.primary)
+        number = self.primary.checkpoint()["epoch"]
+        assert number > self.number
+        assert epochs(self.primary, self.secondary) == [number, number]
+        assert self.seen.shows(BEFORE, PLACES[0]) == self.seen.shows(AFTER, PLACES[1]) == [True, True]
+
+
+@contextlib.contextmanager
+def cabled(lab: Lab, points: PausePoints, *arguments: str) -> Iterator[Cabled]:
+    """A Cabled."""
+    secondary = lab.secondary((MIB, MIB), extra_environment=points.environment)
+    with Cable(lab.folder / "cable.sock", secondary.socket_path) as cable:
+        primary = lab.primary(
+            cable.uri, (MIB, MIB), extra_environment=points.environment, extra_arguments=arguments or [PATIENT]
+        )
+        yield Cabled(lab, cable, secondary, primary)
+
+
+@pytest.mark.parametrize("point", ["checkpoint.begun", "checkpoint.emptied"])
+def test_a_checkpoint_whose_answer_is_lost_is_an_error_and_both_sides_count_it_when_the_link_is_back(
+    lab: Lab, point: str
+) -> None:
+    points = lab.pause_points()
+    with cabled(lab, points) as pair:
+        points.arm(point)
+        checkpoint = begin(pair.primary.checkpoint)
+        points.wait_hit(point)
+        pair.guest.write(AFTER, PLACES[1])
+        pair.cable.cut()
+        refusal(checkpoint)
+        assert points.is_hit(point)
+        assert epochs(pair.primary) == [pair.number]
+        points.release(point)
+        wait_until(lambda: epochs(pair.secondary) == [pair.number + 1], "the secondary ends its checkpoint")
+        only_before_seen(pair.seen)
+        pair.cable.mend()
+        in_sync(pair.primary)
+        assert epochs(pair.primary, pair.secondary) == [pair.number + 1] * 2
+        only_before_seen(pair.seen)
+        pair.over()
+
+
+def test_a_link_that_is_lost_before_the_secondary_was_asked_leaves_the_former_checkpoint(lab: Lab) -> None:
+    points = lab.pause_points()
+    with cabled(lab, points) as pair:
+        points.arm("epoch.reached")
+        checkpoint = begin(pair.primary.checkpoint)
+        points.wait_hit("epoch.reached")
+        pair.guest.write(AFTER, PLACES[1])
+        pair.cable.cut()
+        points.release("epoch.reached")
+        refusal(checkpoint)
+        wait_until(lambda: pair.secondary.status()["link"]["state"] == "lost", "the secondary notices")
+        assert epochs(pair.primary, pair.secondary) == [pair.number] * 2
+        nothing_seen(pair.seen)
+        # Its disk may have a later write and lack an earlier one.
+        refused(pair.secondary, "replication-checkpoint")
+        pair.cable.mend()
+        pair.over()
+
+
+def test_a_link_that_is_lost_while_an_epoch_is_held_and_comes_back_ends_the_epoch(lab: Lab) -> None:
+    points = lab.pause_points()
+    with cabled(lab, points) as pair:
+        number = hold(pair.primary)
+        pair.guest.write(AFTER, PLACES[1])
+        pair.cable.cut()
+        wait_until(lambda: pair.primary.status()["link"]["state"] == "lost", "the primary notices")
+        pair.cable.mend()
+        in_sync(pair.primary)
+        refused(pair.primary, "replication-checkpoint-commit", {"epoch": number})
+        assert pair.primary.status()["held-epoch"] is None
+        nothing_seen(pair.seen)
+        assert pair.primary.status()["link"]["state"] == "in-sync"
+        pair.over()
+
+
+def test_a_secondary_that_falls_silent_before_the_commit_makes_it_an_error_and_both_sides_know_later_what_it_did(
+    lab: Lab,
+) -> None:
+    pair = started(lab, primary_arguments=["timeout=1"])
+    guest, _, seen = write_before(pair)
+    drained(pair.primary)
+    number = hold(pair.primary)
+    with silent(pair.secondary):
+        guest.write(AFTER, PLACES[1])
+        refused(pair.primary, "replication-checkpoint-commit", {"epoch": number})
+        assert pair.primary.status()["held-epoch"] is None
+        for handle in guest.handles:
+            handle.flush()
+    # It may find the command in its socket, and the link still there.
+    in_sync(pair.primary)
+    counted = epochs(pair.primary)[0]
+    assert epochs(pair.secondary) == [counted]
+    if counted == number:
+        only_before_seen(seen)
+    else:
+        assert counted == number - 1
+        nothing_seen(seen)
+    all_over(pair)
+
+
+@pytest.mark.parametrize("point", ["checkpoint.begun", "checkpoint.active-emptied", "checkpoint.emptied"])
+def test_a_secondary_that_is_killed_in_its_checkpoint_has_all_of_it_after_the_restart(lab: Lab, point: str) -> None:
+    points = lab.pause_points()
+    pair = started(lab, points=points, primary_arguments=[PATIENT])
+    guest, _, _ = write_before(pair)
+    number = epochs(pair.primary)[0] + 1
+    points.arm(point)
+    checkpoint = begin(pair.primary.checkpoint)
+    points.wait_hit(point)
+    guest.write(AFTER, PLACES[1])
+    pair.secondary.kill()
+    refusal(checkpoint)
+    points.disarm(point)
+    pair.secondary.start()
+    only_before_seen(Hands(pair.secondary, top_id))
+    in_sync(pair.primary)
+    assert epochs(pair.primary, pair.secondary) == [number, number]
+    all_over(pair)
+
+
+@pytest.mark.parametrize(
+    ("point", "taken"), [("epoch.cut", False), ("epoch.reached", False), ("checkpoint.begun", True)]
+)
+def test_a_primary_that_is_killed_in_a_checkpoint_leaves_the_former_one_or_all_of_the_new_one(
+    lab: Lab, point: str, taken: bool
+) -> None:
+    points = lab.pause_points()
+    pair = started(lab, points=points, primary_arguments=[PATIENT])
+    guest, _, seen = write_before(pair)
+    former = epochs(pair.primary)[0]
+    points.arm(point)
+    checkpoint = begin(pair.primary.checkpoint)
+    points.wait_hit(point)
+    guest.write(AFTER, PLACES[1])
+    pair.primary.kill()
+    assert isinstance(checkpoint.exception(DEADLINE_S), EOFError | OSError)
+    points.disarm(point)
+    wait_until(lambda: epochs(pair.secondary) == [former + taken], "the secondary ends what it has begun")
+    if taken:
+        only_before_seen(seen)
+    else:
+        nothing_seen(seen)
+    pair.primary.start()
+    in_sync(pair.primary)
+    assert epochs(pair.primary, pair.secondary) == [former + taken] * 2
+    all_over(pair)
+
+
+def test_a_checkpoint_that_meets_a_failover_is_taken_or_refused_but_never_only_said_to_be_taken(lab: Lab) -> None:
+    points = lab.pause_points()
+    pair = started(lab, points=points, primary_arguments=[PATIENT])
+    _, _, seen = write_before(pair)
+    drained(pair.primary)
+    former = epochs(pair.primary)[0]
+    points.arm("guest-read.disk-read")
+    inside = begin(pair.secondary.connect(top_id(0)).pread, BLOCK, 0)
+    points.wait_hit("guest-read.disk-read")
+    failover = begin(pair.secondary.failover)
+    late: list[Future[bytearray]] = []
+
+    def is_closed() -> bool:
+        late.append(begin(pair.secondary.connect(top_id(1)).pread, BLOCK, 0))
+        return not _ends_soon(late[-1])
+
+    wait_until(is_closed, "the failover waits for the read")
+    # It has the command lock; the checkpoint gets to it and waits as well.
+    checkpoint = begin(pair.primary.checkpoint)
+    _ends_soon(checkpoint)
+    points.release("guest-read.disk-read")
+    failover.result(DEADLINE_S)
+    inside.result(DEADLINE_S)
+    taken = seen.shows(BEFORE, PLACES[0])
+    try:
+        said = checkpoint.result(DEADLINE_S)["epoch"] > former
+    except QmpError:
+        said = False
+    assert taken == [said, said]
+    assert epochs(pair.primary) == [former + said]
+
+
+def _ends_soon(future: Future[Any]) -> bool:
+    """Give what is expected to wait the time to show that it does not; whether it has ended."""
+    return bool(wait({future}, 0.3).done)
+
+
+# -- numbers and clocks --------------------------------------------------------------------------------------------
+
+
+def test_both_sides_have_the_same_number_from_the_start_on_and_after_every_restart(lab: Lab) -> None:
+    pair = started(lab)
+    number = epochs(pair.primary)[0]
+    assert epochs(pair.primary, pair.secondary) == [number, number]
+    for server, how in (
+        (pair.primary, signal.SIGTERM),
+        (pair.secondary, signal.SIGTERM),
+        (pair.primary, signal.SIGKILL),
+        (pair.secondary, signal.SIGKILL),
+    ):
+        server.restart(how)
+        assert epochs(server) == [number]
+        in_sync(pair.primary)
+        assert epochs(pair.primary, pair.secondary) == [number, number]
+        number += 1
+        assert pair.primary.checkpoint()["epoch"] == number
+        assert epochs(pair.primary, pair.secondary) == [number, number]
+    pair.primary.execute("replication-stop")
+    assert epochs(pair.primary, pair.secondary) == [number, number]
+
+
+def test_a_checkpoint_that_the_secondarys_operator_takes_counts_and_the_primarys_next_one_comes_after_it(
+    lab: Lab,
+) -> None:
+    pair = started(lab)
+    _, _, seen = write_before(pair)
+    drained(pair.primary)
+    former = epochs(pair.secondary)[0]
+    pair.secondary.checkpoint()
+    only_before_seen(seen)
+    assert epochs(pair.secondary) == [former + 1]
+    pair.secondary.checkpoint()
+    number = pair.primary.checkpoint()["epoch"]
+    assert number == former + 3
+    assert epochs(pair.primary, pair.secondary) == [number, number]
+
+
+def test_a_commit_after_the_secondarys_operator_took_a_checkpoint_answers_the_number_that_it_has_there(
+    lab: Lab,
+) -> None:
+    pair, _, seen, number = held_between(lab)
+    pair.secondary.checkpoint()
+    only_before_seen(seen)
+    answered = pair.primary.execute("replication-checkpoint-commit", epoch=number)["epoch"]
+    assert answered == number + 1
+    assert epochs(pair.primary, pair.secondary) == [answered, answered]
+    only_before_seen(seen)
+
+
+@pytest.mark.parametrize("how", ["command", "automatic", "hold"])
+def test_the_primarys_checkpoint_starts_a_secondary_and_its_operators_start_is_then_taken_once(
+    lab: Lab, how: str
+) -> None:
+    pair = lab.pair((MIB, MIB), primary_arguments=["checkpoint-interval=0.1"] if how == "automatic" else [PATIENT])
+    with pair.secondary.qmp() as qmp:
+        guest = Hands(pair.primary, disk_name)
+        pair.primary.start_replication()
+        in_sync(pair.primary)
+        guest.write(BEFORE, PLACES[0])
+        if how == "command":
+            pair.primary.checkpoint()
+        elif how == "hold":
+            number = hold(pair.primary)
+            assert pair.secondary.status()["stage"] == "none"
+            pair.primary.execute("replication-checkpoint-commit", epoch=number)
+        qmp.wait_event("REPLICATION_STAGE_CHANGE", lambda data: data["to"] == "running")
+    seen = Hands(pair.secondary, top_id)
+    wait_until(lambda: seen.shows(BEFORE, PLACES[0]) == [True, True], "it has a checkpoint")
+    if how != "automatic":
+        assert len(set(epochs(pair.primary, pair.secondary))) == 1
+    pair.secondary.restart(signal.SIGKILL)
+    seen = Hands(pair.secondary, top_id)
+    pair.secondary.start_replication()
+    assert "running or done" in refused(pair.secondary, "xen-set-replication", {"enable": True, "primary": False})
+    assert seen.shows(BEFORE, PLACES[0]) == [True, True]
+    in_sync(pair.primary)
+    guest.write(AFTER, PLACES[1])
+    pair.primary.checkpoint()
+    assert seen.shows(AFTER, PLACES[1]) == [True, True]
+
+
+def test_the_age_of_the_last_checkpoint_is_shown_and_told_once_each_time_that_it_passes_the_limit(lab: Lab) -> None:
+    limit_s = 1.0
+    key = f"checkpoint-age-limit={limit_s:g}"
+    pair = lab.pair(primary_arguments=[key], secondary_arguments=[key])
+    with pair.primary.qmp() as primary, pair.secondary.qmp() as secondary:
+        both = (primary, secondary)
+        pair.start_replication()
+        in_sync(pair.primary)
+        for _ in range(2):
+            number = epochs(pair.primary)[0]
+            for qmp in both:
+                data = qmp.wait_event("REPLICATION_CHECKPOINT_AGE")["data"]
+                assert (data["epoch"], data["limit"]) == (number, limit_s)
+                assert data["age"] > limit_s
+                wait_until(lambda qmp=qmp: _age(qmp) > 1.7 * limit_s, "some more looks")  # type: ignore[misc]
+                assert "REPLICATION_CHECKPOINT_AGE" not in [event["event"] for event in qmp.events]
+            old = [_age(qmp) for qmp in both]
+            begun = time.monotonic()
+            pair.primary.checkpoint()
+            young = [_age(qmp) for qmp in both]
+            passed_s = time.monotonic() - begun
+            assert all(age <= passed_s + 0.1 for age in young), f"{young} after {passed_s}, was {old}"
+
+
+def _age(qmp: Qmp) -> float:
+    age: float = qmp.execute("query-replication")["checkpoint"]["age"]
+    return age
+
+
+# -- automatic checkpoints that fail --------------------------------------------------------------------------------
+
+
+def test_an_automatic_checkpoint_that_fails_is_said_once_and_tried_again_and_the_guest_goes_on(lab: Lab) -> None:
+    pair = started(lab, primary_arguments=["checkpoint-interval=0.1"])
+    guest, _, seen = write_before(pair)
+    wait_until(lambda: seen.shows(BEFORE, PLACES[0]) == [True, True], "a checkpoint is taken")
+    hidden = pair.secondary.overlay("hidden", 1)
+    length = hidden.stat().st_size
+    with pair.secondary.qmp() as qmp:
+        hidden.open("r+b").truncate(length - 5)
+        for _ in range(3):
+            qmp.wait_event("REPLICATION_ERROR", lambda data: data["case"] == 6)
+    former = epochs(pair.secondary)
+    guest.write(AFTER, PLACES[1])
+    drained(pair.primary)
+    assert refused(pair.secondary, "replication-get-error") == "I/O error occurred"
+    said = pair.primary.stderr()
+    assert said.count("automatic checkpoint:") == 1, said
+    assert str(hidden) in said
+    only_before_seen(seen)
+    assert epochs(pair.secondary) == former
+    status = pair.primary.status()
+    assert (status["stage"], status["link"]["state"]) == ("running", "in-sync")
+    hidden.open("r+b").truncate(length)
+    wait_until(lambda: seen.shows(AFTER, PLACES[1]) == [True, True], "a checkpoint is taken again")
+
+
+def test_after_a_failover_the_primarys_automatic_checkpoints_end_and_its_guest_goes_on(lab: Lab) -> None:
+    pair = started(lab, primary_arguments=["checkpoint-interval=0.1"])
+    guest, _, seen = write_before(pair)
+    wait_until(lambda: seen.shows(BEFORE, PLACES[0]) == [True, True], "a checkpoint is taken")
+    pair.secondary.failover()
+    wait_until(lambda: "automatic checkpoint:" in pair.primary.stderr(), "the next one fails")
+    last = epochs(pair.secondary)
+    assert epochs(pair.primary) == last
+    guest.write(AFTER, PLACES[1])
+    assert guest.shows(AFTER, PLACES[1]) == [True, True]
+    wait_until(lambda: pair.primary.status()["error"], "the primary knows that it writes alone")
+    refused(pair.primary, "replication-checkpoint")
+    only_before_seen(seen)
+    assert epochs(pair.primary, pair.secondary) == last * 2
+
+
+# -- the control export --------------------------------------------------------------------------------------------
+
+
+class Inband:
+    """A client of the control export."""
+
+    def __init__(self, secondary: Server) -> None:
+        self._handle = secondary.connect(".control")
+        self._begun = b""
+        self._serial = 0
+        assert "QMP" in self.message()
+        self.execute("qmp_capabilities")
+
+    def send(self, data: bytes) -> None:
+        """Anything."""
+        self._handle.pwrite(data, 0)
+
+    def message(self) -> dict[str, Any]:
+        """The next one that is no event."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            line, newline, rest = self._begun.lstrip().partition(b"\n")
+            if not newline:
+                self._begun += bytes(self._handle.pread(64 * KIB, 0)).lstrip(b"\n")
+                continue
+            self._begun = rest
+            found: dict[str, Any] = json.loads(line)
+            if "event" not in found:
+                return found
+        raise AssertionError("no message")
+
+    def execute(self, command: str, arguments: object = None) -> Any:
+        """The answer; QmpError."""
+        self._serial += 1
+        request = {"execute": command, "id": self._serial}
+        self.send(json.dumps(request if arguments is None else {**request, "arguments": arguments}).encode())
+        answer = self.message()
+        assert answer["id"] == self._serial
+        if "error" in answer:
+            raise QmpError(answer["error"]["desc"], answer["error"]["class"])
+        return answer["return"]
+
+    def refused(self, command: str, arguments: object = None) -> QmpError:
+        """The error."""
+        try:
+            answer = self.execute(command, arguments)
+        except QmpError as error:
+            return error
+        raise AssertionError(f"{command} {arguments} should have been refused, but returned {answer}")
+
+
+GENERATION = "0123456789abcdef"
+PAIR = {"node": "stranger", "lineage": {}, "disks": {"disk0": MIB, "disk1": MIB}, "epoch": 1, "timeout": 5.0}
+SYNC = {"verdict": "complete", "generation": GENERATION, "history": [], "marked": False}
+
+
+def test_a_stranger_without_the_token_takes_no_checkpoint_and_changes_nothing_over_the_control_export(
+    lab: Lab,
+) -> None:
+    pair = started(lab)
+    _, _, seen = write_before(pair)
+    drained(pair.primary)
+    stranger = Inband(pair.secondary)
+    former = epochs(pair.secondary)
+    record = (pair.secondary.state / "state.json").read_bytes()
+    for token in ("", "x", "0" * 32, pair.secondary.status()["node"], pair.primary.status()["node"]):
+        stranger.refused("replication-checkpoint", {"token": token, "epoch": 7})
+        stranger.refused("replication-unpair", {"token": token})
+        stranger.refused("replication-pair-map", {"token": token, "disk": "disk0", "start": 0})
+        for verdict in ("equal", "quick", "full", "complete"):
+            stranger.refused("replication-pair-sync", {**SYNC, "token": token, "verdict": verdict})
+    lineage = json.loads(record)["lineage"]
+    stranger.refused("replication-pair", {**PAIR, "lineage": lineage})
+    nothing_seen(seen)
+    assert epochs(pair.secondary) == former
+    assert (pair.secondary.state / "state.json").read_bytes() == record
+    all_over(pair)
+
+
+def test_what_is_the_operators_is_not_found_on_the_control_export(lab: Lab) -> None:
+    pair = started(lab)
+    stranger = Inband(pair.secondary)
+    for command, arguments in (
+        ("quit", None),
+        ("replication-stop", None),
+        ("replication-stop", {"failover": True}),
+        ("replication-start", None),
+        ("replication-retry", None),
+        ("replication-discard", None),
+        ("replication-demote", None),
+        ("replication-checkpoint-commit", {"epoch": 1}),
+        ("replication-checkpoint-abort", {"epoch": 1}),
+        ("xen-set-replication", {"enable": False, "primary": False, "failover": True}),
+        ("xen-colo-do-checkpoint", None),
+        ("x-colo-lost-heartbeat", None),
+        ("job-cancel", {"id": "backup-disk0"}),
+        ("job-dismiss", {"id": "backup-disk0"}),
+    ):
+        assert stranger.refused(command, arguments).cls == "CommandNotFound", command
+    stranger.refused("replication-checkpoint")
+    stranger.refused("replication-checkpoint", {"hold": True})
+    offered = {row["name"] for row in stranger.execute("query-commands")}
+    assert not offered & {"quit", "replication-stop", "replication-start", "xen-colo-do-checkpoint"}
+    assert stranger.execute("query-replication")["stage"] == "running"
+    all_over(pair)
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1 << 61,
+    1 << 64,
+    10**40,
+    1e308,
+    "",
+    "x" * 5000,
+    "\ud800\udc00",
+    [],
+    [[]],
+    {},
+    {"": {}},
+)
+VALID: dict[str, dict[str, Any]] = {
+    "replication-pair": PAIR,
+    "replication-pair-map": {"token": "t", "disk": "disk0", "start": 0},
+    "replication-pair-sync": {**SYNC, "token": "t"},
+    "replication-unpair": {"token": "t"},
+    "replication-checkpoint": {"token": "t", "epoch": 1},
+}
+
+
+@pytest.mark.parametrize("command", VALID)
+def test_odd_arguments_on_the_control_export_are_errors_and_never_change_a_stage(lab: Lab, command: str) -> None:
+    pair = started(lab)
+    stranger = Inband(pair.secondary)
+    former = epochs(pair.primary, pair.secondary)
+    valid = VALID[command]
+    for name in valid:
+        stranger.refused(command, {key: value for key, value in valid.items() if key != name})
+        for odd in ODD:
+            stranger.refused(command, {**valid, name: odd})
+    for odd in ({**valid, "more": 1}, {**valid, "hold": True}, *ODD):
+        stranger.refused(command, {} if odd is None else odd)
+    cut_short = json.dumps({"execute": command, "arguments": valid}).encode()[:-1]
+    for junk in (b"}", b"\0\xff", b"[1, 2]", b'{"execute": 7}', cut_short + b"]"):
+        stranger.send(junk + b"\n")
+        assert "error" in stranger.message()
+    assert stranger.execute("query-replication")["stage"] == "running"
+    assert epochs(pair.primary, pair.secondary) == former
+    assert pair.primary.status()["link"]["state"] == "in-sync"
+    all_over(pair)

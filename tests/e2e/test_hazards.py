@@ -34,6 +34,7 @@ from lab import (
     Server,
     SmallFolder,
     disk_name,
+    drained,
     make_raw,
     nbd_refusal,
     pattern,
@@ -853,7 +854,7 @@ def test_a_slow_secondary_disk_gets_overlapping_writes_in_the_order_of_the_prima
     bench.below.release("pwrite.before")
     end(first)
     end(second)
-    primary.checkpoint()
+    drained(primary)
     expected = overlay_of(OLD, (FIRST[0], a), (SECOND[0], b))
     assert primary.disks[0].read_bytes() == expected
     assert bench.target_sees() == expected

@@ -330,7 +330,6 @@ def test_a_pair_under_load_is_byte_identical_after_a_barrier(lab: Lab, protocol:
     assert all(written)
     assert len(taken) > 20
     pair.primary.checkpoint()
-    pair.secondary.checkpoint()
     local = pair.primary.disks[0].read_bytes()
     assert pair.secondary.disks[0].read_bytes() == local
     assert pair.secondary.connect(top_id(0)).pread(SIZE, 0) == local

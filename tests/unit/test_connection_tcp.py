@@ -236,7 +236,7 @@ def test_a_slow_link_that_moves_bytes_is_not_lost(
 
 def test_a_stopped_server_is_given_up_although_its_kernel_goes_on_acknowledging(plain: EndpointWithTwoDoors) -> None:
     """Every later write is acknowledged; the first one is not nearer to its end by that."""
-    with connected(plain.tcp_uri("nbd"), 1.0) as connection, ThreadPoolExecutor(1) as pool:
+    with connected(plain.tcp_uri("nbd"), 2.0) as connection, ThreadPoolExecutor(1) as pool:
         write(connection, b"x")
         with stopped(plain):
             begun = time.monotonic()
@@ -253,10 +253,10 @@ def test_a_stopped_server_is_given_up_although_its_kernel_goes_on_acknowledging(
             with pytest.raises(DiskError):
                 write_on()
             lost_s = time.monotonic() - begun
-            with pytest.raises(DiskError, match=r"no progress on the connection to .* for 1 s"):
+            with pytest.raises(DiskError, match=r"no progress on the connection to .* for 2 s"):
                 first.result(DEADLINE_S)
-        assert 1.0 <= lost_s < 2.5
-        assert written > 10
+        assert 2.0 <= lost_s < 4 * 2.0, "well before the limit of a request"
+        assert written > 5
 
 
 def test_a_stopped_server_with_a_request_too_large_for_its_buffers_is_given_up(plain: EndpointWithTwoDoors) -> None:

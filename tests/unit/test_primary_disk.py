@@ -460,6 +460,7 @@ def test_a_large_write_goes_as_several_entries_that_end_separately(make: Make, m
         (Kind.WRITE, 5 + 2 * GRAIN, 10),
     ]
     assert b"".join(entry.data for entry in bench.link.put_entries) == data
+    assert bench.link.puts == [3], "together: no cut comes in between"
     assert bench.content[5 : 5 + len(data)] == data
     first, second, third = bench.link.put_entries
     bench.link.answer(second)
@@ -787,3 +788,98 @@ def test_a_write_that_is_lost_while_the_grain_is_resent_leaves_it_missing(make: 
         bench.link.answer(repair)
         bench.link.answer(write, arrived=False)
     assert bench.states[0] == MISSING
+
+
+# -- lineage -----------------------------------------------------------------------------------------------------
+
+OWN = "00000000000000aa"
+
+
+def shared(bench: Bench) -> Bench:
+    """The other node has the same."""
+    bench.ancestry.become(lambda lineage: lineage.paired_as_equal(OWN))
+    return bench
+
+
+def parted(bench: Bench) -> bool:
+    lineage = bench.ancestry.lineage
+    assert lineage.current == (OWN if lineage.shared else bench.state.moved_to)
+    return not lineage.shared
+
+
+@both_protocols
+@kinds
+def test_what_the_other_node_gets_does_not_part_the_nodes(make: Make, sync: bool, kind: str) -> None:
+    bench = shared(make(sync))
+    future = change(bench, kind)
+    wait_until(lambda: bench.link.put_entries, "it is queued")
+    bench.link.answer(bench.link.put_entries[0])
+    done(future)
+    assert not parted(bench)
+
+
+@pytest.mark.parametrize("why", ["stopped", "no link"])
+@both_protocols
+@kinds
+def test_a_write_that_the_other_node_will_not_get_parts_them_before_the_disk_changes(
+    make: Make, sync: bool, kind: str, why: str
+) -> None:
+    bench = shared(make(sync))
+    assert bench.local is not None
+    if why == "stopped":
+        bench.disk.stage = Stage.DONE
+    else:
+        bench.link.up = False
+    seen: list[tuple[bool, bool]] = []
+    bench.local.before = lambda _: seen.append((parted(bench), bench.changes.missing))
+    done(change(bench, kind))
+    assert seen == [(True, True)]
+
+
+def test_a_write_that_does_not_arrive_parts_the_nodes_before_it_counts_as_missing(make: Make) -> None:
+    """Its guest was answered long ago; at the loss the nodes are parted at once."""
+    bench = shared(make())
+    done(bench.write(b"x"))
+    assert not parted(bench)
+    real = bench.changes.end
+    seen: list[bool] = []
+
+    def end(offset: int, length: int, arrived: bool) -> None:
+        seen.append(parted(bench))
+        real(offset, length, arrived)
+
+    bench.changes.end = end  # type: ignore[method-assign]
+    bench.link.answer(bench.link.put_entries[0], arrived=False)
+    assert seen == [True]
+
+
+def test_with_sync_a_write_is_not_answered_before_the_nodes_are_parted(make: Make) -> None:
+    bench = shared(make(sync=True))
+    future = bench.write(b"x")
+    assert bench.link.awaited.acquire(timeout=DEADLINE_S)
+    assert not parted(bench)
+    assert not future.done()
+    bench.link.answer(bench.link.put_entries[0], arrived=False)
+    done(future)
+    assert parted(bench)
+
+
+@pytest.mark.parametrize("how", ["flush", "write", "zero"])
+def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage_first(
+    make: Make, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bench = shared(make())
+    assert bench.local is not None
+    bench.disk.stage = Stage.DONE
+    steps: list[str] = []
+    monkeypatch.setattr(bench.state, "flush_moved", lambda: steps.append("generation"))
+    done(bench.write(b"x"))
+    assert steps == []
+    bench.local.before = lambda _: steps.append("disk")
+    if how == "flush":
+        bench.disk.flush()
+    elif how == "write":
+        done(bench.write(b"x", fua=True))
+    else:
+        done(bench.zero(0, 8, fua=True))
+    assert steps == ["generation", "disk"]
