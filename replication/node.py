@@ -357,6 +357,9 @@ class Node:
         self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], epoch: int, timeout_s: float
     ) -> dict[str, Any]:
         """replication-pair: who is here, and the token with which the primary may write."""
+        if node == self._record.node:
+            # The command that asks has the lock which this one would wait for.
+            raise CommandError("it is this very node, and no secondary")
         with self._commanding():
             token = self._secondary().pairing.pair(channel, node, lineage, disks, timeout_s)
             self._state.count_from(epoch)

@@ -36,7 +36,7 @@ from replication.lineage import Lineage, Verdict, decide
 from replication.pause import pause
 from replication.secondary_disk import SecondaryDisk
 from replication.side import Setting
-from replication.stage import Stage
+from replication.stage import Mode, Stage
 
 RANGES_MAX = 4096
 """Of a change map, in one message."""
@@ -114,6 +114,9 @@ class Pairing:
         session = self._session
         if token == (None if session is None else session.token):
             return
+        record = self._set.record
+        if record.mode is not Mode.SECONDARY or record.stage not in (Stage.NONE, Stage.RUNNING):
+            return  # nobody may write any more, whoever it is: the face itself says so (ESHUTDOWN)
         if token is not None:
             raise DiskError("this connection of the primary was replaced or has lost its control link", errno.ESHUTDOWN)
         assert session is not None
