@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,13 +345,14 @@ class NetPair:
         length_max: int = 64 * KIB,
         size: int = SIZE,
         primary_arguments: Sequence[str] = (),
+        secondary_options: Mapping[str, Any] | None = None,
     ) -> None:
         """PermissionError if that is not allowed."""
         self.lab = lab
         self.wire = wire
         self.timeout_s = timeout_s
         self.folder = lab.small_folder(4 * size + 64 * MIB).folder
-        self.secondary = lab.add(NetSecondary(self.folder, wire.b, [size]))
+        self.secondary = lab.add(NetSecondary(self.folder, wire.b, [size], **(secondary_options or {})))
         arguments = [f"timeout={timeout_s:g}", *primary_arguments]
         self.primary = lab.add(NetPrimary(self.folder, wire.a, self.secondary.uri(), [size], extra_arguments=arguments))
         self.load = Load(self.primary, size, rate, length_max)
