@@ -175,7 +175,7 @@ class Epochs:
             raise CommandError("The secondary answers the checkpoint with something else") from error
         except DiskError as error:
             # Perhaps it has taken it: the link must not be used as if it had not.
-            self._link.lost(None, error)
+            self._link.broken(epoch.agreement, error)
             raise CommandError(
                 f"It is not known whether the secondary has taken checkpoint {epoch.number}: {error}"
             ) from error

@@ -65,7 +65,7 @@ class Link:
     ) -> None:
         """`uri()` is the secondary's at present; `resync_now(explicit)` is called when a link has
         come up, with true for one that a start has made."""
-        self.dialler = Dialler(setting, ancestry, disks, self._broken)
+        self.dialler = Dialler(setting, ancestry, disks, self.broken)
         self._set = setting
         self._ancestry = ancestry
         self._disks = disks
@@ -204,7 +204,8 @@ class Link:
             self._leaving.append(agreement)
             self._changed.notify_all()
 
-    def _broken(self, agreement: Agreement, error: DiskError) -> None:
+    def broken(self, agreement: Agreement, error: DiskError) -> None:
+        """The link is lost, if it is still that of `agreement`."""
         if self._agreement is agreement:
             self.lost(None, error)
 

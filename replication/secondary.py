@@ -73,6 +73,7 @@ class SecondarySide(Side):
         except BaseException:
             self._let_go()
             raise
+        self._claim_own_writes()
         for disk in self.disks:
             disk.backup_failed = self._copy_failed
             disk.repaired = self._backup.repaired
@@ -93,6 +94,14 @@ class SecondarySide(Side):
                 raise ConfigError(str(failure)) from failure
         if record.stage is Stage.RUNNING:
             self._backup.begin()
+
+    def _claim_own_writes(self) -> None:
+        """An owner that never was part of a pair comes back as a secondary: what it has written is no other node's, so
+        its disks are not equal to those of a new primary, and nobody has allowed that they are overwritten."""
+        ancestry = self._set.ancestry
+        known = ancestry.lineage.current or ancestry.lineage.incoming
+        if self._set.record.stage is Stage.NONE and not known and any(disk.changes.marked_bytes for disk in self.disks):
+            ancestry.note(lambda lineage: lineage.diverged(new_id()))  # the same again, should nobody save it
 
     def _settle_images(self) -> None:
         """A process that was killed in this boot may have left in memory what counts as stable from here on."""
