@@ -299,7 +299,7 @@ class Forwarder:
         """The link is lost: from now on entries end at once. Called by the forwarding thread, and by a guest's
         thread that found the queue stuck."""
         with self._lock:
-            if not self._up or self._stopping:
+            if not self._up or self._stopping or self._connection is not connection:
                 return
             self._up = False
         connection.fail(str(error))

@@ -130,8 +130,7 @@ class Link:
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
                     disk.forwarder.adopt(connection)
                 self._agreement = agreement
-                missing = any(disk.changes.missing for disk in self._disks)
-                self._show_locked(LinkState.SYNCHRONIZING if missing else LinkState.IN_SYNC)
+                self._show_locked(LinkState.SYNCHRONIZING)
                 self._changed.notify_all()
         if not taken:
             agreement.close()
@@ -163,7 +162,7 @@ class Link:
             if agreement.peer is not None:
                 self.dialler.tell_complete(agreement)
         except DiskError as error:
-            self.lost(None, error)
+            self.broken(agreement, error)
             return
         except (StateError, PeerError) as error:
             log(f"the secondary cannot be told that it has everything: {error}")
@@ -245,6 +244,7 @@ class Link:
 
     def _run(self) -> None:
         again_s = _AGAIN_MIN_S
+        up_since: float | None = None
         patient_until = time.monotonic() + self._set.options.timeout_s
         while True:
             with self._changed:
@@ -258,9 +258,14 @@ class Link:
                     agreement.peer.close()
             if not due:
                 continue
-            if self._attempt(time.monotonic() > patient_until):
-                again_s = _AGAIN_MIN_S
+            if up_since is not None and time.monotonic() - up_since > _AGAIN_MAX_S:
+                again_s, up_since = _AGAIN_MIN_S, None
+            if up_since is None and self._attempt(time.monotonic() > patient_until):
+                up_since = time.monotonic()
                 continue
+            # Also for a link that was lost as soon as it was up: two that take it from each other shall not do it as
+            # fast as they can.
+            up_since = None
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or not self._wanted, again_s)
             again_s = min(2 * again_s, _AGAIN_MAX_S)

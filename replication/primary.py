@@ -144,6 +144,8 @@ class PrimarySide(Side):
                 check_uri(secondary, len(self.disks))
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
+        if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self.disks):
+            raise CommandError("cannot start: what the former link had in flight has not come back yet; try again")
         try:
             agreement = self._link.dialler.dial(secondary or self._uri, sync, None)
         except (DiskError, Refusal) as error:

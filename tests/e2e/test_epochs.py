@@ -240,10 +240,12 @@ class Load:
 
     SIZE = 8 * MIB
 
-    def __init__(self, primary: Server) -> None:
+    def __init__(self, primary: Server, *chains: Chain) -> None:
+        """`chains`: instead of those."""
         self.over = threading.Event()
         small = [Chain(1 + number, number * 6 * KIB + 512, 5 * KIB) for number in range(6)]
-        self.chains = [*small, Chain(7, MIB - 512, 3 * MIB + 1024), Chain(8, 5 * MIB, 2 * MIB + 512)]
+        large = [Chain(7, MIB - 512, 3 * MIB + 1024), Chain(8, 5 * MIB, 2 * MIB + 512)]
+        self.chains = list(chains) or [*small, *large]
         self._futures = [begin(chain.run, primary, self.over) for chain in self.chains]
 
     def look(self, read: Callable[[int, int, int], bytes], floors: list[int] | None = None) -> None:
@@ -332,6 +334,18 @@ def test_a_checkpoint_on_demand_holds_what_was_answered_before_it_and_nothing_fr
         assert epochs(pair.primary, pair.secondary) == [number, number]
     load.finish()
     all_over(pair)
+
+
+def test_a_client_alone_is_fast_enough_to_write_while_the_queues_are_being_cut_and_sees_no_gap(lab: Lab) -> None:
+    pair = started(lab, primary_arguments=[PATIENT])
+    face = face_of(pair.secondary)
+    load = Load(pair.primary, Chain(1, 512, 512))
+    for _ in range(60):
+        load.grows(10)
+        floors = load.answered()
+        pair.primary.checkpoint()
+        load.look(face, floors)
+    load.finish()
 
 
 # -- nobody waits --------------------------------------------------------------------------------------------------

@@ -219,8 +219,9 @@ class Node:
 
     @property
     def record(self) -> dict[str, Any]:
-        """state.json."""
-        return dict(json.loads((self.state / "state.json").read_text()))
+        """state.json; before it is written for the first time, what counts until then."""
+        path = self.state / "state.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {"mode": "primary", "partner": None}
 
     @property
     def guest(self) -> nbd.NBD:
@@ -233,7 +234,7 @@ class Node:
 
     def be_secondary(self) -> None:
         """A process that is a secondary: started as one, or demoted in place."""
-        former = self.record if self.state.exists() else {"mode": "primary"}
+        former = self.record
         if former["mode"] == "primary" or former["stage"] == "done":
             self.checkpoint, self.own = self.content, []
         if self.server.running and self.mode != "secondary":
@@ -476,6 +477,11 @@ class World:
         self[name].end()
         self[name].start("primary")
 
+    def alone(self, name: str) -> None:
+        """A secondary runs, and no primary has ever come."""
+        self[name].be_secondary()
+        self[name].server.execute("replication-start")
+
     def _up(self, name: str) -> Node:
         node = self[name]
         if not node.server.running:
@@ -569,13 +575,15 @@ TABLE = [
     ("pair A B; write A 2; kill B; write A 3", "A B", "quick", "3"),
     ("pair A B; write A 2; stop A; write A 3", "A B", "quick", "3"),
     ("pair A B; write A 2; exit A; exit B", "A B", "quick", ""),
+    ("pair A B; write A 2; exit B", "A B", "quick", ""),
+    ("pair A B; write A 2; exit B; write A 3", "A B", "quick", "3"),
     # failover, and the return of the former primary: what was rolled back, what was in flight, what was written
     (CIRCLE, "B A", "quick", "3"),
     (f"{CIRCLE}; write B 6", "B A", "quick", "3 6"),
     (f"{CIRCLE}; write B 6; reopen B", "B A", "quick", "3 6"),
     (f"{CIRCLE}; write B 6; kill B; write B 7", "B A", "quick", "3 6 7"),
     ("pair A B; write A 3; cut A; late A 4; kill A; own B 5; failover B; write B 6", "B A", "quick", "3 4 5 6"),
-    ("pair A B; cut A; late A 4; own B 5; kill B; kill A; failover B", "B A", "quick", "4 5"),
+    ("pair A B; cut A; late A 4; own B 5; kill A; kill B; failover B", "B A", "quick", "4 5"),
     (f"{CIRCLE}; write B 6; pair B A; write B 1; kill B; failover A; write A 7", "A B", "quick", "1 7"),
     (f"{CIRCLE}; write B 6; begin B A; lose B; write B 7", "B A", "quick", "6 7"),
     (f"{CIRCLE}; write B 6", "A B", OUTDATED, ""),
@@ -584,6 +592,12 @@ TABLE = [
     (f"{CIRCLE}; write B 6; begin B A; lose B", "A B", NOT_A_PRIMARY, ""),
     (f"{CIRCLE}; write B 6; begin B A; lose B; failover A", "A B", SPLIT_BRAIN, ""),
     (f"{CIRCLE}; write B 6; begin B A; lose B; failover A", "B A", SPLIT_BRAIN, ""),
+    # owners that were never part of a pair
+    ("write A 2; write B 3", "A B", UNRELATED, ""),
+    ("alone B; failover B; write B 3", "A B", UNRELATED, ""),
+    ("alone B; switch B; write B 3", "A B", UNRELATED, ""),
+    ("alone B; switch B; write B 3", "B A", "equal", "3"),
+    ("alone B; own B 4; failover B; write B 3", "B A", "full", "all"),
     # planned switch-over, and back
     (SWITCH, "B A", "quick", ""),
     (SWITCH, "A B", "quick", ""),
@@ -806,6 +820,37 @@ def test_failover_at_a_step_of_the_pairing_leads_to_the_last_checkpoint_and_over
         assert disks == [world[name].content_now() for name in pair]
         if pair == (primary, secondary):
             world.switch(secondary)
+
+
+@pytest.mark.parametrize("point", ["failover.entered", "commit.written", "commit.hidden-forgotten"])
+def test_a_failover_that_is_interrupted_forgets_nothing_that_it_rolls_back(world: World, point: str) -> None:
+    world.play("pair A B; write A 3 5; own B 1; kill A")
+    node = world["B"]
+    world.points.arm(point)
+    with node.server.qmp() as qmp:
+        qmp.send(b'{"execute": "replication-stop", "arguments": {"failover": true}}\n')
+        world.points.wait_hit(point)
+        node.end(signal.SIGKILL)
+    world.points.disarm(point)
+    node.content, node.own = changed(node.checkpoint, *node.own), []
+    node.start("secondary")
+    node.server.wait_stage("done")
+    world.check_owner("B")
+    world.write("B", "6")
+    outcome = world.pair("B", "A")
+    assert (outcome.verdict, outcome.sent) == ("quick", 4)
+
+
+@pytest.mark.parametrize("sync", ["auto", "full", "none"])
+def test_no_way_of_starting_gets_around_a_refusal(world: World, sync: str) -> None:
+    world.play(f"{SPLIT}; kill A; reopen B")
+    world["A"].be_secondary()
+    before = world["A"].content_now()
+    world["A"].relay.open()
+    arguments = {"mode": "primary", "secondary": world["A"].uri, "sync": sync}
+    assert SPLIT_BRAIN in refused(world["B"].server, "replication-start", arguments)
+    assert world["A"].content_now() == before
+    world.check_owner("B")
 
 
 # -- in the midst of a resync, or of an epoch -----------------------------------------------------------------
