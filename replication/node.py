@@ -137,24 +137,25 @@ class Node:
             )
         for ticker in self._tickers:
             ticker.start()
-        if self._options.autostart and self.stage is Stage.NONE and not self._autostarted():
-            threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
+        if self._options.autostart and self.stage is Stage.NONE:
+            failure = self._autostarted("")
+            if failure:
+                threading.Thread(target=self._autostart, args=(failure,), name="autostart", daemon=True).start()
 
-    def _autostarted(self) -> bool:
+    def _autostarted(self, former: str) -> str:
+        """Start; why that failed, empty if it did not. The `former` reason is not said again."""
         try:
             self.start(None, None, "auto")
         except CommandError as error:
-            log(f"autostart: {error}")
-            return False
-        return True
+            if str(error) != former:
+                log(f"autostart: {error}")
+            return str(error)
+        return ""
 
-    def _autostart(self) -> None:
+    def _autostart(self, failure: str) -> None:
         """Try again until the secondary is there, somebody has started by hand, or the process ends."""
-        while not self._closing.wait(_AUTOSTART_RETRY_S) and self.stage is Stage.NONE:
-            try:
-                self.start(None, None, "auto")
-            except CommandError:
-                continue  # said once in _autostarted; the same failure every second would say nothing new
+        while failure and not self._closing.wait(_AUTOSTART_RETRY_S) and self.stage is Stage.NONE:
+            failure = self._autostarted(failure)
 
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""

@@ -67,13 +67,13 @@ class SecondarySide(Side):
                 found = open_images(self.disks, self._set.options, record, self._open_maps)
                 self._refusals = found.refusals
                 self._note_restart(found)
+            self._claim_own_writes()
             if record.cut_off:
                 for disk in self.disks:
                     disk.changes.mark_all()  # it was not synced
         except BaseException:
             self._let_go()
             raise
-        self._claim_own_writes()
         for disk in self.disks:
             disk.backup_failed = self._copy_failed
             disk.repaired = self._backup.repaired

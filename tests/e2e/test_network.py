@@ -141,6 +141,23 @@ def test_a_silent_network_costs_one_timeout_and_what_changed_meanwhile(
         assert sum(took > GOES_ON_S for _, took in pair.load.waits) <= 1, pair.load.waits
 
 
+def test_a_full_queue_holds_the_guest_up_once_and_for_a_timeout_at_most(make_pair: Made, wire: Wire) -> None:
+    pair = make_pair("queue-limit=1M", rate=15 * MIB)
+    fault = begin(pair)
+    wire.blackhole()
+    pair.watch.wait_lost()
+    assert time.monotonic() - fault.at <= NOTICED_S
+    pair.load.wait_more(300)
+    pair.check_waits(SYNC_S)
+    held_up = [took for begun, took in pair.load.waits if begun > fault.at and took > TIMEOUT_S / 4]
+    assert len(held_up) == 1, f"the queue holds a fifteenth of a second's writes: {pair.load.waits}"
+    wire.mend()
+    check_back(pair, fault, time.monotonic())
+    assert pair.watch.links == BACK
+    pair.finish()
+    pair.check_waits(SYNC_S)
+
+
 def test_a_cut_of_a_second_within_the_timeout_is_ridden_out(make_pair: Made, wire: Wire) -> None:
     pair = make_pair("checkpoint-interval=0.2", timeout_s=6)
     fault = begin(pair)
@@ -268,7 +285,8 @@ def test_a_killed_primary_sends_what_was_on_its_way_and_no_more(make_pair: Made,
 
 
 def test_a_secondary_that_stood_still_comes_back_and_has_nothing_old_after_newer_writes(make_pair: Made) -> None:
-    pair = make_pair(rate=60 * MIB, length_max=128 * KIB)
+    # Twice the timeout's worth fits into the queue.
+    pair = make_pair(rate=15 * MIB, length_max=128 * KIB)
     # The same place over and over: whatever is late is older than what is there.
     pair.load.region = (0, MIB)
     pair.load.wait_more(200)
