@@ -161,8 +161,9 @@ class InFlight:
 
     def __init__(self) -> None:
         self._blocks: set[int] = set()
-        self._small: list[Entry] = []
-        self._large: list[Entry] = []
+        # As dictionaries: they are taken out in any order.
+        self._small: dict[Entry, None] = {}
+        self._large: dict[Entry, None] = {}
         self.bytes = 0
         """Of data."""
 
@@ -185,19 +186,19 @@ class InFlight:
         """The entry goes to the secondary."""
         self.bytes += len(entry.data)
         if _is_small(entry):
-            self._small.append(entry)
+            self._small[entry] = None
             self._blocks.update(_blocks(entry))
         else:
-            self._large.append(entry)
+            self._large[entry] = None
 
     def remove(self, entry: Entry) -> None:
         """The secondary has answered."""
         self.bytes -= len(entry.data)
         if _is_small(entry):
-            self._small.remove(entry)
+            del self._small[entry]
             self._blocks.difference_update(_blocks(entry))
         else:
-            self._large.remove(entry)
+            del self._large[entry]
 
 
 def _is_small(entry: Entry) -> bool:

@@ -103,6 +103,8 @@ class Pairing:
     @property
     def link(self) -> dict[str, Any]:
         """As query-replication shows it."""
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            return {"state": "disconnected", "primary": None, "reason": None}  # whoever is still connected
         state = "in-sync" if self._session else "lost" if self._set.record.paired else "disconnected"
         if self._session and self._set.record.resync:
             state = "synchronizing"

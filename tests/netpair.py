@@ -330,6 +330,9 @@ class Instant:
 
     at: float
     forwarded: int
+    """Bytes that the primary has counted."""
+    carried: int
+    """Bytes of TCP data that the network has carried to the secondary, including what was sent again."""
 
 
 class NetPair:
@@ -396,24 +399,30 @@ class NetPair:
     def instant(self) -> Instant:
         """Now, before a fault."""
         at = time.monotonic()
-        return Instant(at, self._forwarded())
+        return Instant(at, self._forwarded(), self._carried())
 
     def _forwarded(self) -> int:
         (disk,) = self.primary.status()["disks"]
         return int(disk["totals"]["forwarded"])
 
+    def _carried(self) -> int:
+        return self.wire.counters()["ab"].payload
+
     # -- what must hold afterwards -------------------------------------------------------------------------
 
     def check_little_was_sent(self, fault: Instant, mended: float, forwarded: int = -1) -> tuple[int, int]:
-        """What was sent for the resync after the fault is at most 1.2 times the grains changed meanwhile; both.
+        """What was sent for the resync after the fault is at most 1.2 times the grains changed meanwhile, by the
+        primary's count and by the network's. Returns the primary's count and the grains' bytes.
 
-        To be called with the guest paused and everything sent. `forwarded`: what is known to have been sent before.
+        To be called with the guest paused. `forwarded`: the primary's count before, if not as at the fault.
         """
         drained(self.primary)
         sent = self._forwarded() - (fault.forwarded if forwarded < 0 else forwarded)
         guest = self.load.written_bytes(mended) + self.load.written_bytes(fault.at, fault.at + QUEUED_S)
         changed = self.load.grain_bytes(fault.at - QUEUED_S)
         assert sent <= 1.2 * changed + guest, f"{sent} bytes were sent, {changed} changed, and {guest} were new"
+        carried = self._carried() - fault.carried
+        assert carried <= 1.2 * changed + guest, f"{carried} bytes went there, {changed} changed, {guest} were new"
         return sent, changed
 
     def finish(self) -> None:
