@@ -24,12 +24,13 @@ from typing import Any
 from replication.ancestry import Ancestry
 from replication.errors import DiskError, ReplicationError
 from replication.image.connection import Connection
-from replication.lineage import Lineage, Verdict, decide, new_id
+from replication.lineage import Lineage, Verdict, check_id, decide, new_id
 from replication.options import DATA_EXPORT, export_of
 from replication.peer import Peer, PeerError
 from replication.primary_disk import PrimaryDisk
 from replication.side import FOR_GUESTS, Setting
 from replication.stage import Stage
+from replication.state import EPOCH_MAX
 
 ANSWER_S = 30.0
 """Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
@@ -50,6 +51,8 @@ class Agreement:
     connections: list[Connection]
     verdict: Verdict
     token: str = ""
+    generation: str = ""
+    """What the secondary knows that it receives, or has."""
     node: str | None = None
     epoch: int = 0
     running: bool = False
@@ -122,8 +125,12 @@ class Dialler:
         return agreement
 
     def interrupt(self) -> None:
-        """Whatever is under way fails soon, and touches nothing any more."""
+        """The process ends: whatever is under way fails soon, and touches nothing any more."""
         self._interrupted = True
+        self.give_up()
+
+    def give_up(self) -> None:
+        """An agreement that is being sought fails soon."""
         if self._peer is not None:
             self._peer.close()
 
@@ -156,6 +163,9 @@ class Dialler:
         try:
             agreement.token, agreement.node = str(answer["token"]), str(answer["node"])
             agreement.epoch = int(answer["epoch"])
+            if not 0 <= agreement.epoch < EPOCH_MAX:
+                raise ValueError(f"epoch {agreement.epoch}")
+            check_id("node", agreement.node)
             agreement.running = answer["stage"] == Stage.RUNNING.value
             decision = decide(mine, Lineage.from_json(answer["lineage"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -293,12 +303,31 @@ class Dialler:
             )
         except PeerError as error:
             raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
+        agreement.generation = mine.current
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
         PeerError."""
         assert agreement.peer is not None
+        mine = self._ancestry.lineage
+        if mine.current != agreement.generation:
+            # The nodes have parted since, because a write was refused. Noted there before `base` goes here: else an
+            # interruption before the checkpoint would make the secondary a mere ancestor, which needs a full resync.
+            self._ask(
+                agreement.peer,
+                "replication-pair-sync",
+                {
+                    "token": agreement.token,
+                    "verdict": Verdict.QUICK.value,
+                    "generation": mine.current,
+                    "marked": True,
+                },
+            )
+            agreement.generation = mine.current
         mine = self._ancestry.become(lambda lineage: lineage.offered())
+        if any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
+            self._ancestry.part()  # a write since the caller's look, which nobody has forwarded
+            return
         self._ask(
             agreement.peer,
             "replication-pair-sync",

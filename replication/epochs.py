@@ -34,6 +34,7 @@ from replication.pause import pause
 from replication.peer import PeerError
 from replication.primary_disk import PrimaryDisk
 from replication.side import Setting
+from replication.state import EPOCH_MAX
 
 TAKE_S = 30.0
 """Longest wait for the secondary to take a checkpoint: with durability=power it flushes its disk."""
@@ -168,7 +169,10 @@ class Epochs:
             self._link.synchronized()  # the resync's last pass has not got so far, but the cut has
         arguments = {"token": epoch.agreement.token, "epoch": epoch.number}
         try:
-            return int(peer.call("replication-checkpoint", arguments, TAKE_S)["epoch"])
+            number = int(peer.call("replication-checkpoint", arguments, TAKE_S)["epoch"])
+            if not 0 <= number < EPOCH_MAX:
+                raise ValueError(f"epoch {number}")
+            return number
         except PeerError as error:
             raise CommandError(f"The secondary has not taken the checkpoint: {error}") from error
         except (KeyError, TypeError, ValueError) as error:

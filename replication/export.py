@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Exports: which name leads to which face, and the gate before every request.
 
-What is behind a name may change while clients are connected (a promoted secondary becomes a primary). So an export
-looks its face up for every request, inside the gate, with which such a change is alone.
+What is behind a name may change while clients are connected (a promoted secondary becomes a primary), and so may who
+is allowed to write there. So an export looks its face up, and asks the side at work, for every request, inside the
+gate, with which such a change is alone.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from collections.abc import Callable
 from replication.clients import Client
 from replication.control.inband import ControlExport
 from replication.errors import DiskError
-from replication.gate import Gate
 from replication.image.face import Extent
 from replication.node import Node
 from replication.options import CONTROL_EXPORT
-from replication.side import FOR_GUESTS, GUEST_WRITES, Face
+from replication.side import FOR_GUESTS, GUEST_WRITES
 from replication.stage import Mode
 
 
 class Export:
     """One export as one client sees it. Every method may be called by several threads at once; they raise DiskError."""
 
-    def __init__(self, gate: Gate, faces: dict[str, Face], name: str, admit: Callable[[], None] | None = None) -> None:
-        """`admit()` is called inside the gate before everything that changes something; it raises DiskError."""
-        self._gate = gate
-        self._faces = faces
+    def __init__(self, node: Node, name: str, token: str | None) -> None:
+        """`token`: what a primary's connection has been given."""
+        self._node = node
+        self._gate = node.gate
+        self._faces = node.faces
         self._name = name
-        self._admit = admit
-        face = faces[name]
+        self._token = token
+        face = node.faces[name]
         self.size = face.size()
         self.description = face.description
 
@@ -42,15 +43,13 @@ class Export:
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write the data at `offset`."""
         with self._gate:
-            if self._admit is not None:
-                self._admit()
+            self._node.side.admit(self._name, self._token)
             self._faces[self._name].write(data, offset, fua)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Make a range read as zeroes."""
         with self._gate:
-            if self._admit is not None:
-                self._admit()
+            self._node.side.admit(self._name, self._token)
             self._faces[self._name].zero(offset, length, may_trim, fua)
 
     def flush(self) -> None:
@@ -90,7 +89,7 @@ class Exports:
         """An export by name; DiskError names the valid ones, or says that it is not for this client."""
         if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
             return self._control()
-        wanted, admit = self._node.side.admission(name or self.default())
+        wanted, token = self._node.side.face_of(name or self.default())
         if wanted not in self._node.faces:
             valid = ", ".join(f"'{known}'" for known in self._node.faces)
             raise DiskError(f"there is no export '{name[:255]}': the exports are {valid}")
@@ -99,4 +98,4 @@ class Exports:
             raise DiskError(
                 f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
             )
-        return Export(self._node.gate, self._node.faces, wanted, admit)
+        return Export(self._node, wanted, token)

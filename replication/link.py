@@ -13,7 +13,7 @@ the queue stuck. Whoever it is, all disks lose their link at that moment. The gu
 
 Invariants
 * One attempt to connect at a time, by `_thread` or (a start) by the node's command, never by both: the thread tries
-  only while `_wanted`, which a start sets last.
+  only while `_wanted`, which a start sets last, and a start waits for an attempt that a stop has torn loose.
 * An attempt begins when the former connections have given back everything that was in flight.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -82,6 +83,8 @@ class Link:
         # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
         self._leaving: list[Agreement] = []
         self._thread: threading.Thread | None = None
+        # Held for the whole of an attempt to connect. Above all other locks here.
+        self._attempting = threading.Lock()
 
     # -- what others see -----------------------------------------------------------------------------------
 
@@ -213,6 +216,8 @@ class Link:
         `farewell_s` seconds to note that), and let the link go."""
         with self._changed:
             self._wanted = False
+        if self._agreement is None:
+            self.dialler.give_up()
         deadline = time.monotonic() + drain_s
         for disk in self._disks:
             disk.forwarder.stop(max(0.0, deadline - time.monotonic()))
@@ -228,6 +233,14 @@ class Link:
                 log(f"the secondary cannot be told that this was all: {error}")
         if agreement.peer is not None:
             agreement.peer.close()
+
+    def wait_unattempted(self, timeout_s: float) -> bool:
+        """Wait until no attempt to connect is under way, `timeout_s` seconds at most. Replication does not run, so none
+        begins."""
+        if not self._attempting.acquire(timeout=timeout_s):
+            return False
+        self._attempting.release()
+        return True
 
     def close(self, timeout_s: float) -> None:
         """End, within about `timeout_s` seconds."""
@@ -260,7 +273,7 @@ class Link:
                 continue
             if up_since is not None and time.monotonic() - up_since > _AGAIN_MAX_S:
                 again_s, up_since = _AGAIN_MIN_S, None
-            if up_since is None and self._attempt(time.monotonic() > patient_until):
+            if up_since is None and self._attempt_alone(time.monotonic() > patient_until):
                 up_since = time.monotonic()
                 continue
             # Also for a link that was lost as soon as it was up: two that take it from each other shall not do it as
@@ -273,6 +286,10 @@ class Link:
     def _has_work_locked(self) -> bool:
         return bool(self._leaving) or (self._wanted and self._agreement is None)
 
+    def _attempt_alone(self, impatient: bool) -> bool:
+        with self._attempting:
+            return self._wanted and self._attempt(impatient)
+
     def _attempt(self, impatient: bool) -> bool:
         """Connect again; whether the link is up. `impatient`: from now on a secondary that cannot be reached is an
         error, also after a restart."""
@@ -283,13 +300,19 @@ class Link:
             agreement = self.dialler.dial(self._uri(), "auto", self._set.record.partner)
             self._show_connecting()
             pause("link.dialled")
+            if not self._wanted:
+                raise DiskError("replication was stopped")
             self.dialler.settle(agreement, "auto")
             self._set.state.count_from(agreement.epoch)
             return self.establish(agreement, begin=False)
-        except (DiskError, Refusal, StateError) as error:
+        except Exception as error:  # noqa: BLE001 (this thread must live: nobody else brings the link back)
             if agreement is not None:
                 agreement.close()
-            self._failed(error, impatient or isinstance(error, Refusal))
+            if isinstance(error, ReplicationError):
+                self._failed(error, impatient or isinstance(error, Refusal))
+            else:
+                traceback.print_exc()
+                self._failed(DiskError(f"internal error, see the log: {error!r}"), tell=True)
             return False
 
     def _show_connecting(self) -> None:

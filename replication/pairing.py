@@ -67,6 +67,8 @@ class Session:
         self.node = node
         self.patience_s = patience_s
         self.token = secrets.token_hex(16)
+        self.agreed = False
+        """The primary has said what it is going to send. Before, the disks are what the former session has left."""
 
 
 class Pairing:
@@ -94,9 +96,10 @@ class Pairing:
     def incomplete(self) -> str | None:
         """Why the disks are not what the primary had at one instant, None if they are (but for what is in flight)."""
         record = self._set.record
+        session = self._session
         if record.resync:
-            return "a resync is under way" if self._session else "a resync was interrupted"
-        if record.paired and self._session is None:
+            return "a resync is under way" if session else "a resync was interrupted"
+        if record.paired and (session is None or not session.agreed):
             return "the link to the primary was lost in the midst of an epoch"
         return None
 
@@ -114,7 +117,7 @@ class Pairing:
         """DiskError unless a client with that token (None: any client) may write now. Called from requests, inside the
         gate."""
         session = self._session
-        if token == (None if session is None else session.token):
+        if token == (None if session is None else session.token) and (session is None or session.agreed):
             return
         record = self._set.record
         if record.mode is not Mode.SECONDARY or record.stage not in (Stage.NONE, Stage.RUNNING):
@@ -142,13 +145,6 @@ class Pairing:
         decision = decide(lineage, self._ancestry.lineage)
         if decision.verdict is Verdict.REFUSED:
             raise CommandError(decision.reason)
-        if not record.paired:
-            record.paired = True
-            try:
-                self._set.save()
-            except BaseException:
-                record.paired = False
-                raise
         session = Session(channel, node, _PATIENCE * timeout_s)
         with self._set.gate.closed(), self._lock:
             if channel.closed:
@@ -188,7 +184,7 @@ class Pairing:
         Until it is complete nothing counts, also when nothing seemed to be missing: the primary's guest may write
         between this and the moment from which its writes are forwarded.
         """
-        self.check_token(token)
+        session = self.check_token(token)
         pause("pairing.sync")
         if verdict == "complete":
             self._complete(generation, history)
@@ -204,6 +200,7 @@ class Pairing:
             self._become(lambda lineage: lineage, True)
         else:
             self._become(lambda lineage: lineage.receiving(generation, keep=True), True)
+        session.agreed = True
 
     def _complete(self, generation: str, history: tuple[str, ...]) -> None:
         self._offered = (generation, history)
@@ -227,15 +224,15 @@ class Pairing:
 
     def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:
         record = self._set.record
-        former, lineage = record.resync, self._ancestry.lineage
-        if former == resync and change(lineage) == lineage:
+        former, lineage = (record.resync, record.paired), self._ancestry.lineage
+        if former == (resync, True) and change(lineage) == lineage:
             return
-        record.resync = resync
+        record.resync, record.paired = resync, True
         take_back = self._ancestry.note(change)
         try:
             self._set.save()
         except BaseException:
-            record.resync = former
+            record.resync, record.paired = former
             take_back()
             raise
 
@@ -258,11 +255,12 @@ class Pairing:
             if self._session is not None and self._session.channel is channel:
                 self._session = None
 
-    def check_token(self, token: str) -> None:
-        """CommandError unless it is the session's."""
+    def check_token(self, token: str) -> Session:
+        """The session, if it has that token; CommandError."""
         session = self._session
         if session is None or session.token != token:
             raise CommandError("this is not the session of the primary any more")
+        return session
 
     # -- what the secondary does ---------------------------------------------------------------------------
 

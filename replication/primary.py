@@ -144,6 +144,8 @@ class PrimarySide(Side):
                 check_uri(secondary, len(self.disks))
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
+        if not self._link.wait_unattempted(ANSWER_S):
+            raise CommandError("cannot start: an attempt to reach the former secondary has not ended yet; try again")
         if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self.disks):
             raise CommandError("cannot start: what the former link had in flight has not come back yet; try again")
         try:
@@ -247,6 +249,9 @@ class PrimarySide(Side):
     def abort(self, epoch: int) -> None:
         """replication-checkpoint-abort."""
         self._epochs.abort(epoch)
+
+    def admit(self, face: str, token: str | None) -> None:
+        """Whoever opens it: the target face of a promoted secondary is closed by itself."""
 
     def discard(self) -> None:
         raise CommandError(

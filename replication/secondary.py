@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from replication.backup import RUNNING, Backup
@@ -389,15 +388,16 @@ class SecondarySide(Side):
             )
         self.pairing.discard()
 
-    def admission(self, export: str) -> tuple[str, Callable[[], None] | None]:
-        names = {disk.name for disk in self.disks}
+    def face_of(self, export: str) -> tuple[str, str | None]:
         prefix, _, rest = export.partition(":")
         token, colon, name = rest.partition(":")
-        if prefix == DATA_EXPORT and colon and name in names:
-            return name, partial(self.pairing.admit, token)
-        if export in names:
-            return export, partial(self.pairing.admit, None)
+        if prefix == DATA_EXPORT and colon and any(name == disk.name for disk in self.disks):
+            return name, token
         return export, None
+
+    def admit(self, face: str, token: str | None) -> None:
+        if any(face == disk.name for disk in self.disks):
+            self.pairing.admit(token)
 
     def query_failover(self) -> dict[str, Any]:
         return self._failover.preflight()

@@ -117,9 +117,13 @@ class Side(ABC):
     def discard(self) -> None:
         """Give up what was written here, if a primary wants to overwrite it."""
 
-    def admission(self, export: str) -> tuple[str, Callable[[], None] | None]:
-        """Which face a client means that opens `export`, and what has to be asked before each of its writes."""
+    def face_of(self, export: str) -> tuple[str, str | None]:
+        """Which face a client means that opens `export`, and the token that it has, if it has one."""
         return export, None
+
+    @abstractmethod
+    def admit(self, face: str, token: str | None) -> None:
+        """DiskError unless a client with that token may write to that face now. Called from requests."""
 
     @abstractmethod
     def query_failover(self) -> dict[str, Any]:

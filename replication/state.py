@@ -45,7 +45,7 @@ _PAGE = 4096
 _FILE_MAX = 1 << 20
 _MOVED = 3
 """Which word of the epoch page names the generation that has been begun."""
-_EPOCH_MAX = 1 << 62
+EPOCH_MAX = 1 << 62
 """So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
 
 
@@ -190,7 +190,7 @@ class StateFolder:
                 self.close()
                 raise ConfigError(f"cannot use the state folder {path}: {error.strerror}") from error
         self._words = memoryview(self._page).cast("Q")
-        if self.epoch > _EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
+        if self.epoch > EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
             self.close()
             raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
 

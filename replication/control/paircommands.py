@@ -17,6 +17,7 @@ from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
 from replication.lineage import Lineage
 from replication.pairing import Channel
+from replication.state import EPOCH_MAX
 
 SHARED = (
     "query-xen-replication-status",
@@ -153,5 +154,5 @@ class PairCommands:
 
 
 def _check_epoch(epoch: int) -> None:
-    if not 0 <= epoch < 1 << 61:
+    if not 0 <= epoch < EPOCH_MAX:
         raise CommandError("Parameter 'epoch' expects the number of an epoch")

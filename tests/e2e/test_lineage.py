@@ -286,8 +286,9 @@ class Approach:
 class World:
     """The nodes of a test."""
 
-    def __init__(self, lab: Lab, primary: str = "", secondary: str = "") -> None:
-        """`primary`, `secondary`: more keys of theirs."""
+    def __init__(self, lab: Lab, primary: str = "timeout=30", secondary: str = "") -> None:
+        """`primary`, `secondary`: more keys of theirs. A link that was silenced must not be noticed before a story says
+        so, however busy the machine is."""
         self.points = lab.pause_points()
         self.nodes = {name: Node(lab, name, self.points, primary, secondary) for name in "ABC"}
         self.peers: dict[str, str] = {}
