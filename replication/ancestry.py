@@ -45,6 +45,11 @@ class Ancestry:
         with self._lock:
             return self._lineage
 
+    @property
+    def known(self) -> bool:
+        """Whether the content has ever been part of a pair. Without a lock: for requests."""
+        return bool(self._lineage.current or self._lineage.incoming)
+
     def part(self) -> None:
         """The guest is about to write what the other node will not get. Called from requests, before the disk
         changes; costs a comparison unless it is the first such write."""

@@ -25,10 +25,10 @@ from replication.ancestry import Ancestry
 from replication.errors import DiskError, ReplicationError
 from replication.image.connection import Connection
 from replication.lineage import Lineage, Verdict, check_id, decide, new_id
-from replication.options import DATA_EXPORT, export_of
+from replication.options import DATA_EXPORT, Durability, export_of
 from replication.peer import Peer, PeerError
 from replication.primary_disk import PrimaryDisk
-from replication.side import FOR_GUESTS, Setting
+from replication.side import FOR_GUESTS, OF_PAIRS, Setting
 from replication.stage import Stage
 from replication.state import EPOCH_MAX
 
@@ -57,6 +57,10 @@ class Agreement:
     epoch: int = 0
     running: bool = False
     """The secondary has been started, so it has a first checkpoint."""
+    durable: bool = False
+    """The secondary flushes its disk for each checkpoint."""
+    refused: int = 0
+    """Requests that the secondary has refused; what was refused is missing there."""
     completed: bool = False
     """The secondary knows that it has had everything at some time since."""
     broken: DiskError | None = None
@@ -166,6 +170,7 @@ class Dialler:
             if not 0 <= agreement.epoch < EPOCH_MAX:
                 raise ValueError(f"epoch {agreement.epoch}")
             check_id("node", agreement.node)
+            agreement.durable = answer["durability"] == Durability.POWER.value
             agreement.running = answer["stage"] == Stage.RUNNING.value
             decision = decide(mine, Lineage.from_json(answer["lineage"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -200,10 +205,7 @@ class Dialler:
         while start is not None:
             answer = self._ask(peer, "replication-pair-map", {"token": agreement.token, "disk": name, "start": start})
             try:
-                for offset, length in answer["ranges"]:
-                    if not 0 <= offset < offset + length <= disk.size:
-                        raise ValueError(f"{offset}+{length} is not a part of disk '{disk.name}'")
-                    disk.changes.mark(offset, length)
+                disk.changes.mark_ranges(answer["ranges"])
                 further = answer["next"]
                 if further is not None and further <= start:
                     raise ValueError("its change map does not end")
@@ -225,6 +227,11 @@ class Dialler:
         try:
             for disk in self._disks:
                 agreement.connections.append(self._plain(disk, agreement.uri))
+                if agreement.connections[-1].description in OF_PAIRS:
+                    # nbdkit says of every failure to open an export that there is none.
+                    raise DiskError(
+                        f"{agreement.uri} is a secondary, but its control export cannot be opened: try again"
+                    )
                 self._check_open(agreement.connections[-1])
         except BaseException:
             agreement.close()

@@ -79,17 +79,23 @@ class Epochs:
         """Cut an epoch, wait for it, and have the secondary take it; CommandError (Lacking, if a resync would help)
         when the last checkpoint stays."""
         self._check_free()
+        self._prepare()
         self._take(self._cut())
 
     def hold(self) -> int:
         """Cut an epoch now and return its number; CommandError."""
         self._check_free()
         epoch = self._cut()
-        epoch.timer = threading.Timer(self._set.options.timeout_s, self._forgotten, (epoch,))
-        epoch.timer.daemon = True
+        timer = threading.Timer(self._set.options.timeout_s, self._forgotten, (epoch,))
+        timer.daemon = True
         with self._lock:
             self._held = epoch
-        epoch.timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:  # no more threads
+            self.drop()
+            raise CommandError(f"Epoch {epoch.number} cannot be held: {error}") from error
+        epoch.timer = timer
         return epoch.number
 
     def commit(self, number: int) -> None:
@@ -131,6 +137,18 @@ class Epochs:
         log(f"epoch {epoch.number} was held for {self._set.options.timeout_s:g} s and is aborted")
         self._finish(epoch)
 
+    def _prepare(self) -> None:
+        """Have a secondary that flushes its disk for a checkpoint do most of that now, while nothing waits for it."""
+        agreement = self._link.agreement
+        if agreement is None or agreement.peer is None or not agreement.durable:
+            return
+        try:
+            agreement.peer.call("replication-pair-prepare", {"token": agreement.token}, TAKE_S)
+        except PeerError as error:
+            raise CommandError(f"The secondary cannot take a checkpoint: {error}") from error
+        except DiskError as error:
+            raise CommandError(f"The link to the secondary was lost ({error})") from error
+
     def _cut(self) -> Epoch:
         agreement = self._link.agreement
         if agreement is None:
@@ -169,7 +187,7 @@ class Epochs:
             self._link.synchronized()  # the resync's last pass has not got so far, but the cut has
         arguments = {"token": epoch.agreement.token, "epoch": epoch.number}
         try:
-            number = int(peer.call("replication-checkpoint", arguments, TAKE_S)["epoch"])
+            number = int(peer.call("replication-checkpoint", arguments, self._take_s)["epoch"])
             if not 0 <= number < EPOCH_MAX:
                 raise ValueError(f"epoch {number}")
             return number
@@ -183,6 +201,11 @@ class Epochs:
             raise CommandError(
                 f"It is not known whether the secondary has taken checkpoint {epoch.number}: {error}"
             ) from error
+
+    @property
+    def _take_s(self) -> float:
+        """Longest wait for the secondary; with protocol=sync the guest's writes behind the cut wait, too."""
+        return min(TAKE_S, self._set.options.timeout_s) if self._set.options.sync else TAKE_S
 
     def _finish(self, epoch: Epoch) -> None:
         """What is behind the cut goes on."""

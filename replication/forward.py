@@ -36,6 +36,8 @@ would be 1,600. Many more would grow too old before a slow disk comes to them: a
 for four times its timeout (Connection)."""
 
 _IDLE_S = 1.0
+_WIND_UP_S = 1.0
+"""Longest wait of a stop for what is in flight to come back; it does so at once, when the socket is shut down."""
 _NAP_S = 0.0005
 """Between two batches: what an asynchronous write may be late on the secondary, and what bounds the thread to 2,000
 rounds a second."""
@@ -65,10 +67,10 @@ class Forwarder:
         budget: Budget,
         timeout_s: float,
         failed: Failed,
-        lost: Callable[[Forwarder, DiskError], None],
+        lost: Callable[[Connection, DiskError], None],
     ) -> None:
-        """`failed(entry, error)` is called for an entry that the secondary has refused, `lost(self, error)` when the
-        connection is lost; both without locks, by the forwarding thread or a guest's."""
+        """`failed(entry, error)` is called for an entry that the secondary has refused, `lost(connection, error)` when
+        the connection is lost; both without locks, the first by the forwarding thread, the second also by a guest's."""
         self.disk_name = disk_name
         self.timeout_s = timeout_s
         self._budget = budget
@@ -99,12 +101,18 @@ class Forwarder:
     def adopt(self, connection: Connection) -> None:
         """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`)."""
         connection.timeout_s = self.timeout_s
+        self._thread = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
         with self._lock:
             self._connection = connection
             self._stopping = False
             self._up = True
-        self._thread = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads
+            self._thread = None
+            with self._lock:
+                self._up = False
+            raise DiskError(f"cannot forward: {error}") from error
 
     def abandon(self, cause: str) -> None:
         """The link is lost elsewhere: entries end at once from now on. Nobody is told."""
@@ -197,20 +205,23 @@ class Forwarder:
         with self._lock:
             return not self._queue and not self._in_flight
 
-    def stop(self, drain_s: float) -> None:
-        """Send what is queued, for at most `drain_s` seconds, then let the connection go. What has not arrived by
-        then ends as not arrived."""
+    def stop(self, drain_s: float) -> bool:
+        """Send what is queued, for at most `drain_s` seconds, then let the connection go; whether it was drained. What
+        has not arrived by then ends as not arrived."""
         barrier = Entry(Kind.FLUSH, waited_for=True)
-        if drain_s > 0 and self.up and self.reserve([barrier]):
+        barrier.cost = 0  # room in a full queue would have to be waited for
+        if drain_s > 0 and self.up:
             self.put(barrier)
             assert barrier.ended is not None
             barrier.ended.wait(drain_s)
+        drained = barrier.arrived
         with self._lock:
             self._stopping = True
             connection = self._connection
         if connection is not None:
             connection.poke()
-        self.wait_down(self.timeout_s)
+        self.wait_down(min(self.timeout_s, _WIND_UP_S))
+        return drained
 
     # -- the forwarding thread -----------------------------------------------------------------------------
 
@@ -305,7 +316,7 @@ class Forwarder:
                 return
             self._up = False
         connection.fail(str(error))
-        self._lost(self, error)
+        self._lost(connection, error)
         self._budget.wake()
 
     def _wind_up(self, connection: Connection) -> None:

@@ -29,7 +29,7 @@ from replication.ancestry import Ancestry
 from replication.dial import Agreement, Dialler, Refusal
 from replication.errors import DiskError, ReplicationError
 from replication.fault import Case
-from replication.forward import Forwarder
+from replication.image.connection import Connection
 from replication.log import log
 from replication.pause import pause
 from replication.peer import PeerError
@@ -171,12 +171,15 @@ class Link:
             log(f"the secondary cannot be told that it has everything: {error}")
             return
         with self._changed:
-            if self._agreement is agreement and self._state is LinkState.SYNCHRONIZING:
+            missing = any(disk.changes.missing for disk in self._disks)  # something may have been refused meanwhile
+            if self._agreement is agreement and self._state is LinkState.SYNCHRONIZING and not missing:
                 self._show_locked(LinkState.IN_SYNC)
 
     def desynchronized(self) -> None:
         """The secondary has refused something, which is missing there now."""
         with self._changed:
+            if self._agreement is not None:
+                self._agreement.refused += 1
             if self._state is LinkState.IN_SYNC:
                 self._show_locked(LinkState.SYNCHRONIZING)
 
@@ -187,12 +190,13 @@ class Link:
 
     # -- going down ----------------------------------------------------------------------------------------
 
-    def lost(self, forwarder: Forwarder | None, error: DiskError) -> None:
-        """The link is lost, as a forwarder or (None) the peer channel has noticed."""
+    def lost(self, connection: Connection | None, error: DiskError) -> None:
+        """The link is lost, as the forwarder of a connection or (None) somebody else has noticed."""
         with self._changed:
-            if self._agreement is None:
-                return
-            agreement, self._agreement = self._agreement, None
+            agreement = self._agreement
+            if agreement is None or not (connection is None or connection in agreement.connections):
+                return  # or it is a former one's: who has noticed may be late
+            self._agreement = None
             self._reason = str(error)
             wanted = self._wanted
             if wanted:
@@ -200,8 +204,8 @@ class Link:
         for disk in self._disks:
             disk.forwarder.abandon(str(error))
         if wanted:
-            name = self._disks[0].name if forwarder is None else forwarder.disk_name
-            self._set.faults.report(Case.LINK, name, "link", 0, 0, error)
+            at = 0 if connection is None else agreement.connections.index(connection)
+            self._set.faults.report(Case.LINK, self._disks[at].name, "link", 0, 0, error)
         with self._changed:
             self._leaving.append(agreement)
             self._changed.notify_all()
@@ -211,22 +215,23 @@ class Link:
         if self._agreement is agreement:
             self.lost(None, error)
 
-    def stop(self, drain_s: float, farewell_s: float) -> None:
-        """Send what is queued, for at most `drain_s` seconds, tell the secondary that this was all, if it was (it has
-        `farewell_s` seconds to note that), and let the link go."""
+    def stop(self, drain_s: float, farewell_s: float, whole: bool) -> None:
+        """Send what is queued, for at most `drain_s` seconds, and let the link go. `whole`: nothing else was missing.
+        Then, if it has arrived, the secondary is told that this was all, which it has `farewell_s` seconds to note."""
         with self._changed:
             self._wanted = False
         if self._agreement is None:
             self.dialler.give_up()
         deadline = time.monotonic() + drain_s
-        for disk in self._disks:
-            disk.forwarder.stop(max(0.0, deadline - time.monotonic()))
+        agreement = self._agreement
+        refused = agreement.refused if agreement is not None else 0
+        drained = [disk.forwarder.stop(max(0.0, deadline - time.monotonic())) for disk in self._disks]
         with self._changed:
             agreement, self._agreement = self._agreement, None
             self._show_locked(LinkState.DISCONNECTED)
         if agreement is None:
             return
-        if agreement.peer is not None and not any(disk.changes.marked_bytes for disk in self._disks):
+        if agreement.peer is not None and whole and all(drained) and agreement.refused == refused:
             try:
                 agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
             except (DiskError, PeerError) as error:
@@ -248,7 +253,7 @@ class Link:
             self._closing = True
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
-        self.stop(timeout_s / 2, timeout_s / 2)
+        self.stop(timeout_s / 2, timeout_s / 2, not any(disk.changes.missing for disk in self._disks))
         self.dialler.interrupt()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))

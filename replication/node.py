@@ -56,6 +56,8 @@ class Node:
         # One command at a time. First in the lock order. Held across I/O (a start connects, a stop drains), but no
         # request waits for it.
         self._command = threading.Lock()
+        # The latched fault and the file that has it, together. Held across the writing of the file.
+        self._saving = threading.Lock()
         self._closing = threading.Event()
         self._tickers: list[Ticker] = []
         self._state = state
@@ -196,9 +198,10 @@ class Node:
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
 
     def _save(self) -> None:
-        fault = self._faults.fault
-        self._record.fault = None if fault is None else fault.to_json()
-        self._state.save(self._record)
+        with self._saving:
+            fault = self._faults.fault
+            self._record.fault = None if fault is None else fault.to_json()
+            self._state.save(self._record)
 
     def _keep_fault(self) -> None:
         try:
@@ -281,7 +284,10 @@ class Node:
                 raise
         except (ConfigError, CommandError, GateStuck, StateError) as error:
             record.take(kept)
-            self._restore(kind)
+            try:
+                self._restore(kind)
+            except ConfigError as failure:
+                raise CommandError(f"cannot become a secondary: {error}; nor be what it was: {failure}") from error
             raise CommandError(f"cannot become a secondary: {error}") from error
         self._faults.clear()
         side.launch()
@@ -290,6 +296,7 @@ class Node:
         """As it was before; ConfigError when its own disks cannot be opened any more."""
         side: Side = kind(self._setting(lambda: side))
         side.open()
+        self._save()  # the good end of the former side counts no longer
         side.show_stage(self.stage)
         with self.gate.closed():
             self.side = side
@@ -299,7 +306,7 @@ class Node:
 
     def checkpoint(self) -> tuple[int, float]:
         """replication-checkpoint: the epoch and the seconds that it took."""
-        return self._checkpoint(self.side.checkpoint)
+        return self._checkpoint(lambda: self.side.checkpoint())  # noqa: PLW0108 (the side may be another one by then)
 
     def _checkpoint(self, take: Callable[[], None], ignored: bool = True) -> tuple[int, float]:
         """`ignored`: as QEMU's is after a failover or stop; if not, `take` refuses there."""
@@ -329,8 +336,7 @@ class Node:
 
     def commit(self, epoch: int) -> tuple[int, float]:
         """replication-checkpoint-commit."""
-        side = self._primary("commit")
-        return self._checkpoint(lambda: side.commit(epoch), ignored=False)
+        return self._checkpoint(lambda: self._primary("commit").commit(epoch), ignored=False)
 
     def abort(self, epoch: int) -> None:
         """replication-checkpoint-abort."""
@@ -370,7 +376,13 @@ class Node:
                 "lineage": self._ancestry.lineage.to_json(),
                 "stage": self.stage.value,
                 "epoch": self._state.epoch,
+                "durability": self._options.durability.value,
             }
+
+    def pair_prepare(self, token: str) -> None:
+        """replication-pair-prepare."""
+        with self._commanding():
+            self._secondary().prepare_checkpoint(token)
 
     def pair_map(self, token: str, disk: str, start: int) -> dict[str, Any]:
         """replication-pair-map."""

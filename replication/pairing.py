@@ -108,16 +108,20 @@ class Pairing:
         """As query-replication shows it."""
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
             return {"state": "disconnected", "primary": None, "reason": None}  # whoever is still connected
-        state = "in-sync" if self._session else "lost" if self._set.record.paired else "disconnected"
-        if self._session and self._set.record.resync:
-            state = "synchronizing"
+        session = self._session
+        if session is None:
+            state = "lost" if self._set.record.paired else "disconnected"
+        elif not session.agreed:
+            state = "connecting"
+        else:
+            state = "synchronizing" if self._set.record.resync else "in-sync"
         return {"state": state, "primary": self.primary, "reason": self.incomplete}
 
     def admit(self, token: str | None) -> None:
         """DiskError unless a client with that token (None: any client) may write now. Called from requests, inside the
         gate."""
         session = self._session
-        if token == (None if session is None else session.token) and (session is None or session.agreed):
+        if token == (None if session is None else session.token):
             return
         record = self._set.record
         if record.mode is not Mode.SECONDARY or record.stage not in (Stage.NONE, Stage.RUNNING):
@@ -126,6 +130,11 @@ class Pairing:
             raise DiskError("this connection of the primary was replaced or has lost its control link", errno.ESHUTDOWN)
         assert session is not None
         raise DiskError(f"only the primary (node {session.node}) may write here while it is connected", errno.EPERM)
+
+    def has_stranger(self) -> bool:
+        """Whether what is written to the disks now comes from somebody else than the primary that they are known to:
+        it will have to send that again."""
+        return self._session is None and self._ancestry.known
 
     # -- commands of the primary ---------------------------------------------------------------------------
 

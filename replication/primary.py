@@ -203,7 +203,12 @@ class PrimarySide(Side):
             if agreement is None and any(disk.changes.marked_bytes for disk in self.disks):
                 raise CommandError(self._why_incomplete()) from error
             raise
-        self._set.faults.clear(lambda fault: fault.case in _REPAIRED_BY_RESYNC)
+        self._set.faults.clear(self._is_repaired)
+
+    def _is_repaired(self, fault: Fault) -> bool:
+        return fault.case in _REPAIRED_BY_RESYNC and all(
+            disk.forwarder.up and not disk.changes.missing for disk in self.disks
+        )
 
     def _checkpoint_again(self) -> None:
         try:
@@ -220,7 +225,7 @@ class PrimarySide(Side):
         if not complete:
             raise CommandError(self._why_incomplete())
         self._set.state.count_epoch(time.monotonic() - begun)
-        self._set.faults.clear(lambda fault: fault.case in _REPAIRED_BY_RESYNC)
+        self._set.faults.clear(self._is_repaired)
 
     @property
     def ready(self) -> bool:
@@ -262,15 +267,13 @@ class PrimarySide(Side):
         """A pass of the resync has ended."""
         self._link.synchronized()
 
-        def nothing_missing(fault: Fault) -> bool:
+        def over(fault: Fault) -> bool:
             # The loss of a link ends with the next checkpoint: until then the secondary's is as old as the loss.
             agreement = self._link.agreement
             plain = agreement is not None and agreement.peer is None
-            if fault.case not in _REPAIRED_BY_RESYNC or (fault.case == Case.LINK and not plain):
-                return False
-            return all(disk.forwarder.up and not disk.changes.missing for disk in self.disks)
+            return (plain or fault.case != Case.LINK) and self._is_repaired(fault)
 
-        self._set.faults.clear(nothing_missing)
+        self._set.faults.clear(over)
 
     def _barrier(self) -> bool:
         """Wait for all that was answered; whether the secondaries' disks have it."""
@@ -293,9 +296,10 @@ class PrimarySide(Side):
 
     def stop(self, failover: bool, force: bool) -> None:
         with self._set.gate.closed():
+            whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
             self._set.enter(Stage.DONE)
         self._epochs.drop()
-        self._link.stop(self._set.options.timeout_s, ANSWER_S)
+        self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
 
     def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")

@@ -76,6 +76,7 @@ class SecondarySide(Side):
         for disk in self.disks:
             disk.backup_failed = self._copy_failed
             disk.repaired = self._backup.repaired
+            disk.from_stranger = self.pairing.has_stranger
             if disk.stack is not None:
                 disk.stack.scarce = self._give_back
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
@@ -250,6 +251,12 @@ class SecondarySide(Side):
         else:
             raise CommandError("it has failed over or was promoted: it is nobody's secondary")
 
+    def prepare_checkpoint(self, token: str) -> None:
+        """The primary is about to cut an epoch: what takes time is done before, while it forwards."""
+        self.pairing.check_token(token)
+        if self._set.record.stage is Stage.RUNNING:
+            self._prepare_emptying()
+
     def _checkpoint(self, number: int) -> None:
         self._check_complete()
         self._prepare_emptying()
@@ -290,7 +297,8 @@ class SecondarySide(Side):
 
     def _settle_checkpoint(self) -> None:
         """What else a checkpoint means after a resync: it is of the primary's generation, and, if there was none, there
-        is a valid one again. A process killed before this takes it once more. The gate is closed."""
+        is a valid one again. A process killed before this is a node in the midst of a resync, until its primary has
+        paired with it again. The gate is closed."""
         record = self._set.record
         former, record.inconsistent = record.inconsistent, None
         take_back = self.pairing.adopt()

@@ -19,7 +19,7 @@ from replication.fault import Case, FaultLatch
 from replication.image.face import Disk, Extent
 from replication.image.layer import Layer, LayerError
 from replication.image.stack import Stack
-from replication.side import GUEST_FACE, Face
+from replication.side import CHANGING_FACE, GUEST_FACE, TARGET_FACE, Face
 from replication.stage import Stage
 
 _TARGET_CASES = {
@@ -49,6 +49,8 @@ class SecondaryDisk:
         """Set by the node while the gate is closed."""
         self.inconsistent: str | None = None
         """Why there is nothing that the guest may see; set by the node while the gate is closed."""
+        self.from_stranger: Callable[[], bool] = lambda: False
+        """Whether who writes to the target face now is not the primary that this node knows."""
         self.accepts_writes = True
         """False once copy-before-write has ended for good."""
         self.backup_failed: Callable[[LayerError], None] = _nobody
@@ -174,7 +176,7 @@ class SecondaryDisk:
     def target_face(self) -> Face:
         """What the primary writes to."""
         return Face(
-            "target face: for the primary only",
+            TARGET_FACE,
             lambda: self.size,
             self.target_read,
             self.target_write,
@@ -192,6 +194,8 @@ class SecondaryDisk:
     def target_write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Copy-before-write, then through; before start, straight to the disk (first copy)."""
         stack = self._for_target_write(offset, len(data))
+        if self.from_stranger():
+            self.changes.mark(offset, len(data))
         if stack is None:
             self.disk.write([data], offset, fua)
         else:
@@ -201,6 +205,8 @@ class SecondaryDisk:
     def target_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zeroes and trims of the primary; they destroy data, so they are copied before like writes."""
         stack = self._for_target_write(offset, length)
+        if self.from_stranger():
+            self.changes.mark(offset, length)
         if stack is None:
             self.disk.zero(offset, length, may_trim, fua)
         else:
@@ -291,7 +297,7 @@ def closed_face(name: str, size: int) -> Face:
 
 def changing_face(name: str, size: int) -> Face:
     """Any face of a disk while its process takes another role."""
-    return _refusing("not there now", size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+    return _refusing(CHANGING_FACE, size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
 
 
 def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Face:

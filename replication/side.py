@@ -25,6 +25,12 @@ FOR_GUESTS = (GUEST_FACE, GUEST_DISK)
 """What exports that belong to a guest say of themselves: no primary may take one of them for its secondary."""
 
 
+TARGET_FACE = "target face: for the primary only"
+CHANGING_FACE = "not there now"
+OF_PAIRS = (TARGET_FACE, CHANGING_FACE)
+"""What exports say of themselves whose node has a control export, or will have one soon."""
+
+
 class Face(NamedTuple):
     """What is behind an export at present. Every operation may be called by several threads at once, inside the gate,
     and raises DiskError."""

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The control layer: QMP, as QEMU 7.2 speaks it, in three files that each know less than the one above.
+"""The control layer: QMP, as QEMU 7.2 speaks it, over two transports.
 
-    server.py       bytes and threads: the Unix socket and its clients
-    commands.py     the table of commands, and what each asks of the node
+    paircommands.py the table of commands of a primary
+    inband.py       the control export and its clients
+    server.py       the Unix socket and its clients
+    commands.py     the table of commands of an operator, and what each asks of the node
     qmp.py          the protocol: bytes in, bytes out; no socket, no node
 
 A file imports only from those below its own.

@@ -47,6 +47,9 @@ class Paired(Protocol):
     def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """What is going to be sent, or has been."""
 
+    def pair_prepare(self, token: str) -> None:
+        """A checkpoint is about to be taken."""
+
     def unpair(self, token: str) -> None:
         """The primary leaves in good order."""
 
@@ -107,6 +110,10 @@ class PairCommands:
         self._node.pair_sync(arguments["token"], arguments["verdict"], generation, arguments["marked"], tuple(history))
         return {}
 
+    def _prepare(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.pair_prepare(arguments["token"])
+        return {}
+
     def _unpair(self, arguments: Mapping[str, Any]) -> Any:
         self._node.unpair(arguments["token"])
         return {}
@@ -145,6 +152,7 @@ class PairCommands:
                 "marked": Argument("boolean", required=True),
             },
         ),
+        "replication-pair-prepare": (_prepare, {"token": Argument("string", required=True)}),
         "replication-unpair": (_unpair, {"token": Argument("string", required=True)}),
         "replication-checkpoint": (
             _checkpoint,

@@ -147,7 +147,7 @@ class Connection:
                 self._connect(export)
             else:
                 self._connect_over_tls(export)
-        except ConfigError as error:
+        except (ConfigError, RuntimeError) as error:  # RuntimeError: no more threads
             self.close()
             raise DiskError(f"cannot connect to {uri}: {error}") from error
         except BaseException:

@@ -46,9 +46,9 @@ class Link:
         self.connection = Connection(server.uri(), None, DEADLINE_S)
         self.forwarder.adopt(self.connection)
 
-    def note_loss(self, forwarder: Forwarder, error: DiskError) -> None:
-        assert forwarder is self.forwarder
-        assert not forwarder.up, "what is put from now on ends at once"
+    def note_loss(self, connection: Connection, error: DiskError) -> None:
+        assert connection.dead
+        assert not self.forwarder.up, "what is put from now on ends at once"
         self.losses.append(error)
 
     def make(self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"", waited_for: bool = True) -> Entry:
