@@ -1057,7 +1057,8 @@ def test_a_connection_with_a_former_or_an_invented_token_does_not_write(secondar
 def test_the_session_ends_with_the_control_connection(secondary: Server) -> None:
     fake = FakePrimary(secondary, "1" * 16)
     token = fake.pair()
-    fake.call("replication-pair-sync", token=token, verdict="equal", generation="2" * 16, marked=False)
+    for verdict in ("equal", "complete"):
+        fake.call("replication-pair-sync", token=token, verdict=verdict, generation="2" * 16, marked=False)
     data = fake.data(token)
     fake.close()
     wait_until(lambda: secondary.status()["link"]["primary"] is None, "the secondary has noticed")
