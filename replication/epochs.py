@@ -145,7 +145,7 @@ class Epochs:
         try:
             agreement.peer.call("replication-pair-prepare", {"token": agreement.token}, TAKE_S)
         except PeerError as error:
-            raise CommandError(f"The secondary cannot take a checkpoint: {error}") from error
+            raise CommandError(f"The secondary has not taken the checkpoint: {error}") from error
         except DiskError as error:
             raise CommandError(f"The link to the secondary was lost ({error})") from error
 

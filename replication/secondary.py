@@ -292,8 +292,11 @@ class SecondarySide(Side):
                 )
 
     def _why_incomplete(self) -> str:
-        valid = "the last checkpoint stays valid" if self._set.record.inconsistent is None else "it is not consistent"
-        return f"The secondary lacks something of its primary's ({self.pairing.incomplete}): {valid}"
+        inconsistent = self._set.record.inconsistent
+        why = f"The secondary lacks something of its primary's ({self.pairing.incomplete}): "
+        if inconsistent is not None:
+            return f"{why}there is no valid checkpoint before a full resync ({inconsistent})"
+        return f"{why}the last checkpoint stays valid"
 
     def _settle_checkpoint(self) -> None:
         """What else a checkpoint means after a resync: it is of the primary's generation, and, if there was none, there

@@ -679,7 +679,7 @@ def test_a_life_of_a_primary_is_told_in_order(pair: Pair) -> None:
         pair.primary.execute("replication-stop")
         seen = until(watch, "REPLICATION_LINK", state="disconnected")
     told = [data.get("to") or data.get("state") or name for name, data in seen]
-    assert told == ["running", "in-sync", "REPLICATION_CHECKPOINT", "done", "disconnected"]
+    assert told == ["running", "synchronizing", "in-sync", "REPLICATION_CHECKPOINT", "done", "disconnected"]
 
 
 def test_commands_that_are_ignored_or_refused_are_told_to_nobody(secondary: Secondary) -> None:

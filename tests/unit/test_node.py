@@ -38,6 +38,7 @@ class NewSecondary:
     """In a connection's place."""
 
     size = SIZE
+    description = ""
 
     def __init__(self) -> None:
         self.closed = False
