@@ -161,10 +161,11 @@ class Forwarder:
             connection = self._connection
             taken = self._up and connection is not None
             if taken:
+                urgent = bool(entries) and entries[0].ended is not None  # all of a request are, or none
                 self._queue.extend(entries)
-                urgent = sum(entry.ended is not None for entry in entries)
-                self._awaited += urgent
-                wake = self._rest is Rest.SLEEP or (self._rest is Rest.NAP and urgent > 0)
+                if urgent:
+                    self._awaited += len(entries)
+                wake = self._rest is Rest.SLEEP or (urgent and self._rest is Rest.NAP)
                 if wake:
                     self._rest = Rest.NONE
         if not taken:

@@ -44,6 +44,7 @@ class SecondarySide(Side):
     def __init__(self, setting: Setting) -> None:
         self._set = setting
         self.disks: list[SecondaryDisk] = []
+        self._targets: frozenset[str] = frozenset()
         # Why `start` is refused, by disk name: images that a former start would have refused, too.
         self._refusals: dict[str, str] = {}
         self._backup = Backup(setting, self.disks)
@@ -142,6 +143,7 @@ class SecondarySide(Side):
                 assert options.top_id is not None
                 secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
                 self.disks.append(secondary_disk)
+            self._targets = frozenset(sizes)
         except BaseException:
             for _, disk in located[len(self.disks) :]:
                 disk.close()
@@ -402,12 +404,12 @@ class SecondarySide(Side):
     def face_of(self, export: str) -> tuple[str, str | None]:
         prefix, _, rest = export.partition(":")
         token, colon, name = rest.partition(":")
-        if prefix == DATA_EXPORT and colon and any(name == disk.name for disk in self.disks):
+        if prefix == DATA_EXPORT and colon and name in self._targets:
             return name, token
         return export, None
 
     def admit(self, face: str, token: str | None) -> None:
-        if any(face == disk.name for disk in self.disks):
+        if face in self._targets:
             self.pairing.admit(token)
 
     def query_failover(self) -> dict[str, Any]:
