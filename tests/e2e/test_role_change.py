@@ -408,7 +408,7 @@ def test_the_resync_is_a_job_that_shows_how_far_it_is_and_its_events(lab: Lab) -
         }
         change = events.wait_event("REPLICATION_STAGE_CHANGE")["data"]
         assert change == {"mode": "primary", "from": "done", "to": "running"}
-        events.wait_event("REPLICATION_LINK", lambda data: data["state"] == "in-sync")
+        events.wait_event("REPLICATION_LINK", lambda data: data["state"] == "synchronizing")
         for status in ("running", "concluded", "null"):
             expected = {"id": "resync-disk0", "status": status}
             if status == "concluded":
