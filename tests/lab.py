@@ -31,6 +31,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -413,6 +414,7 @@ class Process:
 
 
 P = TypeVar("P", bound=Process)
+T = TypeVar("T")
 
 
 class NbdProcess(Process):
@@ -1034,6 +1036,20 @@ class Lab:
         shutil.rmtree(self.folder)
         if misbehaviour:
             raise AssertionError("; ".join(misbehaviour))
+
+
+def begin(call: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Run `call` in a thread of its own."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:  # noqa: BLE001 (it is the future's business)
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def drained(primary: Server) -> dict[str, Any]:

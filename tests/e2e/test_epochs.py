@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nbd
 import pytest
@@ -37,6 +37,7 @@ from lab import (
     QmpError,
     Secondary,
     Server,
+    begin,
     disk_name,
     drained,
     pattern,
@@ -46,8 +47,6 @@ from lab import (
     wait_until,
     whole,
 )
-
-T = TypeVar("T")
 
 BLOCK = 4 * KIB
 PATIENT = "timeout=30"
@@ -66,20 +65,6 @@ def _nobody_stays_held(lab: Lab) -> Iterator[None]:
     if folder.is_dir():
         for point in folder.iterdir():
             point.unlink(missing_ok=True)
-
-
-def begin(call: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Run `call` in a thread of its own."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call(*arguments))
-        except BaseException as error:  # noqa: BLE001 (it is the future's business)
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def refusal(future: Future[Any]) -> str:

@@ -33,6 +33,7 @@ from lab import (
     Secondary,
     Server,
     SmallFolder,
+    begin,
     disk_name,
     drained,
     make_raw,
@@ -145,20 +146,6 @@ def _nobody_stays_held(lab: Lab) -> Iterator[None]:
         if folder.is_dir():
             for point in folder.iterdir():
                 point.unlink(missing_ok=True)
-
-
-def begin(call: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Run `call` in a thread of its own."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call(*arguments))
-        except BaseException as error:  # noqa: BLE001 (it is the future's business)
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def end(future: Future[T]) -> T:
