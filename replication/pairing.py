@@ -41,8 +41,8 @@ from replication.stage import Mode, Stage
 RANGES_MAX = 4096
 """Of a change map, in one message."""
 
-_PATIENCE = 2.0
-"""Times the primary's timeout, after which a silent one may be replaced."""
+_PATIENCE, _PATIENCE_MIN_S = 2.0, 2.0
+"""Times the primary's timeout, and at least so many seconds, after which a silent one counts as lost."""
 
 FIRST_COPY = "a full resync from the primary is not complete"
 
@@ -60,7 +60,7 @@ class Channel:
 
 
 class Session:
-    """A primary that may write."""
+    """A primary that may write. It says something four times a second."""
 
     def __init__(self, channel: Channel, node: str, patience_s: float) -> None:
         self.channel = channel
@@ -69,6 +69,16 @@ class Session:
         self.token = secrets.token_hex(16)
         self.agreed = False
         """The primary has said what it is going to send. Before, the disks are what the former session has left."""
+
+    @property
+    def silent_s(self) -> float:
+        """How long nothing has been heard of it, in seconds."""
+        return time.monotonic() - self.channel.heard
+
+    @property
+    def lost(self) -> bool:
+        """Whether that is too long; its connection may stay open for much longer."""
+        return self.silent_s > self.patience_s
 
 
 class Pairing:
@@ -101,6 +111,8 @@ class Pairing:
             return "a resync is under way" if session else "a resync was interrupted"
         if record.paired and (session is None or not session.agreed):
             return "the link to the primary was lost in the midst of an epoch"
+        if session is not None and session.lost:
+            return f"nothing was heard of the primary for {session.silent_s:.0f} s"
         return None
 
     @property
@@ -111,6 +123,8 @@ class Pairing:
         session = self._session
         if session is None:
             state = "lost" if self._set.record.paired else "disconnected"
+        elif session.lost:
+            state = "lost"
         elif not session.agreed:
             state = "connecting"
         else:
@@ -145,16 +159,14 @@ class Pairing:
             raise CommandError("it has failed over or was promoted: it is nobody's secondary")
         self._check_disks(disks)
         former = self._session
-        if former is not None and former.node != node:
-            silent_s = time.monotonic() - former.channel.heard
-            if silent_s < former.patience_s:
-                raise CommandError(
-                    f"it has a primary already (node {former.node}), which was heard of {silent_s:.1f} s ago"
-                )
+        if former is not None and former.node != node and not former.lost:
+            raise CommandError(
+                f"it has a primary already (node {former.node}), which was heard of {former.silent_s:.1f} s ago"
+            )
         decision = decide(lineage, self._ancestry.lineage)
         if decision.verdict is Verdict.REFUSED:
             raise CommandError(decision.reason)
-        session = Session(channel, node, _PATIENCE * timeout_s)
+        session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
         with self._set.gate.closed(), self._lock:
             if channel.closed:
                 # It was given up while it waited here, and may have been followed by another one already.

@@ -58,7 +58,7 @@ class ControlExport:
         closed: Callable[[], None],
         heard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Serve `execute` and the events of `hub`; `closed()` is called once, by `close`, `heard()` at every read."""
+        """Serve `execute` and the events of `hub`. `closed()` is called once, by `close`; `heard()` at each request."""
         self._session = qmp.Session(execute)
         self._hub = hub
         self._closed = closed
@@ -104,6 +104,7 @@ class ControlExport:
         White space alone also ends the read that waits: for a client that wants to leave with no request in flight.
         """
         piece = bytes(data)
+        self._heard()
         with self._changed:
             self._check_locked()
             self._prodded |= piece.isspace()

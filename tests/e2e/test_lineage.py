@@ -1067,6 +1067,20 @@ def test_the_session_ends_with_the_control_connection(secondary: Server) -> None
     assert "lost in the midst of an epoch" in refused(secondary, "xen-colo-do-checkpoint")
 
 
+def test_a_silent_primary_counts_as_lost_although_its_connection_is_open(secondary: Server) -> None:
+    fake = FakePrimary(secondary, "1" * 16)
+    token = fake.pair(0.3)
+    for verdict in ("equal", "complete"):
+        fake.call("replication-pair-sync", token=token, verdict=verdict, generation="2" * 16, marked=False)
+    assert secondary.status()["link"]["state"] == "in-sync"
+    wait_until(lambda: secondary.status()["link"]["state"] == "lost", "the secondary has noticed")
+    for command in ("replication-checkpoint", "replication-stop"):
+        assert "nothing was heard of the primary" in refused(secondary, command)
+    fake.call("query-version")
+    assert secondary.status()["link"]["state"] == "in-sync"
+    secondary.execute("replication-checkpoint")
+
+
 def test_a_second_primary_is_refused_until_the_first_was_silent_for_twice_its_timeout(secondary: Server) -> None:
     first, second = (FakePrimary(secondary, digit * 16) for digit in "12")
     first.pair()
