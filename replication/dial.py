@@ -89,8 +89,9 @@ class Dialler:
         self._ancestry = ancestry
         self._disks = disks
         self._broken = broken
-        # Set at the end of the process, when the change maps are about to be closed; and what is to be torn loose then.
+        # Set at the end of the process, when the change maps are about to be closed.
         self._interrupted = False
+        # The channel of the latest agreement that was sought: what `give_up` tears loose.
         self._peer: Peer | None = None
 
     # -- steps 1 to 4 --------------------------------------------------------------------------------------
