@@ -297,57 +297,41 @@ class Dialler:
             self._ancestry.become(lambda lineage: lineage.paired_as_equal(new_id()))
             if sync != "none" and any(disk.changes.missing for disk in self._disks):
                 self._ancestry.part()  # a write since the look above, which nobody will forward
-        mine = self._ancestry.lineage
         try:
-            self._ask(
-                agreement.peer,
-                "replication-pair-sync",
-                {
-                    "token": agreement.token,
-                    "verdict": agreement.verdict.value,
-                    "generation": mine.current,
-                    "marked": marked,
-                },
-            )
+            self._tell(agreement, agreement.verdict.value, self._ancestry.lineage, marked)
         except PeerError as error:
             raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
-        agreement.generation = mine.current
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
         PeerError."""
-        assert agreement.peer is not None
         mine = self._ancestry.lineage
         if mine.current != agreement.generation:
             # The nodes have parted since, because a write was refused. Noted there before `base` goes here: else an
             # interruption before the checkpoint would make the secondary a mere ancestor, which needs a full resync.
-            self._ask(
-                agreement.peer,
-                "replication-pair-sync",
-                {
-                    "token": agreement.token,
-                    "verdict": Verdict.QUICK.value,
-                    "generation": mine.current,
-                    "marked": True,
-                },
-            )
-            agreement.generation = mine.current
+            self._tell(agreement, Verdict.QUICK.value, mine, marked=True)
         mine = self._ancestry.become(lambda lineage: lineage.offered())
         if any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
             self._ancestry.part()  # a write since the caller's look, which nobody has forwarded
             return
+        self._tell(agreement, "complete", mine, marked=False)
+        agreement.completed = True
+
+    def _tell(self, agreement: Agreement, verdict: str, mine: Lineage, marked: bool) -> None:
+        """`replication-pair-sync`: what the secondary is going to receive, or has received."""
+        assert agreement.peer is not None
         self._ask(
             agreement.peer,
             "replication-pair-sync",
             {
                 "token": agreement.token,
-                "verdict": "complete",
+                "verdict": verdict,
                 "generation": mine.current,
                 "history": list(mine.history),
-                "marked": False,
+                "marked": marked,
             },
         )
-        agreement.completed = True
+        agreement.generation = mine.current
 
 
 def _nothing(_name: str, _data: dict[str, Any]) -> None:

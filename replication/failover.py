@@ -51,7 +51,6 @@ class Failover:
             refusal = f"The secondary has failed over already: its stage is {record.stage.value}"
         elif record.inconsistent is not None:
             refusal = f"Failover is refused: {forceful(record.inconsistent)}"
-        moment = self._set.state.checkpoint["time"]
         to_commit = 0
         if record.stage is not Stage.DONE and record.inconsistent is None:
             stacks = [disk.stack for disk in self._disks]
@@ -63,7 +62,7 @@ class Failover:
             "force": record.inconsistent is not None,
             "stage": record.stage.value,
             "epoch": self._set.state.epoch,
-            "checkpoint-age": None if moment is None else max(0.0, time.time() - moment),
+            "checkpoint-age": self._set.state.checkpoint["age"],
             "bytes-to-commit": to_commit,
             "predicted-seconds": to_commit / rate,
             "commit-rate": rate,

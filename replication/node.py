@@ -26,7 +26,7 @@ from replication.jobs import JobList
 from replication.lineage import Lineage
 from replication.log import log
 from replication.options import Durability, Options
-from replication.pairing import Channel
+from replication.pairing import NOBODYS, Channel
 from replication.primary import PrimarySide
 from replication.schedule import AgeWatch, AutomaticCheckpoints, Ticker
 from replication.secondary import SecondarySide
@@ -357,7 +357,7 @@ class Node:
 
     def _secondary(self) -> SecondarySide:
         if not isinstance(self.side, SecondarySide):
-            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+            raise CommandError(NOBODYS)
         return self.side
 
     def pair(

@@ -44,6 +44,7 @@ RANGES_MAX = 4096
 _PATIENCE, _PATIENCE_MIN_S = 2.0, 2.0
 """Times the primary's timeout, and at least so many seconds, after which a silent one counts as lost."""
 
+NOBODYS = "it has failed over or was promoted: it is nobody's secondary"
 FIRST_COPY = "a full resync from the primary is not complete"
 
 
@@ -156,7 +157,7 @@ class Pairing:
         """Begin a session; its token. CommandError when this is not the secondary for that primary."""
         record = self._set.record
         if record.stage not in (Stage.NONE, Stage.RUNNING):
-            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+            raise CommandError(NOBODYS)
         self._check_disks(disks)
         former = self._session
         if former is not None and former.node != node and not former.lost:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -198,7 +199,8 @@ class PrimarySide(Side):
         except Lacking:
             # Something was refused a while ago, or a resync is under way.
             self._resync.complete(_RESYNC_S)
-            self._checkpoint_again()
+            with self._lacking_explained():
+                self._epochs.checkpoint()
         except CommandError as error:
             if agreement is None and any(disk.changes.marked_bytes for disk in self.disks):
                 raise CommandError(self._why_incomplete()) from error
@@ -210,9 +212,11 @@ class PrimarySide(Side):
             disk.forwarder.up and not disk.changes.missing for disk in self.disks
         )
 
-    def _checkpoint_again(self) -> None:
+    @contextmanager
+    def _lacking_explained(self) -> Iterator[None]:
+        """What the secondary lacks, as the control client is told."""
         try:
-            self._epochs.checkpoint()
+            yield
         except Lacking as error:
             raise CommandError(self._why_incomplete()) from error
 
@@ -239,17 +243,13 @@ class PrimarySide(Side):
         agreement = self._link.agreement
         if agreement is not None and agreement.peer is None:
             raise CommandError("Parameter 'hold' needs a secondary that takes checkpoints, not a plain NBD server")
-        try:
+        with self._lacking_explained():
             return self._epochs.hold()
-        except Lacking as error:
-            raise CommandError(self._why_incomplete()) from error
 
     def commit(self, epoch: int) -> None:
         """replication-checkpoint-commit."""
-        try:
+        with self._lacking_explained():
             self._epochs.commit(epoch)
-        except Lacking as error:
-            raise CommandError(self._why_incomplete()) from error
 
     def abort(self, epoch: int) -> None:
         """replication-checkpoint-abort."""

@@ -241,7 +241,7 @@ class PrimaryDisk:
     def _not_running(self) -> DiskError:
         return DiskError(f"disk '{self.name}' only forwards, and replication is not running", errno.EIO)
 
-    # -- barrier, cut and resync --------------------------------------------------------------------------------
+    # -- barrier, cut and resync ---------------------------------------------------------------------------
 
     def begin_barrier(self) -> Barrier:
         """Queue a flush behind everything answered so far."""

@@ -21,7 +21,7 @@ from replication.images import Found, open_images
 from replication.lineage import new_id
 from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
-from replication.pairing import Pairing
+from replication.pairing import NOBODYS, Pairing
 from replication.pause import pause
 from replication.reclaim import Reclaimer
 from replication.secondary_disk import SecondaryDisk
@@ -251,7 +251,7 @@ class SecondarySide(Side):
         elif stage is Stage.RUNNING:
             self._checkpoint(number)
         else:
-            raise CommandError("it has failed over or was promoted: it is nobody's secondary")
+            raise CommandError(NOBODYS)
 
     def prepare_checkpoint(self, token: str) -> None:
         """The primary is about to cut an epoch: what takes time is done before, while it forwards."""

@@ -176,7 +176,8 @@ def test_a_primary_that_ended_in_good_order_sends_nothing_anew_after_a_restart_o
     assert pair.primary.status()["disks"][0]["totals"]["forwarded"] == 0
 
 
-def test_a_lost_link_comes_back_by_itself_and_sends_only_what_is_missing(lab: Lab) -> None:
+def lost(lab: Lab) -> tuple[Pair, nbd.NBD]:
+    """A pair whose secondary was killed, which the primary has noticed when its guest wrote; and the guest."""
     pair = lab.pair([MIB], contents=[OLD * 256])
     pair.start_replication()
     disk = pair.primary.connect("disk0")
@@ -185,6 +186,11 @@ def test_a_lost_link_comes_back_by_itself_and_sends_only_what_is_missing(lab: La
     pair.secondary.kill()
     disk.pwrite(SECOND, 64 * KIB)
     wait_until(lambda: pair.primary.status()["error"], "the link counts as lost")
+    return pair, disk
+
+
+def test_a_lost_link_comes_back_by_itself_and_sends_only_what_is_missing(lab: Lab) -> None:
+    pair, disk = lost(lab)
     disk.pwrite(LATER, 192 * KIB)
     before = pair.primary.status()["disks"][0]["totals"]["forwarded"]
     pair.secondary.start()
@@ -198,14 +204,7 @@ def test_a_lost_link_comes_back_by_itself_and_sends_only_what_is_missing(lab: La
 
 
 def test_a_lost_link_is_taken_up_again_by_a_stop_and_a_start_that_send_only_what_is_missing(lab: Lab) -> None:
-    pair = lab.pair([MIB], contents=[OLD * 256])
-    pair.start_replication()
-    disk = pair.primary.connect("disk0")
-    disk.pwrite(FIRST, 0)
-    pair.primary.checkpoint()
-    pair.secondary.kill()
-    disk.pwrite(SECOND, 64 * KIB)
-    wait_until(lambda: pair.primary.status()["error"], "the link counts as lost")
+    pair, disk = lost(lab)
     pair.primary.execute("replication-stop")
     pair.secondary.start()
     disk.pwrite(LATER, 192 * KIB)
