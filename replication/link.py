@@ -78,6 +78,8 @@ class Link:
         self._state = LinkState.DISCONNECTED
         self._agreement: Agreement | None = None
         self._wanted = False
+        # A loss has been noticed and is being told: no attempt to connect begins before.
+        self._losing = False
         self._closing = False
         self._reason: str | None = None
         # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
@@ -112,7 +114,7 @@ class Link:
     @property
     def ready(self) -> bool:
         """Whether it is in sync."""
-        return self._state is LinkState.IN_SYNC
+        return self._state is LinkState.IN_SYNC and self._agreement is not None
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for the first attempts after a restart, `timeout_s` seconds at most; whether the link is up."""
@@ -197,16 +199,19 @@ class Link:
             if agreement is None or not (connection is None or connection in agreement.connections):
                 return  # or it is a former one's: who has noticed may be late
             self._agreement = None
+            self._losing = True
             self._reason = str(error)
             wanted = self._wanted
-            if wanted:
-                self._show_locked(LinkState.LOST)
         for disk in self._disks:
             disk.forwarder.abandon(str(error))
+        # Before the state: who is told that the link is lost finds the error.
         if wanted:
             at = 0 if connection is None else agreement.connections.index(connection)
             self._set.faults.report(Case.LINK, self._disks[at].name, "link", 0, 0, error)
         with self._changed:
+            self._losing = False
+            if self._wanted and self._agreement is None:
+                self._show_locked(LinkState.LOST)
             self._leaving.append(agreement)
             self._changed.notify_all()
 
@@ -270,7 +275,7 @@ class Link:
                 if self._closing:
                     return
                 leaving, self._leaving = self._leaving, []
-                due = self._wanted and self._agreement is None
+                due = self._wanted and self._agreement is None and not self._losing
             for agreement in leaving:
                 if agreement.peer is not None:
                     agreement.peer.close()
@@ -289,7 +294,7 @@ class Link:
             again_s = min(2 * again_s, _AGAIN_MAX_S)
 
     def _has_work_locked(self) -> bool:
-        return bool(self._leaving) or (self._wanted and self._agreement is None)
+        return bool(self._leaving) or (self._wanted and self._agreement is None and not self._losing)
 
     def _attempt_alone(self, impatient: bool) -> bool:
         with self._attempting:
@@ -332,9 +337,10 @@ class Link:
                 return
             news = tell and (self._reason != str(error) or self._state is not LinkState.LOST)
             self._reason = str(error)
-            if tell:
-                self._show_locked(LinkState.LOST)
         if news:
             log(f"no link to the secondary: {error}")
             failure = error if isinstance(error, DiskError) else DiskError(str(error))
             self._set.faults.report(Case.LINK, self._disks[0].name, "link", 0, 0, failure)
+        with self._changed:
+            if tell and self._wanted and self._agreement is None:
+                self._show_locked(LinkState.LOST)
