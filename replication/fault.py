@@ -95,13 +95,24 @@ class FaultLatch:
 
     def report(self, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> None:
         """Note a failure, tell it, and latch it unless another one is latched."""
-        self._note(True, Fault.of(case, disk, operation, offset, length, error))
+        if self.latch(case, disk, operation, offset, length, error):
+            self.keep()
+
+    def latch(self, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> bool:
+        """`report` for who holds a lock, so that the fault and something else are seen at one moment: True when `keep`
+        has to be called, without locks."""
+        return self._note(True, Fault.of(case, disk, operation, offset, length, error))
+
+    def keep(self) -> None:
+        """Make what is latched outlive the process."""
+        self._changed()
 
     def tell(self, case: Case, disk: str, operation: str, offset: int, length: int, error: DiskError) -> None:
         """Note a failure and tell it, but do not latch it: the guest has learned of it (cases 1 and 5)."""
         self._note(False, Fault.of(case, disk, operation, offset, length, error))
 
-    def _note(self, latch: bool, fault: Fault) -> None:
+    def _note(self, latch: bool, fault: Fault) -> bool:
+        """Count a failure and tell it; whether it is latched now and was not before."""
         changed = False
         with self._lock:
             key = (fault.case, fault.disk, latch)
@@ -118,8 +129,7 @@ class FaultLatch:
             shown = {**fault.to_json(), "count": counted.count, "first": counted.first}
         if due:
             self._hub.emit("REPLICATION_ERROR", **shown)
-        if changed:
-            self._changed()
+        return changed
 
     @property
     def fault(self) -> Fault | None:

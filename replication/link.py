@@ -93,7 +93,8 @@ class Link:
     @property
     def state(self) -> LinkState:
         """The state."""
-        return self._state
+        with self._lock:  # it changes together with the error (`_tell_lost_locked`)
+            return self._state
 
     @property
     def reason(self) -> str | None:
@@ -201,19 +202,26 @@ class Link:
             self._agreement = None
             self._losing = True
             self._reason = str(error)
-            wanted = self._wanted
+        # Before the error: what clears it asks whether the forwarders are up.
         for disk in self._disks:
             disk.forwarder.abandon(str(error))
-        # Before the state: who is told that the link is lost finds the error.
-        if wanted:
-            at = 0 if connection is None else agreement.connections.index(connection)
-            self._set.faults.report(Case.LINK, self._disks[at].name, "link", 0, 0, error)
+        at = 0 if connection is None else agreement.connections.index(connection)
+        latched = False
         with self._changed:
             self._losing = False
             if self._wanted and self._agreement is None:
-                self._show_locked(LinkState.LOST)
+                latched = self._tell_lost_locked(self._disks[at].name, error)
             self._leaving.append(agreement)
             self._changed.notify_all()
+        if latched:
+            self._set.faults.keep()
+
+    def _tell_lost_locked(self, disk_name: str, error: DiskError) -> bool:
+        """Latch the error and show the state at one moment: who sees either finds the other. Whether the fault has to
+        be kept."""
+        latched = self._set.faults.latch(Case.LINK, disk_name, "link", 0, 0, error)
+        self._show_locked(LinkState.LOST)
+        return latched
 
     def broken(self, agreement: Agreement, error: DiskError) -> None:
         """The link is lost, if it is still that of `agreement`."""
@@ -337,10 +345,11 @@ class Link:
                 return
             news = tell and (self._reason != str(error) or self._state is not LinkState.LOST)
             self._reason = str(error)
+            latched = False
+            if news:
+                failure = error if isinstance(error, DiskError) else DiskError(str(error))
+                latched = self._tell_lost_locked(self._disks[0].name, failure)
         if news:
             log(f"no link to the secondary: {error}")
-            failure = error if isinstance(error, DiskError) else DiskError(str(error))
-            self._set.faults.report(Case.LINK, self._disks[0].name, "link", 0, 0, failure)
-        with self._changed:
-            if tell and self._wanted and self._agreement is None:
-                self._show_locked(LinkState.LOST)
+        if latched:
+            self._set.faults.keep()

@@ -219,3 +219,14 @@ def test_the_callback_may_look_at_the_latch(desk: Desk) -> None:
     # It is called without locks: keeping a fault reads it (node.py).
     desk.report(Case.EMPTYING)
     assert desk.kept == [True]
+
+
+def test_latch_leaves_the_keeping_to_who_holds_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    error = DiskError("trouble", errno.ENOSPC)
+    assert desk.latch.latch(Case.LINK, "disk0", "link", 0, 0, error)
+    assert desk.latch.fault is not None
+    assert desk.kept == []
+    assert not desk.latch.latch(Case.LINK, "disk0", "link", 0, 0, error)
+    desk.latch.keep()
+    assert desk.kept == [True]
