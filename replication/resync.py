@@ -27,6 +27,9 @@ from replication.log import log
 from replication.primary_disk import PrimaryDisk
 from replication.stage import Stage
 
+_COMPLETE_PASSES = 2
+"""Passes of `complete`."""
+
 _AGAIN_MIN_S, _AGAIN_MAX_S = 1.0, 30.0
 _LOOKS = 3
 _IDLE_S = 3600.0
@@ -150,6 +153,8 @@ class Resync:
         self._again_s = _AGAIN_MIN_S
         self._begun = 0
         self._ended = 0
+        # Something was marked while the latest pass sent it.
+        self._overtaken = False
         # Names of the disks whose job was cancelled.
         self._left_alone: set[str] = set()
         self._closing = False
@@ -180,14 +185,26 @@ class Resync:
 
     def complete(self, timeout_s: float) -> bool:
         """Send what is missing at once, also what was cancelled, and wait for it, `timeout_s` seconds at most; whether
-        a whole pass has ended."""
+        a whole pass has ended.
+
+        A second one follows if the secondary took all, and something is missing still: it may have told that it lacks a
+        write before its refusal of that write was heard here, which marks the grain behind the pass that has sent it.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._changed:
             self._left_alone.clear()
-            pass_ended = self._begun + 1
-            self._asked = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended >= pass_ended or self._closing, timeout_s)
+            for _ in range(_COMPLETE_PASSES):
+                pass_ended = self._begun + 1
+                self._asked = True
+                self._changed.notify_all()
+                left_s = max(0.0, deadline - time.monotonic())
+                self._changed.wait_for(partial(self._has_ended, pass_ended), left_s)
+                if self._ended < pass_ended or not self._overtaken:
+                    break
             return self._ended >= pass_ended
+
+    def _has_ended(self, pass_: int) -> bool:
+        return self._ended >= pass_ or self._closing
 
     def stop(self, timeout_s: float) -> None:
         """End the thread."""
@@ -219,6 +236,7 @@ class Resync:
                 self._changed.wait(_IDLE_S if self._due is None else max(0.0, self._due - time.monotonic()))
             self._asked = False
             self._due = None
+            self._overtaken = False
             self._begun += not self._closing
             return not self._closing
 
@@ -240,10 +258,14 @@ class Resync:
         except DiskError as error:
             self._unreadable(disk, error)
             failure = str(error)
+        overtaken = False
         if failure is None and not disk.finish_barrier(disk.begin_barrier()):
-            failure = self._obstacle(work) or "the secondary did not take all of it"
+            failure = self._obstacle(work)
+            overtaken = failure is None and disk.changes.missing
+            failure = failure or "the secondary did not take all of it"
         with self._changed:
             work.finish()
+            self._overtaken |= overtaken
             if failure is None:
                 self._left_alone.discard(disk.name)  # cancelled too late
         self._jobs.conclude(job, failure)

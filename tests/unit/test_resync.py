@@ -42,7 +42,7 @@ class Link:
         self.flushes = 0
         self.answer: Callable[[Entry], bool] = lambda _: True
 
-    def reserve(self, entries: Sequence[Entry]) -> bool:
+    def reserve(self, size: int) -> bool:
         return self.up
 
     def put(self, *entries: Entry) -> None:
@@ -234,7 +234,8 @@ def test_what_goes_missing_behind_the_pass_is_sent_by_the_same_pass(bench: Bench
 def test_a_pass_looks_a_bounded_number_of_times(bench: Bench) -> None:
     bench.disk.changes.mark(0, GRAIN)
     bench.link.answer = lambda entry: entry.kind is Kind.FLUSH
-    assert bench.resync.complete(DEADLINE_S)
+    bench.resync.now()
+    bench.wait_passes(1)
     assert bench.link.sent == [(0, GRAIN)] * 3
     assert bench.concluded == {"resync-disk0": "the secondary did not take all of it"}
 
@@ -329,7 +330,23 @@ def test_the_end_of_every_pass_is_told_before_anybody_who_waited_goes_on(bench: 
     bench.disk.changes.mark(0, GRAIN)
     bench.link.answer = lambda _: False
     assert bench.resync.complete(DEADLINE_S)
-    assert bench.told_ended == 2
+    assert bench.told_ended == 3, "two passes, because everything was marked anew while it was sent"
+
+
+def test_what_is_marked_while_a_pass_sends_it_is_sent_again_before_anybody_who_waits_goes_on(bench: Bench) -> None:
+    """The refusal of a write that was in flight is heard behind the pass (changes.end)."""
+    bench.disk.changes.mark(0, GRAIN)
+    bench.disk.changes.begin(0, 4096)
+
+    def answer(entry: Entry) -> bool:
+        if entry.kind is Kind.FLUSH and not bench.disk.changes.missing and len(bench.link.sent) == 1:
+            bench.disk.changes.end(0, 4096, False)
+        return True
+
+    bench.link.answer = answer
+    assert bench.resync.complete(DEADLINE_S)
+    assert bench.link.sent == [(0, GRAIN)] * 2
+    assert not bench.disk.changes.missing
 
 
 def test_a_stop_of_replication_ends_the_pass(bench: Bench) -> None:
@@ -766,7 +783,8 @@ def test_progress_is_what_was_missing_and_what_became_missing_and_what_arrived(b
 def test_the_numbers_of_a_job_that_failed_stay_although_the_disk_is_closed(bench: Bench) -> None:
     bench.disk.changes.mark(0, 2 * RUN)
     bench.link.answer = lambda entry: entry.kind is Kind.FLUSH or entry.offset == 0
-    assert bench.resync.complete(DEADLINE_S)
+    bench.resync.now()
+    bench.wait_passes(1)
     bench.disk.changes.mark_all()
     bench.close()
     bench.disks.clear()
