@@ -5,12 +5,15 @@ Invariants
 * Two holders never overlap.
 * Of two overlapping requests the one that asked first gets the range first, so nobody starves and the
   order of overlapping writes is the order in which they asked.
-* A holder waits for nobody; a waiter waits only for ranges asked for before its own: no cycles.
+* A holder waits for nobody; a waiter waits only for ranges asked for before its own: no cycles. Several ranges are
+  asked for at one instant, so that this is true of them as well.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
+from collections.abc import Sequence
 
 from replication.errors import DiskError
 
@@ -19,16 +22,33 @@ WAIT_S = 60.0
 
 
 class Range:
-    """One asked-for or held range [start, stop), in bytes."""
+    """One asked-for or held range [start, stop), in bytes; or several that are asked for and given back together, of
+    which it is the hull."""
 
-    __slots__ = ("_wake", "followers", "start", "stop", "waits_for")
+    __slots__ = ("_spans", "_wake", "followers", "start", "stop", "waits_for")
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, start: int, stop: int, spans: Sequence[tuple[int, int]] = ()) -> None:
+        """`spans`: the ranges, disjoint and ascending, if they are several."""
         self.start = start
         self.stop = stop
         self.waits_for = 0
         self.followers: list[Range] = []
         self._wake: threading.Semaphore | None = None
+        self._spans = spans
+
+    def meets(self, other: Range) -> bool:
+        """Whether the two overlap, when their hulls do."""
+        if not self._spans:
+            return not other._spans or other._covers_some(self.start, self.stop)
+        if not other._spans:
+            return self._covers_some(other.start, other.stop)
+        few, many = (self, other) if len(self._spans) < len(other._spans) else (other, self)
+        return any(many._covers_some(start, stop) for start, stop in few._spans)
+
+    def _covers_some(self, start: int, stop: int) -> bool:
+        """Whether one of several spans overlaps [start, stop)."""
+        before = bisect_left(self._spans, (stop, 0)) - 1  # the last one that begins before `stop`
+        return before >= 0 and self._spans[before][1] > start
 
     def prepare_wait_locked(self) -> threading.Semaphore:
         """The semaphore that `wake_locked` releases."""
@@ -51,15 +71,24 @@ class RangeLock:
 
     def acquire(self, start: int, stop: int) -> Range:
         """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds."""
-        mine = Range(start, stop)
+        return self._ask(Range(start, stop))
+
+    def acquire_all(self, spans: Sequence[tuple[int, int]]) -> Range:
+        """As `acquire`, for several ranges (disjoint, ascending) at one instant. So here, too, nobody waits for what
+        was asked for later, although some of the ranges are kept from others while the rest is waited for."""
+        return self._ask(Range(spans[0][0], spans[-1][1], spans if len(spans) > 1 else ()))
+
+    def _ask(self, mine: Range) -> Range:
         with self._lock:
             for other in self._asked:
-                if other.start < stop and start < other.stop:
+                if other.start < mine.stop and mine.start < other.stop and other.meets(mine):
                     other.followers.append(mine)
                     mine.waits_for += 1
             self._asked.append(mine)
-            wake = mine.prepare_wait_locked() if mine.waits_for else None
-        if wake is not None and not wake.acquire(timeout=WAIT_S):
+            if not mine.waits_for:
+                return mine
+            wake = mine.prepare_wait_locked()
+        if not wake.acquire(timeout=WAIT_S):
             self._give_up(mine)
         return mine
 
@@ -68,7 +97,7 @@ class RangeLock:
         holds another range."""
         mine = Range(start, stop)
         with self._lock:
-            if any(other.start < stop and start < other.stop for other in self._asked):
+            if any(other.start < stop and start < other.stop and other.meets(mine) for other in self._asked):
                 return None
             self._asked.append(mine)
         return mine

@@ -54,6 +54,11 @@ class Disk(ABC):
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Extents from `offset` on, without gaps, covering at least one byte and at most the range."""
 
+    def hole(self, offset: int, length: int) -> int:
+        """For how many bytes of the range, from `offset` on, it is known without reading that they are zeroes."""
+        first = self.extents(offset, length)[0]
+        return first.length if first.zero else 0
+
     @abstractmethod
     def reachable(self) -> bool:
         """Whether requests can be expected to succeed."""

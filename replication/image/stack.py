@@ -60,10 +60,12 @@ import numpy as np
 
 from replication.changes import ChangeMap
 from replication.errors import DiskError
+from replication.image.buffers import Buffers
 from replication.image.face import ZEROES, Disk, Extent
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_MASK, PAGE_CLUSTERS, ZERO_MASK, Held, Overlay
+from replication.image.plan import Piece, Plan, arrange
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.syncgroup import SyncGroup
 from replication.pause import pause
@@ -71,6 +73,10 @@ from replication.rangelock import Range, RangeLock
 
 COPY_CHUNK = 1 << 20
 """Bytes copied at a time by copy-before-write and commit: what a request holds in memory beside its own data."""
+
+_ZEROES = bytes(COPY_CHUNK)
+"""`_ZEROES.startswith(data)` tells in 10 us whether a megabyte is zeroes, and at once when its beginning is not. (To
+compare memoryviews takes 800 us: element by element.)"""
 
 _SPARSE_FROM = 64 << 10
 """From this length on a copy asks for holes first; below, reading is cheaper than asking."""
@@ -100,6 +106,7 @@ class Stack:
         # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
         self.top = RangeLock()
         self.below = RangeLock()
+        self._spare = Buffers(COPY_CHUNK)
         self._hidden_sync = SyncGroup(self._sync_hidden)
         self._top_sync = SyncGroup(self._sync_top)
         self.grown: Callable[[Overlay], None] = _unwatched
@@ -112,6 +119,28 @@ class Stack:
     def read(self, buffer: memoryview, offset: int) -> None:
         """The last checkpoint plus the guest's own writes."""
         stop = offset + len(buffer)
+        cluster = offset // CLUSTER
+        if (stop - 1) // CLUSTER == cluster:
+            # Nearly every request lies in one cluster, and there in one image: two words decide. That takes half the
+            # time of the general case (4 KiB: 2 instead of 4 us).
+            first = offset % CLUSTER // BLOCK
+            last = (stop - 1) % CLUSTER // BLOCK + 1
+            data = DATA_MASK[first][last]
+            some = data | ZERO_MASK[first][last]
+            word = self.active.word(cluster)
+            if word & data == data:
+                self._read_layer(self.active, Layer.ACTIVE, buffer, offset)
+                return
+            if not word & some and not self.hidden.word(cluster) & some:
+                self._read_below(buffer, offset)
+                if self.hidden.word(cluster) & some:
+                    self._take_preserved(buffer, offset)
+                return
+        self._read_runs(buffer, offset)
+
+    def _read_runs(self, buffer: memoryview, offset: int) -> None:
+        """Read what may be in several images."""
+        stop = offset + len(buffer)
         for start, end, source in self._visible(offset, stop):
             part = buffer[start - offset : end - offset]
             if source is Source.DISK:
@@ -121,19 +150,33 @@ class Stack:
 
     def _read_overlay(self, part: memoryview, start: int, source: Source) -> None:
         if source is Source.ACTIVE:
-            with on_layer(Layer.ACTIVE, "read", start, len(part)):
-                self.active.data.read(part, start)
+            self._read_layer(self.active, Layer.ACTIVE, part, start)
         elif source is Source.HIDDEN:
-            with on_layer(Layer.HIDDEN, "read", start, len(part)):
-                self.hidden.data.read(part, start)
+            self._read_layer(self.hidden, Layer.HIDDEN, part, start)
         else:
             _clear(part)
 
+    @staticmethod
+    def _read_layer(overlay: Overlay, layer: Layer, part: memoryview, start: int) -> None:
+        try:
+            overlay.data.read(part, start)
+        except DiskError as error:
+            raise LayerError(error, layer, "read", start, len(part)) from error
+
     def _read_disk(self, part: memoryview, start: int) -> None:
         """Read the disk below, then whatever a target write has preserved meanwhile from hidden."""
-        with on_layer(Layer.SECONDARY, "read", start, len(part)):
+        self._read_below(part, start)
+        self._take_preserved(part, start)
+
+    def _read_below(self, part: memoryview, start: int) -> None:
+        """Read the disk; `_take_preserved` must follow, unless hidden still holds nothing of it."""
+        try:
             self.disk.read(part, start)
+        except DiskError as error:
+            raise LayerError(error, Layer.SECONDARY, "read", start, len(part)) from error
         pause("guest-read.disk-read")
+
+    def _take_preserved(self, part: memoryview, start: int) -> None:
         stop = start + len(part)
         for at, end, source in self._layers_of(self.hidden, Source.HIDDEN, start, stop):
             if source is not Source.DISK:
@@ -141,19 +184,6 @@ class Stack:
 
     def _visible(self, start: int, stop: int) -> Iterator[tuple[int, int, Source]]:
         """Runs (start, stop, source) in bytes that cover the range."""
-        cluster = start // CLUSTER
-        if (stop - 1) // CLUSTER == cluster:
-            # Nearly every request lies in one cluster, and there in one image: two words decide.
-            first = start % CLUSTER // BLOCK
-            last = (stop - 1) % CLUSTER // BLOCK + 1
-            data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
-            word = self.active.word(cluster)
-            if word & data == data:
-                yield start, stop, Source.ACTIVE
-                return
-            if not word & (data | zero) and not self.hidden.word(cluster) & (data | zero):
-                yield start, stop, Source.DISK
-                return
         for at, end, source in self._layers_of(self.active, Source.ACTIVE, start, stop):
             if source is Source.DISK:
                 yield from self._layers_of(self.hidden, Source.HIDDEN, at, end)
@@ -255,13 +285,12 @@ class Stack:
             pieces = [piece for piece in (head, *pieces, tail) if piece]
             offset, length = start, end - start
         try:
-            with on_layer(Layer.ACTIVE, "write", offset, length):
-                self._with_room(lambda: self.active.data.write(pieces, offset))
-        except LayerError as error:
-            if error.errno != errno.ENOSPC or not self.committing:
-                raise
-            self._settle(pieces, offset, length)
-            return
+            self.active.data.write(pieces, offset)
+        except DiskError as error:
+            if error.errno == errno.ENOSPC and self.committing:
+                self._settle(pieces, offset, length)
+                return
+            self._write_with_room(self.active, Layer.ACTIVE, pieces, offset, length, error)
         pause("guest-write.before-mark")
         self.active.mark(first, last, Held.DATA)
         if self.active.data_blocks >= self.active.watch_at:
@@ -339,12 +368,7 @@ class Stack:
 
     def write_below(self, data: memoryview, offset: int, fua: bool) -> None:
         """The primary's write: what it overwrites goes to hidden first."""
-
-        def write() -> None:
-            with on_layer(Layer.SECONDARY, "write", offset, len(data)):
-                self.disk.write([data], offset, fua)
-
-        self._overwrite(offset, len(data), write)
+        self._overwrite(offset, len(data), self._write_disk, [data], offset, fua)
 
     def zero_below(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """The primary's zeroes or trim, which destroy data like a write."""
@@ -355,40 +379,183 @@ class Stack:
 
         self._overwrite(offset, length, zero)
 
-    def _overwrite(self, offset: int, length: int, change: Callable[[], None]) -> None:
-        """Preserve, then change the disk. What fails is noted as lost, and no longer when a later write covers it."""
+    def write_all_below(self, pieces: Sequence[Piece]) -> list[tuple[int, DiskError]]:
+        """The primary's writes, in their order, as `write_below` would do them one by one; (index, error) of each that
+        failed, ascending.
+
+        For small ones (4 KiB, on tmpfs): 6 us each instead of 9 where they are copied before, 2.4 instead of 4.5 where
+        they are not. Everything is preserved before anything is changed, and what is preserved is marked together, so
+        with durability=power one sync is enough. Their own order counts only where they overlap: such are done by
+        halves.
+        """
+        if len(pieces) == 1:
+            offset, data = pieces[0]
+            try:
+                self.write_below(data, offset, False)
+            except DiskError as error:
+                return [(0, error)]
+            return []
+        plan = arrange(pieces)
+        if plan is None:  # two of them overlap
+            half = len(pieces) // 2
+            failed = self.write_all_below(pieces[:half])
+            return failed + [(half + index, error) for index, error in self.write_all_below(pieces[half:])]
         try:
-            held = self._hold(self.below, offset, length)
+            held = self.below.acquire_all(plan.spans)
+        except DiskError as error:
+            self._lose_all(pieces)
+            return [(index, error) for index in range(len(pieces))]
+        try:
+            return self._overwrite_all(pieces, plan)
+        except BaseException:
+            self._lose_all(pieces)
+            raise
+        finally:
+            self.below.release(held)
+
+    def _overwrite_all(self, pieces: Sequence[Piece], plan: Plan) -> list[tuple[int, DiskError]]:
+        """Preserve all, then change all; where that fails, once more one by one. `below` is held."""
+        alone: list[int] = []
+        try:
+            if self.preserving:
+                self._preserve_all_stably(plan.spans)
+        except DiskError:
+            alone.extend(range(len(pieces)))
+        else:
+            pause("target-write.preserved")
+            for run in plan.runs:
+                try:
+                    self.disk.write(run.data, run.offset)
+                except DiskError:
+                    alone += run.indexes
+                else:
+                    if self.lost.missing:
+                        self.lost.repaired(run.offset, sum(map(len, run.data)))
+            pause("target-write.written")
+        failed: list[tuple[int, DiskError]] = []
+        for index in sorted(alone):
+            offset, data = pieces[index]
+            try:
+                self._overwrite_held(offset, len(data), self._write_disk, [data], offset, False)
+            except DiskError as error:
+                failed.append((index, error))
+        return failed
+
+    def _lose_all(self, pieces: Sequence[Piece]) -> None:
+        for offset, data in pieces:
+            self.lost.mark(offset, len(data))
+
+    def _write_disk(self, pieces: Sequence[Buffer], offset: int, fua: bool) -> None:
+        try:
+            self.disk.write(pieces, offset, fua)
+        except DiskError as error:
+            raise LayerError(error, Layer.SECONDARY, "write", offset, sum(map(len, pieces))) from error
+
+    def _overwrite(self, offset: int, length: int, change: Callable[..., None], *arguments: object) -> None:
+        """Preserve, then change the disk by `change(*arguments)`. What fails is noted as lost, and no longer when a
+        later write covers it."""
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        try:
+            held = self.below.acquire(first * BLOCK, last * BLOCK)
         except BaseException:
             self.lost.mark(offset, length)
             raise
         try:
+            self._overwrite_held(offset, length, change, *arguments)
+        finally:
+            self.below.release(held)
+
+    def _overwrite_held(self, offset: int, length: int, change: Callable[..., None], *arguments: object) -> None:
+        """The same; `below` is held."""
+        try:
             if self.preserving:
                 self._preserve_stably(offset, length)
             pause("target-write.preserved")
-            change()
+            change(*arguments)
             pause("target-write.written")
             if self.lost.missing:
                 self.lost.repaired(offset, length)
         except BaseException:
             self.lost.mark(offset, length)
             raise
-        finally:
-            self.below.release(held)
 
     def _preserve_stably(self, offset: int, length: int) -> None:
         """Preserve, and with durability=power make that stable. What was there before was made stable by whoever put it
         there, or else the group has failed."""
+        if self.power:
+            self._stably(lambda: self._preserve(offset, length))
+        else:
+            self._preserve(offset, length)
+
+    def _preserve_all_stably(self, spans: Sequence[tuple[int, int]]) -> None:
+        """The same for several ranges, in bytes from start to stop; one sync for all."""
+        if self.power:
+            self._stably(lambda: self._preserve_all(spans))
+        else:
+            self._preserve_all(spans)
+
+    def _preserve_all(self, spans: Sequence[tuple[int, int]]) -> bool:
+        """Like `_preserve` of each; but short ranges that are all new to hidden are copied one after the other, then
+        marked together (with `_preserve` alone 2 us more for each of 4 KiB)."""
+        copied = False
+        fresh: list[tuple[int, int]] = []
+        word = self.hidden.word
+        for start, stop in spans:
+            cluster = start // CLUSTER
+            if (stop - 1) // CLUSTER == cluster:
+                first = start % CLUSTER // BLOCK
+                last = (stop - 1) % CLUSTER // BLOCK + 1
+                data = DATA_MASK[first][last]
+                held = word(cluster)
+                if held & data == data:
+                    continue
+                if not held & (data | ZERO_MASK[first][last]) and stop - start < _SPARSE_FROM:
+                    fresh.append((start, stop))
+                    continue
+            copied |= self._preserve(start, stop - start)
+        if fresh:
+            self._copy_all_to_hidden(fresh)
+        return copied or bool(fresh)
+
+    def _copy_all_to_hidden(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Copy short ranges in whole blocks; none is marked when one cannot be copied."""
+        zeroes: list[tuple[int, int]] = []
+        data: list[tuple[int, int]] = []
+        room = self._spare.take(_SPARSE_FROM)
+        read, write = self.disk.read, self.hidden.data.write
+        for start, stop in spans:
+            old = room[: (stop if stop < self.size else self.size) - start]
+            try:
+                read(old, start)
+            except DiskError as error:
+                raise LayerError(error, Layer.SECONDARY, "read", start, len(old)) from error
+            pause("copy-before-write.read")
+            blocks = start // BLOCK, stop // BLOCK
+            if _ZEROES.startswith(old):
+                zeroes.append(blocks)
+                continue
+            try:
+                write([old], start)
+            except DiskError as error:
+                self._write_with_room(self.hidden, Layer.HIDDEN, [old], start, len(old), error)
+            data.append(blocks)
+        self._spare.give(room)
+        pause("copy-before-write.before-mark")
+        self.hidden.mark_each(zeroes, Held.ZERO)
+        self.hidden.mark_each(data, Held.DATA)
+        if self.hidden.data_blocks >= self.hidden.watch_at:
+            self.grown(self.hidden)
+
+    def _stably(self, preserve: Callable[[], bool]) -> None:
         copied = True  # in part perhaps, when it fails: nobody looks at these blocks again
         try:
-            copied = self._preserve(offset, length)
+            copied = preserve()
         finally:
-            if self.power:
-                with on_layer(Layer.HIDDEN, "sync", 0, 0):
-                    if copied:
-                        self._hidden_sync.run()
-                    else:
-                        self._hidden_sync.check()
+            with on_layer(Layer.HIDDEN, "sync", 0, 0):
+                if copied:
+                    self._hidden_sync.run()
+                else:
+                    self._hidden_sync.check()
 
     def settle(self, disk: bool) -> None:
         """With durability=power, at the start of a process: what a killed one has left behind in memory becomes stable,
@@ -410,10 +577,17 @@ class Stack:
         first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
         cluster = first // BLOCKS_PER_CLUSTER
         if (last - 1) // BLOCKS_PER_CLUSTER == cluster:
+            # Most writes lie in one cluster and are to blocks that are all new to hidden or all in it: one word decides
+            # (that takes 0.4 us, the general case 3).
             low = first % BLOCKS_PER_CLUSTER
-            data = DATA_MASK[low][low + last - first]
-            if self.hidden.word(cluster) & data == data:
+            high = low + last - first
+            data = DATA_MASK[low][high]
+            word = self.hidden.word(cluster)
+            if word & data == data:
                 return False
+            if not word & (data | ZERO_MASK[low][high]):
+                self._copy_to_hidden(first * BLOCK, min(last * BLOCK, self.size))
+                return True
         copied = False
         for start, stop, held in list(self.hidden.held(first, last)):
             if held is Held.NOTHING:
@@ -426,32 +600,41 @@ class Stack:
         while at < stop:
             end = min(stop, (at // COPY_CHUNK + 1) * COPY_CHUNK)
             if stop - at >= _SPARSE_FROM:
-                extent = self._first_extent(at, stop)
-                whole = (at + extent.length) // BLOCK * BLOCK if at + extent.length < stop else stop
-                if extent.zero and whole > at:
+                hole = at + self._hole(at, stop)
+                whole = hole if hole >= stop else hole // BLOCK * BLOCK
+                if whole > at:
                     self.hidden.mark(at // BLOCK, -(-whole // BLOCK), Held.ZERO)
                     at = whole
                     continue
-            old = memoryview(bytearray(end - at))
-            with on_layer(Layer.SECONDARY, "read", at, end - at):
-                self.disk.read(old, at)
-            pause("copy-before-write.read")
-            if old == ZEROES[: len(old)]:
-                self.hidden.mark(at // BLOCK, -(-end // BLOCK), Held.ZERO)
-            else:
-                with on_layer(Layer.HIDDEN, "write", at, end - at):
-                    self._write_hidden(old, at)
+            old = self._spare.take(end - at)
+            self._copy_piece(old, at)
+            self._spare.give(old)
             at = end
 
-    def _first_extent(self, start: int, stop: int) -> Extent:
-        """What is known of the disk from `start` on, without reading; it is only there to save reading."""
+    def _copy_piece(self, old: memoryview, at: int) -> None:
         try:
-            return self.disk.extents(start, stop - start)[0]
+            self.disk.read(old, at)
+        except DiskError as error:
+            raise LayerError(error, Layer.SECONDARY, "read", at, len(old)) from error
+        pause("copy-before-write.read")
+        if _ZEROES.startswith(old):
+            self.hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.ZERO)
+        else:
+            self._write_hidden(old, at)
+
+    def _hole(self, start: int, stop: int) -> int:
+        """How much of the disk from `start` on is known to be zeroes without reading; it is only there to save
+        reading."""
+        try:
+            return self.disk.hole(start, stop - start)
         except DiskError:
-            return Extent(start, stop - start, False, False)
+            return 0
 
     def _write_hidden(self, old: memoryview, at: int) -> None:
-        self._with_room(lambda: self.hidden.data.write([old], at))
+        try:
+            self.hidden.data.write([old], at)
+        except DiskError as error:
+            self._write_with_room(self.hidden, Layer.HIDDEN, [old], at, len(old), error)
         pause("copy-before-write.before-mark")
         self.hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.DATA)
         if self.hidden.data_blocks >= self.hidden.watch_at:
@@ -574,15 +757,19 @@ class Stack:
             for start in range(first, last, units[0]):
                 self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
 
-    def _with_room(self, write: Callable[[], None]) -> None:
-        """Write to an overlay; when its file system is full, first give back what no overlay needs any more."""
-        try:
-            write()
-        except DiskError as error:
-            if error.errno != errno.ENOSPC or self.committing:
-                raise
-            self.scarce()
-            write()
+    def _write_with_room(
+        self, overlay: Overlay, layer: Layer, pieces: Sequence[Buffer], offset: int, length: int, failure: DiskError
+    ) -> None:
+        """Write to an overlay again what has failed: when its file system is full, after what no overlay needs any more
+        was given back. LayerError."""
+        if failure.errno == errno.ENOSPC and not self.committing:
+            try:
+                self.scarce()
+                overlay.data.write(pieces, offset)
+                return
+            except DiskError as error:
+                failure = error
+        raise LayerError(failure, layer, "write", offset, length) from failure
 
     def give_back(self) -> None:
         """Give back all stale space that nobody is writing to; never waits for a range. Not during a commit."""

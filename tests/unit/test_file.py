@@ -257,3 +257,20 @@ def test_a_refused_or_closed_disk_leaves_no_lock(tmp_path: Path) -> None:
     first.close()
     assert not first.reachable()
     FileDisk("disk1", str(path)).close()
+
+
+def test_a_hole_is_known_without_reading_and_only_up_to_the_next_data(disk: FileDisk) -> None:
+    disk.write([b"x" * 4096], 8192)
+    assert disk.hole(0, 4096) == 4096
+    assert disk.hole(100, 65536) == 8192 - 100
+    assert disk.hole(8192, 65536) == 0
+    assert disk.hole(12288, SIZE - 12288) == SIZE - 12288, "to the disk's end"
+
+
+def test_a_hole_costs_one_look_however_long_the_data_is(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    real = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda fd, at, whence: looks.append(whence) or real(fd, at, whence))
+    disk.write([b"x" * SIZE], 0)
+    assert disk.hole(0, SIZE) == 0
+    assert looks == [os.SEEK_DATA]

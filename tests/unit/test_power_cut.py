@@ -270,6 +270,15 @@ class Histories(RuleBasedStateMachine):
         self.look_after_a_cut("a target write")
 
     @precondition(lambda self: not self.stack.committing)
+    @rule(places=st.lists(ranges, min_size=2, max_size=4))
+    def primary_writes_many(self, places: list[tuple[int, int]]) -> None:
+        pieces = [(offset, self.data(length)) for offset, length in places]
+        assert self.stack.write_all_below([(offset, memoryview(data)) for offset, data in pieces]) == []
+        for offset, data in pieces:
+            self.disk[offset : offset + len(data)] = data
+        self.look_after_a_cut("many target writes")
+
+    @precondition(lambda self: not self.stack.committing)
     @rule(first=st.integers(0, BLOCKS - 4))
     def copy_before_write_fails_half_way(self, first: int) -> None:
         """Of three blocks hidden holds the second. The first is preserved, the third cannot be: the write fails."""
@@ -424,6 +433,40 @@ def test_what_is_preserved_already_costs_no_sync(bench: Bench) -> None:
     bench.target(b"\xaa" * 100)
     assert bench.calls(lambda: bench.target(b"\xbb" * 100, 5)) == ["write disk.raw"]
     assert bench.calls(lambda: bench.stack.zero_below(0, 10, False, False)) == ["zero disk.raw"]
+    assert bench.after_cuts() == {bench.content}
+
+
+def many(bench: Bench, *places: int) -> None:
+    """Target writes of a few bytes at once."""
+    assert bench.stack.write_all_below([(offset, memoryview(b"\xaa" * 100)) for offset in places]) == []
+
+
+def test_many_target_writes_share_one_sync_of_what_they_preserve(bench: Bench) -> None:
+    assert bench.calls(lambda: many(bench, 5 * BLOCK, 0, 9 * BLOCK)) == [
+        *["write hidden.data"] * 3,
+        "sync hidden.data",
+        "write hidden.qcow2",
+        "sync hidden.qcow2",
+        *["write disk.raw"] * 3,
+    ]
+    assert bench.after_cuts() == {bench.content}
+    assert bench.calls(lambda: many(bench, 5 * BLOCK + 1000, 1000, 9 * BLOCK + 1000)) == ["write disk.raw"] * 3
+
+
+def test_of_many_target_writes_what_was_preserved_is_stable_although_another_could_not_be(bench: Bench) -> None:
+    writes = 0
+
+    def fail(call: str, name: str) -> None:
+        nonlocal writes
+        if (call, name) == ("write", "hidden.data"):
+            writes += 1
+            if writes in (2, 4):  # among the others, and alone
+                raise OSError(errno.EIO, "broken")
+
+    bench.storage.before = fail
+    pieces = [(offset, memoryview(b"\xaa" * 100)) for offset in (0, 5 * BLOCK)]
+    assert [index for index, _ in bench.stack.write_all_below(pieces)] == [1]
+    bench.storage.before = lambda call, name: None
     assert bench.after_cuts() == {bench.content}
 
 

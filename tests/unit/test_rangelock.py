@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -179,4 +179,93 @@ def test_under_load_two_holders_never_overlap() -> None:
         for end in [pool.submit(work, seed) for seed in range(1, 7)]:
             end.result(DEADLINE_S)
     assert clashes == []
+    assert lock._asked == []
+
+
+# -- several ranges at one instant -----------------------------------------------------------------------------------
+
+
+class Many(Asker):
+    """A thread that asks for several ranges at once."""
+
+    def __init__(self, lock: RangeLock, spans: list[tuple[int, int]]) -> None:
+        self.spans = spans
+        super().__init__(lock, spans[0][0], spans[-1][1])
+
+    def _ask(self, lock: RangeLock) -> None:
+        try:
+            self.held = lock.acquire_all(self.spans)
+        except DiskError as error:
+            self.error = error
+
+
+several = st.sets(st.integers(0, 20), min_size=1, max_size=8).map(
+    lambda places: [(place * 10, place * 10 + 10) for place in sorted(places)]
+)
+
+
+@given(several, several)
+def test_two_that_ask_for_several_ranges_meet_where_one_of_each_overlap(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    overlap = not set(one).isdisjoint(other)
+    for mine, theirs in ((one, other), (other, one)):
+        lock = RangeLock()
+        held = lock.acquire_all(mine)
+        for start, stop in theirs:
+            got = lock.try_acquire(start + 3, stop - 3)
+            assert (got is None) == ((start, stop) in mine)
+            if got is not None:
+                lock.release(got)
+        second = Range(theirs[0][0], theirs[-1][1], theirs if len(theirs) > 1 else ())
+        hulls = held.start < second.stop and second.start < held.stop
+        assert (hulls and held.meets(second)) == overlap
+        lock.release(held)
+
+
+def test_between_the_ranges_of_one_that_asked_for_several_others_go_on() -> None:
+    lock = RangeLock()
+    held = lock.acquire_all([(0, 10), (20, 30)])
+    between = lock.acquire(10, 20)
+    assert lock.try_acquire(5, 15) is None
+    lock.release(held)
+    lock.release(between)
+
+
+def test_who_asks_for_several_waits_for_each_of_them_and_keeps_the_free_ones_meanwhile() -> None:
+    lock = RangeLock()
+    low, high = lock.acquire(0, 10), lock.acquire(20, 30)
+    many = Many(lock, [(5, 8), (12, 14), (22, 24)])
+    later = Asker(lock, 12, 14)
+    lock.release(low)
+    assert many.held is None
+    assert later.held is None, "whoever asked first"
+    lock.release(high)
+    lock.release(many.granted())
+    lock.release(later.granted())
+    assert lock._asked == []
+
+
+def test_two_that_ask_for_the_same_ranges_crosswise_with_others_do_not_block_each_other_for_ever() -> None:
+    lock = RangeLock()
+    first = lock.acquire(20, 30)
+    one = Many(lock, [(0, 10), (20, 30)])
+    other = Many(lock, [(0, 10), (20, 30), (40, 50)])
+    third = Many(lock, [(40, 50), (60, 70)])
+    lock.release(first)
+    lock.release(one.granted())
+    assert third.held is None
+    lock.release(other.granted())
+    lock.release(third.granted())
+    assert lock._asked == []
+
+
+def test_who_gives_up_on_several_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RangeLock()
+    monkeypatch.setattr(rangelock, "WAIT_S", 0.05)
+    held = lock.acquire(20, 30)
+    with pytest.raises(DiskError, match="waited"):
+        lock.acquire_all([(0, 10), (20, 30)])
+    lock.release(lock.acquire(0, 10))
+    lock.release(held)
     assert lock._asked == []

@@ -168,6 +168,13 @@ class Histories(RuleBasedStateMachine):
         self.images.stack.write_below(memoryview(data), offset, fua)
         self.below[offset : offset + length] = data
 
+    @rule(places=st.lists(ranges, min_size=1, max_size=6), small=st.booleans())
+    def primary_writes_many(self, places: list[tuple[int, int]], small: bool) -> None:
+        pieces = [(offset, self.data(min(length, BLOCK) if small else length)) for offset, length in places]
+        assert self.images.stack.write_all_below([(offset, memoryview(data)) for offset, data in pieces]) == []
+        for offset, data in pieces:
+            self.below[offset : offset + len(data)] = data
+
     @rule(where=ranges, may_trim=st.booleans())
     def primary_zeroes(self, where: tuple[int, int], may_trim: bool) -> None:
         offset, length = where
@@ -347,6 +354,157 @@ def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
     monkeypatch.setattr(Overlay, "forget", forget)
     images.stack.commit(0, 1)
     assert order == ["hidden", "active"]
+
+
+# -- many target writes at once ------------------------------------------------------------------------------------
+
+
+def views(*pieces: tuple[int, bytes]) -> list[tuple[int, memoryview]]:
+    return [(offset, memoryview(data)) for offset, data in pieces]
+
+
+@pytest.mark.parametrize("length", [BLOCK, 2 * CLUSTER], ids=["one block", "clusters"])
+def test_a_guest_read_that_many_target_writes_overtake_still_gets_the_checkpoint(
+    images: Images, pool: ThreadPoolExecutor, length: int
+) -> None:
+    expected = images.top()
+    pieces = views(*((offset, b"\xee" * 1000) for offset in range(10, 2 * CLUSTER, BLOCK)))
+
+    def overtake() -> None:
+        images.disk.before = lambda _: None
+        pool.submit(images.stack.write_all_below, pieces).result(DEADLINE_S)
+
+    images.disk.before = once(overtake, "read")
+    assert images.top(0, length) == expected[:length]
+    assert images.below(10, 5) == b"\xee" * 5
+    assert images.top() == expected
+
+
+def test_of_many_target_writes_none_changes_the_disk_before_all_old_blocks_are_in_hidden(images: Images) -> None:
+    expected = images.top()
+    seen: list[bool] = []
+
+    def look(operation: str) -> None:
+        if operation == "write":
+            seen.append(all(images.stack.hidden.holds_all(block, block + 1) for block in (0, 7, 40, 41)))
+            assert images.top() == expected
+
+    images.disk.before = look
+    written = views((7 * BLOCK, b"a" * BLOCK), (5, b"b" * 10), (40 * BLOCK + 1, b"c" * BLOCK))
+    assert images.stack.write_all_below(written) == []
+    assert seen == [True, True, True]
+
+
+@pytest.mark.parametrize("many_first", [True, False])
+def test_many_target_writes_and_a_single_one_preserve_a_block_that_they_share_once(
+    images: Images, pool: ThreadPoolExecutor, many_first: bool
+) -> None:
+    expected = images.top()
+    second: list[Any] = []
+    many = views((0, b"\xaa" * 512), (9 * BLOCK, b"\xaa" * BLOCK), (3 * CLUSTER, b"\xaa" * 10))
+    single = (memoryview(b"\xbb" * 512), 9 * BLOCK + 512, False)
+
+    def start_second() -> None:
+        # The first has preserved the block and not yet written; the second must wait for it.
+        images.disk.before = lambda _: None
+        second.append(
+            pool.submit(images.stack.write_below, *single)
+            if many_first
+            else pool.submit(images.stack.write_all_below, many)
+        )
+        wait_until(lambda: len(images.stack.below._asked) == 2, "the second asks for the block")
+        assert not second[0].done()
+
+    images.disk.before = once(start_second, "write")
+    if many_first:
+        assert images.stack.write_all_below(many) == []
+    else:
+        images.stack.write_below(*single)
+    second[0].result(DEADLINE_S)
+    assert images.top() == expected
+    last = b"\xbb" if many_first else b"\xaa"
+    assert images.below(9 * BLOCK, 1536) == b"\xaa" * 512 + last * 512 + b"\xaa" * 512
+
+
+def test_many_target_writes_that_overlap_leave_the_last_ones_data(images: Images) -> None:
+    expected = images.top()
+    pieces = [(offset, bytes([offset % 250 + 1]) * 3000) for offset in (0, 2000, 1000, 9000, 500, 2000, 0, 4096)]
+    below = bytearray(images.below())
+    for offset, data in pieces:
+        below[offset : offset + len(data)] = data
+    assert images.stack.write_all_below(views(*pieces)) == []
+    assert images.below() == below
+    assert images.top() == expected
+
+
+def test_parts_of_one_block_that_come_together_preserve_it_once(images: Images) -> None:
+    expected = images.top()
+    reads: list[str] = []
+    images.disk.before = reads.append
+    pieces = views(*((sector * 512, bytes([sector + 1]) * 512) for sector in (3, 0, 1, 2, 7)))
+    assert images.stack.write_all_below(pieces) == []
+    assert reads == ["read", "write", "write"], "four sectors that follow each other are one write"
+    assert images.top() == expected
+
+
+@pytest.mark.parametrize("refused", ["disk", "hidden", "reading"])
+def test_of_many_target_writes_only_those_fail_that_would_fail_alone(
+    images: Images, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Writes 1 and 3, side by side with 0 and 2."""
+    expected = images.top()
+    bad = (BLOCK, 70 * BLOCK)
+    owner = images.stack.hidden.data if refused == "hidden" else images.disk
+    name = "read" if refused == "reading" else "write"
+    real = getattr(owner, name)
+
+    def fail(data: Any, offset: int, *rest: object) -> None:
+        length = len(data) if refused == "reading" else sum(map(len, data))
+        if any(offset <= at < offset + length for at in bad):
+            raise DiskError("broken", errno.ENOSPC if refused == "disk" else errno.EIO)
+        real(data, offset, *rest)
+
+    monkeypatch.setattr(owner, name, fail)
+    data = b"\xcc" * BLOCK
+    images.stack.lost.mark(2 * GRAIN, GRAIN)
+    pieces = [(0, data), (BLOCK, data), (2 * BLOCK, data), (70 * BLOCK, data), (2 * GRAIN, data * 16)]
+    failed = images.stack.write_all_below(views(*pieces))
+    monkeypatch.undo()
+    layer = Layer.HIDDEN if refused == "hidden" else Layer.SECONDARY
+    assert [(index, type(error)) for index, error in failed] == [(1, LayerError), (3, LayerError)]
+    assert all(isinstance(error, LayerError) and error.layer is layer for _, error in failed)
+    assert images.top() == expected
+    below = bytearray(expected)
+    for offset, part in (pieces[0], pieces[2], pieces[4]):
+        below[offset : offset + len(part)] = part
+    assert images.below() == below
+    assert list(images.stack.lost.missing_ranges()) == [(0, GRAIN), (4 * GRAIN, GRAIN)], "2 GRAIN was repaired"
+
+
+def test_what_interrupts_many_target_writes_leaves_them_noted_and_their_blocks_free(images: Images) -> None:
+    def interrupt(operation: str) -> None:
+        raise KeyboardInterrupt
+
+    images.disk.before = interrupt
+    pieces = views((0, b"x"), (2 * GRAIN, b"y"))
+    with pytest.raises(KeyboardInterrupt):
+        images.stack.write_all_below(pieces)
+    images.disk.before = lambda _: None
+    assert list(images.stack.lost.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
+    assert images.stack.write_all_below(pieces) == []
+
+
+def test_many_target_writes_give_back_stale_space_when_hidden_is_full(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.stack.write_below(memoryview(b"\xaa" * CLUSTER), 0, False)
+    images.stack.empty()
+    expected = images.top()
+    failures = break_overlay(monkeypatch, images.stack.hidden, 1, errno.ENOSPC)
+    assert images.stack.write_all_below(views((2 * CLUSTER, b"\xbb"), (2 * CLUSTER + BLOCK, b"\xbb"))) == []
+    assert len(failures) == 1
+    assert images.stack.hidden.data.extents(0, CLUSTER)[0].hole
+    assert images.top() == expected
 
 
 # -- failures --------------------------------------------------------------------------------------------------------
