@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import nbdkit
 
@@ -38,14 +38,25 @@ from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
 from replication.pairing import Channel
+from replication.placement import Placement
 from replication.state import StateFolder
+from replication.threads import ThreadStates
 
 API_VERSION = 2
 
 AnyExport = Export | ControlExport
-"""nbdkit's handle of a client."""
 
-P = ParamSpec("P")
+
+class Handle:
+    """nbdkit's handle of a client."""
+
+    __slots__ = ("export", "threads")
+
+    def __init__(self, export: AnyExport) -> None:
+        self.export = export
+        self.threads = ThreadStates()
+
+
 R = TypeVar("R")
 
 MAX_BLOCK = 32 << 20
@@ -63,6 +74,7 @@ class Process:
     commands: Commands
     disconnector: Disconnector
     hangup_guard = HangupGuard()
+    placement: Placement | None = None
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -80,13 +92,13 @@ def _format_one_line(*arguments: Any, **options: Any) -> list[str]:
 setattr(traceback, "format_exception", _format_one_line)  # noqa: B010 (an assignment would need a type: ignore)
 
 
-def _boundary(callback: Callable[P, R]) -> Callable[P, R]:
+def _boundary(callback: Callable[..., R]) -> Callable[..., R]:
     """Give the client of a failed request its errno. nbdkit prints the exception."""
 
     @functools.wraps(callback)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(*args: Any) -> R:
         try:
-            return callback(*args, **kwargs)
+            return callback(*args)
         except DiskError as error:
             nbdkit.set_error(error.wire_errno)
             raise
@@ -95,6 +107,16 @@ def _boundary(callback: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return guarded
+
+
+def _request(callback: Callable[..., R]) -> Callable[..., R]:
+    """A request, served by one of nbdkit's threads for that client: given the export instead of the handle."""
+
+    def serve(h: Handle, *args: Any) -> R:
+        h.threads.keep()
+        return callback(h.export, *args)
+
+    return _boundary(functools.wraps(callback)(serve))
 
 
 # -- start and end -----------------------------------------------------------------------------------------
@@ -169,10 +191,15 @@ def after_fork() -> None:
     Process.node.launch()
     if Process.control is not None:
         Process.control.start()
+    if Process.options.placement:
+        Process.placement = Placement(Process.node.traffic, nbdkit.debug)
+        Process.placement.start()
 
 
 def cleanup() -> None:
     """No request is in flight any more, and none will come."""
+    if Process.placement is not None:
+        Process.placement.stop()
     if Process.control is not None:
         Process.control.stop()
     if Process.node is not None:
@@ -193,74 +220,77 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 @_boundary
-def open(readonly: bool) -> AnyExport:
+def open(readonly: bool) -> Handle:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
     client = clients.current()
     clients.watch(client)
-    return Process.exports.open(nbdkit.export_name(), client)
+    return Handle(Process.exports.open(nbdkit.export_name(), client))
 
 
-def close(h: AnyExport) -> None:
+def close(h: Handle) -> None:
     """The client has gone."""
-    h.close()
+    try:
+        h.export.close()
+    finally:
+        h.threads.let_go()
 
 
-def get_size(h: AnyExport) -> int:
+def get_size(h: Handle) -> int:
     """Bytes."""
-    return h.size
+    return h.export.size
 
 
-def export_description(h: AnyExport) -> str:
+def export_description(h: Handle) -> str:
     """For nbdinfo."""
-    return h.description
+    return h.export.description
 
 
-def block_size(h: AnyExport) -> tuple[int, int, int]:
+def block_size(h: Handle) -> tuple[int, int, int]:
     """Any alignment is accepted; whole blocks of the overlays are fastest."""
     return (1, BLOCK, MAX_BLOCK)
 
 
-def can_multi_conn(h: AnyExport) -> bool:
+def can_multi_conn(h: Handle) -> bool:
     """A flush on one connection covers what was answered on all: Export.flush. A control connection is one session."""
-    return isinstance(h, Export)
+    return isinstance(h.export, Export)
 
 
-def can_write(h: AnyExport) -> bool:
+def can_write(h: Handle) -> bool:
     """Both faces and the primary are written to."""
     return True
 
 
-def can_flush(h: AnyExport) -> bool:
+def can_flush(h: Handle) -> bool:
     """Everywhere."""
     return True
 
 
-def can_trim(h: AnyExport) -> bool:
+def can_trim(h: Handle) -> bool:
     """Everywhere, as zeroes."""
     return True
 
 
-def can_zero(h: AnyExport) -> bool:
+def can_zero(h: Handle) -> bool:
     """Everywhere."""
     return True
 
 
-def can_fast_zero(h: AnyExport) -> bool:
+def can_fast_zero(h: Handle) -> bool:
     """No: copy-before-write may have to read and write what a zero destroys."""
     return False
 
 
-def can_fua(h: AnyExport) -> int:
+def can_fua(h: Handle) -> int:
     """Passed down to the disk."""
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_cache(h: AnyExport) -> int:
+def can_cache(h: Handle) -> int:
     """nbdkit reads, which fills the page cache below."""
     return int(nbdkit.CACHE_EMULATE)
 
 
-def can_extents(h: AnyExport) -> bool:
+def can_extents(h: Handle) -> bool:
     """Everywhere."""
     return True
 
@@ -268,37 +298,37 @@ def can_extents(h: AnyExport) -> bool:
 # -- requests ----------------------------------------------------------------------------------------------
 
 
-@_boundary
+@_request
 def pread(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
     """Read."""
     h.read(buf, offset)
 
 
-@_boundary
+@_request
 def pwrite(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
     """Write."""
     h.write(buf, offset, bool(flags & nbdkit.FLAG_FUA))
 
 
-@_boundary
+@_request
 def zero(h: AnyExport, count: int, offset: int, flags: int) -> None:
     """Write zeroes."""
     h.zero(offset, count, bool(flags & nbdkit.FLAG_MAY_TRIM), bool(flags & nbdkit.FLAG_FUA))
 
 
-@_boundary
+@_request
 def trim(h: AnyExport, count: int, offset: int, flags: int) -> None:
     """Trim: zeroes, as holes where possible, so that both sides of the pair read the same afterwards."""
     h.zero(offset, count, True, bool(flags & nbdkit.FLAG_FUA))
 
 
-@_boundary
+@_request
 def flush(h: AnyExport, flags: int) -> None:
     """Flush."""
     h.flush()
 
 
-@_boundary
+@_request
 def extents(h: AnyExport, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """Block status."""
     return [

@@ -5,20 +5,21 @@ Where to start reading
 ----------------------
 A guest write on the primary, from top to bottom, with no step back up:
 
-    plugin.pwrite -> export.PrimaryFace -> primary_disk.PrimaryDisk.write
+    plugin.pwrite -> export.Export.write -> primary_disk.PrimaryDisk.write
         changes.ChangeMap.begin         what the secondary may lack, before the disk changes
         image.disk.Disk.write           the local disk (file.FileDisk or endpoint.NbdDisk)
-        forward.Forwarder.put           the queue to the secondary, drained by one thread
+        forward.Forwarder.put           the queue to the secondary, drained by one thread, which sends small writes
+                                        together (batch.py)
 
 and what becomes of it on the secondary:
 
-    plugin.pwrite -> export.TargetFace -> secondary_disk.SecondaryDisk.target_write
+    plugin.pwrite -> export.DataExport.write -> secondary_disk.SecondaryDisk.target_write or target_write_batch
         image.stack.Stack.write_below   copy-before-write into hidden, then the secondary disk
 
 The secondary's own guest:
 
-    plugin.pread  -> export.GuestFace -> secondary_disk.SecondaryDisk.guest_read  -> Stack.read
-    plugin.pwrite -> export.GuestFace -> secondary_disk.SecondaryDisk.guest_write -> Stack.write_top
+    plugin.pread  -> export.Export.read  -> secondary_disk.SecondaryDisk.guest_read  -> Stack.read
+    plugin.pwrite -> export.Export.write -> secondary_disk.SecondaryDisk.guest_write -> Stack.write_top
 
 Commands come from the other side: control.server -> control.commands -> node.Node, which owns the
 stage, the disks, the gate and the state folder, and does start, checkpoint and stop for all disks at
@@ -43,8 +44,10 @@ What outlives what
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    threads.py                  nbdkit's threads, as Python sees them
     hangup.py                   a client that dies must not end the process
     disconnect.py               ending the process although clients are connected
+    placement.py                on which core the threads run
     export.py                   export name -> Face
     control/paircommands.py     the QMP commands of a primary, over the control export
     control/inband.py           QMP over NBD: the export .control of a secondary
@@ -70,6 +73,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     secondary_disk.py           the guest face and the target face
     side.py                     what the two modes have in common for the node
     forward.py                  the forward queue of a disk and its connection
+    batch.py                    many small writes in one NBD request
     backlog.py                  what waits for the secondary, and how much of it there may be
     peer.py                     the primary's client of .control
     ancestry.py                 this node's lineage, and how it outlives the process
@@ -77,6 +81,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     image/stack.py              active, hidden and secondary disk as one
     image/overlay.py            bits and data of one overlay
     image/layer.py              the images of a stack by name
+    image/plan.py               many writes put in order
+    image/buffers.py            memory for copying, used again
     image/syncgroup.py          many requests share one sync
     image/table.py              the allocation words in use: the image's own, or a live copy
     image/qcow2.py              the qcow2 layout: creating, validating, mapping
@@ -110,7 +116,7 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     5. PrimaryDisk._order (m)
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
     7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m)
-    8. Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m)
+    8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m)
     9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

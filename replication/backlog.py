@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 import nbd
@@ -28,64 +28,102 @@ FLIGHT_MAX = 8 << 20
 """Most data in flight, unless one entry has more: what 1 Gbit/s carries in 60 ms. More would only wait in the socket,
 and grow old there."""
 
-_SMALL = 64 << 10
+_SMALL = 256 << 10
+"""Longest entry that is known by its blocks."""
+
+
+class _Waiter:
+    """Who waits for room."""
+
+    __slots__ = ("granted", "size", "woken")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.granted = False
+        # A lock as a binary semaphore: held until there is something to look at.
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
+    def wake(self) -> None:
+        """Let the waiting thread look."""
+        if self.woken.locked():  # only under the budget's lock, so nobody else releases it
+            self.woken.release()
 
 
 class Budget:
-    """Bytes that all queues of a node may hold together."""
+    """Bytes that all queues of a node may hold together.
+
+    Room is given to who waits first, so that small entries do not starve a large one, and by the thread that makes it:
+    only who has got room is woken.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # Protects the counters. Never held across I/O. `_room` is notified when bytes are given back or a link is lost.
+        # Protects the fields below. Never held across I/O.
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
         self._used = 0
+        # How often room was given back.
         self._given = 0
-        # Who waits for room, first come first served, so that small entries do not starve a large one.
-        self._line: deque[object] = deque()
+        self._line: deque[_Waiter] = deque()
 
-    def take(self, count: int, pointless: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for room; False when `pointless()` has become true, or when no entry has left any queue for
-        `timeout_s` seconds: as long as some do, the link is slow but not lost."""
+    def take(self, size: int, pointless: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for room; False when `pointless()` has become true (`wake` has it looked at), or when no entry has left
+        any queue for `timeout_s` seconds: as long as some do, the link is slow but not lost."""
         with self._lock:
-            if not self._line and self._fits(count):
-                self._used += count
+            if not self._line and self._fits(size):
+                self._used += size
                 return True
-            ticket = object()
-            self._line.append(ticket)
-            try:
-                given = -1
-                while given != self._given:
-                    given = self._given
-                    if self._room.wait_for(
-                        lambda: pointless() or (self._line[0] is ticket and self._fits(count)), timeout_s
-                    ):
-                        break
-                else:
+            waiter = _Waiter(size)
+            self._line.append(waiter)
+            given = self._given
+        woken = True
+        while True:
+            with self._lock:
+                if waiter.granted and not pointless():
+                    return True
+                if waiter.granted or pointless() or (not woken and given == self._given):
+                    if waiter.granted:
+                        self._used -= size  # what was lost has made room
+                    else:
+                        self._line.remove(waiter)
+                    self._admit_locked()
                     return False
-                if pointless():
-                    return False
-                self._used += count
-                return True
-            finally:
-                self._line.remove(ticket)
-                self._room.notify_all()
+                given = self._given
+            woken = waiter.woken.acquire(timeout=timeout_s)
 
-    def _fits(self, count: int) -> bool:
-        return not self._used or self._used + count <= self.limit
-
-    def give(self, count: int) -> None:
-        """An entry has left its queue."""
+    def take_now(self, size: int) -> bool:
+        """Take room if there is some; whether there was. For a request to try first: preparing for a wait costs more
+        than this does."""
         with self._lock:
-            self._used -= count
+            if self._line or not self._fits(size):
+                return False
+            self._used += size
+            return True
+
+    def _fits(self, size: int) -> bool:
+        return not self._used or self._used + size <= self.limit
+
+    def _admit_locked(self) -> None:
+        line = self._line
+        while line and self._fits(line[0].size):
+            waiter = line.popleft()
+            self._used += waiter.size
+            waiter.granted = True
+            waiter.wake()
+
+    def give(self, size: int) -> None:
+        """Entries have left their queue."""
+        with self._lock:
+            self._used -= size
             self._given += 1
             if self._line:
-                self._room.notify_all()
+                self._admit_locked()
 
     def wake(self) -> None:
         """Have the waiters look at `pointless` again."""
         with self._lock:
-            self._room.notify_all()
+            for waiter in self._line:
+                waiter.wake()
 
 
 class Kind(Enum):
@@ -98,38 +136,60 @@ class Kind(Enum):
     """The end of an epoch: nothing behind it is sent before all in front of it is answered and it is let go."""
 
 
+class Ended:
+    """That an entry has ended, for who waits. (An Event does the same in four times the time.)"""
+
+    __slots__ = ("_told",)
+
+    def __init__(self) -> None:
+        self._told = threading.Lock()
+        self._told.acquire()
+
+    def set(self) -> None:
+        """It has."""
+        with contextlib.suppress(RuntimeError):  # it had already, or two tell it at once
+            self._told.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds; whether it has."""
+        if not self._told.acquire(timeout=timeout_s):
+            return False
+        self.set()  # for whoever asks next
+        return True
+
+
 class Entry:
     """One request on its way; one NBD request, so at most DATA_MAX bytes of data or ZERO_MAX bytes of zeroes. (A cut is
     no request; it ends when it is reached.)"""
 
-    __slots__ = ("arrived", "cost", "data", "ended", "fua", "kind", "length", "let_go", "may_trim", "offset", "on_end")
+    # What most entries do not need is kept by the class: one is made for every write of a guest.
+    data = b""
+    cost = _ENTRY_COST
+    fua = False
+    may_trim = False
+    arrived = False
+    let_go = False
+    ended: Ended | None = None
 
     def __init__(
         self,
         kind: Kind,
         offset: int = 0,
         length: int = 0,
-        fua: bool = False,
-        may_trim: bool = False,
         on_end: Callable[[Entry], None] | None = None,
         waited_for: bool = False,
     ) -> None:
         self.kind = kind
         self.offset = offset
         self.length = length
-        self.data = b""
-        self.fua = fua
-        self.may_trim = may_trim
         self.on_end = on_end
-        self.cost = _ENTRY_COST
-        self.arrived = False
-        self.let_go = False
-        self.ended = threading.Event() if waited_for else None
+        if waited_for:
+            self.ended = Ended()
 
     def load(self, data: memoryview) -> None:
         """Take a copy of the data: nbdkit's buffer is gone when the guest is answered."""
         self.data = bytes(data)
-        self.cost = _ENTRY_COST + len(data)
+        self.cost = _ENTRY_COST + self.length
 
     @property
     def flags(self) -> int:
@@ -156,57 +216,72 @@ class Entry:
 class InFlight:
     """The entries that the secondary has not answered; no two of them overlap.
 
-    A small entry is found by its blocks; only a large one or a flush is compared with the others one by one.
+    A small entry is known by its blocks alone, rounded up: entries that share one without overlapping are kept in
+    order, too. Only a large one is compared with the others one by one.
     """
 
     def __init__(self) -> None:
         self._blocks: set[int] = set()
-        # As dictionaries: they are taken out in any order.
-        self._small: dict[Entry, None] = {}
+        # As a dictionary: they are taken out in any order.
         self._large: dict[Entry, None] = {}
+        self._count = 0
         self.bytes = 0
         """Of data."""
 
     def __len__(self) -> int:
-        return len(self._small) + len(self._large)
+        return self._count
 
-    def __iter__(self) -> Iterator[Entry]:
-        return itertools.chain(self._small, self._large)
-
-    def meets(self, entry: Entry) -> bool:
-        """Whether the order of the entry and one in flight matters. Blocks are rounded up: entries that share one
-        without overlapping are kept in order, too."""
-        if entry.kind is Kind.FLUSH:
-            return len(self) > 0
-        if _is_small(entry):
-            return not self._blocks.isdisjoint(_blocks(entry)) or any(_overlap(entry, other) for other in self._large)
-        return any(_overlap(entry, other) for other in self)
-
-    def add(self, entry: Entry) -> None:
-        """The entry goes to the secondary."""
-        self.bytes += len(entry.data)
-        if _is_small(entry):
-            self._small[entry] = None
+    def admit(self, entry: Entry) -> bool:
+        """Add the entry, which goes to the secondary; False, with nothing changed, if its order and that of one in
+        flight matters."""
+        block = entry.offset // BLOCK
+        if block == (entry.offset + entry.length - 1) // BLOCK and not self._large:
+            # Writes of one block are the many, and nothing else is asked of each: 0.4 us instead of 1.6.
+            if block in self._blocks:
+                return False
+            self._blocks.add(block)
+        elif self._meets(entry):
+            return False
+        elif _is_small(entry):
             self._blocks.update(_blocks(entry))
         else:
             self._large[entry] = None
+        self._count += 1
+        self.bytes += len(entry.data)
+        return True
 
-    def remove(self, entry: Entry) -> None:
-        """The secondary has answered."""
-        self.bytes -= len(entry.data)
-        if _is_small(entry):
-            del self._small[entry]
-            self._blocks.difference_update(_blocks(entry))
+    def _meets(self, entry: Entry) -> bool:
+        if entry.kind is Kind.FLUSH:
+            return self._count > 0
+        blocks = _blocks(entry)
+        if len(blocks) <= len(self._blocks):
+            hit = not self._blocks.isdisjoint(blocks)
         else:
-            del self._large[entry]
+            hit = any(block in blocks for block in self._blocks)
+        if hit or not self._large:
+            return hit
+        return any(_overlap(entry, other) for other in self._large)
+
+    def remove(self, entries: Iterable[Entry]) -> None:
+        """The secondary has answered."""
+        for entry in entries:
+            self._count -= 1
+            self.bytes -= len(entry.data)
+            block = entry.offset // BLOCK
+            if block == (entry.offset + entry.length - 1) // BLOCK:
+                self._blocks.discard(block)
+            elif _is_small(entry):
+                self._blocks.difference_update(_blocks(entry))
+            else:
+                del self._large[entry]
 
 
 def _is_small(entry: Entry) -> bool:
-    return entry.kind is not Kind.FLUSH and entry.length <= _SMALL
+    return entry.length <= _SMALL and entry.kind is not Kind.FLUSH
 
 
 def _blocks(entry: Entry) -> range:
-    return range(entry.offset // BLOCK, -(-(entry.offset + entry.length) // BLOCK))
+    return range(entry.offset // BLOCK, (entry.offset + entry.length - 1) // BLOCK + 1)
 
 
 def _overlap(one: Entry, other: Entry) -> bool:

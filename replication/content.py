@@ -74,7 +74,11 @@ def _extents(disk: Disk, offset: int, length: int) -> list[Extent]:
 def known_zeroes(disk: Disk, offset: int, length: int) -> list[Entry]:
     """The zeroes at the beginning of a range as an entry, if the disk knows of a grain of them; none otherwise."""
     found = look(disk, offset, length)
-    return [Entry(Kind.ZERO, offset, found.length, may_trim=found.hole)] if found.zero else []
+    if not found.zero:
+        return []
+    entry = Entry(Kind.ZERO, offset, found.length)
+    entry.may_trim = found.hole
+    return [entry]
 
 
 def what_is_read(disk: Disk, offset: int, length: int) -> list[Entry]:

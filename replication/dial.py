@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from replication.ancestry import Ancestry
+from replication.batch import SPACE
 from replication.errors import DiskError, ReplicationError
 from replication.image.connection import Connection
 from replication.lineage import Lineage, Verdict, check_id, decide, new_id
@@ -57,6 +58,8 @@ class Agreement:
     epoch: int = 0
     running: bool = False
     """The secondary has been started, so it has a first checkpoint."""
+    batches: bool = False
+    """The secondary takes small writes together (batch.py)."""
     durable: bool = False
     """The secondary flushes its disk for each checkpoint."""
     refused: int = 0
@@ -65,6 +68,10 @@ class Agreement:
     """The secondary knows that it has had everything at some time since."""
     broken: DiskError | None = None
     """Set when the peer channel is lost."""
+
+    def disk_size(self, connection: Connection) -> int:
+        """The size of the secondary's disk behind one of the connections (batch.py)."""
+        return connection.size - (0 if self.peer is None else SPACE)
 
     def close(self) -> None:
         """It comes to nothing."""
@@ -120,7 +127,7 @@ class Dialler:
                 name = export_of(uri) or disk.name
                 connection = self._connection(uri, f"{DATA_EXPORT}:{agreement.token}:{name}", timeout_s)
                 agreement.connections.append(connection)
-                self._check(disk, connection)
+                self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
             raise Refusal(f"the secondary {uri} refuses: {error}") from error
@@ -171,6 +178,7 @@ class Dialler:
             if not 0 <= agreement.epoch < EPOCH_MAX:
                 raise ValueError(f"epoch {agreement.epoch}")
             check_id("node", agreement.node)
+            agreement.batches = bool(answer["batches"])
             agreement.durable = answer["durability"] == Durability.POWER.value
             agreement.running = answer["stage"] == Stage.RUNNING.value
             decision = decide(mine, Lineage.from_json(answer["lineage"]))
@@ -242,25 +250,23 @@ class Dialler:
     def _plain(self, disk: PrimaryDisk, uri: str) -> Connection:
         connection = self._connection(uri, None if export_of(uri) else disk.name, self._set.options.timeout_s)
         try:
-            self._check(disk, connection)
+            self._check(disk, connection, connection.size)
         except BaseException:
             connection.close()
             raise
         return connection
 
     @staticmethod
-    def _check(disk: PrimaryDisk, connection: Connection) -> None:
-        """DiskError unless the export can be the target face of the disk."""
+    def _check(disk: PrimaryDisk, connection: Connection, size: int) -> None:
+        """DiskError unless the export can be the target face of the disk; it is for one of `size` bytes."""
         uri = connection.uri
         if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
             raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
         if connection.description in FOR_GUESTS:
             # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
             raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
-        if disk.size and connection.size != disk.size:
-            raise DiskError(
-                f"disk '{disk.name}' has {disk.size} bytes here, but {connection.size} on the secondary {uri}"
-            )
+        if disk.size and size != disk.size:
+            raise DiskError(f"disk '{disk.name}' has {disk.size} bytes here, but {size} on the secondary {uri}")
 
     @staticmethod
     def _check_open(connection: Connection) -> None:

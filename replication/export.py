@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from replication.batch import SPACE, unpack
 from replication.clients import Client
 from replication.control.inband import ControlExport
 from replication.errors import DiskError
@@ -24,7 +25,7 @@ from replication.stage import Mode
 class Export:
     """One export as one client sees it. Every method may be called by several threads at once; they raise DiskError."""
 
-    def __init__(self, node: Node, name: str, token: str | None) -> None:
+    def __init__(self, node: Node, name: str, token: str | None = None) -> None:
         """`token`: what a primary's connection has been given."""
         self._node = node
         self._gate = node.gate
@@ -66,6 +67,44 @@ class Export:
         """The client has gone."""
 
 
+class DataExport(Export):
+    """The target face for a primary: larger than the disk by the room for batches (batch.py)."""
+
+    def __init__(self, node: Node, name: str, token: str) -> None:
+        super().__init__(node, name, token)
+        self._disk_size = self.size
+        self.size += SPACE
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self._check(offset, len(buffer))
+        super().read(buffer, offset)
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        if offset != self._disk_size:
+            self._check(offset, len(data))
+            super().write(data, offset, fua)
+            return
+        if fua:
+            raise DiskError("a batch of writes cannot be forced to stable storage: flush", errno.EINVAL)
+        writes = unpack(data, self._disk_size)
+        with self._gate:
+            self._node.side.admit(self._name, self._token)
+            self._gate.count(len(writes) - 1)
+            self._faces[self._name].write_batch(writes)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        self._check(offset, length)
+        super().zero(offset, length, may_trim, fua)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        self._check(offset, length)
+        return super().extents(offset, length)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset + length > self._disk_size:
+            raise DiskError(f"{length} bytes at {offset} are behind the disk's end", errno.EINVAL)
+
+
 class Exports:
     """The exports of a node, by name."""
 
@@ -98,4 +137,4 @@ class Exports:
             raise DiskError(
                 f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
             )
-        return Export(self._node, wanted, token)
+        return Export(self._node, wanted) if token is None else DataExport(self._node, wanted, token)

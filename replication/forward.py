@@ -21,19 +21,31 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import Enum
 
+from replication import batch
 from replication.backlog import FLIGHT_MAX, Budget, Entry, InFlight, Kind, cost
 from replication.errors import DiskError
 from replication.image.connection import Connection, Request
 from replication.pause import pause
 
 WINDOW = 256
-"""Requests in flight. On one machine 64 are enough for 77k a second (DESIGN 8), but over a round trip of 40 ms they
-would be 1,600. Many more would grow too old before a slow disk comes to them: a link is lost with a request that waits
-for four times its timeout (Connection)."""
+"""Entries in flight that are sent one by one. On one machine 64 are enough for 77k a second (DESIGN 8), but over a
+round trip of 40 ms they would be 1,600. Many more would grow too old before a slow disk comes to them: a link is lost
+with a request that waits for four times its timeout (Connection)."""
+
+BATCHED_WINDOW = 4096
+"""Entries in flight at most where the secondary takes small writes together, and has shown that it is quick: the window
+grows with every batch that it answers within a fiftieth of the timeout, and is WINDOW again after any other."""
+
+BATCHES_IN_WINDOW = 16
+"""A batch is no longer than this part of the window: one thread of the secondary does it, and sixteen work there."""
+
+SINGLY_S = 10.0
+"""So long nothing is sent together after a batch was refused: the secondary's disk is slow (it does single writes side
+by side), or it fails, and then every write has to be answered by itself."""
 
 _IDLE_S = 1.0
 _WIND_UP_S = 1.0
@@ -44,6 +56,9 @@ rounds a second."""
 _ACTIVE_S = 0.02
 """After the last entry the thread naps for so long before it sleeps: waking it costs the guest a system call."""
 
+
+_SMALL = 32 << 10
+"""Longest write that is sent together with others: larger ones cost a request little."""
 
 Failed = Callable[[Entry, DiskError], None]
 
@@ -80,14 +95,19 @@ class Forwarder:
         self._lock = threading.Lock()
         self._queue: deque[Entry] = deque()
         self._in_flight = InFlight()
-        # Entries that the secondary has answered and their errno; only the forwarding thread touches it.
-        self._answered: deque[tuple[Entry, int]] = deque()
+        # What the secondary has answered, entries sent together, and their errno; only the forwarding thread touches
+        # it.
+        self._answered: deque[tuple[Sequence[Entry], int]] = deque()
         # Entries queued or in flight that somebody waits for (of cuts, those that are not reached yet).
         self._awaited = 0
         self._rest = Rest.NONE
         self._up = False
         self._stopping = False
         self._connection: Connection | None = None
+        # Where a write of several entries goes (batch.py), None where the other side takes no such thing.
+        self._batch_at: int | None = None
+        self._window = WINDOW
+        self._singly_until = 0.0
         self._thread: threading.Thread | None = None
         self.bytes_forwarded = 0
 
@@ -98,12 +118,16 @@ class Forwarder:
         """Whether entries put now will be sent."""
         return self._up
 
-    def adopt(self, connection: Connection) -> None:
-        """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`)."""
+    def adopt(self, connection: Connection, batch_at: int | None = None) -> None:
+        """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`). `batch_at`: the
+        offset for batches, if the other side takes them."""
         connection.timeout_s = self.timeout_s
         self._thread = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
         with self._lock:
             self._connection = connection
+            self._batch_at = batch_at
+            self._window = WINDOW
+            self._singly_until = 0.0
             self._stopping = False
             self._up = True
         try:
@@ -137,22 +161,23 @@ class Forwarder:
 
     # -- queue ---------------------------------------------------------------------------------------------
 
-    def reserve(self, entries: Sequence[Entry]) -> bool:
-        """Wait for room for all the entries, at most until the link counts as lost; False when it does."""
+    def reserve(self, size: int) -> bool:
+        """Wait for room for entries that cost `size` bytes together, at most until the link counts as lost; False when
+        it does."""
         connection = self._connection
-        if not self.up or connection is None:
+        if not self._up or connection is None:
             return False
-        if self._budget.take(cost(entries), lambda: not self.up, self.timeout_s):
+        if self._budget.take_now(size) or self._budget.take(size, lambda: not self._up, self.timeout_s):
             return True
-        if self.up:
+        if self._up:
             self._lose(
                 connection, DiskError(f"the secondary took no data from the full queue for {self.timeout_s:g} s")
             )
         return False
 
-    def unreserve(self, entries: Sequence[Entry]) -> None:
+    def unreserve(self, size: int) -> None:
         """The entries will not be put after all."""
-        self._budget.give(cost(entries))
+        self._budget.give(size)
 
     def put(self, *entries: Entry) -> None:
         """Queue entries for which `reserve` has made room, all of them on one side of a cut. They may end before this
@@ -198,7 +223,7 @@ class Forwarder:
     def queue_bytes(self) -> int:
         """Bytes put and not yet answered."""
         with self._lock:
-            return sum(len(entry.data) for entry in [*self._queue, *self._in_flight])
+            return self._in_flight.bytes + sum(len(entry.data) for entry in self._queue)
 
     @property
     def idle(self) -> bool:
@@ -237,14 +262,14 @@ class Forwarder:
                 in_flight = len(self._in_flight)
                 # What the guest does not wait for is sent in batches: a hand-over of the GIL for every write costs the
                 # guest more than the write itself (4k writes at depth 16 to a slow disk: 6k without, 9k with it).
-                hurry = self._awaited > 0 or bool(self._queue) or in_flight >= WINDOW
+                hurry = self._awaited > 0 or bool(self._queue)
                 nap = not hurry and (in_flight > 0 or time.monotonic() < active_until)
                 held = not in_flight and bool(self._queue)
                 self._rest = Rest.NONE if entries else Rest.NAP if nap else Rest.HELD if held else Rest.SLEEP
             if entries:
                 active_until = time.monotonic() + _ACTIVE_S
-                for entry in entries:
-                    self._send(connection, entry)
+                for together in [entries] if len(entries) == 1 else self._sent_together(entries):
+                    self._send(connection, together)
                 connection.drain_alone()
             elif nap:
                 connection.nap(_NAP_S)
@@ -260,17 +285,18 @@ class Forwarder:
     def _next_locked(self) -> list[Entry]:
         """The next entries, moved into flight, up to the first that has to wait for one in flight."""
         entries: list[Entry] = []
-        while self._queue and len(self._in_flight) < WINDOW:
-            entry = self._queue[0]
+        queue, in_flight = self._queue, self._in_flight
+        room = self._window - len(in_flight)
+        while queue and len(entries) < room:
+            entry = queue[0]
             if entry.kind is Kind.CUT:
-                if self._in_flight or not self._passed_locked(entry):
+                if in_flight or not self._passed_locked(entry):
                     break
-            elif self._in_flight.meets(entry) or (self._in_flight and self._in_flight.bytes > FLIGHT_MAX):
+            elif in_flight.bytes > FLIGHT_MAX or not in_flight.admit(entry):
                 break
             else:
-                self._in_flight.add(entry)
                 entries.append(entry)
-            self._queue.popleft()
+            queue.popleft()
         return entries
 
     def _passed_locked(self, cut: Entry) -> bool:
@@ -280,34 +306,79 @@ class Forwarder:
             cut.end(True)
         return cut.let_go
 
-    def _send(self, connection: Connection, entry: Entry) -> None:
+    def _sent_together(self, entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+        """The entries, which do not overlap, in groups of one request each."""
+        group: list[Entry] = []
+        size = 0
+        longest = self._window // BATCHES_IN_WINDOW
+        together = self._batch_at is not None and time.monotonic() > self._singly_until
+        for entry in entries:
+            length = len(entry.data)
+            if not together or not length or length > _SMALL or entry.fua:
+                yield [entry]
+                continue
+            if size + length > batch.DATA_MAX or len(group) == longest:
+                yield group
+                group, size = [], 0
+            group.append(entry)
+            size += length
+        if group:
+            yield group
+
+    def _send(self, connection: Connection, entries: Sequence[Entry]) -> None:
+        """Send entries as one request."""
         pause("forward.send")
+        sent_s = time.monotonic()
 
         def answered(request: Request) -> None:
-            self._answered.append((entry, request.errno))
+            if len(entries) > 1:
+                self._learn(len(entries), not request.errno, time.monotonic() - sent_s)
+            self._answered.append((entries, request.errno))
 
+        first = entries[0]
         try:
-            if entry.kind is Kind.WRITE:
-                connection.write_alone(entry.data, entry.offset, entry.flags, answered)
+            if len(entries) > 1:
+                assert self._batch_at is not None
+                packed = batch.pack((entry.offset, entry.data) for entry in entries)
+                connection.write_alone(packed, self._batch_at, 0, answered)
+            elif first.kind is Kind.WRITE:
+                connection.write_alone(first.data, first.offset, first.flags, answered)
             else:
-                connection.issue(entry.issue, 0, answered)
+                connection.issue(first.issue, 0, answered)
         except DiskError as error:
-            self._answered.append((entry, error.errno))
+            self._answered.append((entries, error.errno))
+
+    def _learn(self, count: int, arrived: bool, age_s: float) -> None:
+        """A batch was answered: how much may be in flight, and whether anything may be sent together."""
+        if not arrived:
+            self._singly_until = time.monotonic() + SINGLY_S
+        if arrived and age_s < self.timeout_s / 50:
+            self._window = min(BATCHED_WINDOW, self._window + count)
+        else:
+            self._window = WINDOW
 
     def _end_answered(self, connection: Connection) -> None:
         """End the entries that the secondary has answered; the link's own failure is told once, not for each."""
         while self._answered:
-            entry, number = self._answered.popleft()
+            entries, number = self._answered.popleft()
             if number and not connection.dead:
-                what = f"the secondary answered {entry.kind.value} of {entry.length} bytes at {entry.offset} with"
-                self._failed(entry, DiskError(f"{what}: {os.strerror(number)}", number))
+                if len(entries) > 1:
+                    # Which of them it was shows when they are sent one by one; they stay in flight until then.
+                    for entry in entries:
+                        self._send(connection, [entry])
+                    continue
+                first = entries[0]
+                what = f"the secondary answered {first.kind.value} of {first.length} bytes at {first.offset} with"
+                self._failed(first, DiskError(f"{what}: {os.strerror(number)}", number))
             with self._lock:
-                self._in_flight.remove(entry)
-                self._awaited -= entry.ended is not None
-            if not number:
-                self.bytes_forwarded += entry.length
-            self._budget.give(entry.cost)
-            entry.end(not number)
+                self._in_flight.remove(entries)
+                if self._awaited:
+                    self._awaited -= sum(entry.ended is not None for entry in entries)
+            self._budget.give(cost(entries))
+            for entry in entries:
+                if not number:
+                    self.bytes_forwarded += entry.length
+                entry.end(not number)
 
     def _lose(self, connection: Connection, error: DiskError) -> None:
         """The link is lost: from now on entries end at once. Called by the forwarding thread, and by a guest's

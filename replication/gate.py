@@ -34,17 +34,20 @@ class Gate:
     """`with gate:` around every request; `with gate.closed():` around what needs them all out."""
 
     def __init__(self) -> None:
-        # Protects the two fields below. Never held across I/O.
+        # Protects the three fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._shut = False
+        self.passed = 0
+        """How many have entered so far."""
 
     def __enter__(self) -> None:
         with self._lock:
             if self._shut:
                 self._wait_open_locked()
             self._inside += 1
+            self.passed += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -53,6 +56,11 @@ class Gate:
             self._inside -= 1
             if self._shut and not self._inside:
                 self._changed.notify_all()
+
+    def count(self, more: int) -> None:
+        """What has entered was more requests than one."""
+        with self._lock:
+            self.passed += more
 
     @property
     def idle(self) -> bool:

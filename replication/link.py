@@ -134,7 +134,7 @@ class Link:
                 self._wanted = True
                 self._reason = None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
-                    disk.forwarder.adopt(connection)
+                    disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
                 self._agreement = agreement
                 self._show_locked(LinkState.SYNCHRONIZING)
                 self._changed.notify_all()

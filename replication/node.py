@@ -167,6 +167,10 @@ class Node:
         self.side.close()
         self._state.close()
 
+    def traffic(self) -> tuple[int, int]:
+        """Requests and bytes served so far; for placement.py, so roughly."""
+        return self.gate.passed, self.side.bytes_served
+
     # -- stage ---------------------------------------------------------------------------------------------
 
     @property
@@ -377,6 +381,7 @@ class Node:
                 "stage": self.stage.value,
                 "epoch": self._state.epoch,
                 "durability": self._options.durability.value,
+                "batches": self._secondary().takes_batches,
             }
 
     def pair_prepare(self, token: str) -> None:

@@ -106,6 +106,8 @@ class Options:
     tls: Tls = field(default_factory=Tls)
     guests_local: bool = False
     """Whether guests' exports are only for clients on this host."""
+    placement: bool = True
+    """Whether the process chooses the cores of its threads (placement.py)."""
 
 
 @dataclass
@@ -410,6 +412,12 @@ def _set_guest_access(options: Options, value: str) -> None:
     options.guests_local = value == "local"
 
 
+def _set_placement(options: Options, value: str) -> None:
+    if value not in ("auto", "none"):
+        raise ConfigError(f"placement={value} should be auto or none")
+    options.placement = value == "auto"
+
+
 def _set_secondary(options: Options, value: str) -> None:
     options.secondary = value
 
@@ -429,6 +437,7 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "tls-psk": _set_tls_psk,
     "tls-username": _set_tls_username,
     "guest-access": _set_guest_access,
+    "placement": _set_placement,
 }
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))

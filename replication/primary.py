@@ -163,7 +163,7 @@ class PrimarySide(Side):
             with self._set.gate.closed():
                 record.secondary, record.partner = secondary or former[0], agreement.node
                 for disk, connection in zip(self.disks, agreement.connections, strict=True):
-                    self._learn_size(disk, connection.size)
+                    self._learn_size(disk, agreement.disk_size(connection))
                 self._set.enter(Stage.RUNNING)
                 # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
                 self._set.state.count_epoch(0.0, agreement.epoch, joins=agreement.running)
@@ -346,6 +346,10 @@ class PrimarySide(Side):
                 for disk in self.disks
             ],
         }
+
+    @property
+    def bytes_served(self) -> int:
+        return sum(disk.bytes_read + disk.bytes_written for disk in self.disks)
 
     def faces(self) -> dict[str, Face]:
         shown = {}

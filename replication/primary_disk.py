@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from replication.ancestry import Ancestry
-from replication.backlog import DATA_MAX, ZERO_MAX, Entry, Kind
+from replication.backlog import DATA_MAX, ZERO_MAX, Entry, Kind, cost
 from replication.changes import ChangeMap
 from replication.content import ZERO_RUN_MAX, known_zeroes, what_is_read
 from replication.errors import DiskError
@@ -113,36 +113,28 @@ class PrimaryDisk:
 
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write locally and forward."""
-        entries = [
-            Entry(Kind.WRITE, offset + at, min(DATA_MAX, len(data) - at), fua=fua and self._sync, waited_for=self._sync)
-            for at in range(0, len(data), DATA_MAX)
-        ]
-        for entry in entries:
-            entry.load(data[entry.offset - offset : entry.offset - offset + entry.length])
-
-        def locally(local: Disk) -> None:
-            local.write([data], offset, fua)
-
-        self._change("write", offset, len(data), fua, entries, locally)
+        length = len(data)
+        if length <= DATA_MAX:
+            entries: Sequence[Entry] = (Entry(Kind.WRITE, offset, length, self._ended, self._sync),)
+            entries[0].load(data)
+        else:
+            entries = [
+                Entry(Kind.WRITE, offset + at, min(DATA_MAX, length - at), self._ended, self._sync)
+                for at in range(0, length, DATA_MAX)
+            ]
+            for entry in entries:
+                entry.load(data[entry.offset - offset : entry.offset - offset + entry.length])
+        self._change("write", offset, length, fua, entries, (data,), offset, fua)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
         entries = [
-            Entry(
-                Kind.ZERO,
-                offset + at,
-                min(ZERO_MAX, length - at),
-                fua=fua and self._sync,
-                may_trim=may_trim,
-                waited_for=self._sync,
-            )
+            Entry(Kind.ZERO, offset + at, min(ZERO_MAX, length - at), self._ended, self._sync)
             for at in range(0, length, ZERO_MAX)
         ]
-
-        def locally(local: Disk) -> None:
-            local.zero(offset, length, may_trim, fua)
-
-        self._change("zero", offset, length, fua, entries, locally)
+        for entry in entries:
+            entry.may_trim = may_trim
+        self._change("zero", offset, length, fua, entries, offset, length, may_trim, fua)
 
     def flush(self) -> None:
         """Make stable what the guest was answered for: on the local disk, and with protocol=sync on the
@@ -156,27 +148,24 @@ class PrimaryDisk:
             self.finish_barrier(self.begin_barrier())
 
     def _change(
-        self,
-        operation: str,
-        offset: int,
-        length: int,
-        fua: bool,
-        entries: list[Entry],
-        locally: Callable[[Disk], None],
+        self, operation: str, offset: int, length: int, fua: bool, entries: Sequence[Entry], *arguments: object
     ) -> None:
-        local = self.local
+        """Change the local disk by its method `operation(*arguments)`, and the secondary's by the entries."""
         if self.stage is not Stage.RUNNING:
-            if local is None:
+            if self.local is None:
                 raise self._not_running()
             # Not forwarded, but remembered for the resync of the next pair.
             self.changes.mark(offset, length)
             self._part(fua)
-            self._tell(operation, offset, length, lambda: locally(local))
+            self._change_locally(self.local, operation, offset, length, arguments)
             self.bytes_written += length
             return
+        if fua and self._sync:
+            for entry in entries:
+                entry.fua = True
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            self._change_held(operation, offset, length, fua, entries, locally)
+            self._change_held(operation, offset, length, fua, entries, arguments)
         finally:
             self.ranges.release(held)
         if self._sync:
@@ -190,42 +179,52 @@ class PrimaryDisk:
         offset: int,
         length: int,
         fua: bool,
-        entries: list[Entry],
-        locally: Callable[[Disk], None],
+        entries: Sequence[Entry],
+        arguments: tuple[object, ...],
     ) -> None:
         """One write in `running`, with its range held: mark, write, queue."""
-        local = self.local
+        changes, forwarder = self.changes, self.forwarder
         for entry in entries:
-            entry.on_end = self._ended
-            self.changes.begin(entry.offset, entry.length)
-        queued = self.forwarder.reserve(entries)
+            changes.begin(entry.offset, entry.length)
+        size = entries[0].cost if len(entries) == 1 else cost(entries)
+        queued = forwarder.reserve(size)
         if not queued:
             # Without a link the mark is all that remains of the write.
             self._part(fua)
             _end(entries)
         pause("primary-write.marked")
-        if queued and self._sync:
+        ahead = queued and self._sync
+        if ahead:
             # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process killed
             # when the secondary has it and the local disk does not must send it again.
-            self.changes.begin(offset, length)
-            self.forwarder.put(*entries)
+            changes.begin(offset, length)
+            forwarder.put(*entries)
         try:
-            if local is not None:
-                self._tell(operation, offset, length, lambda: locally(local))
+            if self.local is not None:
+                self._change_locally(self.local, operation, offset, length, arguments)
         except BaseException:
             # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
-            self.changes.mark(offset, length)
-            if queued and self._sync:
-                self.changes.end(offset, length, False)
+            changes.mark(offset, length)
+            if ahead:
+                changes.end(offset, length, False)
             elif queued:
-                self.forwarder.unreserve(entries)
+                forwarder.unreserve(size)
                 _end(entries)
             raise
         pause("primary-write.written")
-        if queued and self._sync:
-            self.changes.end(offset, length, True)
+        if ahead:
+            changes.end(offset, length, True)
         elif queued:
-            self.forwarder.put(*entries)
+            forwarder.put(*entries)
+
+    def _change_locally(
+        self, local: Disk, operation: str, offset: int, length: int, arguments: tuple[object, ...]
+    ) -> None:
+        try:
+            getattr(local, operation)(*arguments)
+        except DiskError as error:
+            self._faults.tell(Case.PRIMARY_DISK, self.name, operation, offset, length, error)
+            raise
 
     def _part(self, fua: bool) -> None:
         """The other node will not get a write that is about to be made here."""
@@ -246,7 +245,7 @@ class PrimaryDisk:
     def begin_barrier(self) -> Barrier:
         """Queue a flush behind everything answered so far."""
         entry = Entry(Kind.FLUSH, waited_for=True)
-        if not self.forwarder.reserve([entry]):
+        if not self.forwarder.reserve(entry.cost):
             return Barrier(None, True)
         with self._order:
             lacking = self.changes.missing
@@ -300,7 +299,7 @@ class PrimaryDisk:
             entries = entries_of(self.local, offset, length)
             for entry in entries:
                 entry.on_end = ended
-            if not entries or not self.forwarder.reserve(entries):
+            if not entries or not self.forwarder.reserve(cost(entries)):
                 return ()
             with self._order:
                 for entry in entries:
@@ -317,7 +316,7 @@ class PrimaryDisk:
         self.changes.close()
 
 
-def _end(entries: list[Entry]) -> None:
+def _end(entries: Sequence[Entry]) -> None:
     """End entries that were not put."""
     for entry in entries:
         entry.end(False)

@@ -16,6 +16,7 @@ from replication.fault import Case
 from replication.fill import FillWatch
 from replication.image.disk import open_disk
 from replication.image.face import Disk
+from replication.image.file import FileDisk
 from replication.image.layer import LayerError
 from replication.images import Found, open_images
 from replication.lineage import new_id
@@ -408,6 +409,13 @@ class SecondarySide(Side):
             return name, token
         return export, None
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether a primary should send small writes together: one thread does them, one after the other, which is
+        quick in a file, but not on a disk behind a network. (A file may be slow as well: SecondaryDisk finds that
+        out.)"""
+        return all(isinstance(disk.disk, FileDisk) for disk in self.disks)
+
     def admit(self, face: str, token: str | None) -> None:
         if face in self._targets:
             self.pairing.admit(token)
@@ -515,6 +523,10 @@ class SecondarySide(Side):
                 for disk, stack in [(disk, disk.stack) for disk in self.disks]
             ],
         }
+
+    @property
+    def bytes_served(self) -> int:
+        return sum(sum(disk.totals.values()) for disk in self.disks)
 
     def faces(self) -> dict[str, Face]:
         shown = {}

@@ -9,10 +9,12 @@ primary, and a write that failed is latched, because the secondary disk now lack
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from replication.ancestry import Ancestry
+from replication.batch import Write
 from replication.changes import GRAIN, ChangeMap
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
@@ -27,6 +29,14 @@ _TARGET_CASES = {
     Layer.SECONDARY: Case.SECONDARY_DISK,
     Layer.ACTIVE: Case.ACTIVE_DISK,
 }
+
+SLOW_S = 1e-3
+"""Seconds that a write of a batch may take before the disk counts as slow: a hundred times what it takes in the page
+cache, a fifth of what a disk with heads needs to read the old content."""
+_SLOW_BATCHES, _PACE_COUNT = 3, 4
+"""So many batches in a row, of so many writes at least, must have been slow: one may have been held up by chance."""
+SLOW_AGAIN_S = 30.0
+"""So long batches are refused then."""
 
 
 class SecondaryDisk:
@@ -59,6 +69,9 @@ class SecondaryDisk:
         """Called when a target write has made `lost` empty."""
         self._faults = faults
         self._ancestry = ancestry
+        self._slow_batches = 0
+        # Until when batches are refused.
+        self._slow_until = 0.0
         self.totals = {"guest-read": 0, "guest-written": 0, "target-read": 0, "target-written": 0}
 
     def open_maps(self, open_map: Callable[[str], ChangeMap]) -> None:
@@ -183,6 +196,7 @@ class SecondaryDisk:
             self.target_zero,
             self.target_flush,
             self.target_extents,
+            self.target_write_batch,
         )
 
     def target_read(self, buffer: memoryview, offset: int) -> None:
@@ -199,8 +213,56 @@ class SecondaryDisk:
         if stack is None:
             self.disk.write([data], offset, fua)
         else:
-            self._target("write", offset, len(data), lambda: stack.write_below(data, offset, fua))
+            lacked = self.lost.missing
+            try:
+                stack.write_below(data, offset, fua)
+            except DiskError as error:
+                self._target_failed("write", offset, len(data), error)
+                raise
+            if lacked and not self.lost.missing:
+                self.repaired()
         self.totals["target-written"] += len(data)
+
+    def target_write_batch(self, writes: Sequence[Write]) -> None:
+        """Do what `target_write` does for each, in their order, at half the cost for small ones
+        (Stack.write_all_below). When some fail the others are done all the same; DiskError for the first."""
+        self._for_target()
+        begun_s = time.monotonic()
+        if begun_s < self._slow_until:
+            raise DiskError(f"disk '{self.name}' is slow: its writes should come one by one", errno.EBUSY)
+        stack = self.stack
+        failures: list[DiskError] = []
+        if self.stage is Stage.NONE or stack is None or not self.accepts_writes:
+            for offset, data in writes:
+                try:
+                    self.target_write(data, offset, False)
+                except DiskError as error:
+                    failures.append(error)
+        else:
+            if self.from_stranger():
+                for offset, data in writes:
+                    self.changes.mark(offset, len(data))
+            lacked = self.lost.missing
+            self.totals["target-written"] += sum([len(data) for _, data in writes])
+            for index, failure in stack.write_all_below(writes):
+                offset, data = writes[index]
+                self._target_failed("write", offset, len(data), failure)
+                self.totals["target-written"] -= len(data)
+                failures.append(failure)
+            if lacked and not self.lost.missing:
+                self.repaired()
+        self._learn_pace(len(writes), time.monotonic() - begun_s)
+        if failures:
+            raise failures[0]
+
+    def _learn_pace(self, count: int, seconds: float) -> None:
+        """A batch has taken so long. Writes that wait for the disk should do so side by side."""
+        if count < _PACE_COUNT or seconds < count * SLOW_S:
+            self._slow_batches = 0
+            return
+        self._slow_batches += 1  # several threads may be here; to miss one is nothing
+        if self._slow_batches >= _SLOW_BATCHES:
+            self._slow_until = time.monotonic() + SLOW_AGAIN_S
 
     def target_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zeroes and trims of the primary; they destroy data, so they are copied before like writes."""
@@ -248,16 +310,19 @@ class SecondaryDisk:
         try:
             action()
         except DiskError as error:
-            case = Case.SECONDARY_DISK
-            if isinstance(error, LayerError):
-                case = _TARGET_CASES[error.layer]
-                operation, offset, length = error.operation, error.offset, error.length
-            self._faults.report(case, self.name, operation, offset, length, error)
-            if case is Case.COPY_BEFORE_WRITE and isinstance(error, LayerError):
-                self.backup_failed(error)
+            self._target_failed(operation, offset, length, error)
             raise
         if lacked and not self.lost.missing:
             self.repaired()
+
+    def _target_failed(self, operation: str, offset: int, length: int, error: DiskError) -> None:
+        case = Case.SECONDARY_DISK
+        if isinstance(error, LayerError):
+            case = _TARGET_CASES[error.layer]
+            operation, offset, length = error.operation, error.offset, error.length
+        self._faults.report(case, self.name, operation, offset, length, error)
+        if case is Case.COPY_BEFORE_WRITE and isinstance(error, LayerError):
+            self.backup_failed(error)
 
     # -- the rest ------------------------------------------------------------------------------------------
 
@@ -304,7 +369,7 @@ def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Fa
     def refuse(*_arguments: object) -> NoReturn:
         raise error()
 
-    return Face(description, lambda: size, refuse, refuse, refuse, refuse, refuse)
+    return Face(description, lambda: size, refuse, refuse, refuse, refuse, refuse, refuse)
 
 
 def _nobody(*_arguments: object) -> None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from replication.ancestry import Ancestry
+from replication.batch import Write
+from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.gate import Gate
@@ -31,6 +34,10 @@ OF_PAIRS = (TARGET_FACE, CHANGING_FACE)
 """What exports say of themselves whose node has a control export, or will have one soon."""
 
 
+def _no_batches(_writes: Sequence[Write]) -> None:
+    raise DiskError("batches of writes are for the target face", errno.EINVAL)
+
+
 class Face(NamedTuple):
     """What is behind an export at present. Every operation may be called by several threads at once, inside the gate,
     and raises DiskError."""
@@ -49,6 +56,8 @@ class Face(NamedTuple):
     """Make stable what was answered, on any connection: that is what multi-conn promises."""
     extents: Callable[[int, int], list[Extent]]
     """`extents(offset, length)`: extents from `offset` on."""
+    write_batch: Callable[[Sequence[Write]], None] = _no_batches
+    """`write_batch(writes)`: writes of a primary, as if one after the other (batch.py)."""
 
 
 @dataclass
@@ -138,6 +147,11 @@ class Side(ABC):
     @abstractmethod
     def query(self) -> dict[str, Any]:
         """The members of query-replication that depend on the mode: `consistent`, `link`, `disks`."""
+
+    @property
+    @abstractmethod
+    def bytes_served(self) -> int:
+        """Read and written by clients since the side is there."""
 
     @abstractmethod
     def close(self) -> None:

@@ -328,7 +328,8 @@ def test_what_an_old_connection_has_in_its_socket_is_refused_once_there_is_a_new
         "filters": ["log"],
         "filter_arguments": [f"logfile={log}"],
     }
-    pair = make_pair(rate=20 * MIB, secondary_options=options)
+    # Few and small writes: each is soon in the socket as a whole, also one of a batch.
+    pair = make_pair(rate=256 * KIB, length_max=4 * KIB, secondary_options=options)
     with pair.load.pausing():
         drained(pair.primary)
         points.arm("target-write.written")

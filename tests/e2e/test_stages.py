@@ -14,7 +14,21 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import KIB, MIB, DelayedEndpoint, Lab, Pair, Primary, Qmp, Secondary, Server, drained, nbd_refusal, pattern
+from lab import (
+    KIB,
+    MIB,
+    DelayedEndpoint,
+    Lab,
+    Pair,
+    Primary,
+    Qmp,
+    Secondary,
+    Server,
+    drained,
+    nbd_refusal,
+    pattern,
+    wait_until,
+)
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)
@@ -395,6 +409,23 @@ def test_a_running_primary_without_a_disk_forwards_writes_and_refuses_reads(
     primary.checkpoint()
     assert secondary.disks[0].read_bytes() == changed(OLD, (77, NEW), (3 * BLOCK, bytes(BLOCK)))
     refuse_all(handle, {name: READING[name] for name in ("read", "cache")}, errno.EIO)
+
+
+def test_a_primary_without_a_disk_has_the_size_of_the_secondarys_also_when_it_was_started_first(
+    forwarding: tuple[Secondary, Primary],
+) -> None:
+    """What it asks then is an export of the pair's own, which is larger (batch.py)."""
+    secondary, primary = forwarding
+    secondary.start_replication()
+    primary.start_replication()
+    assert primary.connect("disk0").get_size() == MIB
+    primary.kill()
+    primary.start()
+    wait_until(lambda: primary.status()["link"]["state"] == "in-sync", "the link comes back")
+    handle = primary.connect("disk0")
+    handle.pwrite(NEW, MIB - BLOCK)
+    primary.checkpoint()
+    assert secondary.disks[0].read_bytes() == changed(OLD, (MIB - BLOCK, NEW))
 
 
 # -- the way to done ---------------------------------------------------------------------------------------------

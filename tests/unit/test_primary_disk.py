@@ -40,18 +40,17 @@ class Link:
         self.up = True
         self.put_entries: list[Entry] = []
         self.puts: list[int] = []
-        self.reserved: list[Entry] = []
+        self.reserved = 0
         self.before_put: Callable[[Entry], None] = lambda _: None
         self.awaited = threading.Semaphore(0)
 
-    def reserve(self, entries: Sequence[Entry]) -> bool:
+    def reserve(self, size: int) -> bool:
         if self.up:
-            self.reserved += entries
+            self.reserved += size
         return self.up
 
-    def unreserve(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self.reserved.remove(entry)
+    def unreserve(self, size: int) -> None:
+        self.reserved -= size
 
     def put(self, *entries: Entry) -> None:
         for entry in entries:
@@ -60,7 +59,7 @@ class Link:
         self.puts.append(len(entries))
         if not self.up:
             for entry in entries:
-                self.reserved.remove(entry)
+                self.reserved -= entry.cost
                 entry.end(False)
 
     def await_end(self, entry: Entry) -> bool:
@@ -70,7 +69,7 @@ class Link:
         return entry.arrived
 
     def answer(self, entry: Entry, arrived: bool = True) -> None:
-        self.reserved.remove(entry)
+        self.reserved -= entry.cost
         entry.end(arrived)
 
     @property
@@ -219,7 +218,7 @@ def test_when_not_running_a_change_is_local_and_remembered(make: Make, stage: St
     assert bench.states == [CLEAN, MISSING, CLEAN, CLEAN]
     assert bench.content[GRAIN : GRAIN + 4 * KIB] == changed(kind)
     bench.disk.flush()
-    assert (bench.local.flushes, bench.link.put_entries, bench.link.reserved) == (1, [], [])
+    assert (bench.local.flushes, bench.link.put_entries, bench.link.reserved) == (1, [], 0)
     assert bench.disk.bytes_written == 4 * KIB
 
 
@@ -368,7 +367,7 @@ def test_without_a_link_a_change_succeeds_and_its_grain_is_missing(
     assert all(states == [MISSING, CLEAN, CLEAN, CLEAN] for states in seen)
     assert len(seen) == with_local
     assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
-    assert (bench.link.put_entries, bench.link.reserved) == ([], [])
+    assert (bench.link.put_entries, bench.link.reserved) == ([], 0)
     if with_local:
         assert bench.content[: 4 * KIB] == changed(kind)
 
@@ -384,7 +383,7 @@ def test_a_link_lost_during_the_local_write_leaves_the_grain_missing(make: Make)
     hold.release()
     done(guest)
     assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
-    assert bench.link.reserved == []
+    assert bench.link.reserved == 0
 
 
 # -- running: the local disk fails -------------------------------------------------------------------------------
@@ -398,7 +397,7 @@ def test_async_forwards_nothing_of_a_change_that_failed_locally(make: Make, kind
     with pytest.raises(DiskError, match="broken"):
         done(change(bench, kind))
     assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
-    assert (bench.link.put_entries, bench.link.reserved) == ([], [])
+    assert (bench.link.put_entries, bench.link.reserved) == ([], 0)
     assert (bench.told, bench.faults.fault, bench.disk.bytes_written) == ([Case.PRIMARY_DISK], None, 0)
     bench.waiting(0)
 
@@ -599,7 +598,7 @@ def test_a_barrier_fails_without_a_link(make: Make, when: str) -> None:
     if barrier.entry is not None:
         bench.link.answer(barrier.entry, arrived=False)
     assert bench.disk.finish_barrier(barrier) is False
-    assert bench.link.reserved == []
+    assert bench.link.reserved == 0
 
 
 @pytest.mark.parametrize("when", ["before", "while it is waited for"])
@@ -701,7 +700,7 @@ def test_a_grain_whose_resending_does_not_arrive_is_missing_again(make: Make, lo
     assert len(done(resend(bench, ended))) == (lost == "after")
     if lost == "after":
         bench.link.answer(bench.link.put_entries[0], arrived=False)
-    assert (bench.states[0], bench.link.reserved) == (MISSING, [])
+    assert (bench.states[0], bench.link.reserved) == (MISSING, 0)
     assert ended == ([False] if lost == "after" else []), "what was never sent has not ended"
     bench.waiting(0)
 
@@ -713,7 +712,7 @@ def test_a_grain_that_cannot_be_read_stays_missing(make: Make, monkeypatch: pyte
     ended: list[bool] = []
     with pytest.raises(DiskError, match="broken"):
         done(resend(bench, ended))
-    assert (bench.states[0], ended, bench.link.put_entries, bench.link.reserved) == (MISSING, [], [], [])
+    assert (bench.states[0], ended, bench.link.put_entries, bench.link.reserved) == (MISSING, [], [], 0)
     bench.waiting(0)
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lab import make_raw
+from replication import secondary_disk
 from replication.ancestry import Ancestry
 from replication.changes import GRAIN, ChangeMap
 from replication.errors import DiskError
@@ -312,3 +314,120 @@ def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage(
     else:
         shared.disk.guest_zero(0, 8, True, True)
     assert flushed == [shared.ancestry.lineage.current]
+
+
+# -- many target writes at once ------------------------------------------------------------------------------------
+
+
+def many(*offsets: int) -> list[tuple[int, memoryview]]:
+    return [(offset, DATA) for offset in offsets]
+
+
+@pytest.mark.parametrize("stage", [Stage.NONE, Stage.RUNNING], ids=lambda stage: stage.value)
+def test_many_target_writes_do_what_single_ones_do(bench: Bench, stage: Stage) -> None:
+    bench.disk.stage = stage
+    bench.disk.target_write_batch(many(0, 8, 100_000))
+    assert bench.target(0) == bench.target(8) == bench.target(100_000) == bytes(DATA)
+    assert bench.disk.totals["target-written"] == 24
+    assert bench.stack.hidden.holds_any(0, 1) == (stage is Stage.RUNNING)
+    assert not bench.disk.changes.missing
+
+
+@pytest.mark.parametrize("stage", [Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE], ids=lambda stage: stage.value)
+def test_many_writes_of_an_old_primary_are_kept_out_together(bench: Bench, stage: Stage) -> None:
+    bench.disk.stage = stage
+    refused(errno.ESHUTDOWN, lambda: bench.disk.target_write_batch(many(0, 8)))
+    data = bytearray(8)
+    bench.raw.read(memoryview(data), 0)
+    assert data == b"\x11" * 8
+
+
+def test_what_fails_of_many_target_writes_is_latched_and_counted_like_single_ones(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.disk.stage = Stage.RUNNING
+    real = bench.raw.write
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        if offset == 2 * GRAIN:
+            raise DiskError("broken", errno.ENOSPC)
+        real(pieces, offset, fua)
+
+    monkeypatch.setattr(bench.raw, "write", write)
+    refused(errno.ENOSPC, lambda: bench.disk.target_write_batch(many(0, 2 * GRAIN, GRAIN)))
+    assert bench.target() == bench.target(GRAIN) == bytes(DATA), "the others are done all the same"
+    assert bench.told == [4]
+    assert bench.failed == []
+    assert list(bench.disk.lost.missing_ranges()) == [(2 * GRAIN, GRAIN)]
+    assert bench.disk.totals["target-written"] == 16
+    monkeypatch.undo()
+    whole = memoryview(bytes(GRAIN))
+    bench.disk.target_write_batch([(2 * GRAIN, whole), (0, DATA)])
+    assert bench.repairs == 1
+
+
+def test_when_copy_before_write_fails_for_many_target_writes_the_backup_learns_of_each(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.disk.stage = Stage.RUNNING
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        raise DiskError("full", errno.EIO)
+
+    monkeypatch.setattr(bench.stack.hidden.data, "write", write)
+    refused(errno.EIO, lambda: bench.disk.target_write_batch(many(0, GRAIN)))
+    assert bench.failed == ["write", "write"]
+    assert list(bench.disk.lost.missing_ranges()) == [(0, 2 * GRAIN)]
+
+
+def test_after_copy_before_write_has_ended_many_target_writes_are_refused_and_noted(bench: Bench) -> None:
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.accepts_writes = False
+    refused(errno.EIO, lambda: bench.disk.target_write_batch(many(0, 2 * GRAIN)))
+    assert list(bench.disk.lost.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
+    assert bench.told == [3]
+
+
+def test_many_writes_of_a_stranger_are_noted_as_changes(bench: Bench) -> None:
+    for stage in (Stage.NONE, Stage.RUNNING):
+        bench.disk.changes.clear()
+        bench.disk.stage = stage
+        bench.disk.from_stranger = lambda: True
+        bench.disk.target_write_batch(many(0, 2 * GRAIN))
+        assert list(bench.disk.changes.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
+
+
+def test_a_disk_that_is_slow_refuses_batches_for_a_while_and_takes_single_writes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.disk.stage = Stage.RUNNING
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(secondary_disk, "time", clock)
+    real, lasts_s = bench.raw.write, 0.0
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        clock.now += lasts_s
+        real(pieces, offset, fua)
+
+    monkeypatch.setattr(bench.raw, "write", write)
+    batch = many(0, GRAIN, 2 * GRAIN, 3 * GRAIN)
+
+    def is_refused_after(seconds: Sequence[float]) -> bool:
+        nonlocal lasts_s
+        for each_s in seconds:
+            lasts_s = each_s
+            bench.disk.target_write_batch(batch)
+        try:
+            bench.disk.target_write_batch(batch)
+        except DiskError as error:
+            return error.errno == errno.EBUSY
+        return False
+
+    slow, quick = 2 * secondary_disk.SLOW_S, secondary_disk.SLOW_S / 2
+    assert not is_refused_after([slow, slow, quick, slow])
+    assert is_refused_after([slow])
+    bench.disk.target_write(memoryview(DATA), 0, False)
+    assert bench.told == [], "nobody is told: nothing has failed"
+    clock.now += secondary_disk.SLOW_AGAIN_S
+    lasts_s = quick
+    assert not is_refused_after([quick])
