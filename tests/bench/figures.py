@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The figures to reach, and whether a run has reached them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from bench.results import LIMIT, QEMU, Results
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`work` must be `at_least` times as good as `base`, and take `at_most_s` seconds at most where that is said."""
+
+    work: str
+    at_least: float
+    base: str = QEMU
+    at_most_s: float | None = None
+
+
+FIGURES = (
+    Figure("primary-randwrite-4k-16", 4),
+    Figure("primary-randwrite-4k-1", 4),
+    Figure("primary-write-256k-16", 3),
+    Figure("primary-write-1m-16", 3),
+    Figure("primary-randread-4k-16", 2),
+    Figure("sync-randwrite-4k-16", 2),
+    Figure("guest-randwrite-4k-16", 3),
+    Figure("guest-write-256k-16", 2),
+    Figure("target-randwrite-4k-16", 2),
+    Figure("target-write-256k-16", 1.5),
+    Figure("checkpoint-4g", 100, at_most_s=0.010),
+    Figure("commit-1g", 5),
+    Figure("primary-randread-4k-16", 0.5, LIMIT),
+    Figure("primary-write-1m-16", 0.3, LIMIT),
+    Figure("slow-randread-4k-16", 0.8, LIMIT),
+    Figure("slow-randwrite-4k-16", 0.8, LIMIT),
+)
+"""Compared is the median of the ratios of all rounds. The limit is nbdkit's C file plugin, which forwards nothing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a figure with one subject. `reached` is None where there is nothing to compare."""
+
+    figure: Figure
+    subject: str
+    ratio: float | None
+    seconds: float | None
+    reached: bool | None
+
+
+def verdicts(results: Results, figures: Iterable[Figure] = FIGURES) -> Iterator[Verdict]:
+    """One for each figure whose work has run, and each subject that is neither QEMU nor the limit."""
+    for figure in figures:
+        for subject in results.subjects():
+            if subject in (QEMU, LIMIT) or not results.of(figure.work, subject):
+                continue
+            ratio = results.ratio(figure.work, subject, figure.base)
+            seconds = results.value(figure.work, subject) if figure.at_most_s is not None else None
+            reached = None if ratio is None else ratio >= figure.at_least
+            if reached and figure.at_most_s is not None:
+                reached = seconds is not None and seconds <= figure.at_most_s
+            yield Verdict(figure, subject, ratio, seconds, reached)
