@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the test guest is made of: the parts that need no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import guestimages
+from guestimages import GuestError, kernel_package, newc
+
+ENTRIES = [
+    ("bin", 0o040755, b""),
+    ("bin/tool", 0o100755, b"#!tool\n"),
+    ("bin/sh", 0o120777, b"tool"),
+    ("dev/console", 0o020600, b""),
+]
+
+
+def parsed(archive: bytes) -> list[tuple[str, int, bytes, tuple[int, int]]]:
+    """Path, mode, content and device numbers of each entry, as Linux' buffer-format.rst describes them."""
+    found, at = [], 0
+    while True:
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * index : at + 14 + 8 * index], 16) for index in range(13)]
+        mode, size, name_length = fields[1], fields[6], fields[11]
+        name = archive[at + 110 : at + 110 + name_length]
+        assert name.endswith(b"\0")
+        begin = at + (110 + name_length + 3) // 4 * 4
+        if name == b"TRAILER!!!\0":
+            assert begin == len(archive)
+            return found
+        found.append((name[:-1].decode(), mode, archive[begin : begin + size], (fields[9], fields[10])))
+        at = begin + (size + 3) // 4 * 4
+
+
+def test_an_initramfs_holds_its_entries_in_order() -> None:
+    assert parsed(newc(ENTRIES)) == [
+        (path, mode, content, (5, 1) if path == "dev/console" else (0, 0)) for path, mode, content in ENTRIES
+    ]
+
+
+def test_an_initramfs_depends_on_nothing_but_its_entries() -> None:
+    assert newc(ENTRIES) == newc(list(ENTRIES))
+    assert newc(ENTRIES) != newc(ENTRIES[:-1])
+
+
+def apt_says(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(guestimages, "run", lambda *command: text)
+
+
+def test_the_newest_kernel_is_what_the_meta_package_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    apt_says(monkeypatch, "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n")
+    assert kernel_package(["linux-image-6.1.0-99-cloud-amd64"]) == "linux-image-6.1.0-56-cloud-amd64"
+
+
+def test_without_apts_lists_the_newest_kernel_in_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    apt_says(monkeypatch, "")
+    cached = [f"linux-image-6.1.0-{number}-cloud-amd64" for number in (9, 56, 41)]
+    assert kernel_package(cached) == "linux-image-6.1.0-56-cloud-amd64"
+
+
+def test_without_both_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    apt_says(monkeypatch, "")
+    with pytest.raises(GuestError, match="apt-get update"):
+        kernel_package([])
+
+
+def test_a_failing_tool_is_told_with_what_it_said() -> None:
+    with pytest.raises(GuestError, match=r"debugfs .*/nothing: exit 1: .*No such file"):
+        guestimages.run("sh", "-c", "echo No such file >&2; exit 1", "debugfs", "/nothing")
+    with pytest.raises(GuestError, match="scripts/setup vm"):
+        guestimages.run("/no/such/tool")
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with guestimages._building(tmp_path / "made") as partial:
+            (partial / "file").touch()
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with guestimages._building(tmp_path / "made") as partial:
+        (partial / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made/file").exists()
