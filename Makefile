@@ -10,10 +10,14 @@ WORKERS ?= 3
 # For `make power`: how many histories from seed SEED on, and how many states after a cut are looked at for each.
 HISTORIES ?= 50
 SAMPLES   ?= 80
-# For `make torture`: any text as seed, how many kills, and the number of one history to replay.
+# For `make torture`: any text as seed, how many kills, and the number of one history to replay. For `make test-vm`:
+# how many hosts are killed, at moments that follow from the number SEED; without KILLS the tests of tests/vm.
 SEED    ?=
 KILLS   ?=
 HISTORY ?=
+
+# Options for scripts/bench, for example: make bench BENCH='--quick --check'
+BENCH   ?=
 
 PYTHON := .venv/bin/python
 # Recursive on purpose: nbdkit is asked only by install and uninstall.
@@ -23,12 +27,12 @@ LIBRARY := $(PREFIX)/lib/nbdkit-replication
 MODULES := $(shell find replication -name '*.py')
 # Scripts have no suffix; their first line says what they are.
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
-SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/*)
+SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo test torture power lint format install uninstall clean
+.PHONY: help demo bench test test-vm torture power lint format install uninstall clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 demo: ## Replicate a disk, fail over, and check the result
 	@scripts/setup demo
@@ -42,6 +46,18 @@ ifeq ($(TESTS),)
 else
 	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
 endif
+
+test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
+	@scripts/setup test vm
+ifeq ($(KILLS),)
+	@$(PYTHON) -m pytest -q --durations=5 $(or $(TESTS),tests/vm)
+else
+	@scripts/vm-failover --rounds '$(KILLS)' $(if $(SEED),--seed '$(SEED)')
+endif
+
+bench: ## Compare with QEMU's own driver, about 25 minutes (BENCH= has options)
+	@scripts/setup bench
+	@scripts/bench $(BENCH)
 
 torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
 	@scripts/setup test

@@ -99,7 +99,7 @@ def test_default_paths_and_names() -> None:
     assert f"`{disk.name}`" in _section("Options")
 
 
-@pytest.mark.parametrize("key", ["mode", "protocol", "autostart", "guest-access"])
+@pytest.mark.parametrize("key", ["mode", "protocol", "autostart", "guest-access", "placement"])
 def test_values_of_options(key: str) -> None:
     """Every value that the table lists is taken, by name."""
     [values] = [
@@ -253,8 +253,8 @@ def test_links_lead_somewhere() -> None:
 def test_paths_and_targets_exist() -> None:
     for path in re.findall(r"`((?:scripts|replication|tests)/[^`\s]*|plugin\.py|LICENSE)", README):
         assert (ROOT / path).exists(), path
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test", "lint", "install"} <= named
     assert named <= targets
 

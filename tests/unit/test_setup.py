@@ -73,7 +73,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-@pytest.mark.parametrize("purposes", [(), ("runtime",), ("demo",), ("runtime", "demo")], ids=" ".join)
+@pytest.mark.parametrize("purposes", [(), ("runtime",), ("demo",), ("vm",), ("runtime", "demo")], ids=" ".join)
 def test_all_there_is_silent(machine: Machine, purposes: tuple[str, ...]) -> None:
     done = machine.setup(*purposes)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -97,6 +97,14 @@ def test_purposes_do_not_install_for_others(machine: Machine) -> None:
     assert machine.apt_calls() == []
     assert machine.setup("demo").returncode == 0
     assert len(machine.apt_calls()) == 2
+
+
+def test_the_guest_has_a_purpose_of_its_own(machine: Machine) -> None:
+    machine.missing(unknown="busybox-static")
+    assert machine.setup("demo").returncode == 0
+    assert machine.apt_calls() == []
+    assert machine.setup("vm").returncode == 0
+    assert machine.apt_calls()[-1].endswith(" busybox-static")
 
 
 def test_goes_through_sudo(machine: Machine) -> None:
