@@ -9,6 +9,7 @@ writer that finds the file system full does not wait for this thread (Stack give
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from replication.errors import DiskError
@@ -18,11 +19,18 @@ from replication.image.stack import Stack
 from replication.log import log
 from replication.stage import Stage
 
-AFTER_S = 1.0
-"""Space is given back this long after the last checkpoint: with a checkpoint every 200 ms the same space is written
-again at once, and giving it back in between only costs."""
+AFTER_S = 5.0
+"""Space is given back when there was no checkpoint for so long: until then the next one's writes go to the same space,
+which spares the file system finding it anew (256 KiB writes to a fresh overlay: half as much again on ext4). It is well
+before the kernel writes old dirty pages to the disk (30 s), which for stale data would be in vain."""
+
+LATEST_S = 60.0
+"""Where checkpoints come faster than that, space is given back once in so many seconds: an overlay would else keep
+every block that was ever in it."""
 
 _STEPS = 4
+_SHARE = 4
+"""One part in so many of the time goes to giving back; guests want the gate, the ranges and the file system, too."""
 _LOOK_S = 1.0
 
 
@@ -59,9 +67,7 @@ class Reclaimer:
         while not self._closing.is_set():
             if not self._stale.wait(_LOOK_S):
                 continue
-            self._stale.clear()
-            if self._closing.wait(AFTER_S) or self._stale.is_set():
-                continue
+            self._await_quiet()
             for stack in self._stacks:
                 for overlay in (stack.active, stack.hidden):
                     try:
@@ -69,12 +75,22 @@ class Reclaimer:
                     except DiskError as error:
                         log(f"cannot give back space of {overlay.path}: {error}")
 
+    def _await_quiet(self) -> None:
+        """Return when no checkpoint has come for AFTER_S, or after LATEST_S, or at the end."""
+        latest = time.monotonic() + LATEST_S
+        while not self._closing.is_set():
+            self._stale.clear()
+            if not self._stale.wait(AFTER_S) or time.monotonic() > latest:
+                return
+
     def _reclaim(self, stack: Stack, overlay: Overlay) -> None:
         ranges = overlay.stale_ranges()
         more = True
-        while more and not self._closing.is_set() and not self._stale.is_set():
+        while more and not self._closing.is_set():
+            begun = time.monotonic()
             with self._gate:
                 # During a commit, readers may be reading data whose bit is gone.
                 if self._stage() not in (Stage.RUNNING, Stage.DONE):
                     return
                 more = stack.reclaim_some(overlay, ranges, _STEPS)
+            self._closing.wait((_SHARE - 1) * (time.monotonic() - begun))

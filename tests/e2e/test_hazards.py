@@ -925,7 +925,7 @@ def test_a_range_in_use_does_not_keep_reclaim_from_the_rest(lab: Lab, kind: str,
     write = begin(face.pwrite, pattern(80, BLOCK), 5 * BLOCK)
     bench.points.wait_hit(point)
     try:
-        wait_until(lambda: space_of(overlay) <= MIB, "the space of the free ranges is given back", 6)
+        wait_until(lambda: space_of(overlay) <= MIB, "the space of the free ranges is given back", 12)
     finally:
         bench.points.release(point)
         end(write)
