@@ -16,6 +16,9 @@ SEED    ?=
 KILLS   ?=
 HISTORY ?=
 
+# For `make install`: 1 installs the modules compiled.
+COMPILED ?=
+
 # Options for scripts/bench, for example: make bench BENCH='--quick --check'
 BENCH   ?=
 
@@ -24,15 +27,17 @@ PYTHON := .venv/bin/python
 PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
 
 LIBRARY := $(PREFIX)/lib/nbdkit-replication
-MODULES := $(shell find replication -name '*.py')
+# What is installed, and from where.
+FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
+MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '*.so' 2>/dev/null)
 # Scripts have no suffix; their first line says what they are.
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo bench test test-vm torture power lint format install uninstall clean
+.PHONY: help demo bench compile test test-compiled test-vm torture power lint format install uninstall clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 demo: ## Replicate a disk, fail over, and check the result
 	@scripts/setup demo
@@ -47,6 +52,15 @@ else
 	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
 endif
 
+compile: ## Make build/compiled/plugin.py, the same with its inner modules compiled: quicker with small requests
+	@scripts/setup compile
+	@scripts/compile
+
+test-compiled: compile ## Run the tests that start the plugin with the compiled one (TESTS= picks some)
+	@scripts/setup test
+	@REPLICATION_PLUGIN='$(CURDIR)/build/compiled/plugin.py' $(PYTHON) -m pytest -q --durations=5 -n $(WORKERS) \
+	    --dist worksteal -m 'not alone' $(or $(TESTS),tests/torture tests/e2e tests/model)
+
 test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
 	@scripts/setup test vm
 ifeq ($(KILLS),)
@@ -55,9 +69,9 @@ else
 	@scripts/vm-failover --rounds '$(KILLS)' $(if $(SEED),--seed '$(SEED)')
 endif
 
-bench: ## Compare with QEMU's own driver, about 25 minutes (BENCH= has options)
+bench: compile ## Compare with QEMU's own driver, about 35 minutes (BENCH= has options)
 	@scripts/setup bench
-	@scripts/bench $(BENCH)
+	@scripts/bench --plugin plugin.py --plugin compiled=build/compiled/plugin.py $(BENCH)
 
 torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
 	@scripts/setup test
@@ -82,10 +96,10 @@ format: ## Lay the Python files out as lint wants them
 
 # nbdkit runs an executable nbdkit-NAME-plugin in its plugin folder by its first line, so `nbdkit replication` runs
 # plugin.py; plugin.py follows the symbolic link to find replication/ beside itself.
-install: ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DESTDIR)
+install: $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DESTDIR, COMPILED=1)
 	@test -n "$(PLUGINDIR)" || { echo "install: nbdkit is missing: run scripts/setup runtime" >&2; exit 1; }
 	rm -rf "$(DESTDIR)$(LIBRARY)" # modules of an older version
-	for module in $(MODULES); do install -D -m 644 "$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
+	for module in $(MODULES); do install -D -m 644 "$(FROM)/$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
 	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"

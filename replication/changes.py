@@ -272,5 +272,5 @@ class ChangeMap:
 
     def close(self) -> None:
         """Let the file go."""
-        del self._grain_states
+        self._grain_states = np.empty(0, np.uint8)  # a mapping with a view of it cannot be closed
         self._bytes.close()

@@ -132,7 +132,8 @@ class Exports:
         if wanted not in self._node.faces:
             valid = ", ".join(f"'{known}'" for known in self._node.faces)
             raise DiskError(f"there is no export '{name[:255]}': the exports are {valid}")
-        for_guest = self._node.faces[wanted].description in (*FOR_GUESTS, GUEST_WRITES)
+        description = self._node.faces[wanted].description
+        for_guest = description in FOR_GUESTS or description == GUEST_WRITES
         if self._guests_local and for_guest and not client.local:
             raise DiskError(
                 f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM

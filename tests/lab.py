@@ -39,7 +39,8 @@ from typing import Any, Self, TypeVar
 import nbd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PLUGIN = REPOSITORY / "plugin.py"
+PLUGIN = Path(os.environ.get("REPLICATION_PLUGIN", REPOSITORY / "plugin.py"))
+"""What is tested: the sources, or what scripts/compile has made of them (make test-compiled)."""
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -378,7 +378,7 @@ class Overlay:
             self._unmap()
 
     def _unmap(self) -> None:
-        del self._table
+        self._table = np.empty((0, 2), np.uint64)  # a mapping with a view of it cannot be closed
         self._mapped.close()
         os.close(self._fd)
         self._fd = -1
