@@ -5,21 +5,23 @@ Invariants
 * Work left is what the overlays still hold, so a process that was killed goes on where it was by looking.
 * No new work arises, except a guest write that the disk refused (Stack.write_over), which this job then meets and
   fails on: in failover guest writes go to the disk wherever the overlays hold nothing.
-* Never holds more than one range of RUN_BLOCKS blocks against the guest.
+* Never holds more than two portions (stack.py) against the guest, one for each of its threads.
+* Each portion is given to one thread. When run() returns or raises, no thread of it is left.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from replication.errors import DiskError
-from replication.image.qcow2 import BLOCKS_PER_CLUSTER
+from replication.image.qcow2 import BLOCK
 from replication.image.stack import Stack
 from replication.jobs import Job, JobList
 
-RUN_BLOCKS = 8 * BLOCKS_PER_CLUSTER
-"""Blocks brought down under one range lock (1 MiB): a guest write to them waits for that much copying."""
+_FLUSHED_FROM = 512 << 10
+"""Bytes of a portion from which on it is worth while to begin with its flush; single blocks are written in a better
+order at the end."""
 
 
 class Cancelled(DiskError):
@@ -34,6 +36,8 @@ class Commit:
         self._closing = closing
         self._cancelled = threading.Event()
         self._total = 0
+        # Protects `_done`, which two threads add to.
+        self._counting = threading.Lock()
         self._done = 0
         self._jobs = jobs
         self.disk_name = disk_name
@@ -45,18 +49,52 @@ class Commit:
         """Until the overlays are empty. Raises DiskError (Cancelled included) with the job concluded."""
         self._total = self._stack.held_bytes()
         try:
-            while ranges := list(_runs(self._stack.held_ranges())):
-                for first, last in ranges:
-                    if self._cancelled.is_set():
-                        raise Cancelled("the commit was cancelled")
-                    if self._closing.is_set():
-                        raise Cancelled("the process ends")
-                    self._done += self._stack.commit(first, last)
+            while self._go_over():
+                pass
             self._stack.flush_committed()
         except DiskError as error:
             if not self._closing.is_set():
                 self.conclude(str(error))
             raise
+
+    def _go_over(self) -> bool:
+        """Bring down what the overlays hold now; whether there was anything.
+
+        By two threads, so that one reads while the other writes: the kernel lets only one write to a file at a time,
+        but writing is half of the work. 1 GiB of tmpfs takes 0.2 instead of 0.35 s (with copy_file_range by one thread
+        0.3 s, by two 0.25). A third thread gains nothing.
+        """
+        portions = _Portions(self._stack.portions())
+        helper = threading.Thread(target=self._copy, args=(portions,), name="commit", daemon=True)
+        try:
+            helper.start()
+        except RuntimeError:  # no more threads: then without
+            self._copy(portions)
+        else:
+            self._copy(portions)
+            # It ends after the portion that it has in hand, whose I/O would hold up this thread as well.
+            helper.join()
+        if portions.error is not None:
+            raise portions.error
+        return portions.given
+
+    def _copy(self, portions: _Portions) -> None:
+        """What each thread does. Its error is everybody's."""
+        try:
+            for first, last in portions:
+                if self._cancelled.is_set():
+                    raise Cancelled("the commit was cancelled")
+                if self._closing.is_set():
+                    raise Cancelled("the process ends")
+                written = self._stack.commit(first, last)
+                with self._counting:
+                    self._done += written
+                if written >= _FLUSHED_FROM:
+                    # The disk is busy while the rest is copied: 1 GiB of ext4 takes 0.4 instead of 0.7 s, with the
+                    # flush at the end.
+                    self._stack.disk.begin_flush(first * BLOCK, (last - first) * BLOCK)
+        except DiskError as error:
+            portions.end(error)
 
     @property
     def bytes_done(self) -> int:
@@ -68,18 +106,35 @@ class Commit:
         self._jobs.conclude(self.job, error)
 
 
-def _runs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring ranges as one, up to RUN_BLOCKS."""
-    start = stop = -1
-    for first, last in ranges:
-        if first == stop and last - start <= RUN_BLOCKS:
-            stop = last
-            continue
-        if start >= 0:
-            yield start, stop
-        start, stop = first, last
-    if start >= 0:
-        yield start, stop
+class _Portions:
+    """One pass over what the overlays hold: each portion for the thread that asks first, until there are no more or one
+    of the threads has failed."""
+
+    def __init__(self, portions: Iterator[tuple[int, int]]) -> None:
+        # Protects the rest. Never held across I/O: to look for portions is to look at words in memory.
+        self._lock = threading.Lock()
+        self._portions = portions
+        self.given = False
+        """Whether there was a portion."""
+        self.error: DiskError | None = None
+        """The first one."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self
+
+    def __next__(self) -> tuple[int, int]:
+        with self._lock:
+            if self.error is not None:
+                raise StopIteration
+            portion = next(self._portions)
+            self.given = True
+            return portion
+
+    def end(self, error: DiskError) -> None:
+        """Give out no more."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
 
 
 class CommitThread:

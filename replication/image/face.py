@@ -59,6 +59,10 @@ class Disk(ABC):
         first = self.extents(offset, length)[0]
         return first.length if first.zero else 0
 
+    def begin_flush(self, offset: int, length: int) -> None:
+        """What was written to the range will have to be stable soon: begin with it, if that saves time."""
+        return
+
     @abstractmethod
     def reachable(self) -> bool:
         """Whether requests can be expected to succeed."""

@@ -82,6 +82,9 @@ class FileDisk(Disk):
         except OSError as error:
             raise DiskError.from_os(f"zeroing {length} bytes at {offset} of {self.location}", error) from error
 
+    def begin_flush(self, offset: int, length: int) -> None:
+        files.begin_writeback(self._fd, offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         """Give the space of a range back; its content is of no use to anybody."""
         try:

@@ -18,6 +18,9 @@ Buffer = bytes | bytearray | memoryview
 # fallocate(2) with a mode is not in Python's os module. ctypes lets go of the GIL meanwhile.
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = ctypes.CDLL(None).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -46,6 +49,11 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if _fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def begin_writeback(fd: int, offset: int, length: int) -> None:
+    """sync_file_range(2): begin to write dirty pages of the range. What fails here a sync will say."""
+    _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def fdatasync(fd: int) -> None:

@@ -69,11 +69,15 @@ def _mask_table(first_bit: int) -> list[list[int]]:
 
 DATA_MASK = _mask_table(0)
 ZERO_MASK = _mask_table(32)
-_DATA_BITS = DATA_MASK[0][BLOCKS_PER_CLUSTER]
+DATA_BITS = DATA_MASK[0][BLOCKS_PER_CLUSTER]
 
 
 class ReadOnlyImage(ConfigError):
     """The image cannot be written, so it cannot be emptied."""
+
+
+def _count_bits(words: npt.NDArray[np.uint64]) -> int:
+    return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
 Words = list[tuple[int, bytes]]
@@ -222,7 +226,7 @@ class Overlay:
                 self._dirty[cluster // PAGE_CLUSTERS] = self._unpublished[cluster // PAGE_CLUSTERS] = 1
                 if old & some:
                     self.allocated_blocks += new.bit_count() - old.bit_count()
-                    self.data_blocks += (new & _DATA_BITS).bit_count() - (old & _DATA_BITS).bit_count()
+                    self.data_blocks += (new & DATA_BITS).bit_count() - (old & DATA_BITS).bit_count()
                 else:  # the first write to a block is what happens most often: that takes half the time
                     self.allocated_blocks += last - first
                     if state is Held.DATA:
@@ -236,6 +240,24 @@ class Overlay:
             # QEMU, zeroing up to the disk's end, marks its last cluster to the end.
             stop = -(-stop // BLOCKS_PER_CLUSTER) * BLOCKS_PER_CLUSTER
         self.mark(start, stop, Held.NOTHING)
+
+    def forget_chosen(self, first: int, chosen: npt.NDArray[np.bool_]) -> None:
+        """`forget` for those of the clusters' blocks, from cluster `first` on, that are chosen: a megabyte in 15 us,
+        whatever the pattern, instead of 5 us for one run and 200 for many. Each word is one store here, too."""
+        # Bytes as in the file: blocks 24..31 first, and the same for data and for zeroes.
+        half = np.packbits(chosen.reshape(-1, 4, 8), axis=2, bitorder="little").reshape(-1, 4)[:, ::-1]
+        masks = np.concatenate((half, half), axis=1).view(np.uint64).reshape(-1)
+        last = first + len(masks)
+        with self._words:
+            words = self._table[first:last, 1]
+            gone = words & masks
+            if not gone.any():
+                return
+            self.allocated_blocks -= _count_bits(gone)
+            self.data_blocks -= _count_bits(gone & np.uint64(DATA_BITS))
+            words &= ~masks
+            for page in range(first // PAGE_CLUSTERS, (last - 1) // PAGE_CLUSTERS + 1):
+                self._unpublished[page] = 1
 
     def empty(self) -> None:
         """Let go of all blocks. The caller has closed the gate. Time goes with the pages that hold bits, not with
@@ -282,13 +304,21 @@ class Overlay:
         halves = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 2, 4)
         return np.unpackbits((halves[:, 0] | halves[:, 1])[:, ::-1])
 
+    def states(self, first: int, last: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """For every block of clusters [first, last), ascending, whether it is held as data, and whether as zeroes: 1 or
+        0."""
+        # Bytes as in `blocks_of`, turned round to blocks 0..7 up to 24..31.
+        halves = np.ascontiguousarray(self._table[first:last, 1]).view(np.uint8).reshape(-1, 2, 4)[:, :, ::-1]
+        zero, data = (np.unpackbits(halves[:, half].ravel(), bitorder="little") for half in (0, 1))
+        return data, zero
+
     def _words_of(self, page: int) -> npt.NDArray[np.uint64]:
         # The words behind the last cluster are of no use, whatever is in them.
         end = min((page + 1) * PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
         return self._table[page * PAGE_CLUSTERS : end, 1]
 
     def _count_data(self, page: int) -> int:
-        return int(np.unpackbits((self._words_of(page) & np.uint64(_DATA_BITS)).view(np.uint8)).sum())
+        return _count_bits(self._words_of(page) & np.uint64(DATA_BITS))
 
     def _count(self, page: int) -> int:
         return int(self.blocks_of(page).sum())

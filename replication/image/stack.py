@@ -23,9 +23,12 @@ guest write, target write
 guest read, guest write
     No lock. The bit is set after the data is there: the read gets the old or the new block.
 commit, guest write
-    `top`: commit copies, then lets go, within one range; a guest write comes before (and is copied) or after (finds
-    the block let go, and goes to the disk itself). Commit lets go of hidden first, then active, so that a kill between
-    them never uncovers hidden's older data.
+    `top`: commit copies, then lets go, of exactly the blocks that it has locked; a guest write comes before (and is
+    copied) or after (finds the block let go, and goes to the disk itself). Which blocks to lock it finds without the
+    lock, and looks again with it. Commit lets go of hidden first, then active, so that a kill between them never
+    uncovers hidden's older data.
+commit, commit
+    Two threads of one commit take different portions (commit.py), which share no word and no block.
 commit, guest read
     No lock. Commit writes the disk before it lets go of the bit, and the overlays' data stays where it is until the
     commit is over: a read that saw the bit reads the right data in the overlay.
@@ -54,9 +57,11 @@ import errno
 import heapq
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from replication.changes import ChangeMap
 from replication.errors import DiskError
@@ -64,7 +69,7 @@ from replication.image.buffers import Buffers
 from replication.image.face import ZEROES, Disk, Extent
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, on_layer
-from replication.image.overlay import DATA_MASK, PAGE_CLUSTERS, ZERO_MASK, Held, Overlay
+from replication.image.overlay import DATA_BITS, DATA_MASK, PAGE_CLUSTERS, ZERO_MASK, Held, Overlay
 from replication.image.plan import Piece, Plan, arrange
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.syncgroup import SyncGroup
@@ -81,8 +86,19 @@ compare memoryviews takes 800 us: element by element.)"""
 _SPARSE_FROM = 64 << 10
 """From this length on a copy asks for holes first; below, reading is cheaper than asking."""
 
+PORTION_MIN = 8
+PORTION_MAX = 64
+PORTION_BLOCKS = 128
+"""What is committed under one range lock: PORTION_MIN clusters of the disk (1 MiB), or up to PORTION_MAX when no more
+than PORTION_BLOCKS blocks of them are held (then looking for blocks costs more than copying them). A guest write to a
+block that is held waits for it: 0.4 ms, for 128 single blocks 1 ms."""
+
 EXTENTS_MAX = 1 << 30
 """Longest range of one extents answer; the client asks again for the rest."""
+
+_SOURCES = (Source.DISK, Source.ACTIVE, Source.HIDDEN, Source.ZERO)
+_ACTIVE, _HIDDEN, _ZERO = np.arange(1, len(_SOURCES), dtype=np.uint8)
+"""Sources in arrays: their places in _SOURCES."""
 
 
 class Stack:
@@ -106,6 +122,10 @@ class Stack:
         # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
         self.top = RangeLock()
         self.below = RangeLock()
+        # Held by the one thread that commits many short runs, across their I/O; taken before `top`. There it is Python
+        # that takes the time, so two threads would only wait for each other: 64 MiB in single blocks took 0.2 s
+        # instead of 0.13.
+        self._many = threading.Lock()
         self._spare = Buffers(COPY_CHUNK)
         self._hidden_sync = SyncGroup(self._sync_hidden)
         self._top_sync = SyncGroup(self._sync_top)
@@ -643,33 +663,121 @@ class Stack:
     # -- commit --------------------------------------------------------------------------------------------
 
     def commit(self, first: int, last: int) -> int:
-        """Bring blocks [first, last) down into the disk and let go of them; bytes written."""
+        """Bring blocks [first, last) down into the disk and let go of them; bytes written. Only what is held is locked:
+        a guest write between has nothing to wait for. Several threads may do this, each for blocks of its own."""
+        source = self._only_source(first, last)
+        if source is not None:
+            held = self.top.acquire(first * BLOCK, last * BLOCK)
+            try:
+                pause("commit.locked")
+                if self._only_source(first, last) is source:
+                    return self._commit_whole(first, last, source)
+            finally:
+                self.top.release(held)
+        with self._many:
+            return self._commit_runs(first, last)
+
+    def _only_source(self, first: int, last: int) -> Source | None:
+        """From where all of the blocks are read, if they are whole clusters and all in the one or the other overlay,
+        else None. After a large write that takes 2 us, the general case 60."""
+        if first % BLOCKS_PER_CLUSTER or last % BLOCKS_PER_CLUSTER:
+            return None
+        start, stop = first // BLOCKS_PER_CLUSTER, last // BLOCKS_PER_CLUSTER
+        word = self.active.word(start)
+        if word in (0, DATA_BITS) and all(self.active.word(cluster) == word for cluster in range(start + 1, stop)):
+            if word:
+                return Source.ACTIVE
+            if all(self.hidden.word(cluster) == DATA_BITS for cluster in range(start, stop)):
+                return Source.HIDDEN
+        return None
+
+    def _commit_whole(self, first: int, last: int, source: Source) -> int:
+        """Bring down and let go of blocks that all have this source. `top` is held."""
         start, stop = first * BLOCK, min(last * BLOCK, self.size)
-        held = self.top.acquire(start, stop)
-        written = 0
+        with on_layer(Layer.SECONDARY, "commit", start, stop - start):
+            self._bring_down(start, stop, source)
+        pause("commit.written")
+        self.hidden.forget(first, last)
+        pause("commit.hidden-forgotten")
+        self.active.forget(first, last)
+        return stop - start
+
+    def _commit_runs(self, first: int, last: int) -> int:
+        """Bring down and let go of what is held of the blocks, in as many runs as it takes."""
+        chosen = self._sources(first, last) != 0
+        spans = [((first + start) * BLOCK, (first + stop) * BLOCK) for start, stop, held in _runs(chosen) if held]
+        if not spans:
+            self._let_go(first, last, chosen)
+            return 0
+        at = end = written = 0
+        held = self.top.acquire_all(spans)
         try:
-            for at, end, source in list(self._visible(start, stop)):
-                if source is Source.DISK:
-                    continue
-                with on_layer(Layer.SECONDARY, "commit", at, end - at):
-                    self._bring_down(at, end, source)
-                written += end - at
+            pause("commit.locked")
+            # Once more: some of it may have been let go, and what has come up elsewhere meanwhile is not locked.
+            for start, stop, source in _runs(np.where(chosen, self._sources(first, last), 0)):
+                if source:
+                    at, end = (first + start) * BLOCK, min((first + stop) * BLOCK, self.size)
+                    self._bring_down(at, end, _SOURCES[source])
+                    written += end - at
             pause("commit.written")
-            self.hidden.forget(first, last)
-            pause("commit.hidden-forgotten")
-            self.active.forget(first, last)
+            self._let_go(first, last, chosen)
+        except LayerError:
+            raise
+        except DiskError as error:
+            raise LayerError(error, Layer.SECONDARY, "commit", at, end - at) from error
         finally:
             self.top.release(held)
         return written
+
+    def _let_go(self, first: int, last: int, chosen: npt.NDArray[np.bool_]) -> None:
+        """Let go of those of the blocks [first, last) that are chosen."""
+        begin, end = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
+        gone = np.zeros((end - begin) * BLOCKS_PER_CLUSTER, np.bool_)
+        first -= begin * BLOCKS_PER_CLUSTER
+        gone[first : first + len(chosen)] = chosen
+        if last >= self.active.blocks:
+            gone[first + len(chosen) :] = True  # as in Overlay.forget
+        self.hidden.forget_chosen(begin, gone)
+        pause("commit.hidden-forgotten")
+        self.active.forget_chosen(begin, gone)
+
+    def _sources(self, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """For every block where it is read from, as its place in _SOURCES. As `_visible`, for many short runs in a
+        tenth of the time (1 us a run)."""
+        start, stop = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
+        active_data, active_zero = self.active.states(start, stop)
+        hidden_data, hidden_zero = self.hidden.states(start, stop)
+        sources = np.where(
+            active_data | active_zero,
+            np.where(active_data, _ACTIVE, _ZERO),
+            np.where(hidden_data, _HIDDEN, hidden_zero * _ZERO),
+        )
+        start *= BLOCKS_PER_CLUSTER
+        return sources[first - start : last - start]
 
     def _bring_down(self, start: int, stop: int, source: Source) -> None:
         if source is Source.ZERO:
             self.disk.zero(start, stop - start, may_trim=True)
             return
         for at in range(start, stop, COPY_CHUNK):
-            data = memoryview(bytearray(min(COPY_CHUNK, stop - at)))
+            data = self._spare.take(min(COPY_CHUNK, stop - at))
             self._read_overlay(data, at, source)
             self.disk.write([data], at)
+            self._spare.give(data)
+
+    def portions(self) -> Iterator[tuple[int, int]]:
+        """Block ranges of which active or hidden holds something, for `commit`, in whole clusters and ascending. A
+        guest write waits for one: with more than PORTION_BLOCKS blocks that are held it is not longer than PORTION_MIN
+        clusters."""
+        for page in sorted({*self.active.dirty_pages(), *self.hidden.dirty_pages()}):
+            blocks = self.active.blocks_of(page) | self.hidden.blocks_of(page)
+            held = blocks.reshape(-1, BLOCKS_PER_CLUSTER).sum(axis=1)
+            before = [0, *np.cumsum(held).tolist()]
+            start = page * PAGE_CLUSTERS
+            for at in range(0, len(held), PORTION_MAX):
+                for first, last in _split(before, at, min(at + PORTION_MAX, len(held))):
+                    stop = min((start + last) * BLOCKS_PER_CLUSTER, self.active.blocks)
+                    yield (start + first) * BLOCKS_PER_CLUSTER, stop
 
     def held_ranges(self) -> Iterator[tuple[int, int]]:
         """Block ranges, a cluster each, of which active or hidden holds something; ascending."""
@@ -841,6 +949,23 @@ class Stack:
         except DiskError:
             self.lost.mark_all()  # nobody knows which writes did not become stable
             raise
+
+
+def _split(before: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Portions of clusters [first, last); `before[k]` is the number of blocks held before cluster k."""
+    held = before[last] - before[first]
+    if held > PORTION_BLOCKS and last - first > PORTION_MIN:
+        middle = (first + last) // 2
+        yield from _split(before, first, middle)
+        yield from _split(before, middle, last)
+    elif held:
+        yield first, last
+
+
+def _runs(values: npt.NDArray[np.generic]) -> Iterator[tuple[int, int, int]]:
+    """Runs of the same value: start, stop, value."""
+    starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()]
+    return zip(starts, [*starts[1:], len(values)], values[starts].tolist(), strict=True)
 
 
 def _unwatched(overlay: Overlay) -> None:

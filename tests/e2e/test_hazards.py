@@ -677,6 +677,60 @@ def test_a_guest_write_that_meets_the_commit_in_one_block_is_not_lost(
     assert bench.disk.read_bytes() == content
 
 
+WHOLE = SIZE // 2
+"""What is committed as a whole: clusters that one overlay holds (SIZE is two of them)."""
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["", "killed"])
+@pytest.mark.parametrize("how", DESTROY)
+@pytest.mark.parametrize("where", ["active", "hidden"])
+@pytest.mark.parametrize("point", ["commit.locked", *COMMIT_POINTS])
+def test_a_guest_write_that_meets_the_commit_of_whole_clusters_is_not_lost(
+    lab: Lab, point: str, where: str, how: str, kill: bool
+) -> None:
+    """As above, where a whole cluster is in active or in hidden, so that no list of runs is made.
+
+        commit                                 guest write/zero/trim of a part
+        finds one source, locks
+        held (before it looks again, after it has written, after it has let go of hidden)
+                                               must wait; wrong: writes into active, which is then let go of,
+                                               or into the disk, and is overwritten
+        copies, lets go
+                                               right: writes to the disk
+
+    Killed while the guest's write waits, it may be lost, because it was not answered, but nothing else may.
+    """
+    bench = Bench(lab)
+    content = OLD
+    if where == "active":
+        mine = (0, pattern(91, WHOLE))
+        bench.guest.pwrite(mine[1], 0)
+        content = overlay_of(OLD, mine)
+    else:
+        bench.target.pwrite(pattern(92, WHOLE), 0)
+    bench.points.arm(point)
+    end(bench.begin_failover())
+    bench.points.wait_hit(point)
+    assert bench.guest_sees() == content
+    change = begin(DESTROY[how], bench.guest, 1000, 7 * BLOCK + 100)
+    assert not chance(change), "the guest's write must wait for the commit"
+    after = overlay_of(content, (7 * BLOCK + 100, NEW[how](1000)))
+    if kill:
+        bench.server.kill()
+        bench.points.disarm(point)
+        bench.server.start()
+        bench.connect()
+        bench.wait_done()
+        assert bench.guest_sees() in (content, after)
+    else:
+        bench.points.release(point)
+        end(change)
+        assert bench.guest_sees() == after
+        bench.wait_done()
+        assert bench.guest_sees() == after
+    assert bench.disk.read_bytes() == bench.guest_sees()
+
+
 @pytest.mark.parametrize("point", ["failover.entered", *COMMIT_POINTS])
 def test_the_guest_reads_the_same_before_during_and_after_a_commit(lab: Lab, point: str) -> None:
     """Held with one image already let go of: the guest face must not show hidden's data under active's, nor the old

@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import DEADLINE_S, make_raw, pattern
-from replication.commit import RUN_BLOCKS, Cancelled, Commit, CommitThread, _runs
+from lab import DEADLINE_S, make_raw, pattern, wait_until
+from replication.commit import Cancelled, Commit, CommitThread
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.image import qcow2
 from replication.image.file import FileDisk
-from replication.image.overlay import Overlay
+from replication.image.files import Buffer
+from replication.image.overlay import Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
@@ -39,6 +44,25 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     opened.zero_top(SIZE - 5000, 5000)
     yield opened
     opened.close()
+    disk.close()
+
+
+LARGE = 300 * CLUSTER + 5 * BLOCK + 1
+"""More than one page of allocation words."""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack that holds nothing, on a sparse disk."""
+    folder = tmp_path_factory.mktemp("large")
+    make_raw(folder / "disk", LARGE)
+    for name in ("active", "hidden"):
+        qcow2.create(str(folder / f"{name}.qcow2"), str(folder / "disk"), "raw", LARGE)
+    disk = FileDisk("disk0", str(folder / "disk"))
+    active, hidden = (Overlay(name, "disk0", str(folder / f"{name}.qcow2")) for name in ("active", "hidden"))
+    yield Stack(active, hidden, disk)
+    active.close()
+    hidden.close()
     disk.close()
 
 
@@ -123,16 +147,166 @@ def test_a_commit_that_fails_names_the_cause_and_loses_nothing(stack: Stack, mon
     assert seen(stack) == expected
 
 
-clusters = st.sets(st.integers(0, 60)).map(
-    lambda found: [(number * BLOCKS_PER_CLUSTER, (number + 1) * BLOCKS_PER_CLUSTER) for number in sorted(found)]
+def hold(monkeypatch: pytest.MonkeyPatch, stack: Stack, place: int) -> tuple[threading.Event, threading.Event]:
+    """Hold the write to the disk at `place`: (it is held, let it go on)."""
+    held, release = threading.Event(), threading.Event()
+    real = stack.disk.write
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        if offset == place:
+            held.set()
+            assert release.wait(DEADLINE_S)
+        real(pieces, offset, fua)
+
+    monkeypatch.setattr(stack.disk, "write", write)
+    return held, release
+
+
+MIB = 1 << 20
+
+
+def test_while_one_portion_is_written_another_thread_brings_down_the_rest(
+    large: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large.empty()
+    content = pattern(4, 5 * MIB)
+    large.write_top(memoryview(content), 0)
+    held, release = hold(monkeypatch, large, MIB)
+    commit = Commit(JobList(EventHub()), "disk0", large, threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(commit.run)
+        try:
+            assert held.wait(DEADLINE_S)
+            wait_until(lambda: commit.bytes_done == 4 * MIB, "all but the held portion is down")
+            assert [first * BLOCK // MIB for first, _ in large.portions()] == [1]
+            assert commit.job.to_json()["current-progress"] == 4 * MIB
+        finally:
+            release.set()
+        run.result(DEADLINE_S)
+    assert commit.bytes_done == 5 * MIB
+    assert list(large.portions()) == []
+    data = bytearray(5 * MIB)
+    large.disk.read(memoryview(data), 0)
+    assert data == content
+
+
+def test_when_one_thread_fails_the_other_ends_too_and_none_is_left(
+    large: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is held when the other fails finishes what it has in hand, and begins nothing more."""
+    large.empty()
+    large.write_top(memoryview(pattern(4, 8 * MIB)), 0)
+    held, release = hold(monkeypatch, large, 0)
+    failed = threading.Event()
+    slow = large.disk.write
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        if offset == 3 * MIB:
+            assert held.wait(DEADLINE_S)
+            failed.set()
+            raise DiskError("broken")
+        slow(pieces, offset, fua)
+
+    monkeypatch.setattr(large.disk, "write", write)
+    commit = Commit(JobList(EventHub()), "disk0", large, threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(commit.run)
+        try:
+            assert failed.wait(DEADLINE_S)
+            wait_until(lambda: copying() == 1, "the thread that has failed has ended, or waits for the other")
+            assert not run.done()
+        finally:
+            release.set()
+        with pytest.raises(DiskError, match="broken"):
+            run.result(DEADLINE_S)
+    assert copying() == 0
+    assert commit.bytes_done == 3 * MIB
+    assert [first * BLOCK // MIB for first, _ in large.portions()] == [3, 4, 5, 6, 7]
+    assert large.top._asked == []
+
+
+def copying() -> int:
+    """Threads that bring something down now."""
+    inside = Commit._copy.__code__
+    count = 0
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None and at.f_code is not inside:
+            at = at.f_back
+        count += at is not None
+    return count
+
+
+def test_without_another_thread_one_does_it_all(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = seen(stack)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
+    assert below(stack) == expected
+
+
+def test_short_runs_are_committed_by_one_thread_at_a_time(large: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    large.empty()
+    for block in range(0, 300 * BLOCKS_PER_CLUSTER, 7):
+        large.active.mark(block, block + 1, Held.DATA)
+    inside = 0
+    most = 0
+    real = large.disk.write
+
+    def write(pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        real(pieces, offset, fua)
+        inside -= 1
+
+    monkeypatch.setattr(large.disk, "write", write)
+    held = large.held_bytes()
+    commit = Commit(JobList(EventHub()), "disk0", large, threading.Event())
+    commit.run()
+    assert (most, commit.bytes_done, list(large.portions())) == (1, held, [])
+
+
+def test_the_flush_of_large_portions_begins_while_the_rest_is_copied(
+    large: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large.empty()
+    large.write_top(memoryview(pattern(4, 2 * MIB)), 0)
+    large.write_top(memoryview(pattern(5, BLOCK)), 100 * CLUSTER)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(large.disk, "begin_flush", lambda offset, length: begun.append((offset, length)))
+    Commit(JobList(EventHub()), "disk0", large, threading.Event()).run()
+    assert sorted(begun) == [(0, MIB), (MIB, MIB)]
+
+
+held_blocks = st.one_of(
+    st.sets(st.integers(0, LARGE // BLOCK), max_size=40),
+    st.sets(st.integers(0, 40), max_size=4).map(
+        lambda found: {block for cluster in found for block in range(cluster * 32, cluster * 32 + 32)}
+    ),
+    st.integers(1, 12).map(lambda step: set(range(0, LARGE // BLOCK + 1, step))),
 )
 
 
-@given(clusters)
-def test_runs_cover_the_same_blocks_and_are_never_longer_than_a_guest_may_wait_for(
-    ranges: list[tuple[int, int]],
+@settings(max_examples=30)
+@given(held_blocks, held_blocks)
+def test_portions_cover_what_is_held_and_a_guest_write_waits_for_a_megabyte_at_most(
+    large: Stack, above: set[int], below: set[int]
 ) -> None:
-    runs = list(_runs(ranges))
-    assert [block for run in runs for block in range(*run)] == [block for one in ranges for block in range(*one)]
-    assert all(last - first <= RUN_BLOCKS for first, last in runs)
-    assert RUN_BLOCKS * BLOCK == 1 << 20
+    large.empty()
+    for overlay, blocks in ((large.active, above), (large.hidden, below)):
+        overlay.mark_each([(block, block + 1) for block in sorted(blocks)], Held.DATA)
+    held = above | below
+    portions = list(large.portions())
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(portions))
+    covered = [set(range(*portion)) & held for portion in portions]
+    assert set().union(*covered) == held
+    assert all(covered)
+    for (first, last), blocks in zip(portions, covered, strict=True):
+        assert first % BLOCKS_PER_CLUSTER == 0
+        assert last % BLOCKS_PER_CLUSTER == 0 or last == large.active.blocks
+        assert len(blocks) * BLOCK <= 1 << 20
+        assert last - first <= 64 * BLOCKS_PER_CLUSTER

@@ -274,3 +274,10 @@ def test_a_hole_costs_one_look_however_long_the_data_is(disk: FileDisk, monkeypa
     disk.write([b"x" * SIZE], 0)
     assert disk.hole(0, SIZE) == 0
     assert looks == [os.SEEK_DATA]
+
+
+def test_beginning_to_flush_changes_nothing_and_never_fails(disk: FileDisk) -> None:
+    disk.write([pattern(3, SIZE)], 0)
+    disk.begin_flush(4096, 8192)
+    disk.begin_flush(SIZE, 1 << 40)
+    assert content(disk) == pattern(3, SIZE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -167,6 +169,30 @@ def test_an_image_fresh_from_qemu_img_holds_nothing(overlay: Overlay) -> None:
     assert list(overlay.held(0, BLOCKS)) == [(0, BLOCKS, Held.NOTHING)]
     assert overlay.allocated_blocks == 0
     assert list(overlay.dirty_ranges()) == []
+
+
+def test_chosen_blocks_are_let_go_of_and_all_others_stay_as_they_were(overlay: Overlay) -> None:
+    """Across a page of words, whatever the pattern; the counts and what is to be published go along."""
+    draw = random.Random(11)
+    first, clusters = 250, 12
+    blocks = range(first * BLOCKS_PER_CLUSTER, (first + clusters) * BLOCKS_PER_CLUSTER)
+    states = {block: draw.choice(list(Held)) for block in blocks}
+    for block, state in states.items():
+        overlay.mark(block, block + 1, state)
+    data, zero = overlay.states(first, first + clusters)
+    assert [Held.DATA if data[at] else Held.ZERO if zero[at] else Held.NOTHING for at in range(len(blocks))] == list(
+        states.values()
+    )
+    overlay.unpublished()
+    chosen = np.array([draw.random() < 0.5 for _ in blocks])
+    overlay.forget_chosen(first, chosen)
+    left = {block: Held.NOTHING if gone else states[block] for block, gone in zip(blocks, chosen, strict=True)}
+    assert [state for block in blocks for _, _, state in overlay.held(block, block + 1)] == list(left.values())
+    assert overlay.allocated_blocks == sum(state is not Held.NOTHING for state in left.values())
+    assert overlay.data_blocks == sum(state is Held.DATA for state in left.values())
+    assert [page for page, _ in overlay.unpublished()] == [0, 1]
+    overlay.forget_chosen(first, chosen)
+    assert overlay.unpublished() == [], "there was nothing left of it"
 
 
 def test_the_bit_comes_after_the_data(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lab import DEADLINE_S, make_raw, pattern, wait_until
 from replication.changes import GRAIN
 from replication.errors import DiskError
+from replication.image import files, qcow2
 from replication.image import overlay as overlay_module
-from replication.image import qcow2
 from replication.image.file import FileDisk
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError
-from replication.image.overlay import PAGE_CLUSTERS, Overlay
+from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 
@@ -337,22 +337,193 @@ def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_
     assert images.top(0, BLOCK) == images.below(0, BLOCK)
 
 
-def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
+def commit_all(images: Images) -> None:
+    for first, last in list(images.stack.held_ranges()):
+        images.stack.commit(first, last)
+
+
+@pytest.mark.parametrize("face", ["top", "below"], ids=["active", "hidden"])
+def test_a_guest_write_waits_for_the_commit_of_whole_clusters_and_is_not_overwritten_by_it(
+    images: Images, pool: ThreadPoolExecutor, face: str
+) -> None:
+    """And a guest read in the midst of it sees what it saw before."""
+    if face == "top":
+        images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
+    else:
+        images.stack.write_below(memoryview(b"\xaa" * CLUSTER), 0, False)
+    expected = bytearray(images.top())
+    guest: list[Any] = []
+
+    def write() -> None:
+        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False, False))
+        wait_until(lambda: len(images.stack.top._asked) == 2, "the guest's write waits for the commit")
+        assert images.top() == expected
+
+    images.disk.after = once(write, "write")
+    assert images.stack.commit(0, 32) == CLUSTER
+    guest[0].result(DEADLINE_S)
+    expected[5:15] = b"\xbb" * 10
+    assert images.below(0, CLUSTER) == expected[:CLUSTER]
+    assert images.top() == expected
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["written above", "let go of"])
+def test_whole_clusters_that_change_before_a_commit_has_locked_them_are_brought_down_as_they_are_then(
+    images: Images, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """With room in active the guest's write is in it; without, its block has gone to the disk and is held no more."""
+    images.stack.write_top(memoryview(b"\xaa" * 2 * CLUSTER), 0)
+    expected = bytearray(images.top())
+    images.stack.committing = True
+    real = images.stack.top.acquire
+
+    def acquire(start: int, stop: int) -> Any:
+        monkeypatch.undo()
+        with monkeypatch.context() as broken:
+            if full:
+                break_overlay(broken, images.stack.active, 1, errno.ENOSPC)
+            images.stack.write_over(memoryview(b"\xbb" * 10), 5 * BLOCK, False, shelter=True)
+        assert images.stack.active.holds_any(5, 6) != full
+        return real(start, stop)
+
+    monkeypatch.setattr(images.stack.top, "acquire", acquire)
+    assert images.stack.commit(0, 64) == 2 * CLUSTER - (BLOCK if full else 0)
+    expected[5 * BLOCK : 5 * BLOCK + 10] = b"\xbb" * 10
+    assert images.below() == images.top() == expected
+    assert list(images.stack.held_ranges()) == []
+
+
+def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_comes_up_there_stays(
+    images: Images, pool: ThreadPoolExecutor
+) -> None:
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 0)
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 9 * BLOCK)
+    expected = bytearray(images.top())
+    below = bytearray(images.below())
+
+    def write() -> None:
+        images.disk.before = failing("write")
+        pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5 * BLOCK, False, True).result(DEADLINE_S)
+        images.disk.before = lambda _: None
+
+    images.disk.after = once(write, "write")
+    assert images.stack.commit(0, 32) == 2 * BLOCK
+    expected[5 * BLOCK : 5 * BLOCK + 10] = b"\xbb" * 10
+    assert images.top() == expected, "the disk has refused it, so it must stay in active"
+    for block in (0, 9):
+        below[block * BLOCK : (block + 1) * BLOCK] = b"\xaa" * BLOCK
+    assert images.below() == below
+    assert list(images.stack.held_ranges()) == [(0, 32)]
+    images.stack.commit(0, 32)
+    assert images.below() == expected
+
+
+@pytest.mark.parametrize("block", [0, 5], ids=["the same block", "between"])
+def test_what_a_guest_writes_after_a_commit_has_looked_and_before_it_has_locked_is_not_lost(
+    images: Images, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 0)
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 9 * BLOCK)
+    expected = bytearray(images.top())
+    real = images.stack.top.acquire_all
+
+    def acquire(spans: Sequence[tuple[int, int]]) -> Any:
+        monkeypatch.undo()
+        images.disk.before = failing("write")
+        images.stack.write_over(memoryview(b"\xbb" * 10), block * BLOCK, False, shelter=True)
+        images.disk.before = lambda _: None
+        return real(spans)
+
+    monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
+    images.stack.commit(0, 32)
+    expected[block * BLOCK : block * BLOCK + 10] = b"\xbb" * 10
+    assert images.top() == expected
+    below = bytes(expected[5 * BLOCK : 6 * BLOCK]) if block == 0 else pattern(1, SIZE)[5 * BLOCK : 6 * BLOCK]
+    assert images.below(5 * BLOCK, BLOCK) == below, "only what was locked has come down"
+    assert images.stack.active.holds_any(block, block + 1) == (block == 5)
+    images.stack.commit(0, 32)
+    assert images.below() == expected
+
+
+def test_what_was_let_go_after_a_commit_has_looked_is_not_brought_down_again(
     images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images.stack.write_below(memoryview(b"\xaa" * BLOCK), 0, False)
-    images.stack.write_top(memoryview(b"\xbb" * BLOCK), 0)
+    """By a guest write for which active has no room: its block goes to the disk at once."""
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 0)
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 9 * BLOCK)
+    expected = bytearray(images.top())
+    images.stack.committing = True
+    real = images.stack.top.acquire_all
+
+    def acquire(spans: Sequence[tuple[int, int]]) -> Any:
+        monkeypatch.undo()
+        with monkeypatch.context() as full:
+            break_overlay(full, images.stack.active, 1, errno.ENOSPC)
+            images.stack.write_over(memoryview(b"\xbb" * 10), 0, False, shelter=True)
+        assert not images.stack.active.holds_any(0, 1)
+        return real(spans)
+
+    monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
+    images.stack.commit(0, 32)
+    expected[:10] = b"\xbb" * 10
+    assert images.below() == images.top() == expected
+
+
+@pytest.mark.parametrize("blocks", [(0, 32), (0, 96)], ids=["whole clusters", "runs"])
+@pytest.mark.parametrize("call", ["pwritev", "preadv"])
+def test_a_commit_that_fails_names_the_place_and_keeps_everything_above(
+    images: Images, monkeypatch: pytest.MonkeyPatch, call: str, blocks: tuple[int, int]
+) -> None:
+    images.stack.write_top(memoryview(pattern(5, CLUSTER)), 0)
+    images.stack.write_top(memoryview(b"\xaa" * BLOCK), 40 * BLOCK)
+    expected = images.top()
+    real = getattr(files, call)
+    offset, length = (0, CLUSTER) if blocks == (0, 32) else (40 * BLOCK, BLOCK)
+
+    def fail(*arguments: Any) -> int:
+        if arguments[2] == offset:
+            raise OSError(errno.EIO, "broken")
+        return int(real(*arguments))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, call, fail)
+        with pytest.raises(LayerError) as refusal:
+            images.stack.commit(*blocks)
+    layer, operation = (Layer.SECONDARY, "commit") if call == "pwritev" else (Layer.ACTIVE, "read")
+    error = refusal.value
+    assert (error.layer, error.operation, error.offset, error.length) == (layer, operation, offset, length)
+    assert images.top() == expected
+    commit_all(images)
+    assert images.below() == expected
+
+
+def test_words_with_bits_behind_the_disks_end_alone_are_let_go_of(images: Images) -> None:
+    """QEMU, zeroing up to the disk's end, marks its last cluster to the end; a commit must come to an end all the
+    same."""
+    images.stack.active.mark(3 * 32 + 10, 4 * 32, Held.ZERO)
+    assert SIZE < (3 * 32 + 10) * BLOCK
+    (portion,) = images.stack.portions()
+    assert images.stack.commit(*portion) == 0
+    assert list(images.stack.portions()) == []
+
+
+@pytest.mark.parametrize(("length", "how"), [(BLOCK, "forget_chosen"), (CLUSTER, "forget")], ids=["runs", "whole"])
+def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
+    images: Images, monkeypatch: pytest.MonkeyPatch, length: int, how: str
+) -> None:
+    images.stack.write_below(memoryview(b"\xaa" * length), 0, False)
+    images.stack.write_top(memoryview(b"\xbb" * length), 0)
     order: list[str] = []
-    real = Overlay.forget
+    real = getattr(Overlay, how)
 
-    def forget(self: Overlay, start: int, stop: int) -> None:
+    def forget(self: Overlay, *arguments: Any) -> None:
         order.append(self.role)
-        assert images.below(0, BLOCK) == b"\xbb" * BLOCK
-        real(self, start, stop)
-        assert images.top(0, BLOCK) == b"\xbb" * BLOCK, "at every step, so after every kill"
+        assert images.below(0, length) == b"\xbb" * length
+        real(self, *arguments)
+        assert images.top(0, length) == b"\xbb" * length, "at every step, so after every kill"
 
-    monkeypatch.setattr(Overlay, "forget", forget)
-    images.stack.commit(0, 1)
+    monkeypatch.setattr(Overlay, how, forget)
+    images.stack.commit(0, length // BLOCK)
     assert order == ["hidden", "active"]
 
 
