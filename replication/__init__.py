@@ -100,6 +100,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     image/files.py              the system calls that change files, as a seam
     jobs.py  fault.py           what query-jobs and get-error report
     gate.py  rangelock.py       who waits for whom
+    ended.py                    how who waits for an answer learns of it
     events.py  log.py  pause.py  boot.py  stage.py  errors.py
 
 Who waits for whom: the lock order

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from enum import Enum
 
 import nbd
 
+from replication.ended import Ended
 from replication.image.connection import Completion
 from replication.image.qcow2 import BLOCK
 
@@ -95,9 +95,10 @@ class Budget:
         """Take room if there is some; whether there was. For a request to try first: preparing for a wait costs more
         than this does."""
         with self._lock:
-            if self._line or not self._fits(size):
+            used = self._used
+            if self._line or (used and used + size > self.limit):
                 return False
-            self._used += size
+            self._used = used + size
             return True
 
     def _fits(self, size: int) -> bool:
@@ -134,28 +135,6 @@ class Kind(Enum):
     FLUSH = "flush"
     CUT = "cut"
     """The end of an epoch: nothing behind it is sent before all in front of it is answered and it is let go."""
-
-
-class Ended:
-    """That an entry has ended, for who waits. (An Event does the same in four times the time.)"""
-
-    __slots__ = ("_told",)
-
-    def __init__(self) -> None:
-        self._told = threading.Lock()
-        self._told.acquire()
-
-    def set(self) -> None:
-        """It has."""
-        with contextlib.suppress(RuntimeError):  # it had already, or two tell it at once
-            self._told.release()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` seconds; whether it has."""
-        if not self._told.acquire(timeout=timeout_s):
-            return False
-        self.set()  # for whoever asks next
-        return True
 
 
 class Entry:
@@ -204,11 +183,20 @@ class Entry:
         else:
             handle.aio_flush(completion)
 
-    def end(self, arrived: bool) -> None:
-        """Tell whoever waits."""
+    @property
+    def has_ended(self) -> bool:
+        """Of an entry that is waited for: whether it has ended."""
+        return self.ended is not None and self.ended.told
+
+    def settle(self, arrived: bool) -> None:
+        """The first half of `end`, for who ends many and tells it afterwards."""
         self.arrived = arrived
         if self.on_end is not None:
             self.on_end(self)
+
+    def end(self, arrived: bool) -> None:
+        """Tell whoever waits."""
+        self.settle(arrived)
         if self.ended is not None:
             self.ended.set()
 

@@ -123,18 +123,20 @@ class ChangeMap:
         (the caller holds its range lock). So what was missing of it is on its way, unless a `mark` came in between: the
         content read may lack that write, and the grains stay missing.
         """
+        grain = offset // GRAIN
+        if not repair and offset + length <= (grain + 1) * GRAIN:
+            # As below, for the writes that are many: without ranges.
+            with self._lock:
+                if not self._bytes[grain]:
+                    self._dirty += 1
+                    self._bytes[grain] = ON_ITS_WAY
+                self._open[grain] = self._open.get(grain, 0) + 1
+            return
         grains = self._grains(offset, length)
         with self._lock:
             if repair and self._watched.start <= grains.start and grains.stop <= self._watched.stop:
                 self._put_locked(grains, _ON_ITS_WAY * len(grains))
                 self._open_locked(grains)
-            elif len(grains) == 1:
-                # As below, for the writes that are many: half the time.
-                grain = grains.start
-                if not self._bytes[grain]:
-                    self._dirty += 1
-                    self._bytes[grain] = ON_ITS_WAY
-                self._open[grain] = self._open.get(grain, 0) + 1
             else:
                 states = self._bytes[grains.start : grains.stop]
                 self._put_locked(grains, states.replace(_CLEAN, _ON_ITS_WAY))
@@ -142,17 +144,18 @@ class ChangeMap:
 
     def end(self, offset: int, length: int, arrived: bool) -> None:
         """The change of `begin` has arrived on the secondary, or will not."""
-        grains = self._grains(offset, length)
-        with self._lock:
-            if len(grains) == 1 and arrived:
-                grain = grains.start
+        grain = offset // GRAIN
+        if arrived and offset + length <= (grain + 1) * GRAIN:
+            with self._lock:
                 left = self._open.pop(grain) - 1
                 if left:
                     self._open[grain] = left
                 elif self._bytes[grain] == ON_ITS_WAY:
                     self._dirty -= 1
                     self._bytes[grain] = CLEAN
-                return
+            return
+        grains = self._grains(offset, length)
+        with self._lock:
             still_open = self._close_locked(grains)
             if not arrived:
                 self._put_locked(grains, _MISSING * len(grains))

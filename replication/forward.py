@@ -108,7 +108,7 @@ class Forwarder:
         self._batch_at: int | None = None
         self._window = WINDOW
         self._singly_until = 0.0
-        self._thread: threading.Thread | None = None
+        self._sender: threading.Thread | None = None
         self.bytes_forwarded = 0
 
     # -- connection ----------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Forwarder:
         """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`). `batch_at`: the
         offset for batches, if the other side takes them."""
         connection.timeout_s = self.timeout_s
-        self._thread = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
+        self._sender = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
         with self._lock:
             self._connection = connection
             self._batch_at = batch_at
@@ -131,9 +131,9 @@ class Forwarder:
             self._stopping = False
             self._up = True
         try:
-            self._thread.start()
+            self._sender.start()
         except RuntimeError as error:  # no more threads
-            self._thread = None
+            self._sender = None
             with self._lock:
                 self._up = False
             raise DiskError(f"cannot forward: {error}") from error
@@ -151,12 +151,12 @@ class Forwarder:
     def wait_down(self, timeout_s: float) -> bool:
         """Wait until a lost or stopped connection has given everything back, `timeout_s` seconds at most; whether it
         has."""
-        thread = self._thread
+        thread = self._sender
         if thread is not None:
             thread.join(timeout_s)
             if thread.is_alive():
                 return False
-            self._thread = None
+            self._sender = None
         return True
 
     # -- queue ---------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ class Forwarder:
         active_until = 0.0
         while True:
             self._end_answered(connection)
+            if self._stopping or connection.dead:  # whoever says so pokes the connection, so it is not slept over
+                break
             with self._lock:
-                if self._stopping or connection.dead:
-                    break
                 entries = self._next_locked()
                 in_flight = len(self._in_flight)
                 # What the guest does not wait for is sent in batches: a hand-over of the GIL for every write costs the
@@ -370,15 +370,18 @@ class Forwarder:
                 first = entries[0]
                 what = f"the secondary answered {first.kind.value} of {first.length} bytes at {first.offset} with"
                 self._failed(first, DiskError(f"{what}: {os.strerror(number)}", number))
+            waiting = [entry.ended for entry in entries if entry.ended is not None]
             with self._lock:
                 self._in_flight.remove(entries)
-                if self._awaited:
-                    self._awaited -= sum(entry.ended is not None for entry in entries)
+                self._awaited -= len(waiting)
             self._budget.give(cost(entries))
+            if not number:
+                self.bytes_forwarded += sum([entry.length for entry in entries])
             for entry in entries:
-                if not number:
-                    self.bytes_forwarded += entry.length
-                entry.end(not number)
+                entry.settle(not number)
+            # Only now, because everybody who is woken takes the GIL.
+            for ended in waiting:
+                ended.set()
 
     def _lose(self, connection: Connection, error: DiskError) -> None:
         """The link is lost: from now on entries end at once. Called by the forwarding thread, and by a guest's

@@ -21,6 +21,10 @@ write, stop or start
 In which order things happen to one write, and what a kill in between leaves: marked in the change map, then written
 locally, then queued (async) or queued, written locally and awaited (sync), then answered. Whatever was not answered
 by the secondary is still marked.
+
+The mark of a write ends when its entry does (async), or when the guest's thread goes on (sync): half the work, and the
+forwarding thread has less to do while the guest waits. What the secondary did not get is marked as missing before
+anybody is told of its end in either case, so that a barrier behind it finds that.
 """
 
 from __future__ import annotations
@@ -72,6 +76,7 @@ class PrimaryDisk:
         self._faults = faults
         self._ancestry = ancestry
         self._sync = sync
+        self._on_end = self._keep_missing if sync else self._ended
         self.stage = Stage.NONE
         """Set by the node while the gate is closed."""
         self.size = local.size if local is not None else 0
@@ -102,11 +107,10 @@ class PrimaryDisk:
         return self.local
 
     def _tell(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
-        """Local I/O: its failure is the guest's to know (case 1), and an event's."""
         try:
             action()
-        except DiskError as error:
-            self._faults.tell(Case.PRIMARY_DISK, self.name, operation, offset, length, error)
+        except BaseException as error:
+            self._tell_failure(operation, offset, length, error)
             raise
 
     # -- writes --------------------------------------------------------------------------------------------
@@ -115,11 +119,12 @@ class PrimaryDisk:
         """Write locally and forward."""
         length = len(data)
         if length <= DATA_MAX:
-            entries: Sequence[Entry] = (Entry(Kind.WRITE, offset, length, self._ended, self._sync),)
-            entries[0].load(data)
+            entry = Entry(Kind.WRITE, offset, length, self._on_end, self._sync)
+            entry.load(data)
+            entries: Sequence[Entry] = (entry,)
         else:
             entries = [
-                Entry(Kind.WRITE, offset + at, min(DATA_MAX, length - at), self._ended, self._sync)
+                Entry(Kind.WRITE, offset + at, min(DATA_MAX, length - at), self._on_end, self._sync)
                 for at in range(0, length, DATA_MAX)
             ]
             for entry in entries:
@@ -129,7 +134,7 @@ class PrimaryDisk:
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
         entries = [
-            Entry(Kind.ZERO, offset + at, min(ZERO_MAX, length - at), self._ended, self._sync)
+            Entry(Kind.ZERO, offset + at, min(ZERO_MAX, length - at), self._on_end, self._sync)
             for at in range(0, length, ZERO_MAX)
         ]
         for entry in entries:
@@ -157,80 +162,80 @@ class PrimaryDisk:
             # Not forwarded, but remembered for the resync of the next pair.
             self.changes.mark(offset, length)
             self._part(fua)
-            self._change_locally(self.local, operation, offset, length, arguments)
+            self._tell(operation, offset, length, lambda: getattr(self.local, operation)(*arguments))
             self.bytes_written += length
             return
-        if fua and self._sync:
+        sync, changes, forwarder = self._sync, self.changes, self.forwarder
+        if fua and sync:
             for entry in entries:
                 entry.fua = True
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            self._change_held(operation, offset, length, fua, entries, arguments)
+            if sync:
+                changes.begin(offset, length)
+            else:
+                for entry in entries:
+                    changes.begin(entry.offset, entry.length)
+            size = entries[0].cost if len(entries) == 1 else cost(entries)
+            queued = forwarder.reserve(size)
+            if not queued:
+                # Without a link the mark is all that remains of the write.
+                self._part(fua)
+                _end(entries)
+            pause("primary-write.marked")
+            if queued and sync:
+                # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process
+                # killed when the secondary has it and the local disk does not must send it again.
+                forwarder.put(*entries)
+            try:
+                if self.local is not None:
+                    getattr(self.local, operation)(*arguments)
+            except BaseException as error:
+                self._tell_failure(operation, offset, length, error)
+                # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
+                changes.mark(offset, length)
+                if sync:
+                    changes.end(offset, length, False)
+                elif queued:
+                    forwarder.unreserve(size)
+                    _end(entries)
+                raise
+            pause("primary-write.written")
+            if queued and not sync:
+                forwarder.put(*entries)
         finally:
             self.ranges.release(held)
-        if self._sync:
-            for entry in entries:
-                self.forwarder.await_end(entry)
+        if sync:
+            self._await_end(offset, length, entries)
         self.bytes_written += length
 
-    def _change_held(
-        self,
-        operation: str,
-        offset: int,
-        length: int,
-        fua: bool,
-        entries: Sequence[Entry],
-        arguments: tuple[object, ...],
-    ) -> None:
-        """One write in `running`, with its range held: mark, write, queue."""
-        changes, forwarder = self.changes, self.forwarder
-        for entry in entries:
-            changes.begin(entry.offset, entry.length)
-        size = entries[0].cost if len(entries) == 1 else cost(entries)
-        queued = forwarder.reserve(size)
-        if not queued:
-            # Without a link the mark is all that remains of the write.
-            self._part(fua)
-            _end(entries)
-        pause("primary-write.marked")
-        ahead = queued and self._sync
-        if ahead:
-            # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process killed
-            # when the secondary has it and the local disk does not must send it again.
-            changes.begin(offset, length)
-            forwarder.put(*entries)
-        try:
-            if self.local is not None:
-                self._change_locally(self.local, operation, offset, length, arguments)
-        except BaseException:
-            # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
-            changes.mark(offset, length)
-            if ahead:
-                changes.end(offset, length, False)
-            elif queued:
-                forwarder.unreserve(size)
-                _end(entries)
-            raise
-        pause("primary-write.written")
-        if ahead:
-            changes.end(offset, length, True)
-        elif queued:
-            forwarder.put(*entries)
+    def _await_end(self, offset: int, length: int, entries: Sequence[Entry]) -> None:
+        """Wait until the secondary has a write of protocol=sync, or will not get it, and end its mark.
 
-    def _change_locally(
-        self, local: Disk, operation: str, offset: int, length: int, arguments: tuple[object, ...]
-    ) -> None:
-        try:
-            getattr(local, operation)(*arguments)
-        except DiskError as error:
+        What has not arrived was marked as missing by `_keep_missing`, before the entry ended; so what was sent anew
+        since then is not marked a second time here. What has not even ended may arrive or not.
+        """
+        known = True
+        for entry in entries:
+            known &= self.forwarder.await_end(entry) or entry.has_ended
+        self.changes.end(offset, length, known)
+
+    def _tell_failure(self, operation: str, offset: int, length: int, error: BaseException) -> None:
+        """Local I/O: its failure is the guest's to know (case 1), and an event's."""
+        if isinstance(error, DiskError):
             self._faults.tell(Case.PRIMARY_DISK, self.name, operation, offset, length, error)
-            raise
 
     def _part(self, fua: bool) -> None:
         """The other node will not get a write that is about to be made here."""
         self._ancestry.part()
         if fua:
             self._ancestry.flush()
+
+    def _keep_missing(self, entry: Entry) -> None:
+        """A write of protocol=sync has ended; who waits for it ends its mark."""
+        if not entry.arrived:
+            self._ancestry.part()
+            self.changes.mark(entry.offset, entry.length)
 
     def _ended(self, entry: Entry) -> None:
         if not entry.arrived:

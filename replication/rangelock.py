@@ -80,8 +80,9 @@ class RangeLock:
 
     def _ask(self, mine: Range) -> Range:
         with self._lock:
+            start, stop = mine.start, mine.stop
             for other in self._asked:
-                if other.start < mine.stop and mine.start < other.stop and other.meets(mine):
+                if other.start < stop and start < other.stop and other.meets(mine):
                     other.followers.append(mine)
                     mine.waits_for += 1
             self._asked.append(mine)

@@ -7,6 +7,7 @@ What InFlight admits is compared with a model in test_forward.py, where the requ
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lab import DEADLINE_S, begin, wait_until
 from replication import backlog
-from replication.backlog import Budget, Ended
+from replication.backlog import Budget
+from replication.ended import Ended
 
 LIMIT = 1000
 WAITERS_MAX = 8
@@ -355,3 +357,23 @@ def test_an_end_that_two_threads_tell_at_once_is_told_without_error() -> None:
         for teller in tellers:
             teller.result(DEADLINE_S)
         assert ended.wait(0)
+
+
+def test_a_signal_does_not_cut_a_wait_short() -> None:
+    ended, handled = Ended(), threading.Event()
+    former = signal.signal(signal.SIGUSR1, lambda *_: handled.set())
+    assert threading.current_thread() is threading.main_thread(), "only it handles signals"
+    waiting = threading.get_ident()
+
+    def tell() -> None:
+        # The wait comes back from the kernel with EINTR, or else the handler would not run before its end.
+        while not handled.wait(AT_ONCE_S):
+            signal.pthread_kill(waiting, signal.SIGUSR1)
+        ended.set()
+
+    try:
+        teller = begin(tell)
+        assert ended.wait(DEADLINE_S)
+        teller.result(DEADLINE_S)
+    finally:
+        signal.signal(signal.SIGUSR1, former)

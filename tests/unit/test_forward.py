@@ -91,7 +91,7 @@ class Link:
 
     def wound_up(self) -> None:
         """Wait for the thread's end; then nothing is left of what was put, and everything has ended once."""
-        thread = self.forwarder._thread
+        thread = self.forwarder._sender
         if thread is not None:
             thread.join(DEADLINE_S)
             assert not thread.is_alive()
@@ -162,6 +162,37 @@ def test_overlapping_requests_are_never_in_flight_together_and_arrive_in_order(l
     arrived = [(offset, length) for kind, offset, length, _, _ in requests if kind == "Write"]
     assert sorted(sent) == sorted(arrived)
     assert (link.losses, link.failures) == ([], [])
+
+
+def test_everybody_is_told_after_all_of_a_batch_has_ended(lab: Lab) -> None:
+    """Who is told goes on at once, and may find out what has become of the others (a barrier does)."""
+    held, release = threading.Event(), threading.Event()
+    link = Link(lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE)))
+    first, last = (link.make(Kind.WRITE, number * 4096, data=b"x" * 4096) for number in range(2))
+    on_end = last.on_end
+    assert on_end is not None
+
+    def hold(entry: Entry) -> None:
+        on_end(entry)
+        held.set()
+        assert release.wait(DEADLINE_S)
+
+    last.on_end = hold
+    assert link.budget.take_now(cost([first, last]))
+    with link.forwarder._lock:
+        assert all(link.forwarder._in_flight.admit(entry) for entry in (first, last))
+        link.forwarder._awaited += 2
+    # As if the secondary had answered both together.
+    link.forwarder._answered.append(((first, last), 0))
+    link.connection.poke()
+    assert held.wait(DEADLINE_S)
+    assert first.arrived
+    assert not first.has_ended
+    release.set()
+    assert link.forwarder.await_end(first)
+    assert link.forwarder.await_end(last)
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
 
 
 entries = st.builds(
@@ -332,7 +363,7 @@ def test_a_connection_that_closes_at_the_very_moment_fails_nobody(lab: Lab, acti
     """A guest's thread has taken hold of the connection; before it goes on the forwarder's thread closes it."""
     server = lab.endpoint(size=SIZE)
     link = Link(server)
-    connection, thread = link.connection, link.forwarder._thread
+    connection, thread = link.connection, link.forwarder._sender
     assert thread is not None
     assert link.forwarder.await_end(link.write(0, b"x"))
     wait_until(lambda: link.forwarder._rest.value == "sleep", "the thread sleeps, so that it has to be woken")

@@ -279,6 +279,56 @@ def test_async_marks_then_writes_then_queues_then_answers_and_is_clean_on_arriva
 
 
 @kinds
+def test_what_sync_could_not_send_is_missing_before_anybody_is_told(make: Make, kind: str) -> None:
+    """A barrier behind it must find that: it may be answered before the guest's thread runs."""
+    bench = make(sync=True)
+    guest = change(bench, kind)
+    assert bench.link.awaited.acquire(timeout=DEADLINE_S)
+    (entry,) = bench.link.put_entries
+    entry.settle(False)
+    assert bench.changes.missing
+    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
+    assert not guest.done()
+    assert entry.ended is not None
+    entry.ended.set()
+    done(guest)
+    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
+
+
+@pytest.mark.parametrize("first", ["guest", "repair"])
+def test_what_was_sent_anew_before_the_guest_went_on_is_not_missing_again(make: Make, first: str) -> None:
+    bench = make(sync=True)
+    guest = bench.write(b"\xaa" * 4 * KIB)
+    assert bench.link.awaited.acquire(timeout=DEADLINE_S)
+    (entry,) = bench.link.put_entries
+    entry.settle(False)
+    ended: list[bool] = []
+    (repair,) = done(resend(bench, ended))
+    assert bytes(repair.data[: 4 * KIB]) == b"\xaa" * 4 * KIB
+    assert bench.states == [ON_ITS_WAY, CLEAN, CLEAN, CLEAN]
+    assert entry.ended is not None
+    if first == "guest":
+        entry.ended.set()
+        done(guest)
+        assert bench.states == [ON_ITS_WAY, CLEAN, CLEAN, CLEAN]
+        bench.link.answer(repair)
+    else:
+        bench.link.answer(repair)
+        entry.ended.set()
+        done(guest)
+    assert (ended, bench.states) == ([True], CLEAN_MAP)
+
+
+def test_what_may_have_arrived_is_missing(make: Make) -> None:
+    bench = make(sync=True)
+    bench.link.await_end = lambda entry: False  # type: ignore[method-assign]
+    done(bench.write(b"\xaa" * 4 * KIB))
+    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
+    bench.link.answer(bench.link.put_entries[0])
+    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN], "nobody knows whether a resend was answered before"
+
+
+@kinds
 def test_sync_marks_then_queues_then_writes_and_answers_on_arrival(make: Make, kind: str) -> None:
     bench = make(sync=True)
     assert bench.local is not None
