@@ -11,6 +11,7 @@ from enum import Enum
 import nbd
 
 from replication.ended import Ended
+from replication.image.buffers import Buffers
 from replication.image.connection import Completion
 from replication.image.qcow2 import BLOCK
 
@@ -27,6 +28,9 @@ without progress."""
 FLIGHT_MAX = 8 << 20
 """Most data in flight, unless one entry has more: what 1 Gbit/s carries in 60 ms. More would only wait in the socket,
 and grow old there."""
+
+_QUICKLY_FRESH = 64 << 10
+"""Up to this length the data of an entry is in fresh memory: the allocator has it at hand, without page faults."""
 
 _SMALL = 256 << 10
 """Longest entry that is known by its blocks."""
@@ -142,13 +146,14 @@ class Entry:
     no request; it ends when it is reached.)"""
 
     # What most entries do not need is kept by the class: one is made for every write of a guest.
-    data = b""
+    data: bytes | memoryview = b""
     cost = _ENTRY_COST
     fua = False
     may_trim = False
     arrived = False
     let_go = False
     ended: Ended | None = None
+    memory: Buffers | None = None
 
     def __init__(
         self,
@@ -165,10 +170,27 @@ class Entry:
         if waited_for:
             self.ended = Ended()
 
-    def load(self, data: memoryview) -> None:
-        """Take a copy of the data: nbdkit's buffer is gone when the guest is answered."""
-        self.data = bytes(data)
+    def load(self, data: memoryview, memory: Buffers | None = None) -> None:
+        """Take a copy of the data: nbdkit's buffer is gone when the guest is answered. `memory`, if there is any, is
+        for large data, and `unload` gives it back.
+
+        With memory that is used again, writes of 256k and 1M at depth 16 (tmpfs) are 3 to 12 % more a second. The copy
+        keeps the GIL all the same: without (numpy.copyto) there are 11 futex calls a write instead of 6, and on two
+        cores 10 % fewer writes.
+        """
+        if memory is None or self.length <= _QUICKLY_FRESH:
+            self.data = bytes(data)
+        else:
+            self.memory = memory
+            self.data = memory.take(self.length)
+            self.data[:] = data
         self.cost = _ENTRY_COST + self.length
+
+    def unload(self) -> None:
+        """Give back what `load` has taken. Only when the secondary has the data: else libnbd may still read it."""
+        if self.memory is not None and isinstance(self.data, memoryview):
+            self.memory.give(self.data)
+            self.data = b""
 
     @property
     def flags(self) -> int:

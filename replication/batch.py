@@ -39,10 +39,10 @@ Write = tuple[int, memoryview]
 """Offset and data."""
 
 
-def pack(writes: Iterable[tuple[int, bytes]]) -> bytes:
+def pack(writes: Iterable[tuple[int, bytes | memoryview]]) -> bytes:
     """A batch of the writes, which do not overlap and hold DATA_MAX bytes at most. Neighbours become one write."""
     rows: list[int] = []
-    pieces: list[bytes] = [b""]
+    pieces: list[bytes | memoryview] = [b""]
     stop = -1
     for offset, data in writes:
         if offset == stop:

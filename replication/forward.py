@@ -378,6 +378,8 @@ class Forwarder:
             if not number:
                 self.bytes_forwarded += sum([entry.length for entry in entries])
             for entry in entries:
+                if not number:
+                    entry.unload()
                 entry.settle(not number)
             # Only now, because everybody who is woken takes the GIL.
             for ended in waiting:

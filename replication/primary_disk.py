@@ -36,17 +36,22 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from replication.ancestry import Ancestry
-from replication.backlog import DATA_MAX, ZERO_MAX, Entry, Kind, cost
+from replication.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Entry, Kind, cost
 from replication.changes import ChangeMap
 from replication.content import ZERO_RUN_MAX, known_zeroes, what_is_read
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.forward import Forwarder
+from replication.image.buffers import Buffers
 from replication.image.face import Disk, Extent
 from replication.image.qcow2 import BLOCK
 from replication.pause import pause
 from replication.rangelock import RangeLock
 from replication.stage import Stage
+
+_SPARE = 2 * FLIGHT_MAX
+"""Bytes of memory for large entries that are kept for the next ones: a flight comes back almost at once while the next
+is being filled. (With 4 MiB a third of 256k writes found none.)"""
 
 
 class Barrier(NamedTuple):
@@ -86,6 +91,8 @@ class PrimaryDisk:
         # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
         # one and putting it on the other. Never held across I/O.
         self._order = threading.Lock()
+        # For the data of large entries; it comes back when the secondary has it.
+        self._memory = Buffers(_SPARE)
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -120,7 +127,7 @@ class PrimaryDisk:
         length = len(data)
         if length <= DATA_MAX:
             entry = Entry(Kind.WRITE, offset, length, self._on_end, self._sync)
-            entry.load(data)
+            entry.load(data, self._memory)
             entries: Sequence[Entry] = (entry,)
         else:
             entries = [
@@ -128,7 +135,8 @@ class PrimaryDisk:
                 for at in range(0, length, DATA_MAX)
             ]
             for entry in entries:
-                entry.load(data[entry.offset - offset : entry.offset - offset + entry.length])
+                part = data[entry.offset - offset : entry.offset - offset + entry.length]
+                entry.load(part, self._memory)
         self._change("write", offset, length, fua, entries, (data,), offset, fua)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:

@@ -121,7 +121,7 @@ class Connection:
         self._lock = threading.Lock()
         self._pending: dict[int, Request] = {}
         # Writes of `write_alone` and their data, by libnbd's cookie; only the one thread touches it.
-        self._written_alone: dict[int, tuple[Request, bytes]] = {}
+        self._written_alone: dict[int, tuple[Request, bytes | memoryview]] = {}
         self._cause: str | None = None
         self._leader = threading.Lock()
         self._completed = 0
@@ -525,8 +525,11 @@ class Connection:
             self.fail(f"lost the connection to {self.uri}: {error.string}")
         self._look_if_suspect("the server closed it")
 
-    def write_alone(self, data: bytes, offset: int, flags: int, on_done: Callable[[Request], None]) -> None:
-        """Send a write, as `issue` does, from the one thread that uses this connection (direct.py)."""
+    def write_alone(
+        self, data: bytes | memoryview, offset: int, flags: int, on_done: Callable[[Request], None]
+    ) -> None:
+        """Send a write, as `issue` does, from the one thread that uses this connection (direct.py). `data` is not
+        changed, and when the write has succeeded no longer needed."""
         request = Request(len(data), on_done)
         if self._cause is not None:
             raise DiskError(self._cause)

@@ -31,7 +31,7 @@ _library.nbd_poll.argtypes = (ctypes.c_void_p, ctypes.c_int)
 _library.nbd_aio_pwrite.restype = ctypes.c_int64
 _library.nbd_aio_pwrite.argtypes = (
     ctypes.c_void_p,
-    ctypes.c_char_p,
+    ctypes.c_void_p,
     ctypes.c_size_t,
     ctypes.c_uint64,
     _Completion,
@@ -54,10 +54,11 @@ class DirectCalls:
         """The handle must stay alive as long as this."""
         self._handle = _pointer_of(handle._o, b"nbd_handle")
 
-    def pwrite(self, data: bytes, offset: int, flags: int) -> int:
-        """Begin a write and return its cookie; `data` must stay alive until `finished` has named it. OSError when
-        libnbd refuses."""
-        cookie = int(_library.nbd_aio_pwrite(self._handle, data, len(data), offset, _NO_CALLBACK, flags))
+    def pwrite(self, data: bytes | memoryview, offset: int, flags: int) -> int:
+        """Begin a write and return its cookie; `data` (a memoryview of memory that may be written) must stay alive
+        until `finished` has named it. OSError when libnbd refuses."""
+        start = data if isinstance(data, bytes) else ctypes.byref(ctypes.c_char.from_buffer(data))
+        cookie = int(_library.nbd_aio_pwrite(self._handle, start, len(data), offset, _NO_CALLBACK, flags))
         if cookie < 0:
             raise self._error()
         return cookie

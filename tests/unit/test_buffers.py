@@ -5,28 +5,55 @@ from __future__ import annotations
 
 import pytest
 
-from replication.image.buffers import _KEPT, _SMALL, Buffers
+from replication.image.buffers import SMALL, Buffers
+
+MIB = 1 << 20
 
 
-@pytest.mark.parametrize("length", [1, _SMALL, _SMALL + 1, 1 << 20])
+@pytest.mark.parametrize("length", [1, SMALL, SMALL + 1, 64 << 10, (64 << 10) + 1, MIB - 1, MIB])
 def test_a_buffer_is_as_long_as_asked_for(length: int) -> None:
-    assert len(Buffers(1 << 20).take(length)) == length
+    buffers = Buffers(MIB)
+    buffer = buffers.take(length)
+    assert len(buffer) == length
+    buffer[:] = bytes(length)
+    buffers.give(buffer)
+    assert len(buffers.take(length)) == length
 
 
 def test_what_was_given_back_is_used_again_and_what_was_not_never_is() -> None:
-    buffers = Buffers(1 << 20)
-    first, second = buffers.take(1 << 20), buffers.take(100_000)
+    buffers = Buffers(4 * MIB)
+    first, second = buffers.take(MIB), buffers.take(MIB - 5)
     assert first.obj is not second.obj
     buffers.give(second)
-    assert buffers.take(1 << 20).obj is second.obj
-    third = buffers.take(1 << 20)
+    assert buffers.take(MIB).obj is second.obj
+    third = buffers.take(MIB)
     assert third.obj is not first.obj
     assert third.obj is not second.obj
 
 
-def test_only_a_few_are_kept() -> None:
-    buffers = Buffers(_SMALL + 1)
-    taken = [buffers.take(_SMALL + 1) for _ in range(_KEPT + 3)]
-    for buffer in taken:
+@pytest.mark.parametrize("length", [SMALL + 1, 256 << 10, MIB])
+def test_as_many_as_sixteen_threads_use_are_kept_and_no_more_bytes_than_that(length: int) -> None:
+    buffers = Buffers(16 * MIB)
+    for buffer in [buffers.take(length) for _ in range(300)]:
         buffers.give(buffer)
-    assert len(buffers._spare) == _KEPT
+    assert buffers.spare_bytes == 16 * MIB
+    kept = {id(buffers.take(length).obj) for _ in range(16)}
+    assert len(kept) == 16
+
+
+def test_memory_of_another_length_makes_room() -> None:
+    buffers = Buffers(MIB)
+    for buffer in [buffers.take(64 << 10) for _ in range(16)]:
+        buffers.give(buffer)
+    assert buffers.spare_bytes == MIB
+    large = buffers.take(512 << 10)
+    buffers.give(large)
+    assert buffers.spare_bytes == MIB
+    assert buffers.take(512 << 10).obj is large.obj
+    assert buffers.spare_bytes == MIB // 2
+
+
+def test_what_is_longer_than_all_that_may_be_kept_is_not() -> None:
+    buffers = Buffers(MIB)
+    buffers.give(buffers.take(2 * MIB))
+    assert buffers.spare_bytes == 0

@@ -29,6 +29,7 @@ from replication.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Budget, Entry, I
 from replication.errors import DiskError
 from replication.forward import _SMALL as SMALL
 from replication.forward import BATCHED_WINDOW, BATCHES_IN_WINDOW, SINGLY_S, WINDOW, Forwarder, cut
+from replication.image.buffers import Buffers
 from replication.image.connection import Connection
 from replication.lineage import Lineage
 from replication.options import DATA_EXPORT
@@ -1285,3 +1286,76 @@ def test_after_a_refused_batch_writes_go_one_by_one_for_a_while(lab: Lab) -> Non
     link.forwarder.adopt(Connection(server.uri(), None, DEADLINE_S), server.size)
     assert kinds(b"5") == {"batch"}
     ended(link)
+
+
+# -- memory for large entries ------------------------------------------------------------------------------
+
+
+def large(link: Link, memory: Buffers, offset: int, fill: bytes, length: int = 200_000) -> Entry:
+    """A write as a guest's thread makes it: its data is a copy in memory that is used again."""
+    entry = link.make(Kind.WRITE, offset, length)
+    entry.load(memoryview(fill * length), memory)
+    return entry
+
+
+def memory_of(entry: Entry) -> object:
+    assert isinstance(entry.data, memoryview)
+    return entry.data.obj
+
+
+def test_memory_of_a_large_write_is_used_again_when_the_secondary_has_it_and_not_before(lab: Lab) -> None:
+    # writes a, b, c   sent ---------- held by the secondary ---------- answered
+    # write d                loaded, must not be in their memory                  e: must be
+    server = lab.start(BatchServer(lab.folder))
+    link, memory = server.link(), Buffers(8 << 20)
+    server.hold()
+    first = [large(link, memory, number << 20, b"abc"[number : number + 1]) for number in range(3)]
+    taken = {id(memory_of(entry)): memory_of(entry) for entry in first}
+    link.put_together(*first)
+    server.begun(3)  # their data has left libnbd, but nobody has answered
+    meanwhile = large(link, memory, 3 << 20, b"d")
+    other = memory_of(meanwhile)
+    link.put(meanwhile)
+    server.release()
+    assert len(taken) == 3
+    assert id(other) not in taken
+    assert all(link.forwarder.await_end(entry) for entry in [*first, meanwhile])
+    assert [entry.data for entry in first] == [b""] * 3, "who looks for the data must not find another write's"
+    again = [large(link, memory, number << 20, b"e") for number in range(4)]
+    assert set(taken) < {id(memory_of(entry)) for entry in again}
+    assert memory.spare_bytes == 0
+    for number, fill in enumerate((b"a", b"b", b"c", b"d")):
+        assert stored(server, number << 20, 200_000) == fill * 200_000
+    link.put_together(*again)
+    ended(link)
+    assert [stored(server, number << 20, 200_000) for number in range(4)] == [b"e" * 200_000] * 4
+
+
+@pytest.mark.parametrize("how", ["killed", "abandoned", "stopped"])
+def test_memory_that_may_still_be_sent_is_never_used_again(lab: Lab, how: str) -> None:
+    server = lab.start(BatchServer(lab.folder))
+    link, memory = server.link(), Buffers(8 << 20)
+    server.hold()
+    entries = [large(link, memory, number << 20, b"x") for number in range(3)]
+    link.put_together(*entries)
+    server.begun(3)
+    if how == "killed":
+        server.kill()
+    elif how == "abandoned":
+        link.forwarder.abandon("another disk's connection has gone")
+    else:
+        link.forwarder.stop(0)
+    link.wound_up()
+    server.kill()  # this nbdkit may abort when it answers a client that has gone (hangup.py)
+    assert memory.spare_bytes == 0
+    assert not any(entry.arrived for entry in entries)
+
+
+def test_memory_of_a_refused_write_is_not_used_again(lab: Lab) -> None:
+    server = lab.start(BatchServer(lab.folder))
+    link, memory = server.link(), Buffers(8 << 20)
+    server.refuse(100)
+    entry = link.put(large(link, memory, 0, b"x"))
+    assert not link.forwarder.await_end(entry)
+    ended(link)
+    assert memory.spare_bytes == 0
