@@ -51,6 +51,7 @@ SECONDARY_POINTS = (
     Point("copy-before-write.before-mark", (Cause.TARGET_WRITE,), hits=3),
     Point("target-write.preserved", (Cause.TARGET_WRITE,), hits=3),
     Point("target-write.written", (Cause.TARGET_WRITE,), hits=3),
+    Point("commit.locked", (Cause.FAILOVER,), hits=3),
     Point("commit.written", (Cause.FAILOVER,), hits=3),
     Point("commit.hidden-forgotten", (Cause.FAILOVER,), hits=3),
 )
@@ -88,6 +89,7 @@ RECOVERY_POINTS = (
     "checkpoint.begun",
     "checkpoint.active-emptied",
     "checkpoint.emptied",
+    "commit.locked",
     "commit.written",
     "commit.hidden-forgotten",
 )
