@@ -49,6 +49,8 @@ class Verdict:
     ratio: float | None
     seconds: float | None
     reached: bool | None
+    limit: float | None
+    """The same ratio of the limit: what no server on nbdkit can do better here."""
 
 
 def verdicts(results: Results, figures: Iterable[Figure] = FIGURES) -> Iterator[Verdict]:
@@ -62,4 +64,5 @@ def verdicts(results: Results, figures: Iterable[Figure] = FIGURES) -> Iterator[
             reached = None if ratio is None else ratio >= figure.at_least
             if reached and figure.at_most_s is not None:
                 reached = seconds is not None and seconds <= figure.at_most_s
-            yield Verdict(figure, subject, ratio, seconds, reached)
+            limit = results.ratio(figure.work, LIMIT, QEMU) if figure.base == QEMU else None
+            yield Verdict(figure, subject, ratio, seconds, reached, limit)

@@ -59,15 +59,15 @@ def cost_table(results: Results) -> Table:
 def figures_table(verdicts: list[Verdict]) -> Table:
     """The figures, and whether they are reached."""
     table = Table(title="Figures to reach")
-    for column in ("work", "subject", "wanted", "measured", ""):
+    for column in ("work", "subject", "wanted", "measured", "", "limit"):
         table.add_column(column, no_wrap=True)
     for verdict in verdicts:
         measured = ratio_text(verdict.ratio)
         if verdict.seconds is not None:
             measured += f", {seconds_text(verdict.seconds)}"
-        table.add_row(
-            verdict.figure.work, verdict.subject, wanted_text(verdict.figure), measured, verdict_text(verdict)
-        )
+        limit = ratio_text(verdict.limit)
+        figure = verdict.figure
+        table.add_row(figure.work, verdict.subject, wanted_text(figure), measured, verdict_text(verdict), limit)
     return table
 
 

@@ -131,6 +131,13 @@ def test_a_figure_against_the_limit_does_not_look_at_qemu() -> None:
     assert (verdict.ratio, verdict.reached) == (0.45, False)
 
 
+def test_a_verdict_says_what_the_limit_reaches_against_qemu() -> None:
+    found = results(RATE, qemu=[10], replication=[20], file=[35])
+    verdict = verdict_of(found, Figure(RATE.name, 4))
+    assert (verdict.ratio, verdict.limit) == (2, 3.5)
+    assert verdict_of(found, Figure(RATE.name, 0.5, LIMIT)).limit is None
+
+
 def test_a_figure_that_qemu_cannot_produce_is_neither_reached_nor_missed() -> None:
     verdict = verdict_of(results(RATE, qemu=[None], replication=[10]), Figure(RATE.name, 4))
     assert verdict.reached is None
