@@ -41,6 +41,13 @@ What outlives what
     the host        the stage (state.json), and what a guest has flushed. With durability=power also the checkpoint: see
                     image/stack.py, image/table.py and state.py. images.py finds out what a restart has left.
 
+Source and compiled
+-------------------
+    The modules that every request passes through (the list is in scripts/compile) also run compiled by mypyc, with
+    the same meaning. They do without what it lacks: ctypes, weak references, `del` of an attribute, `break` out of a
+    `with`, a class that others subclass in a module that is not compiled, an attribute whose name makes a word of C
+    (`_thread`).
+
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
@@ -118,7 +125,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     5. PrimaryDisk._order (m)
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
     7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m)
-    8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m)
+    8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
+       Buffers._lock (m), and the two of a Commit (m)
     9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

@@ -107,6 +107,16 @@ def test_the_guest_has_a_purpose_of_its_own(machine: Machine) -> None:
     assert machine.apt_calls()[-1].endswith(" busybox-static")
 
 
+def test_the_compiler_is_for_who_compiles_or_tests(machine: Machine) -> None:
+    machine.missing(unknown="gcc")
+    assert machine.setup("demo", "bench", "lint").returncode == 0
+    assert machine.apt_calls() == []
+    for purpose in ("compile", "test"):
+        assert machine.setup(purpose).returncode == 0
+        assert " gcc" in machine.apt_calls()[-1]
+    assert (machine.root / ".venv/bin/python").exists()
+
+
 def test_goes_through_sudo(machine: Machine) -> None:
     machine.missing(unknown="nbdkit")
     machine.become(1000)

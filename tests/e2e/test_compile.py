@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""scripts/compile, and which plugin it is that the other tests run (`make test-compiled` runs them with the compiled
+one)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lab import PLUGIN, REPOSITORY
+
+
+def test_the_plugin_says_whether_it_is_compiled() -> None:
+    dump = subprocess.run(
+        ["nbdkit", "python", str(PLUGIN), "--dump-plugin"], capture_output=True, text=True, timeout=30, check=True
+    )
+    compiled = PLUGIN != REPOSITORY / "plugin.py"
+    assert f"replication_compiled={'yes' if compiled else 'no'}\n" in dump.stdout
+    if compiled:
+        text = (REPOSITORY / "scripts/compile").read_text()
+        listed = re.search(r"MODULES='(.*?)'", text, re.DOTALL)
+        assert listed is not None
+        for module in listed[1].split():
+            assert list((PLUGIN.parent / "replication").glob(f"{module}.*.so")), f"{module} is not compiled"
+
+
+class Tree:
+    """A copy of the sources with a stand-in for the environment's Python."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "scripts").mkdir(parents=True)
+        shutil.copy(REPOSITORY / "scripts/compile", root / "scripts/compile")
+        for name in ("plugin.py", "pyproject.toml"):
+            shutil.copy(REPOSITORY / name, root / name)
+        shutil.copytree(REPOSITORY / "replication", root / "replication", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def python(self, script: str) -> None:
+        """What `python -m mypyc FILE...` does, in a folder of its own."""
+        path = self.root / ".venv/bin/python"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    def compile(self, *folder: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["/bin/bash", str(self.root / "scripts/compile"), *map(str, folder)],
+            cwd=self.root,
+            env=dict(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def files(self) -> dict[str, bytes]:
+        return {str(path.relative_to(self.root)): path.read_bytes() for path in self.root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    tree = Tree(tmp_path / "tree")
+    tree.python("for file in ${@:3}; do touch ${file%.py}.abi.so; done; mkdir build; touch build/scrap.so")
+    return tree
+
+
+def test_a_copy_is_made_beside_its_sources_and_made_anew(tree: Tree) -> None:
+    before = tree.files()
+    for _ in range(2):
+        done = tree.compile()
+        assert (done.returncode, done.stderr) == (0, "")
+        (tree.root / "build/compiled/replication/old.py").touch()
+    done = tree.compile()
+    made = {name.removeprefix("build/compiled/"): data for name, data in tree.files().items() if name not in before}
+    assert "replication/gate.abi.so" in made
+    assert "replication/old.py" not in made
+    assert not [name for name in made if name.startswith("build/") or name == "pyproject.toml"]
+    sources = {name: data for name, data in before.items() if name == "plugin.py" or name.startswith("replication/")}
+    assert {name: made[name] for name in sources} == sources
+
+
+@pytest.mark.parametrize("folder", [".", "replication", "scripts"])
+def test_a_folder_with_something_else_is_left_alone(tree: Tree, folder: str) -> None:
+    before = tree.files()
+    done = tree.compile(folder)
+    assert done.returncode == 1
+    assert "holds something else: name another folder" in done.stderr
+    assert tree.files() == before
+
+
+def test_what_was_there_stays_when_the_compiler_fails(tree: Tree) -> None:
+    assert tree.compile().returncode == 0
+    before = tree.files()
+    tree.python("echo no compiler >&2; exit 1")
+    done = tree.compile()
+    assert done.returncode == 1
+    assert done.stderr == "no compiler\ncompile: mypyc has failed, see above\n"
+    del before[".venv/bin/python"]
+    assert before.items() <= tree.files().items()
+
+
+def test_without_the_environment_it_says_what_to_do(tree: Tree) -> None:
+    shutil.rmtree(tree.root / ".venv")
+    done = tree.compile()
+    assert done.returncode == 1
+    assert "run scripts/setup compile" in done.stderr
+    assert tree.compile("one", "two").returncode == 2
