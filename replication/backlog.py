@@ -99,10 +99,9 @@ class Budget:
         """Take room if there is some; whether there was. For a request to try first: preparing for a wait costs more
         than this does."""
         with self._lock:
-            used = self._used
-            if self._line or (used and used + size > self.limit):
+            if self._line or not self._fits(size):
                 return False
-            self._used = used + size
+            self._used += size
             return True
 
     def _fits(self, size: int) -> bool:

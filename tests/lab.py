@@ -32,6 +32,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -48,6 +49,9 @@ MIB = 1024 * KIB
 DEADLINE_S = 60.0
 """Longest wait for anything that should take milliseconds: long enough for a busy machine with two cores, and for an
 fdatasync behind everything that the tests beside this one have written (20 s were once too short)."""
+
+CHANCE_S = 0.25
+"""How long `chance` lets a request that ought to wait do the wrong thing."""
 
 _POLL_S = 0.002
 
@@ -1051,6 +1055,15 @@ def begin(call: Callable[..., T], *arguments: Any) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def chance(future: Future[T]) -> bool:
+    """Give a request that ought to wait the time to do the wrong thing; whether it has ended."""
+    try:
+        future.exception(CHANCE_S)
+    except FutureTimeoutError:
+        return False
+    return True
 
 
 def drained(primary: Server) -> dict[str, Any]:

@@ -4,7 +4,6 @@ one)."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -51,7 +50,6 @@ class Tree:
         return subprocess.run(
             ["/bin/bash", str(self.root / "scripts/compile"), *map(str, folder)],
             cwd=self.root,
-            env=dict(os.environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

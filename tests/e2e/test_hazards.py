@@ -3,7 +3,7 @@
 
 A thread is held either at a pause point inside the process (replication/pause.py), or inside the NBD server that
 serves the disk below (`HeldEndpoint`), before or after it does a request. Timelines read downwards; what stands on one
-line happens at the same time. `CHANCE_S` is not what makes a test right: it is how long a second request that ought
+line happens at the same time. `lab.CHANCE_S` is not what makes a test right: it is how long a second request that ought
 to wait gets to do the wrong thing, so a correct product never fails by it.
 """
 
@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +33,7 @@ from lab import (
     Server,
     SmallFolder,
     begin,
+    chance,
     disk_name,
     drained,
     make_raw,
@@ -47,7 +47,6 @@ T = TypeVar("T")
 
 BLOCK = 4096
 SIZE = 64 * BLOCK
-CHANCE_S = 0.25
 
 OLD = pattern(1, SIZE)
 """What the disks hold at the first checkpoint."""
@@ -151,15 +150,6 @@ def _nobody_stays_held(lab: Lab) -> Iterator[None]:
 def end(future: Future[T]) -> T:
     """The result, which must come in time."""
     return future.result(DEADLINE_S)
-
-
-def chance(future: Future[T]) -> bool:
-    """Give a request that ought to wait the time to do the wrong thing; whether it has ended."""
-    try:
-        future.exception(CHANCE_S)
-    except FutureTimeoutError:
-        return False
-    return True
 
 
 def overlay_of(content: bytes, *changes: tuple[int, bytes]) -> bytes:
