@@ -6,8 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lab import Lab, SmallFolder
+
+# How long an example takes, or its invention, says how busy the machine is. Whether a test hangs is pytest's timeout to
+# tell.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from replication.control.qmp import DEPTH_MAX, MESSAGE_BYTES_MAX, Argument
 FUZZ = settings(
     derandomize=True,
     database=None,
-    deadline=None,
     # One server for all examples is the point: it has to outlive them.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )

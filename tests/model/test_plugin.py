@@ -29,7 +29,6 @@ def examples(count: int) -> settings:
     """The same `count` examples in every run."""
     return settings(
         derandomize=True,
-        deadline=None,
         max_examples=count,
         print_blob=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -31,7 +31,6 @@ RULES = Rules(
 
 EXAMPLES = settings(
     derandomize=True,
-    deadline=None,
     max_examples=120,
     print_blob=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -398,7 +398,9 @@ class SecondaryHistory(History):
         causes = self._causes(point, life)
         # A stop ends these disks' use, and there are points that only they have.
         cause = rng.choices(causes, [1 if cause is Cause.STOP else 3 for cause in causes])[0]
-        hits = rng.randint(1, point.hits)
+        # Not to miss what is owed because a later hit did not come.
+        owed = point.name in self.owed and not self.outcome.points[point.name]
+        hits = 1 if owed else rng.randint(1, point.hits)
         between = self._steps(rng, life.base.stage, rng.randrange(6), commands=True)
         self._make_way(rng, client, life, point)
         for hit in range(hits):

@@ -134,7 +134,7 @@ class Budgets(RuleBasedStateMachine):
 
 
 TestBudgets = Budgets.TestCase
-TestBudgets.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestBudgets.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 def test_a_large_one_is_not_starved_by_small_ones_that_would_fit() -> None:

@@ -168,7 +168,7 @@ class Replication(RuleBasedStateMachine):
         assert self.map.marked_bytes == min(GRAIN * sum(state != CLEAN for state in states), SIZE)
 
 
-Replication.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+Replication.TestCase.settings = settings(max_examples=120, stateful_step_count=30)
 TestReplication = Replication.TestCase
 
 
@@ -218,7 +218,7 @@ def test_runs_that_cross_the_step_of_the_scan_are_all_there() -> None:
 # -- the map for the other side --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     marked=st.lists(st.sampled_from([CLEAN, ON_ITS_WAY, MISSING]), min_size=1, max_size=24),
     short=st.integers(0, GRAIN - 1),

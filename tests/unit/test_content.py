@@ -109,7 +109,7 @@ def test_what_the_disk_cannot_tell_is_data() -> None:
     assert seen(Broken((4 * GRAIN, HOLE), step=4 * KIB)) == (4 * GRAIN, *DATA)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     pieces=st.lists(st.tuples(st.integers(1, 2 * GRAIN), st.sampled_from([DATA, ZERO, HOLE])), min_size=1, max_size=12),
     step=st.integers(1 * KIB, 8 * GRAIN),

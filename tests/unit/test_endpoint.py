@@ -71,7 +71,7 @@ def test_any_alignment_is_served_whatever_the_server_wants(
     )
 
     @given(st.lists(requests, min_size=1, max_size=12))
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     def histories(history: list[tuple[str, int, int, bool]]) -> None:
         for kind, offset, wanted, flag in history:
             length = min(wanted, SIZE - offset)

@@ -90,7 +90,7 @@ class Histories(RuleBasedStateMachine):
         assert self.disk.size == SIZE
 
 
-Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=15)
 TestHistories = Histories.TestCase
 
 

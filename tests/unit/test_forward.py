@@ -205,7 +205,7 @@ entries = st.builds(
 
 
 @given(st.lists(entries, max_size=25), st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whether_an_entry_meets_one_in_flight_is_found_as_by_comparing_them_all(
     candidates: list[Entry], source: random.Random
 ) -> None:
@@ -1037,7 +1037,7 @@ def test_overlapping_writes_never_share_a_batch_and_what_is_not_small_and_plain_
     content = bytearray(SIZE)
     batches = 0
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(histories)
     def check(history: list[list[Operation]]) -> None:
         nonlocal batches
@@ -1089,7 +1089,7 @@ def test_a_secondary_has_what_was_written_in_its_order_and_its_guest_sees_none_o
     peer, link = data_link(secondary, SIZE)
     content = bytearray(before)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(histories)
     def check(history: list[list[Operation]]) -> None:
         link.entries.clear()

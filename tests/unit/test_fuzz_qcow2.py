@@ -30,7 +30,6 @@ from replication.image.qcow2 import BLOCKS_PER_CLUSTER, CLUSTER, SECTOR, Layout,
 FUZZ = settings(
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 

@@ -31,7 +31,6 @@ from replication.state import Record, StateFolder
 FUZZ = settings(
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 

@@ -722,5 +722,5 @@ class Meetings(RuleBasedStateMachine):
         self.world.invariants()
 
 
-Meetings.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+Meetings.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
 TestMeetings = Meetings.TestCase

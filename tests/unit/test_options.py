@@ -479,7 +479,7 @@ VALUES = PLAUSIBLE | st.text(st.characters(blacklist_characters="\0", blacklist_
 SETTING_KEYS = st.sampled_from(sorted(ALL_KEYS - {"config"})) | st.text(max_size=20)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(pairs=st.lists(st.tuples(SETTING_KEYS.filter(lambda key: key != "config"), VALUES), max_size=12))
 def test_any_pairs_give_options_or_one_config_error(pairs: list[tuple[str, str]]) -> None:
     parser = OptionParser()
@@ -498,7 +498,7 @@ def test_any_pairs_give_options_or_one_config_error(pairs: list[tuple[str, str]]
 URI_TEXT = st.text(st.sampled_from("abz019.:[]/?#@%&=+-\u2100\u00e9 \n"), max_size=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rest=URI_TEXT, disks=st.integers(0, 2))
 def test_any_secondary_uri_gives_options_or_one_config_error(rest: str, disks: int) -> None:
     pairs = [*PRIMARY, f"secondary=nbd://{rest}", *(f"disk=d{number}:/{number}" for number in range(disks))]
@@ -509,7 +509,7 @@ def test_any_secondary_uri_gives_options_or_one_config_error(rest: str, disks: i
     assert options.secondary == f"nbd://{rest}"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=80)
     | st.lists(

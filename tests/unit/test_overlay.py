@@ -161,7 +161,7 @@ class Histories(RuleBasedStateMachine):
         ]
 
 
-Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestHistories = Histories.TestCase
 
 

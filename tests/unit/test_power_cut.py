@@ -351,7 +351,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=14, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow]
 )
 TestHistories = Histories.TestCase
 

@@ -380,7 +380,7 @@ def interesting_offsets() -> st.SearchStrategy[int]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_any_mutation_is_refused_or_opened_but_never_written(data: st.DataObject) -> None:
     changes = data.draw(st.lists(st.tuples(interesting_offsets(), st.integers(0, 255)), min_size=1, max_size=8))

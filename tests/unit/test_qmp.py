@@ -323,7 +323,7 @@ PIECES = st.sampled_from(
 STREAMS = st.one_of(st.binary(max_size=300), st.lists(PIECES, max_size=40).map(b"".join))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(stream=STREAMS, cuts=st.lists(st.integers(0, 3000), max_size=30), bound=st.sampled_from([1 << 20, 64, 19, 1]))
 def test_any_chunking_gives_the_same_answers_and_nothing_ends_the_session(
     stream: bytes, cuts: list[int], bound: int
@@ -342,7 +342,7 @@ def test_any_chunking_gives_the_same_answers_and_nothing_ends_the_session(
     assert answers(whole, b'{"execute":"foo","id":"alive"}')[-1]["id"] == "alive"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     identity=st.recursive(
         st.none()

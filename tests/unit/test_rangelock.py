@@ -98,7 +98,7 @@ class Histories(RuleBasedStateMachine):
         assert self.lock._asked == []
 
 
-Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestHistories = Histories.TestCase
 
 

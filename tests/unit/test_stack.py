@@ -247,7 +247,7 @@ class Histories(RuleBasedStateMachine):
         assert self.images.below() == self.below
 
 
-Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
 TestHistories = Histories.TestCase
 
 
