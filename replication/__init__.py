@@ -124,9 +124,9 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     4. Ancestry._lock, then StateFolder._saving (only when a fault is latched, the stage changes, or the nodes part)
     5. PrimaryDisk._order (m)
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
-    7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m)
+    7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m), Resync._changed (m)
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
-       Buffers._lock (m), and the two of a Commit (m)
+       Buffers._lock (m), JobList._lock (m), and the two of a Commit (m)
     9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

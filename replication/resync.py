@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from replication.backlog import DATA_MAX, Entry
@@ -79,6 +79,7 @@ class _Pass:
 
     def __init__(self, disk: PrimaryDisk) -> None:
         self.disk = disk
+        self.job = Job("resync", disk.name, self.total, self.current)
         self.cancelled = False
         self.over = False
         # Protects the counters: entries end in the forwarder's thread and, without a link, in the one that puts them.
@@ -157,6 +158,9 @@ class Resync:
         self._overtaken = False
         # Names of the disks whose job was cancelled.
         self._left_alone: set[str] = set()
+        # What the next pass begins with, by the names of the disks: its jobs are listed already.
+        self._announced: dict[str, _Pass] = {}
+        self._sent: _Pass | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -176,10 +180,12 @@ class Resync:
                 self._changed.notify_all()
 
     def now(self, explicit: bool = True) -> None:
-        """Send what is missing at once; `explicit`: a person asks for it, so also what was cancelled."""
+        """Send what is missing at once; `explicit`: a person asks for it, so also what was cancelled. The jobs are
+        listed when this returns, so that nobody who looks for them next takes the resync for done."""
         with self._changed:
             if explicit:
                 self._left_alone.clear()
+            self._announce_locked(self._disks)
             self._asked = True
             self._changed.notify_all()
 
@@ -219,7 +225,7 @@ class Resync:
 
     def _run(self) -> None:
         while self._wait_pass():
-            failed = [disk for disk in self._disks if self._has_work(disk) and self._send(disk)]
+            failed = [work.disk for work in self._works() if self._send(work)]
             self._pass_ended()
             with self._changed:
                 self._ended = self._begun
@@ -228,6 +234,9 @@ class Resync:
                     # Also instead of what was requested meanwhile: the failures of this very pass ask for the next.
                     self._due = time.monotonic() + self._again_s
                 self._changed.notify_all()
+        for work in self._announced.values():
+            work.finish()
+            self._jobs.conclude(work.job, self._obstacle(work))
 
     def _wait_pass(self) -> bool:
         """Wait for the next pass and begin it; False at the end."""
@@ -240,19 +249,36 @@ class Resync:
             self._begun += not self._closing
             return not self._closing
 
-    def _has_work(self, disk: PrimaryDisk) -> bool:
+    def _has_work_locked(self, disk: PrimaryDisk) -> bool:
         """An export that only forwards has nothing from which it could send again."""
-        with self._changed:
-            if disk.name in self._left_alone:
-                return False
+        if disk.name in self._left_alone:
+            return False
         return disk.local is not None and disk.forwarder.up and disk.changes.missing
 
-    def _send(self, disk: PrimaryDisk) -> bool:
-        """One disk, as a job; whether something is still missing that may be tried again."""
-        work = _Pass(disk)
-        job = Job("resync", disk.name, work.total, work.current)
-        job.cancel = partial(self._cancel, work)
-        self._jobs.add(job)
+    def _works(self) -> Iterator[_Pass]:
+        """What there is to do in this pass, disk after disk."""
+        with self._changed:
+            # All of them: there is no moment without a job between two disks.
+            self._announce_locked(self._disks)
+        for disk in self._disks:
+            with self._changed:
+                self._announce_locked([disk])  # what is missing only now
+                work = self._sent = self._announced.pop(disk.name, None)
+            if work is not None:
+                yield work
+
+    def _announce_locked(self, disks: Sequence[PrimaryDisk]) -> None:
+        """Put a pass of each of these disks that has work into `_announced`, and its job into the list."""
+        for disk in disks:
+            if not self._closing and disk.name not in self._announced and self._has_work_locked(disk):
+                work = _Pass(disk)
+                work.job.cancel = partial(self._cancel, work)
+                self._announced[disk.name] = work
+                self._jobs.add(work.job)
+
+    def _send(self, work: _Pass) -> bool:
+        """One disk; whether something is still missing that may be tried again."""
+        disk = work.disk
         try:
             failure = self._send_missing(work)
         except DiskError as error:
@@ -268,7 +294,7 @@ class Resync:
             self._overtaken |= overtaken
             if failure is None:
                 self._left_alone.discard(disk.name)  # cancelled too late
-        self._jobs.conclude(job, failure)
+        self._jobs.conclude(work.job, failure)
         if failure is not None:
             log(f"disk '{disk.name}': what the secondary lacks was not sent: {failure}")
         return failure is not None and not work.cancelled
@@ -279,6 +305,8 @@ class Resync:
             if work.over:
                 return
             work.cancelled = True
+            if self._sent is not None and self._sent.disk is work.disk:
+                self._sent.cancelled = True  # the job of the next pass has taken its place in the list
             self._left_alone.add(work.disk.name)
             self._changed.notify_all()
 

@@ -265,7 +265,8 @@ def test_a_guest_under_load_goes_on_over_its_connection_through_failover_and_rol
         points.wait_hit("forward.send")
         if protocol == "async":
             go_on()  # while the resync has sent nothing yet
-        assert [job["status"] for job in b.execute("query-jobs") if job["type"] == "resync"] == ["running"]
+        # Of one disk, or of both: the thread that is held may be at a guest's write, too.
+        assert {job["status"] for job in b.execute("query-jobs") if job["type"] == "resync"} == {"running"}
         points.release("forward.send")
         go_on()
         all_sent(b)

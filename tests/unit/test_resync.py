@@ -855,6 +855,75 @@ def test_an_explicit_request_during_a_pass_that_is_being_cancelled_is_heard(benc
     assert not bench.disk.changes.missing
 
 
+def test_who_asks_for_a_resync_finds_the_jobs_of_all_disks_listed_until_they_are_done(bench: Bench) -> None:
+    """Also before the thread has woken up, and while only the first disk is sent."""
+    for disk in bench.disks:
+        disk.changes.mark(0, 2 * RUN)
+    held = Held(bench.link)
+    with bench.resync._changed:  # the thread cannot begin
+        bench.resync.now()
+        assert [(job["id"], job["total-progress"]) for job in bench.jobs.query()] == [
+            ("resync-disk0", 2 * RUN),
+            ("resync-disk1", 2 * RUN),
+        ]
+    held.wait()
+    assert [job["status"] for job in bench.jobs.query()] == ["running", "running"]
+    held.release()
+    bench.wait_passes(1)
+    assert bench.jobs.query() == []
+
+
+def test_between_two_disks_of_a_pass_that_nobody_has_asked_for_there_is_a_job_as_well(bench: Bench) -> None:
+    for disk in bench.disks:
+        disk.changes.mark(0, 2 * RUN)
+    held = Held(bench.link)
+    bench.resync.request()
+    bench.let_pass(1.0)
+    held.wait()
+    assert len(bench.jobs.query()) == 2
+    held.release()
+    bench.wait_passes(1)
+
+
+def test_a_job_that_has_not_begun_can_be_cancelled(bench: Bench) -> None:
+    bench.disk.changes.mark(0, 2 * RUN)
+    with bench.resync._changed:
+        bench.resync.now()
+        bench.jobs.cancel("resync-disk0")
+    bench.wait_passes(1)
+    assert bench.link.sent == []
+    assert bench.concluded == {"resync-disk0": "the resync was cancelled"}
+    assert bench.due_s is None
+
+
+def test_a_cancel_ends_what_is_sent_although_the_next_pass_is_listed(bench: Bench) -> None:
+    """
+    resync:  at work, held ------------------------ ends; the next pass has nothing to do either
+    person:                 asks again    cancels
+    """
+    bench.disk.changes.mark(0, 2 * RUN)
+    held = Held(bench.link)
+    bench.resync.now()
+    held.wait()
+    bench.resync.now()
+    bench.jobs.cancel("resync-disk0")
+    held.release()
+    bench.wait_passes(2)
+    assert bench.link.sent == [(0, RUN)]
+    assert bench.concluded == {"resync-disk0": "the resync was cancelled"}
+
+
+def test_a_job_that_has_not_begun_ends_with_the_process(bench: Bench) -> None:
+    bench.disk.changes.mark(0, 2 * RUN)
+    with bench.resync._changed:
+        bench.resync.now()
+        bench.resync._closing = True
+        bench.resync._changed.notify_all()
+    bench.resync.stop(DEADLINE_S)
+    assert bench.link.sent == []
+    assert bench.concluded == {"resync-disk0": "replication was stopped"}
+
+
 def test_a_cancel_that_comes_too_late_changes_nothing(bench: Bench) -> None:
     late: list[Callable[[], None]] = []
 
