@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lab import Lab, SmallFolder
+from lab import Lab, SharingFolder, SmallFolder
+from replication.image import files
 
 # How long an example takes, or its invention, says how busy the machine is. Whether a test hangs is pytest's timeout to
 # tell.
@@ -40,3 +43,22 @@ def small_folder(lab: Lab) -> Callable[[int], SmallFolder]:
             pytest.skip(str(error))
 
     return made
+
+
+@pytest.fixture
+def sharing_folder(lab: Lab) -> SharingFolder:
+    """A folder whose files can share blocks; skips the test where mounting is not allowed."""
+    try:
+        return lab.sharing_folder()
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit in this process copies, on any file system."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(files, "clone_range", refuse)

@@ -107,17 +107,40 @@ def whole(handle: nbd.NBD) -> bytes:
     return bytes(handle.pread(handle.get_size(), 0))
 
 
-class SmallFolder:
-    """A folder on a file system of its own, a tmpfs."""
+class MountedFolder:
+    """A folder on a file system of its own."""
+
+    def __init__(self, folder: Path, *mount: str) -> None:
+        """Make it, and mount there what `mount` says; PermissionError if that is not allowed."""
+        self.folder = folder
+        folder.mkdir()
+        done = self._run("mount", *mount)
+        if done.returncode:
+            raise PermissionError(f"mounting needs root: {done.stderr.strip()}")
+
+    @property
+    def free(self) -> int:
+        """Bytes."""
+        status = os.statvfs(self.folder)
+        return status.f_bavail * status.f_frsize
+
+    def close(self) -> None:
+        """Unmount."""
+        self._run("umount").check_returncode()
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(self.folder)], check=False, timeout=DEADLINE_S, capture_output=True, text=True
+        )
+
+
+class SmallFolder(MountedFolder):
+    """A tmpfs that can be full."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        """Mount it, with room for `size` bytes; PermissionError if that is not allowed."""
-        self.folder = folder
+        """With room for `size` bytes."""
+        super().__init__(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
         self._filler = folder / "filler"
-        folder.mkdir()
-        done = self._run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-        if done.returncode:
-            raise PermissionError(f"mounting a tmpfs needs root: {done.stderr.strip()}")
 
     def fill(self) -> None:
         """Leave no room."""
@@ -143,14 +166,16 @@ class SmallFolder:
         status = os.statvfs(self.folder)
         return 100 * (status.f_blocks - status.f_bavail) / status.f_blocks
 
-    def close(self) -> None:
-        """Unmount."""
-        self._run("umount").check_returncode()
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, str(self.folder)], check=False, timeout=DEADLINE_S, capture_output=True, text=True
-        )
+class SharingFolder(MountedFolder):
+    """An XFS, in which files can share blocks (reflinks)."""
+
+    def __init__(self, folder: Path) -> None:
+        image = folder.with_suffix(".xfs")
+        with open(image, "wb") as file:
+            file.truncate(320 * MIB)
+        subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, timeout=DEADLINE_S)
+        super().__init__(folder, "-o", "loop", str(image))
 
 
 # --- QMP ------------------------------------------------------------------------------------------------------
@@ -957,7 +982,7 @@ class Lab:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._processes: list[Process] = []
-        self._mounted: list[SmallFolder] = []
+        self._mounted: list[MountedFolder] = []
 
     def __enter__(self) -> Self:
         return self
@@ -1014,8 +1039,15 @@ class Lab:
 
     def small_folder(self, size: int) -> SmallFolder:
         """A folder with room for `size` bytes, mounted for as long as this lab's processes; PermissionError."""
-        self._mounted.append(SmallFolder(self.folder / f"small{len(self._mounted)}", size))
-        return self._mounted[-1]
+        small = SmallFolder(self.folder / f"small{len(self._mounted)}", size)
+        self._mounted.append(small)
+        return small
+
+    def sharing_folder(self) -> SharingFolder:
+        """A folder whose files can share blocks, mounted for as long as this lab's processes; PermissionError."""
+        sharing = SharingFolder(self.folder / f"sharing{len(self._mounted)}")
+        self._mounted.append(sharing)
+        return sharing
 
     def failed_start(self, arguments: Sequence[str], **options: Any) -> tuple[int, str]:
         """`Server.failed_start` in this folder."""

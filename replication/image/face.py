@@ -63,6 +63,11 @@ class Disk(ABC):
         """What was written to the range will have to be stable soon: begin with it, if that saves time."""
         return
 
+    def share(self, source: Disk, offset: int, length: int) -> bool:
+        """Take over what `source` has at the range, without copying; whether that was possible. If not, the range may
+        hold anything."""
+        return False
+
     @abstractmethod
     def reachable(self) -> bool:
         """Whether requests can be expected to succeed."""

@@ -85,6 +85,24 @@ class FileDisk(Disk):
     def begin_flush(self, offset: int, length: int) -> None:
         files.begin_writeback(self._fd, offset, length)
 
+    def write_back(self, offset: int, length: int) -> None:
+        """Let the kernel write what it has not yet, and wait for it: who shares the range then has not to."""
+        files.write_back(self._fd, offset, length)
+
+    def share(self, source: Disk, offset: int, length: int) -> bool:
+        """By reflinks: both are files of one XFS or btrfs, and the range is whole blocks of the file system. A failure
+        has its cause in what copying does, too, or does not matter."""
+        if not isinstance(source, FileDisk):
+            return False
+        while True:
+            try:
+                files.clone_range(source._fd, self._fd, offset, length)
+            except InterruptedError:
+                continue
+            except OSError:
+                return False
+            return True
+
     def discard(self, offset: int, length: int) -> None:
         """Give the space of a range back; its content is of no use to anybody."""
         try:

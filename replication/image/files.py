@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Sequence
 
 Buffer = bytes | bytearray | memoryview
@@ -21,6 +23,11 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _sync_file_range = ctypes.CDLL(None).sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
+
+_FICLONERANGE = 0x4020940D
+"""linux/fs.h, as most architectures have it; on the others the kernel does not know the number. (Python has a name for
+it from 3.12 on.)"""
 
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -54,6 +61,17 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def begin_writeback(fd: int, offset: int, length: int) -> None:
     """sync_file_range(2): begin to write dirty pages of the range. What fails here a sync will say."""
     _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def write_back(fd: int, offset: int, length: int) -> None:
+    """sync_file_range(2): write dirty pages of the range, and wait for it. That makes nothing stable."""
+    _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE_AND_WAIT)
+
+
+def clone_range(source: int, fd: int, offset: int, length: int) -> None:
+    """ioctl_ficlonerange(2): the range of the file `fd` shares the blocks of `source` at the same offset; OSError,
+    EINTR included. Dirty pages of `source` are written before."""
+    fcntl.ioctl(fd, _FICLONERANGE, struct.pack("qQQQ", source, offset, length, offset))
 
 
 def fdatasync(fd: int) -> None:

@@ -23,10 +23,10 @@ guest write, target write
 guest read, guest write
     No lock. The bit is set after the data is there: the read gets the old or the new block.
 commit, guest write
-    `top`: commit copies, then lets go, of exactly the blocks that it has locked; a guest write comes before (and is
-    copied) or after (finds the block let go, and goes to the disk itself). Which blocks to lock it finds without the
-    lock, and looks again with it. Commit lets go of hidden first, then active, so that a kill between them never
-    uncovers hidden's older data.
+    `top`: commit copies (or shares), then lets go, of exactly the blocks that it has locked; a guest write comes before
+    (and is copied) or after (finds the block let go, and goes to the disk itself). Which blocks to lock it finds
+    without the lock, and looks again with it. Commit lets go of hidden first, then active, so that a kill between them
+    never uncovers hidden's older data.
 commit, commit
     Two threads of one commit take different portions (commit.py), which share no word and no block.
 commit, guest read
@@ -67,6 +67,7 @@ from replication.changes import ChangeMap
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.image.face import ZEROES, Disk, Extent
+from replication.image.file import FileDisk
 from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_BITS, DATA_MASK, PAGE_CLUSTERS, ZERO_MASK, Held, Overlay
@@ -133,6 +134,8 @@ class Stack:
         # instead of 0.13.
         self._many = threading.Lock()
         self._spare = Buffers(_SPARE)
+        # Whether the disk can share blocks of an overlay; None: not tried yet. After a failure all is copied.
+        self._shares: dict[Source, bool | None] = {Source.ACTIVE: None, Source.HIDDEN: None}
         self._hidden_sync = SyncGroup(self._sync_hidden)
         self._top_sync = SyncGroup(self._sync_top)
         self.grown: Callable[[Overlay], None] = _unwatched
@@ -673,6 +676,9 @@ class Stack:
         a guest write between has nothing to wait for. Several threads may do this, each for blocks of its own."""
         source = self._only_source(first, last)
         if source is not None:
+            if self._shares[source]:
+                # What sharing would wait for, with the range and both files locked.
+                self._data_of(source).write_back(first * BLOCK, (last - first) * BLOCK)
             held = self.top.acquire(first * BLOCK, last * BLOCK)
             try:
                 pause("commit.locked")
@@ -701,12 +707,25 @@ class Stack:
         """Bring down and let go of blocks that all have this source. `top` is held."""
         start, stop = first * BLOCK, min(last * BLOCK, self.size)
         with on_layer(Layer.SECONDARY, "commit", start, stop - start):
-            self._bring_down(start, stop, source)
+            if not self._share(start, stop, source):
+                self._bring_down(start, stop, source)
         pause("commit.written")
         self.hidden.forget(first, last)
         pause("commit.hidden-forgotten")
         self.active.forget(first, last)
         return stop - start
+
+    def _share(self, start: int, stop: int, source: Source) -> bool:
+        """Let the disk share an overlay's clusters, on file systems with reflinks; whether that was possible. 1 GiB of
+        XFS that the kernel has written out: 0.1 s instead of 1.0; that it has not: 0.9. Only what is long: each piece
+        is an extent of its own in the disk's file from then on."""
+        if self._shares[source] is False or stop % CLUSTER:
+            return False
+        self._shares[source] = shared = self.disk.share(self._data_of(source), start, stop - start)
+        return shared
+
+    def _data_of(self, source: Source) -> FileDisk:
+        return (self.active if source is Source.ACTIVE else self.hidden).data
 
     def _commit_runs(self, first: int, last: int) -> int:
         """Bring down and let go of what is held of the blocks, in as many runs as it takes."""

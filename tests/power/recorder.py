@@ -194,7 +194,7 @@ class Recorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Record from here on."""
-        former = (files.preadv, files.pwritev, files.fallocate, files.fdatasync, files.replace)
+        former = (files.preadv, files.pwritev, files.fallocate, files.clone_range, files.fdatasync, files.replace)
         unpublished, mark = Overlay.unpublished, Overlay.mark
 
         def delayed_unpublished(overlay: Overlay) -> list[tuple[int, bytes]]:
@@ -208,13 +208,13 @@ class Recorder:
             mark(overlay, *arguments)
 
         files.preadv, files.pwritev, files.fallocate = self.preadv, self.pwritev, self.fallocate
-        files.fdatasync, files.replace = self.fdatasync, self.replace
+        files.clone_range, files.fdatasync, files.replace = self.clone_range, self.fdatasync, self.replace
         if self._restless:
             Overlay.unpublished, Overlay.mark = delayed_unpublished, delayed_mark
         try:
             yield
         finally:
-            files.preadv, files.pwritev, files.fallocate, files.fdatasync, files.replace = former
+            files.preadv, files.pwritev, files.fallocate, files.clone_range, files.fdatasync, files.replace = former
             Overlay.unpublished, Overlay.mark = unpublished, mark
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -246,6 +246,11 @@ class Recorder:
             operation = self._begin_zero_locked(path, offset, length)
             former_fallocate(fd, mode, offset, length)
         operation.ended = self.tick()
+
+    def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+        """This file system has no reflinks: all that reaches a file is written to it."""
+        self._check_alive()
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def fdatasync(self, fd: int) -> None:
         """Nothing is synced: what that would do is in `File.cut`."""

@@ -27,6 +27,8 @@ from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
 
+pytestmark = pytest.mark.usefixtures("no_sharing")
+
 SIZE = 20 * CLUSTER + 777
 
 

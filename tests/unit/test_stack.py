@@ -32,6 +32,8 @@ from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 
+pytestmark = pytest.mark.usefixtures("no_sharing")
+
 SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 """The last block is short, and not even whole sectors."""
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
