@@ -120,7 +120,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     3. RangeLock       whole 4 KiB blocks, first come first served. The stack has two: `top` (guest writes,
                        commit) and `below` (target writes). No thread takes both. The primary has one a
                        disk (guest writes). Held across the I/O of the request that it orders.
-                       Before it the commit, and nobody else, takes Stack._many.
+                       Before it the commit, and nobody else, takes Stack._many. Stack._flushing is held across a
+                       flush, without a range.
     4. Ancestry._lock, then StateFolder._saving (only when a fault is latched, the stage changes, or the nodes part)
     5. PrimaryDisk._order (m)
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)

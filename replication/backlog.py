@@ -231,14 +231,20 @@ class InFlight:
 
     def __init__(self) -> None:
         self._blocks: set[int] = set()
-        # As a dictionary: they are taken out in any order.
+        # As dictionaries: they are taken out in any order.
         self._large: dict[Entry, None] = {}
-        self._count = 0
+        self._all: dict[Entry, None] = {}
         self.bytes = 0
         """Of data."""
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._all)
+
+    def give_up(self) -> list[Entry]:
+        """All of them; none is in flight any more."""
+        left = [*self._all]
+        self.remove(left)
+        return left
 
     def admit(self, entry: Entry) -> bool:
         """Add the entry, which goes to the secondary; False, with nothing changed, if its order and that of one in
@@ -255,13 +261,13 @@ class InFlight:
             self._blocks.update(_blocks(entry))
         else:
             self._large[entry] = None
-        self._count += 1
+        self._all[entry] = None
         self.bytes += len(entry.data)
         return True
 
     def _meets(self, entry: Entry) -> bool:
         if entry.kind is Kind.FLUSH:
-            return self._count > 0
+            return bool(self._all)
         blocks = _blocks(entry)
         if len(blocks) <= len(self._blocks):
             hit = not self._blocks.isdisjoint(blocks)
@@ -274,7 +280,7 @@ class InFlight:
     def remove(self, entries: Iterable[Entry]) -> None:
         """The secondary has answered."""
         for entry in entries:
-            self._count -= 1
+            del self._all[entry]
             self.bytes -= len(entry.data)
             block = entry.offset // BLOCK
             if block == (entry.offset + entry.length - 1) // BLOCK:

@@ -12,6 +12,7 @@ Invariants
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 from replication.errors import DiskError
@@ -95,6 +96,10 @@ class Commit:
                     self._stack.disk.begin_flush(first * BLOCK, (last - first) * BLOCK)
         except DiskError as error:
             portions.end(error)
+        except Exception as error:  # noqa: BLE001 (in the second thread it would be nobody's, pass after pass)
+            # A bug, or no memory: whoever waits for the end of the commit has to hear of it.
+            traceback.print_exc()
+            portions.end(DiskError(f"internal error, see the log: {error!r}"))
 
     @property
     def bytes_done(self) -> int:
@@ -181,6 +186,7 @@ class CommitThread:
         """Bytes brought down, all disks together."""
         return sum(commit.bytes_done for commit in self._commits)
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the end; the caller has asked for it."""
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end, `timeout_s` seconds at most; whether it has come. The caller has asked for it."""
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()

@@ -123,11 +123,11 @@ class Failover:
         self._set.faults.report(Case.COMMIT, commit.disk_name, "commit", offset, length, error)
         self._settle(Stage.FAILOVER_FAILED)
 
-    def end(self, timeout_s: float) -> None:
-        """The process ends: the next one goes on. Waits for the thread, `timeout_s` seconds at most."""
+    def end(self, timeout_s: float) -> bool:
+        """The process ends: the next one goes on. Waits for the thread, `timeout_s` seconds at most; whether it has
+        ended."""
         self._closing.set()
-        if self._commit is not None:
-            self._commit.join(timeout_s)
+        return self._commit is None or self._commit.join(timeout_s)
 
 
 def forceful(why: str) -> str:

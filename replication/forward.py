@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -136,6 +137,7 @@ class Forwarder:
             self._sender = None
             with self._lock:
                 self._up = False
+                self._connection = None
             raise DiskError(f"cannot forward: {error}") from error
 
     def abandon(self, cause: str) -> None:
@@ -252,9 +254,21 @@ class Forwarder:
     # -- the forwarding thread -----------------------------------------------------------------------------
 
     def _run(self, connection: Connection) -> None:
+        try:
+            self._forward(connection)
+        except Exception as error:  # noqa: BLE001 (no memory, say: nobody else ends what is waited for, without a bound)
+            traceback.print_exc()
+            connection.fail(f"internal error, see the log: {error!r}")
+        if connection.dead:
+            self._lose(connection, DiskError(connection.cause))
+        self._wind_up(connection)
+
+    def _forward(self, connection: Connection) -> None:
         active_until = 0.0
         while True:
-            self._end_answered(connection)
+            # What a lost connection has given back ends when the loss is known, in `_wind_up`.
+            if not connection.dead:
+                self._end_answered(connection)
             if self._stopping or connection.dead:  # whoever says so pokes the connection, so it is not slept over
                 break
             with self._lock:
@@ -278,9 +292,6 @@ class Forwarder:
             else:
                 connection.drive(_IDLE_S)
                 connection.drain_alone()
-        if connection.dead:
-            self._lose(connection, DiskError(connection.cause))
-        self._wind_up(connection)
 
     def _next_locked(self) -> list[Entry]:
         """The next entries, moved into flight, up to the first that has to wait for one in flight."""
@@ -406,7 +417,8 @@ class Forwarder:
         self._end_answered(connection)
         with self._lock:
             self._up = False
-            left = [*self._queue]
+            # What is in flight still was never sent, or libnbd keeps it.
+            left = [*self._in_flight.give_up(), *self._queue]
             self._queue.clear()
             self._awaited = 0
             self._connection = None

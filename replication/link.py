@@ -128,19 +128,28 @@ class Link:
     def establish(self, agreement: Agreement, begin: bool) -> bool:
         """Forward from now on; False, with the agreement closed, when nobody wants that any more. The stage is
         running. `begin`: by a start, which wants it."""
+        left: list[Connection] = []
         with self._changed:
             taken = not self._closing and self._agreement is None and (begin or self._wanted)
             if taken:
                 self._wanted = True
                 self._reason = None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
-                    disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
+                    try:
+                        disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
+                    except DiskError as error:
+                        # The link is lost as soon as it is up (below): the other disks forward already, and their
+                        # connections are no longer ours to close.
+                        agreement.broken = error
+                        left.append(connection)
                 self._agreement = agreement
                 self._show_locked(LinkState.SYNCHRONIZING)
                 self._changed.notify_all()
         if not taken:
             agreement.close()
             return False
+        for connection in left:
+            connection.close()
         if agreement.broken is not None:  # before it was this link's
             self.lost(None, agreement.broken)
         self.synchronized()

@@ -188,8 +188,14 @@ class PrimaryDisk:
             queued = forwarder.reserve(size)
             if not queued:
                 # Without a link the mark is all that remains of the write.
-                self._part(fua)
-                _end(entries)
+                try:
+                    self._part(fua)
+                except BaseException:
+                    if sync:
+                        changes.end(offset, length, False)
+                    raise
+                finally:
+                    _end(entries)
             pause("primary-write.marked")
             if queued and sync:
                 # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process

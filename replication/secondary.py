@@ -549,9 +549,10 @@ class SecondarySide(Side):
 
     def close(self) -> None:
         deadline = time.monotonic() + _CLOSE_S
-        self._failover.end(_CLOSE_S)
+        ended = self._failover.end(_CLOSE_S)
         self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
-        if self._end_clean(deadline):
+        # Not with a portion of a commit still under way: it changes disk and overlays after they were flushed.
+        if ended and self._end_clean(deadline):
             self._let_go()
 
     def _end_clean(self, deadline: float) -> bool:

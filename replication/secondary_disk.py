@@ -114,7 +114,7 @@ class SecondaryDisk:
                 stack.write_top(data, offset)
             else:
                 self._note(offset, len(data), fua)
-                stack.write_over(data, offset, fua, shelter=self.stage is Stage.FAILOVER)
+                stack.write_over(data, offset, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
         except DiskError as error:
@@ -133,7 +133,7 @@ class SecondaryDisk:
                 stack.zero_top(offset, length)
             else:
                 self._note(offset, length, fua)
-                stack.zero_over(offset, length, may_trim, fua, shelter=self.stage is Stage.FAILOVER)
+                stack.zero_over(offset, length, may_trim, shelter=self.stage is Stage.FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
         except DiskError as error:

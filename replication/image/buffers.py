@@ -7,10 +7,17 @@ from __future__ import annotations
 import mmap
 import threading
 
+from replication.errors import DiskError
+
 SMALL = 32 << 10
 """Up to this length fresh memory is as quick: the allocator has it at hand."""
 
 _SHORTEST = 64 << 10
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""Python's own choice is shared memory, of which each piece counts against vm.max_map_count (65530), which a long queue
+reaches; private pieces that are neighbours count as one. They are also quicker to fault in (1 MiB: 0.45 instead of 0.64
+ms)."""
 
 
 class Buffers:
@@ -31,7 +38,7 @@ class Buffers:
         return self._bytes
 
     def take(self, length: int) -> memoryview:
-        """`length` bytes of whatever content."""
+        """`length` bytes of whatever content. DiskError when there is no memory."""
         if length <= SMALL:
             return memoryview(bytearray(length))
         whole = max(_SHORTEST, 1 << (length - 1).bit_length())
@@ -40,7 +47,12 @@ class Buffers:
             memory = spare.pop() if spare else None
             if memory is not None:
                 self._bytes -= whole
-        return memoryview(mmap.mmap(-1, whole) if memory is None else memory)[:length]
+        if memory is None:
+            try:
+                memory = mmap.mmap(-1, whole, flags=_PRIVATE)
+            except OSError as error:
+                raise DiskError.from_os(f"taking {whole} bytes of memory", error) from error
+        return memoryview(memory)[:length]
 
     def give(self, buffer: memoryview) -> None:
         """Take back what `take` has given. Not after a request with it has failed: the answer to one that was given up

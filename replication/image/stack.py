@@ -126,6 +126,12 @@ class Stack:
         space may be given back."""
         self.preserving = True
         """Set by the node while the gate is closed: False while there is no checkpoint that could be preserved."""
+        # That the disk could not be flushed for the guest during a commit: what came down may be lost, too, and the
+        # kernel (or the disk's server) tells it only once. With durability=power `_top_sync` remembers it, for good.
+        self._unflushed: DiskError | None = None
+        # Protects it. Held across the flush, so that the commit's own does not go well before the guest's has noted
+        # why; nothing else is taken with it.
+        self._flushing = threading.Lock()
         # Range locks over whole blocks, in bytes; see the module's docstring. Held across the I/O they order.
         self.top = RangeLock()
         self.below = RangeLock()
@@ -343,9 +349,12 @@ class Stack:
 
     # -- guest face after failover -------------------------------------------------------------------------
 
-    def write_over(self, data: memoryview, offset: int, fua: bool, shelter: bool) -> None:
+    def write_over(self, data: memoryview, offset: int, shelter: bool) -> None:
         """A guest write during or after a failed commit: blocks held above go to active, the others to the disk, so
-        that the commit meets every block once. With `shelter`, a block that the disk does not take goes to active."""
+        that the commit meets every block once. With `shelter`, a block that the disk does not take goes to active.
+
+        For FUA `flush_top` must follow. The disk does not get the flag: that what the commit has brought down could not
+        be made stable would be told to this write, and sheltering it would be the end of that."""
         held = self._hold(self.top, offset, len(data))
         try:
             for start, end, above in self._held_above(offset, offset + len(data)):
@@ -355,7 +364,7 @@ class Stack:
                     continue
                 try:
                     with on_layer(Layer.SECONDARY, "write", start, end - start):
-                        self.disk.write([part], start, fua)
+                        self.disk.write([part], start)
                 except LayerError:
                     if not shelter:
                         raise
@@ -363,7 +372,7 @@ class Stack:
         finally:
             self.top.release(held)
 
-    def zero_over(self, offset: int, length: int, may_trim: bool, fua: bool, shelter: bool) -> None:
+    def zero_over(self, offset: int, length: int, may_trim: bool, shelter: bool) -> None:
         """Zeroes from the guest during or after a failed commit; as write_over."""
         held = self._hold(self.top, offset, length)
         try:
@@ -373,7 +382,7 @@ class Stack:
                     continue
                 try:
                     with on_layer(Layer.SECONDARY, "zero", start, end - start):
-                        self.disk.zero(start, end - start, may_trim, fua)
+                        self.disk.zero(start, end - start, may_trim)
                 except LayerError:
                     if not shelter:
                         raise
@@ -917,15 +926,24 @@ class Stack:
                 return
             self.active.flush()
         if self.committing:
-            self._flush_disk()
+            with self._flushing:
+                try:
+                    self._flush_disk()
+                except DiskError as error:
+                    self._unflushed = error
+                    raise
 
     def flush_committed(self) -> None:
         """At the end of a commit: what came down is stable. The overlays hold nothing of use any more; but with
-        durability=power they must say so themselves."""
+        durability=power they must say so themselves. Fails once for a flush of the guest that has failed."""
         if self.power:
             self.flush_top()
-        else:
+            return
+        with self._flushing:
+            failure, self._unflushed = self._unflushed, None
             self._flush_disk()
+        if failure is not None:
+            raise failure
 
     def flush_all(self) -> None:
         """Make everything stable: overlays and disk."""

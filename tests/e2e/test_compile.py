@@ -4,6 +4,7 @@ one)."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -101,6 +102,22 @@ def test_what_was_there_stays_when_the_compiler_fails(tree: Tree) -> None:
     assert done.stderr == "no compiler\ncompile: mypyc has failed, see above\n"
     del before[".venv/bin/python"]
     assert before.items() <= tree.files().items()
+
+
+def test_a_copy_that_fails_half_way_leaves_what_was_there(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree.compile().returncode == 0
+    before = tree.files()
+    tools = tree.root / "tools"
+    tools.mkdir()
+    # A full disk, say: of what is copied last, the folder, only a part gets there.
+    (tools / "cp").write_text('#!/bin/sh\n/bin/cp "$@"\n[ "$1" != -r ] || { rm "$4"/compiled-modules; exit 1; }\n')
+    (tools / "cp").chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+        assert tree.compile().returncode == 1
+    shutil.rmtree(tools)
+    assert tree.files() == before
+    assert tree.compile().returncode == 0
 
 
 def test_without_the_environment_it_says_what_to_do(tree: Tree) -> None:

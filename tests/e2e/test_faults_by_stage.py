@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import sys
@@ -50,6 +51,7 @@ from lab import (
     wait_until,
     whole,
 )
+from replication import secondary as side_of_secondary
 from replication.clients import Client
 from replication.control.commands import Commands
 from replication.control.inband import ControlExport
@@ -740,8 +742,9 @@ class SecondaryBench(Bench):
         elif stage not in ("none", "running"):
             assert Request("target", "write", at, BLOCK).send(self.target)[0] == errno.ESHUTDOWN
 
-    def check_end(self, latched: tuple[int, str, str] | None) -> None:
-        """From here, a checkpoint goes as the failure demands, and failover ends with what the guest sees."""
+    def check_end(self, latched: tuple[int, str, str] | None, unflushed: bool = False) -> None:
+        """From here, a checkpoint goes as the failure demands, and failover ends with what the guest sees; `unflushed`:
+        at the second try, because the guest alone was told that the disk could not be made stable."""
         if self.stage == "none":
             self.execute("xen-set-replication", enable=True, primary=False)
             assert self.seen() == self.below()
@@ -757,6 +760,12 @@ class SecondaryBench(Bench):
             if self.stage == "failover":
                 self.release_failover()
             else:
+                self.execute("replication-retry")
+            if unflushed:
+                failures = 1 if self._failover is not None else 2
+                wait_until(lambda: self.times_entered("failover-failed") == failures, "the commit fails for it")
+                error = wait_until(self.latched, "the failed commit is latched")
+                assert (error["case"], error["operation"], error["errno"]) == (7, "commit", "EIO")
                 self.execute("replication-retry")
             self.wait_done()
             assert self.below() == seen
@@ -817,7 +826,8 @@ def test_a_fault_on_the_secondary_is_told_to_whom_it_concerns_and_breaks_nothing
     copied = row.latches is None or (row.latches[0] == 4 and row.latches[1] != "read")
     secondary.check_content(request, number, before, copied)
     secondary.check_later_requests(row.latches[0] if row.latches else 0)
-    secondary.check_end(row.latches)
+    unflushed = row.stage.startswith("failover") and (row.fails, row.does) == ("secondary:fdatasync=EIO", "guest flush")
+    secondary.check_end(row.latches, unflushed)
 
 
 # -- the commit ----------------------------------------------------------------------------------------------------
@@ -889,6 +899,36 @@ def test_a_commit_that_can_do_without_what_fails_ends_well(secondary: SecondaryB
     secondary.seam.work()
     assert secondary.seen() == seen
     secondary.check_later_requests(0)
+
+
+def test_an_end_that_leaves_a_commit_behind_is_no_good_end(
+    secondary: SecondaryBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it still has in hand goes to the disk, and out of the overlays, after all was flushed."""
+    monkeypatch.setattr(side_of_secondary, "_CLOSE_S", 0.2)
+    secondary.bring_to("running")
+    write, held, go_on = files.pwritev, threading.Event(), threading.Event()
+
+    def slow(fd: int, *arguments: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(secondary.folder / "secondary0.raw"):
+            held.set()
+            assert go_on.wait(DEADLINE_S)
+        return write(fd, *arguments)
+
+    monkeypatch.setattr(files, "pwritev", slow)
+    secondary.fail_over()
+    assert held.wait(DEADLINE_S)
+    try:
+        secondary.node.side.close()
+        for thread in threading.enumerate():
+            if thread.name == "flush":
+                thread.join(DEADLINE_S)
+        assert not json.loads((secondary.folder / "state" / "state.json").read_text()).get("clean")
+    finally:
+        go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "commit":
+                thread.join(DEADLINE_S)
 
 
 def test_a_commit_that_is_over_before_its_thread_is_known_ends_well(

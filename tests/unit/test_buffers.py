@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from replication.errors import DiskError
+from replication.image import buffers as module
 from replication.image.buffers import SMALL, Buffers
 
 MIB = 1 << 20
@@ -57,3 +64,27 @@ def test_what_is_longer_than_all_that_may_be_kept_is_not() -> None:
     buffers = Buffers(MIB)
     buffers.give(buffers.take(2 * MIB))
     assert buffers.spare_bytes == 0
+
+
+def test_a_long_queue_does_not_reach_the_kernels_limit_of_mappings() -> None:
+    """Of 65530 (vm.max_map_count); with a queue-limit of 8 GiB that many writes may wait, and a process that is there
+    gets no memory at all."""
+    buffers = Buffers(MIB)
+    before = mappings()
+    waiting = [buffers.take(SMALL + 1) for _ in range(2000)]
+    assert mappings() < before + len(waiting) // 2
+
+
+def mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_without_memory_a_request_fails_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", none_left)
+    assert module.mmap is mmap
+    with pytest.raises(DiskError, match="Cannot allocate memory") as refusal:
+        Buffers(MIB).take(MIB)
+    assert refusal.value.errno == errno.ENOMEM

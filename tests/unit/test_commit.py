@@ -3,29 +3,36 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import DEADLINE_S, make_raw, pattern, wait_until
+from replication.changes import ChangeMap
 from replication.commit import Cancelled, Commit, CommitThread
 from replication.errors import DiskError
 from replication.events import EventHub
-from replication.image import qcow2
+from replication.image import files, qcow2
 from replication.image.file import FileDisk
 from replication.image.files import Buffer
 from replication.image.overlay import Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
+from replication.secondary_disk import SecondaryDisk
+from replication.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("no_sharing")
 
@@ -248,6 +255,109 @@ def test_without_another_thread_one_does_it_all(stack: Stack, monkeypatch: pytes
     monkeypatch.setattr(threading.Thread, "start", refuse)
     Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
     assert below(stack) == expected
+
+
+@pytest.mark.parametrize("by", ["both threads", "second thread"])
+def test_an_error_of_the_program_ends_the_commit_too(stack: Stack, by: str) -> None:
+    real = stack.commit
+    main: list[threading.Thread] = []
+    met = threading.Event()
+    assert len(list(stack.portions())) > 1
+
+    def broken(first: int, last: int) -> int:
+        if by == "both threads" or threading.current_thread() not in main:
+            met.set()
+            raise MemoryError
+        assert met.wait(DEADLINE_S)
+        return real(first, last)
+
+    stack.commit = broken  # type: ignore[method-assign]
+    commit = Commit(JobList(EventHub()), "disk0", stack, threading.Event())
+
+    def run() -> None:
+        main.append(threading.current_thread())
+        with pytest.raises(DiskError, match="MemoryError"):
+            commit.run()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(run).result(DEADLINE_S)
+        finally:
+            commit._cancelled.set()
+    assert copying() == 0
+    stack.commit = real  # type: ignore[method-assign]
+    Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
+    assert list(stack.portions()) == []
+
+
+@pytest.mark.parametrize("request_of", ["flush", "write", "zero"])
+@pytest.mark.parametrize("power", [False, True])
+def test_what_the_disk_could_not_make_stable_fails_the_commit_whoever_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: bool, request_of: str
+) -> None:
+    """That pages of a file could not be written Linux tells once: to the next sync, or to the next write with FUA."""
+    make_raw(tmp_path / "disk", SIZE)
+    for name in ("active", "hidden"):
+        qcow2.create(str(tmp_path / f"{name}.qcow2"), str(tmp_path / "disk"), "raw", SIZE)
+    disk = FileDisk("disk0", str(tmp_path / "disk"))
+    active, hidden = (Overlay(name, "disk0", str(tmp_path / f"{name}.qcow2"), power) for name in ("active", "hidden"))
+    stack = Stack(active, hidden, disk)
+    stack.write_top(memoryview(pattern(3, 2 * CLUSTER)), 5 * CLUSTER)
+    stack.committing = True
+    untold: list[int] = []
+    sync, write = files.fdatasync, files.pwritev
+
+    def tell(fd: int) -> None:
+        if untold and fd == disk._fd:
+            raise OSError(untold.pop(), "broken")
+
+    def told_sync(fd: int) -> None:
+        tell(fd)
+        sync(fd)
+
+    def told_write(fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
+        count = write(fd, buffers, offset, flags)
+        if flags & os.RWF_DSYNC:
+            tell(fd)
+        return count
+
+    monkeypatch.setattr(files, "fdatasync", told_sync)
+    monkeypatch.setattr(files, "pwritev", told_write)
+    guest = SecondaryDisk("disk0", "top0", disk, cast("Any", MagicMock()), cast("Any", MagicMock()))
+    guest.stack, guest.stage, guest.changes = stack, Stage.FAILOVER, ChangeMap(None, SIZE)
+    real = stack.commit
+
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            if request_of == "flush":
+                guest.guest_flush()
+            elif request_of == "write":
+                guest.guest_write(memoryview(pattern(4, BLOCK)), 0, True)
+            else:
+                guest.guest_zero(0, BLOCK, False, True)
+        except DiskError as error:
+            answers.append(str(error))
+        else:
+            answers.append("ok")
+
+    def commit(first: int, last: int) -> int:
+        written = real(first, last)
+        if not answers:
+            untold.append(errno.EIO)
+            ask()
+        return written
+
+    stack.commit = commit  # type: ignore[method-assign]
+    with pytest.raises(DiskError, match="Input/output error"):
+        Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
+    assert not untold
+    assert "Input/output error" in answers[0]
+    if not power:  # else for good
+        Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
+    stack.close()
+    disk.close()
 
 
 def test_short_runs_are_committed_by_one_thread_at_a_time(large: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,29 @@ def test_a_silent_secondary_is_lost_within_the_timeout_and_everything_ends_as_no
     assert link.failures == []
 
 
+def test_what_a_lost_link_gives_back_ends_when_the_loss_is_known(lab: Lab) -> None:
+    """Who learns of an entry's end and asks why finds that the link is lost."""
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
+    link = Link(server, timeout_s=0.3)
+    seen: list[tuple[bool, int]] = []
+    with silent(server):
+        stuck = [link.write(number * 4096, b"y" * 4096, waited_for=False) for number in range(10)]
+        last = link.make(Kind.WRITE, SIZE - 4096, data=b"y" * 4096)
+        on_end = last.on_end
+
+        def look(entry: Entry) -> None:
+            seen.append((link.forwarder.up, len(link.losses)))
+            assert on_end is not None
+            on_end(entry)
+
+        for entry in (*stuck, last):
+            entry.on_end = look
+        link.put(last)
+        assert not link.forwarder.await_end(last)
+    link.wound_up()
+    assert seen == [(False, 1)] * len(link.entries)
+
+
 def test_a_killed_secondary_ends_every_entry_once(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE, delay={"write": "5ms"})
     link = Link(server)
@@ -343,6 +366,32 @@ def test_stopping_without_time_ends_what_has_not_arrived_and_reports_nothing(lab
     assert [False] in link.ends.values()
     assert not link.forwarder.up
     assert (link.losses, link.failures) == ([], [])
+
+
+def test_an_error_that_nobody_expects_is_a_loss_of_the_link(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No memory for a request, say: a guest's wait must end, and the next connection starts with nothing in flight."""
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE), shared=2)
+    link = Link(server, timeout_s=0.5)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(link.connection, "write_alone", no_memory)
+    put = [link.make(Kind.WRITE, number * 4096, data=b"x" * 4096, waited_for=number < 2) for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        link.put_together(*put)
+        for waiting in [pool.submit(link.forwarder.await_end, entry) for entry in put[:2]]:
+            assert waiting.result(DEADLINE_S) is False
+    link.wound_up()
+    assert [str(error) for error in link.losses] == ["internal error, see the log: MemoryError('no more')"]
+    assert "MemoryError: no more" in capsys.readouterr().err
+    assert link.forwarder.wait_down(DEADLINE_S)
+    link.forwarder.adopt(Connection(server.uri(), None, DEADLINE_S))
+    assert link.forwarder.await_end(link.write(0, b"y" * 4096))
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
 
 
 def test_after_a_loss_a_fresh_connection_is_adopted(lab: Lab) -> None:

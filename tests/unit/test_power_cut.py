@@ -237,7 +237,7 @@ class Histories(RuleBasedStateMachine):
         data = self.data(where[1])
         self.guest_changes(where[0], data)
         if self.stack.committing:
-            self.stack.write_over(memoryview(data), where[0], False, shelter=True)
+            self.stack.write_over(memoryview(data), where[0], shelter=True)
         else:
             self.stack.write_top(memoryview(data), where[0])
         self.look_after_a_cut("a guest write")
@@ -246,7 +246,7 @@ class Histories(RuleBasedStateMachine):
     def guest_zeroes(self, where: tuple[int, int]) -> None:
         self.guest_changes(where[0], bytes(where[1]))
         if self.stack.committing:
-            self.stack.zero_over(*where, True, False, shelter=True)
+            self.stack.zero_over(*where, True, shelter=True)
         else:
             self.stack.zero_top(*where)
         self.look_after_a_cut("guest zeroes")
@@ -537,9 +537,7 @@ def test_a_guest_write_that_went_to_the_disk_is_flushed_before_the_bits_above_it
     bench.stack.flush_top()
     bench.stack.committing = True
     bench.stack.commit(0, 1)
-    assert bench.calls(lambda: bench.stack.write_over(memoryview(b"\xbb" * BLOCK), 0, False, True)) == [
-        "write disk.raw"
-    ]
+    assert bench.calls(lambda: bench.stack.write_over(memoryview(b"\xbb" * BLOCK), 0, True)) == ["write disk.raw"]
     bench.stack.flush_top()
     assert bench.after_cuts() == {b"\xbb" * BLOCK + bench.content[BLOCK:]}
 

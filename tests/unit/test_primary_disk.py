@@ -436,6 +436,27 @@ def test_a_link_lost_during_the_local_write_leaves_the_grain_missing(make: Make)
     assert bench.link.reserved == 0
 
 
+@both_protocols
+@kinds
+def test_a_change_that_is_refused_without_a_link_leaves_no_mark_open(
+    make: Make, monkeypatch: pytest.MonkeyPatch, sync: bool, kind: str
+) -> None:
+    """The state folder cannot tell that the nodes have parted. The grain is sent anew, and is clean then."""
+    bench = make(sync)
+    bench.link.up = False
+    monkeypatch.setattr(bench.ancestry, "flush", lambda: fail(None))
+    request = bench.write(b"\xaa" * 4 * KIB, fua=True) if kind == "write" else bench.zero(0, 4 * KIB, fua=True)
+    with pytest.raises(DiskError, match="broken"):
+        done(request)
+    bench.waiting(0)
+    assert bench.content == b"\x11" * SIZE
+    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
+    bench.link.up = True
+    (entry,) = done(resend(bench, []))
+    bench.link.answer(entry)
+    assert bench.states == CLEAN_MAP
+
+
 # -- running: the local disk fails -------------------------------------------------------------------------------
 
 

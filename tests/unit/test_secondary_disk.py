@@ -156,6 +156,7 @@ def test_from_failover_on_the_old_primary_is_shut_out_and_latches_nothing(bench:
 @pytest.mark.parametrize("kind", ["write", "zero"])
 def test_a_forced_change_of_the_guest_is_stable_when_it_is_answered(bench: Bench, stage: Stage, kind: str) -> None:
     bench.disk.stage = stage
+    bench.stack.committing = stage is not Stage.DONE
     if kind == "write":
         bench.disk.guest_write(DATA, 0, True)
     else:

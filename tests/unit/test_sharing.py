@@ -277,7 +277,7 @@ def test_a_guest_write_waits_for_what_is_being_shared_and_goes_to_the_disk(
     with ThreadPoolExecutor(2) as pool:
         commit = pool.submit(stack.commit, 0, MIB // BLOCK)
         assert held.wait(DEADLINE_S)
-        write = pool.submit(stack.write_over, memoryview(b"mine"), 100, False, False)
+        write = pool.submit(stack.write_over, memoryview(b"mine"), 100, False)
         assert guest(stack, 0, MIB) == pattern(3, MIB), "reads do not wait"
         assert not write.done()
         release.set()

@@ -210,9 +210,9 @@ class Histories(RuleBasedStateMachine):
         offset, length = where
         data = bytes(length) if zeroes else self.data(length)
         if zeroes:
-            self.images.stack.zero_over(offset, length, True, False, False)
+            self.images.stack.zero_over(offset, length, True, False)
         else:
-            self.images.stack.write_over(memoryview(data), offset, False, False)
+            self.images.stack.write_over(memoryview(data), offset, False)
         self.top[offset : offset + length] = data
         self.below[:] = self.images.below()
 
@@ -329,7 +329,7 @@ def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_
 
     def write() -> None:
         images.disk.after = lambda _: None
-        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False, False))
+        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False))
         wait_until(lambda: len(images.stack.top._asked) == 2, "the guest's write waits for the commit")
 
     images.disk.after = once(write, "write")
@@ -357,7 +357,7 @@ def test_a_guest_write_waits_for_the_commit_of_whole_clusters_and_is_not_overwri
     guest: list[Any] = []
 
     def write() -> None:
-        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False, False))
+        guest.append(pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5, False))
         wait_until(lambda: len(images.stack.top._asked) == 2, "the guest's write waits for the commit")
         assert images.top() == expected
 
@@ -384,7 +384,7 @@ def test_whole_clusters_that_change_before_a_commit_has_locked_them_are_brought_
         with monkeypatch.context() as broken:
             if full:
                 break_overlay(broken, images.stack.active, 1, errno.ENOSPC)
-            images.stack.write_over(memoryview(b"\xbb" * 10), 5 * BLOCK, False, shelter=True)
+            images.stack.write_over(memoryview(b"\xbb" * 10), 5 * BLOCK, shelter=True)
         assert images.stack.active.holds_any(5, 6) != full
         return real(start, stop)
 
@@ -405,7 +405,7 @@ def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_com
 
     def write() -> None:
         images.disk.before = failing("write")
-        pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5 * BLOCK, False, True).result(DEADLINE_S)
+        pool.submit(images.stack.write_over, memoryview(b"\xbb" * 10), 5 * BLOCK, True).result(DEADLINE_S)
         images.disk.before = lambda _: None
 
     images.disk.after = once(write, "write")
@@ -432,7 +432,7 @@ def test_what_a_guest_writes_after_a_commit_has_looked_and_before_it_has_locked_
     def acquire(spans: Sequence[tuple[int, int]]) -> Any:
         monkeypatch.undo()
         images.disk.before = failing("write")
-        images.stack.write_over(memoryview(b"\xbb" * 10), block * BLOCK, False, shelter=True)
+        images.stack.write_over(memoryview(b"\xbb" * 10), block * BLOCK, shelter=True)
         images.disk.before = lambda _: None
         return real(spans)
 
@@ -461,7 +461,7 @@ def test_what_was_let_go_after_a_commit_has_looked_is_not_brought_down_again(
         monkeypatch.undo()
         with monkeypatch.context() as full:
             break_overlay(full, images.stack.active, 1, errno.ENOSPC)
-            images.stack.write_over(memoryview(b"\xbb" * 10), 0, False, shelter=True)
+            images.stack.write_over(memoryview(b"\xbb" * 10), 0, shelter=True)
         assert not images.stack.active.holds_any(0, 1)
         return real(spans)
 
@@ -782,11 +782,11 @@ def test_while_bits_go_no_space_is_given_back_under_a_reader(images: Images, mon
 def test_a_disk_that_refuses_a_guest_write_during_the_commit_gets_it_later(images: Images) -> None:
     expected = bytearray(images.top())
     images.disk.before = failing("write")
-    images.stack.write_over(memoryview(b"guest"), 7, False, shelter=True)
+    images.stack.write_over(memoryview(b"guest"), 7, shelter=True)
     with pytest.raises(LayerError):
-        images.stack.write_over(memoryview(b"other"), CLUSTER, False, shelter=False)
+        images.stack.write_over(memoryview(b"other"), CLUSTER, shelter=False)
     images.disk.before = failing("zero")
-    images.stack.zero_over(2 * BLOCK, BLOCK, False, False, shelter=True)
+    images.stack.zero_over(2 * BLOCK, BLOCK, False, shelter=True)
     images.disk.before = lambda _: None
     expected[7:12] = b"guest"
     expected[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
