@@ -83,7 +83,7 @@ class Failover:
         """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
 
         def all_down() -> bool:
-            return not any(disk.stack is not None and any(disk.stack.held_ranges()) for disk in self._disks)
+            return not any(disk.stack is not None and any(disk.stack.portions()) for disk in self._disks)
 
         self._note_rate()
         if all_down():

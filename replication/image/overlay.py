@@ -29,7 +29,6 @@ import numpy.typing as npt
 from replication.errors import ConfigError, DiskError
 from replication.image import files, qcow2
 from replication.image.file import FileDisk
-from replication.image.files import Buffer
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
 from replication.image.table import image_table, live_table
 
@@ -195,11 +194,6 @@ class Overlay:
 
     # -- changes -------------------------------------------------------------------------------------------
 
-    def write(self, pieces: Sequence[Buffer], start: int, stop: int) -> None:
-        """Store the blocks [start, stop), then say so. `pieces` are exactly these blocks' bytes."""
-        self.data.write(pieces, start * BLOCK)
-        self.mark(start, stop, Held.DATA)
-
     def mark(self, start: int, stop: int, state: Held) -> None:
         """Set the state of blocks [start, stop)."""
         with self._words:
@@ -275,16 +269,6 @@ class Overlay:
         while page >= 0:
             yield page
             page = self._dirty.find(1, page + 1)
-
-    def dirty_ranges(self) -> Iterator[tuple[int, int]]:
-        """Block ranges, a cluster each, that hold something now; in ascending order."""
-        for page in list(self.dirty_pages()):
-            first = page * PAGE_CLUSTERS
-            for cluster in np.flatnonzero(self._table[first : first + PAGE_CLUSTERS, 1]):
-                block = (first + int(cluster)) * BLOCKS_PER_CLUSTER
-                if block >= self.blocks:
-                    return
-                yield block, min(block + BLOCKS_PER_CLUSTER, self.blocks)
 
     @property
     def blocks(self) -> int:

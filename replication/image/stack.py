@@ -54,7 +54,6 @@ and hidden is not synced at all: after a power cut the overlays are not used (im
 from __future__ import annotations
 
 import errno
-import heapq
 import itertools
 import sys
 import threading
@@ -812,11 +811,6 @@ class Stack:
                 for first, last in _split(before, at, min(at + PORTION_MAX, len(held))):
                     stop = min((start + last) * BLOCKS_PER_CLUSTER, self.active.blocks)
                     yield (start + first) * BLOCKS_PER_CLUSTER, stop
-
-    def held_ranges(self) -> Iterator[tuple[int, int]]:
-        """Block ranges, a cluster each, of which active or hidden holds something; ascending."""
-        ranges = heapq.merge(self.active.dirty_ranges(), self.hidden.dirty_ranges())
-        return (pair for pair, _ in itertools.groupby(ranges))
 
     def held_grains(self, grain: int) -> Iterator[tuple[int, int]]:
         """Ranges in bytes, in whole grains (of 32, 64 or 128 KiB), of which active or hidden

@@ -94,7 +94,7 @@ def test_the_disk_becomes_what_the_guest_sees_and_the_overlays_are_empty(stack: 
     held = stack.held_bytes()
     commit.run()
     assert below(stack) == seen(stack) == expected
-    assert list(stack.held_ranges()) == []
+    assert list(stack.portions()) == []
     (shown,) = jobs.query()
     assert (shown["current-progress"], shown["total-progress"], shown["status"]) == (held, held, "running")
     commit.conclude()
@@ -115,7 +115,7 @@ def test_a_cancelled_commit_stops_with_everything_in_place_and_another_goes_on(s
     with pytest.raises(Cancelled, match="was cancelled"):
         commit.run()
     stack.commit = real  # type: ignore[method-assign]
-    assert list(stack.held_ranges()) != []
+    assert list(stack.portions()) != []
     assert seen(stack) == expected
     assert jobs.query()[0]["error"] == "the commit was cancelled"
     Commit(jobs, "disk0", stack, threading.Event()).run()

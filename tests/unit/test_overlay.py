@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lab import make_raw, pattern, qemu_img
+from overlays import held_clusters, store
 from replication.errors import DiskError
 from replication.image import qcow2
-from replication.image.file import FileDisk
 from replication.image.overlay import Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 
@@ -156,7 +155,7 @@ class Histories(RuleBasedStateMachine):
         assert self.overlay.allocated_blocks == len(self.model)
         assert self.overlay.bytes_held == len(self.model) * BLOCK
         clusters = sorted({block // BLOCKS_PER_CLUSTER for block in self.model})
-        assert list(self.overlay.dirty_ranges()) == [
+        assert held_clusters(self.overlay) == [
             (cluster * BLOCKS_PER_CLUSTER, min((cluster + 1) * BLOCKS_PER_CLUSTER, BLOCKS)) for cluster in clusters
         ]
 
@@ -168,7 +167,7 @@ TestHistories = Histories.TestCase
 def test_an_image_fresh_from_qemu_img_holds_nothing(overlay: Overlay) -> None:
     assert list(overlay.held(0, BLOCKS)) == [(0, BLOCKS, Held.NOTHING)]
     assert overlay.allocated_blocks == 0
-    assert list(overlay.dirty_ranges()) == []
+    assert held_clusters(overlay) == []
 
 
 def test_chosen_blocks_are_let_go_of_and_all_others_stay_as_they_were(overlay: Overlay) -> None:
@@ -195,38 +194,13 @@ def test_chosen_blocks_are_let_go_of_and_all_others_stay_as_they_were(overlay: O
     assert overlay.unpublished() == [], "there was nothing left of it"
 
 
-def test_the_bit_comes_after_the_data(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_write: list[bool] = []
-    real = FileDisk.write
-
-    def write(self: FileDisk, *arguments: Any) -> None:
-        at_write.append(overlay.holds_any(3, 5))
-        real(self, *arguments)
-        at_write.append(overlay.holds_any(3, 5))
-
-    monkeypatch.setattr(FileDisk, "write", write)
-    overlay.write([pattern(1, 2 * BLOCK)], 3, 5)
-    assert at_write == [False, False]
-    assert overlay.holds_all(3, 5)
-
-
-def test_a_write_that_failed_sets_no_bit(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(*_: object) -> None:
-        raise DiskError("no")
-
-    monkeypatch.setattr(FileDisk, "write", write)
-    with pytest.raises(DiskError):
-        overlay.write([bytes(BLOCK)], 3, 4)
-    assert not overlay.holds_any(0, BLOCKS)
-
-
 def test_stock_qemu_reads_what_an_overlay_holds(tmp_path: Path) -> None:
     path = tmp_path / "y.qcow2"
     make_raw(tmp_path / "disk", SIZE, b"\x11" * CLUSTER)
     qcow2.create(str(path), str(tmp_path / "disk"), "raw", SIZE)
     overlay = Overlay("active", "disk0", str(path))
     data = pattern(7, 3 * BLOCK)
-    overlay.write([data], 1, 4)
+    store(overlay, data, 1)
     overlay.mark(10, 12, Held.ZERO)
     overlay.flush()
     overlay.close()
@@ -239,7 +213,7 @@ def test_stock_qemu_reads_what_an_overlay_holds(tmp_path: Path) -> None:
 
 def test_reclaiming_gives_back_what_is_not_data_and_nothing_else(overlay: Overlay) -> None:
     data = pattern(3, 8 * BLOCK)
-    overlay.write([data], 0, 8)
+    store(overlay, data, 0)
     overlay.mark(2, 4, Held.ZERO)
     overlay.forget(6, 8)
     used = os.stat(overlay.data.location).st_blocks

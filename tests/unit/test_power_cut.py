@@ -553,7 +553,7 @@ def test_a_commit_that_has_ended_is_stable(bench: Bench) -> None:
         folder = bench.storage.cut_power(seed)
         assert (folder / "disk.raw").read_bytes() == expected
         stack = open_stack(folder)
-        assert not any(stack.held_ranges())
+        assert not any(stack.portions())
         close_stack(stack)
         shutil.rmtree(folder)
 

@@ -199,10 +199,10 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def all_is_committed(self) -> None:
         held = self.images.stack.held_bytes()
-        written = sum(self.images.stack.commit(first, last) for first, last in list(self.images.stack.held_ranges()))
+        written = sum(self.images.stack.commit(first, last) for first, last in list(self.images.stack.portions()))
         assert written == held
         self.below[:] = self.top
-        assert list(self.images.stack.held_ranges()) == []
+        assert list(self.images.stack.portions()) == []
 
     @rule(where=ranges, zeroes=st.booleans())
     def guest_writes_during_a_commit(self, where: tuple[int, int], zeroes: bool) -> None:
@@ -340,7 +340,7 @@ def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_
 
 
 def commit_all(images: Images) -> None:
-    for first, last in list(images.stack.held_ranges()):
+    for first, last in list(images.stack.portions()):
         images.stack.commit(first, last)
 
 
@@ -392,7 +392,7 @@ def test_whole_clusters_that_change_before_a_commit_has_locked_them_are_brought_
     assert images.stack.commit(0, 64) == 2 * CLUSTER - (BLOCK if full else 0)
     expected[5 * BLOCK : 5 * BLOCK + 10] = b"\xbb" * 10
     assert images.below() == images.top() == expected
-    assert list(images.stack.held_ranges()) == []
+    assert list(images.stack.portions()) == []
 
 
 def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_comes_up_there_stays(
@@ -415,7 +415,7 @@ def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_com
     for block in (0, 9):
         below[block * BLOCK : (block + 1) * BLOCK] = b"\xaa" * BLOCK
     assert images.below() == below
-    assert list(images.stack.held_ranges()) == [(0, 32)]
+    assert images.stack.held_bytes() == BLOCK
     images.stack.commit(0, 32)
     assert images.below() == expected
 
@@ -527,6 +527,49 @@ def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
     monkeypatch.setattr(Overlay, how, forget)
     images.stack.commit(0, length // BLOCK)
     assert order == ["hidden", "active"]
+
+
+# -- writing to an overlay -----------------------------------------------------------------------------------------
+
+
+def fill(images: Images, role: str, data: bytes) -> None:
+    """Let the stack write to the overlay: what the guest writes to active, what the primary overwrites to hidden."""
+    if role == "active":
+        images.stack.write_top(memoryview(data), 3 * BLOCK)
+    else:
+        images.stack.write_below(memoryview(data), 3 * BLOCK, False)
+
+
+@pytest.mark.parametrize("role", ["active", "hidden"])
+def test_the_bit_comes_after_the_data(images: Images, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    overlay = getattr(images.stack, role)
+    at_write: list[bool] = []
+    real = overlay.data.write
+
+    def write(*arguments: Any) -> None:
+        at_write.append(overlay.holds_any(3, 5))
+        real(*arguments)
+        at_write.append(overlay.holds_any(3, 5))
+
+    monkeypatch.setattr(overlay.data, "write", write)
+    fill(images, role, b"\xaa" * 2 * BLOCK)
+    assert at_write == [False, False]
+    assert overlay.holds_all(3, 5)
+
+
+@pytest.mark.parametrize("role", ["active", "hidden"])
+def test_a_write_to_an_overlay_that_failed_sets_no_bit(
+    images: Images, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    overlay = getattr(images.stack, role)
+
+    def write(*_: object) -> None:
+        raise DiskError("no")
+
+    monkeypatch.setattr(overlay.data, "write", write)
+    with pytest.raises(DiskError, match="no"):
+        fill(images, role, b"\xaa" * 2 * BLOCK)
+    assert not overlay.holds_any(0, overlay.blocks)
 
 
 # -- many target writes at once ------------------------------------------------------------------------------------
@@ -791,7 +834,7 @@ def test_a_disk_that_refuses_a_guest_write_during_the_commit_gets_it_later(image
     expected[7:12] = b"guest"
     expected[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
     assert images.top() == expected
-    for first, last in list(images.stack.held_ranges()):
+    for first, last in list(images.stack.portions()):
         images.stack.commit(first, last)
     assert images.below() == expected
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lab import make_raw
+from overlays import store
 from replication.boot import BOOT_ID_ENVIRONMENT
 from replication.errors import ConfigError
 from replication.image import qcow2
@@ -243,7 +244,7 @@ def test_an_overlay_has_what_the_former_process_held_whichever_durability_each_h
     image: Image, former: str, latter: str
 ) -> None:
     overlay = Overlay("active", "disk0", str(image.path), former == "power")
-    overlay.write([b"\xaa" * (2 * BLOCK)], 40, 42)
+    store(overlay, b"\xaa" * (2 * BLOCK), 40)
     overlay.mark(100, 101, Held.ZERO)
     overlay.close()
     overlay = Overlay("active", "disk0", str(image.path), latter == "power")
