@@ -77,7 +77,14 @@ class Failover:
             commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
         self._begun = time.monotonic()
         self._commit = CommitThread(commits, self._closing, self._committed, self._failed)
-        self._commit.start()
+        try:
+            self._commit.start()
+        except RuntimeError as error:  # no more threads
+            self._commit = None
+            failure = DiskError(f"the commit has no thread: {error}")
+            for commit in commits:
+                commit.conclude(str(failure))
+            self._failed(commits[0], failure)
 
     def _committed(self) -> bool:
         """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""

@@ -901,6 +901,32 @@ def test_a_commit_that_can_do_without_what_fails_ends_well(secondary: SecondaryB
     secondary.check_later_requests(0)
 
 
+def test_a_commit_for_which_there_is_no_thread_has_failed_and_can_be_retried(
+    secondary: SecondaryBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secondary.bring_to("running")
+    seen = secondary.seen()
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "commit":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        secondary.fail_over()
+    assert secondary.stage == "failover-failed"
+    error = secondary.latched()
+    assert error is not None
+    assert (error["case"], error["operation"]) == (7, "commit")
+    assert "no thread: can't start new thread" in secondary.execute("query-jobs")[0]["error"]
+    assert secondary.seen() == seen
+    secondary.execute("replication-retry")
+    secondary.wait_done()
+    assert secondary.below() == seen
+
+
 def test_an_end_that_leaves_a_commit_behind_is_no_good_end(
     secondary: SecondaryBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
