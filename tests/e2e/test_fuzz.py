@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,9 @@ GROWTH_MAX = 40 * MIB
 Measured is up to 20 MiB, because a message of 1 MiB can be 90,000 Python objects, and the allocator keeps their
 memory."""
 
+LISTENS = "00010000"
+"""In /proc/net/unix."""
+
 HARMLESS = [
     name for name in TABLE if name.startswith("query-") or name in ("replication-get-error", "xen-colo-do-checkpoint")
 ]
@@ -47,6 +51,7 @@ class Node:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.stage = server.status()["stage"]
+        self.wait_unused()
         self.descriptors = self._count("fd")
         self.threads = self._count("task")
         self.resident = self.resident_bytes()
@@ -76,8 +81,25 @@ class Node:
 
     def wait_alone(self) -> None:
         """Until it has let go of all clients."""
+        self.wait_unused()
         wait_until(lambda: self._count("fd") <= self.descriptors, "the clients' descriptors are closed")
         wait_until(lambda: self._count("task") <= self.threads, "the clients' threads have ended")
+
+    def wait_unused(self) -> None:
+        """Until its control socket has no connection, not even one that is at work for a client that has left. (What
+        was counted at the beginning does not tell: something else may have ended since.)"""
+
+        def connections() -> list[str]:
+            lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+            named = [(line[3], line[6], line[7]) for line in lines if line[-1].endswith(".control")]
+            own = set()
+            for each in Path(f"/proc/{self.server.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    own.add(os.readlink(each))
+            (path,) = {path for flags, inode, path in named if flags == LISTENS and f"socket:[{inode}]" in own}
+            return [inode for flags, inode, other in named if other == path and flags != LISTENS]
+
+        wait_until(lambda: not connections(), "only the listening socket is left")
 
     def exchange(self, data: bytes, cuts: list[int]) -> list[dict[str, Any]]:
         """Send `data` in pieces, then nothing more; all that is answered before the server hangs up."""
