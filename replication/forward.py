@@ -33,7 +33,7 @@ from replication.image.connection import Connection, Request
 from replication.pause import pause
 
 WINDOW = 256
-"""Entries in flight that are sent one by one. On one machine 64 are enough for 77k a second (DESIGN 8), but over a
+"""Entries in flight that are sent one by one. On one machine 64 are enough for 77k a second, but over a
 round trip of 40 ms they would be 1,600. Many more would grow too old before a slow disk comes to them: a link is lost
 with a request that waits for four times its timeout (Connection)."""
 

@@ -17,7 +17,7 @@ from replication.tls import Tls, is_tls
 
 DEFAULT_DISK = "disk0"
 CONTROL_EXPORT = ".control"
-"""Reserved export name (DESIGN 6)."""
+"""Reserved export name (README, Exports)."""
 
 DATA_EXPORT = ".data"
 """`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (pairing.py)."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One disk of a secondary and its two faces: what the primary writes to, and what the secondary's guest sees.
 
-The stage decides what a request does (the table in DESIGN 3); which of two requests on one block goes first is
-decided in image/stack.py. Who learns of a failure (DESIGN 4): on the guest face the guest; on the target face the
-primary, and a write that failed is latched, because the secondary disk now lacks it.
+The stage decides what a request does (README, Stages); which of two requests on one block goes first is
+decided in image/stack.py. Who learns of a failure (README, Failures): on the guest face the guest; on the target face
+the primary, and a write that failed is latched, because the secondary disk now lacks it.
 """
 
 from __future__ import annotations

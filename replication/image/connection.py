@@ -9,7 +9,7 @@ Invariants
   therefore costs no hand-over between threads.
 * Waiting ends (`check_progress`): a silent server is given up after `timeout_s`, a slow link that moves bytes is not.
 
-libnbd facts relied on (1.14, see DESIGN 8): the asynchronous calls only take the handle's lock for a moment;
+libnbd facts relied on (1.14): the asynchronous calls only take the handle's lock for a moment;
 completion callbacks run inside `aio_notify_*` or the issuing call; a handle whose socket is shut down fails all
 requests in flight with their callbacks; a lost handle cannot reconnect; TCP_NODELAY is set. Over TLS, what GnuTLS has
 decrypted is used up before a call returns, so poll(2) on the socket tells all; but see `_read_on`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""DESIGN 4 through the control socket: start, checkpoint, get-error and stop, in every stage, with QEMU's texts.
+"""Commands through the control socket: start, checkpoint, get-error and stop, in every stage, with QEMU's texts.
 
 Which check comes first, where several would refuse a start, is QEMU's order too (replication_start in its
 block/replication.c).

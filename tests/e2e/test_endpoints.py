@@ -298,7 +298,7 @@ def test_a_killed_endpoint_of_the_primary_is_the_guests_error_and_comes_back(lab
     for request in (lambda: handle.pread(512, 0), lambda: handle.pwrite(b"b" * 512, 8192), lambda: handle.zero(512, 0)):
         with nbd_refusal(errno.EIO):
             request()
-    # Case 1: the guest has been told; nobody else has to be (DESIGN 4).
+    # Case 1: the guest has been told; nobody else has to be.
     assert primary.status()["error"] is None
     assert secondary.status()["error"] is None
     endpoint.start()

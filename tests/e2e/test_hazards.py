@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The hazards of DESIGN 7, each with the interleaving forced.
+"""Who meets on one block, pair by pair, each with the interleaving forced.
 
 A thread is held either at a pause point inside the process (replication/pause.py), or inside the NBD server that
 serves the disk below (`HeldEndpoint`), before or after it does a request. Timelines read downwards; what stands on one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""DESIGN 3 through NBD: what every face does in every stage, and which exports there are.
+"""What every face does in every stage, and which exports there are.
 
 Every request that is refused is sent on a handle that is used before and after it: a refusal never drops the
 connection and never changes anything.
