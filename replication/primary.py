@@ -295,10 +295,10 @@ class PrimarySide(Side):
         )
 
     def stop(self, failover: bool, force: bool) -> None:
+        self._epochs.drop()  # first: writes of protocol=sync that wait for the end of a hold are in the gate
         with self._set.gate.closed():
             whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
             self._set.enter(Stage.DONE)
-        self._epochs.drop()
         self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
 
     def retry(self, force: bool) -> None:

@@ -49,7 +49,8 @@ from lab import (
 )
 
 BLOCK = 4 * KIB
-PATIENT = "timeout=30"
+PATIENCE_S = 30
+PATIENT = f"timeout={PATIENCE_S}"
 """For tests in which somebody is held: a busy machine must not make a lost link of it."""
 
 BEFORE, AFTER = pattern(1, 3 * BLOCK + 100), pattern(2, 2 * BLOCK + 700)
@@ -572,6 +573,21 @@ def test_the_primary_stops_in_the_midst_of_a_hold_and_the_secondary_gets_all_and
     # It has all, and knows it.
     pair.secondary.execute("replication-stop")
     assert seen.shows(AFTER, PLACES[1]) == [True, True]
+
+
+def test_a_stop_in_the_midst_of_a_hold_does_not_wait_for_the_writes_that_wait_for_the_hold(lab: Lab) -> None:
+    """With protocol=sync they are in the gate, which the stop closes."""
+    pair = started(lab, primary_arguments=["protocol=sync", PATIENT])
+    guest, target, seen = write_before(pair)
+    hold(pair.primary)
+    write = begin(guest.write, AFTER, PLACES[1])
+    wait_until(lambda: waiting(pair.primary) == len(AFTER), "the write is in the queue")
+    begun = time.monotonic()
+    pair.primary.execute("replication-stop")
+    assert time.monotonic() - begun < PATIENCE_S / 2
+    write.result(DEADLINE_S)
+    assert target.shows(AFTER, PLACES[1])[0], "the one that waited; the other disk's came behind it"
+    nothing_seen(seen)
 
 
 def test_a_planned_stop_of_the_secondary_in_the_midst_of_a_hold_ends_the_epoch_without_a_checkpoint(lab: Lab) -> None:
