@@ -47,6 +47,11 @@ class DiskError(ReplicationError):
         super().__init__(message)
         self.errno = errno
 
+    def again(self) -> DiskError:
+        """The same failure, to be raised once more: an exception that several threads raise would collect their
+        tracebacks."""
+        return DiskError(str(self), self.errno)
+
     @property
     def wire_errno(self) -> int:
         """The errno for the NBD client."""

@@ -23,10 +23,14 @@ class LayerError(DiskError):
 
     def __init__(self, cause: DiskError, layer: Layer, operation: str, offset: int, length: int) -> None:
         super().__init__(f"{layer.value}: {cause}", cause.errno)
+        self._cause = cause
         self.layer = layer
         self.operation = operation
         self.offset = offset
         self.length = length
+
+    def again(self) -> LayerError:
+        return LayerError(self._cause, self.layer, self.operation, self.offset, self.length)
 
 
 @contextmanager

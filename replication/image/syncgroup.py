@@ -58,7 +58,7 @@ class SyncGroup:
         """DiskError when a sync has failed."""
         failure = self._failure
         if failure is not None:
-            raise DiskError(str(failure), failure.errno) from failure
+            raise failure.again() from failure
 
     def fail(self, failure: DiskError) -> None:
         """Something that had to be made stable could not be, by a sync that was not this group's."""

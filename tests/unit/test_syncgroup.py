@@ -13,6 +13,7 @@ import pytest
 from lab import DEADLINE_S, wait_until
 from replication.errors import DiskError
 from replication.image import syncgroup
+from replication.image.layer import Layer, LayerError, on_layer
 from replication.image.syncgroup import SyncGroup
 
 
@@ -133,6 +134,19 @@ def test_a_failed_sync_fails_who_ran_it_who_waits_and_all_later_ones(bench: Benc
             later()
         assert refusal.value.errno == errno.ENOSPC
     assert bench.sync.count == 1, "nobody tries again what cannot be known to have worked"
+
+
+def test_every_later_one_is_told_of_the_same_image(bench: Bench) -> None:
+    """Who learns of a failure depends on the image."""
+    first = bench.run()
+    bench.sync.wait_begun()
+    bench.sync.end(LayerError(DiskError("broken", errno.ENOSPC), Layer.SECONDARY, "flush", 1, 2))
+    for again in (lambda: first.result(DEADLINE_S), bench.group.run, bench.group.check):
+        with pytest.raises(LayerError, match=r"^secondary disk: broken$") as refusal, on_layer(Layer.ACTIVE, "x", 3, 4):
+            again()
+        told = refusal.value
+        assert (told.layer, told.operation, told.offset, told.length) == (Layer.SECONDARY, "flush", 1, 2)
+        assert told.errno == errno.ENOSPC
 
 
 def test_a_sync_that_a_defect_interrupts_is_a_failure_too(bench: Bench) -> None:
