@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 from lab import Lab, SharingFolder, SmallFolder
 from replication.image import files
+
+# A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes, or its invention, says how busy the machine is. Whether a test hangs is pytest's timeout to
 # tell.
