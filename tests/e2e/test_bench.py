@@ -59,9 +59,10 @@ def test_a_run_measures_all_three_and_leaves_nothing_but_its_results(tmp_path: P
         assert ours["ratio_to_qemu"] == ours["value"] / cells[name, "qemu"]["value"]
     for subject in ("qemu", "replication"):
         mixed = cells["primary-randrw-4k-16-checkpoints", subject]
-        # QEMU 7.2 now and then aborts at such a checkpoint, although its guest is paused; then the table says so.
-        aborted = subject == "qemu" and mixed["reason"].startswith("failed: ")
-        assert aborted or mixed.get("checkpoints", 0) >= 1, mixed
+        # Once in 45 runs under load there was no figure, it is not known whose or why. QEMU may fail if the table says
+        # so.
+        failed = subject == "qemu" and mixed["reason"].startswith("failed: ")
+        assert failed or mixed.get("checkpoints", 0) >= 1, mixed
         assert cells["checkpoint-64m", subject]["dirty"] >= 64 * MIB
     stops = cells["planned-stop", "qemu"], cells["planned-stop", "replication"]
     assert stops[0]["value"] is None
