@@ -12,7 +12,6 @@ Invariants
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 
 from replication.errors import DiskError
@@ -97,9 +96,7 @@ class Commit:
         except DiskError as error:
             portions.end(error)
         except Exception as error:  # noqa: BLE001 (in the second thread it would be nobody's, pass after pass)
-            # A bug, or no memory: whoever waits for the end of the commit has to hear of it.
-            traceback.print_exc()
-            portions.end(DiskError(f"internal error, see the log: {error!r}"))
+            portions.end(DiskError.from_defect(error))
 
     @property
     def bytes_done(self) -> int:

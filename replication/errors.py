@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import traceback
 
 
 class ReplicationError(Exception):
@@ -62,6 +63,13 @@ class DiskError(ReplicationError):
         """The same failure with what was being done in front of it."""
         number = error.errno or _errno.EIO
         return cls(f"{what}: {os.strerror(number)}", number)
+
+    @classmethod
+    def from_defect(cls, defect: Exception) -> DiskError:
+        """What nobody expected (a bug, or no memory), for whoever waits for a thread that has met it; the traceback is
+        printed."""
+        traceback.print_exception(defect)
+        return cls(f"internal error, see the log: {defect!r}")
 
 
 class CommandError(ReplicationError):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -257,8 +256,7 @@ class Forwarder:
         try:
             self._forward(connection)
         except Exception as error:  # noqa: BLE001 (no memory, say: nobody else ends what is waited for, without a bound)
-            traceback.print_exc()
-            connection.fail(f"internal error, see the log: {error!r}")
+            connection.fail(str(DiskError.from_defect(error)))
         if connection.dead:
             self._lose(connection, DiskError(connection.cause))
         self._wind_up(connection)

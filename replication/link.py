@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -338,8 +337,7 @@ class Link:
             if isinstance(error, ReplicationError):
                 self._failed(error, impatient or isinstance(error, Refusal))
             else:
-                traceback.print_exc()
-                self._failed(DiskError(f"internal error, see the log: {error!r}"), tell=True)
+                self._failed(DiskError.from_defect(error), tell=True)
             return False
 
     def _show_connecting(self) -> None:
