@@ -96,6 +96,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.timeout(400)  # a minute on an idle machine
 @pytest.mark.parametrize("sizes", SIZES)
 def test_secondary(sizes: tuple[int, ...]) -> None:
     @examples(60)

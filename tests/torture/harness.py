@@ -4,7 +4,8 @@
 A run consists of histories, each with a seed of its own (SEED and its number), so that one of them can be replayed
 alone: `make torture SEED=... HISTORY=...`. Four of five are of a secondary (secondary_history.py), every fifth is of
 a primary (primary_history.py), in turn async and sync. A history kills KILLS_PER_HISTORY times: with a thread held at
-a pause point (points.py has them all), in the midst of requests, of a command, and while the process starts again.
+a pause point (points.py has them all), in the midst of requests, of a command, and while the process starts again. Some
+points it owes: if chance has not led there in half of the kills, the rest of them begin with those.
 
 What is verified after each restart
 * Stage and epoch are such as the history permits.
@@ -53,10 +54,15 @@ HISTORY_S = 100.0
 PRIMARY_EVERY = 5
 
 
+def history_of(seed: str, number: int, kills: int) -> History:
+    """The history of this number, not yet begun."""
+    kind: type[History] = PrimaryHistory if number % PRIMARY_EVERY == PRIMARY_EVERY - 1 else SecondaryHistory
+    return kind(seed, number, kills)
+
+
 def run_history(seed: str, number: int) -> Outcome:
     """Play one history; a failure is in the outcome."""
-    kind: type[History] = PrimaryHistory if number % PRIMARY_EVERY == PRIMARY_EVERY - 1 else SecondaryHistory
-    return kind(seed, number, KILLS_PER_HISTORY).run()
+    return history_of(seed, number, KILLS_PER_HISTORY).run()
 
 
 def run(seed: str, numbers: Iterable[int], workers: int = WORKERS) -> Iterator[Outcome]:

@@ -26,6 +26,9 @@ WINDOW = 4
 HIT_S = 2.0
 """Longest wait for a thread to reach a point; after that the process is killed wherever it is."""
 
+PATIENCE = 30
+"""Kills beyond those wanted after which a history gives up what it owes."""
+
 STARTING_S = 0.25
 """A process that is killed while it starts is killed at most so long after it was begun."""
 
@@ -76,11 +79,12 @@ class VictimPrimary(HeldEarly, Primary):
 
 
 class History:
-    """One history: `run` kills a process `kills` times. Its choices come from `seed` alone, see `rng_of`."""
+    """One history: `run` kills a process `kills` times, and then until it has killed at every point that it owes. Its
+    choices come from `seed` alone, see `rng_of`."""
 
     kind = ""
     owed: tuple[str, ...] = ()
-    """Points that this history wants to reach before others, so that several together reach all."""
+    """Points at which this history has to kill, so that several together have killed at all."""
 
     def __init__(self, seed: str, number: int, kills: int) -> None:
         self.seed = f"{seed}/{number}"
@@ -121,6 +125,25 @@ class History:
         kills there have been and `purpose`, and on nothing that a thread has done."""
         return random.Random(f"{self.seed}/{self.outcome.kills}/{purpose}")
 
+    # -- what is left to do --------------------------------------------------------------------------------
+
+    @property
+    def owing(self) -> list[str]:
+        """The points owed at which nothing has been killed yet."""
+        return [name for name in self.owed if not self.outcome.points[name]]
+
+    @property
+    def pressed(self) -> bool:
+        """The first half of the kills is left to chance; then what is still owed comes first."""
+        return bool(self.owing) and self.outcome.kills >= self.kills_wanted // 2
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is another kill to come; Wrong if many more than wanted have not led to what is owed."""
+        if self.owing and self.outcome.kills >= self.kills_wanted + PATIENCE:
+            raise Wrong(f"{self.outcome.kills} kills, and no way has led to {self.owing}")
+        return bool(self.owing) or self.outcome.kills < self.kills_wanted
+
     # -- killing -------------------------------------------------------------------------------------------
 
     def count_kill(self, moment: str, point: str | None = None) -> None:
@@ -133,7 +156,7 @@ class History:
 
     def least_hit(self, rng: random.Random, names: list[str]) -> str:
         """One of the points at which this history has killed least often, those that it owes first."""
-        names = [name for name in names if name in self.owed and not self.outcome.points[name]] or names
+        names = [name for name in names if name in self.owing] or names
         fewest = min(self.outcome.points[name] for name in names)
         return rng.choice([name for name in names if self.outcome.points[name] == fewest])
 
@@ -154,7 +177,7 @@ class History:
 
     def start_after_kill(self, server: Any, rng: random.Random, recovery: tuple[str, ...]) -> None:
         """Start a killed process again; now and then kill it while it starts, at a point of `recovery` or anywhere."""
-        while self.outcome.kills < self.kills_wanted and rng.random() < 0.22:
+        while self.unfinished and rng.random() < 0.22:
             point = rng.choice(recovery) if recovery and rng.random() < 0.7 else None
             if not (self._killed_at(server, point) if point else self._killed_early(server, rng)):
                 return  # it serves already

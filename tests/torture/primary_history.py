@@ -106,9 +106,11 @@ class Life:
 
 
 class PrimaryHistory(History):
-    """One pair of which the primary is killed; `sync` with odd numbers."""
+    """One pair of which the primary is killed; `sync` with odd numbers. Those of its start apart (STARTS), it owes all
+    points."""
 
     kind = "primary"
+    owed = (*(point.name for point in PRIMARY_POINTS), *RETURNS)
 
     def play(self, lab: Lab) -> None:
         self.sync = bool(self.outcome.number // 5 % 2)
@@ -135,7 +137,7 @@ class PrimaryHistory(History):
         self.guests = contents
         self._start_replication(server, contents)
         base, synced = contents, True
-        while self.outcome.kills < self.kills_wanted:
+        while self.unfinished:
             base, synced = self.live(server, base, synced)
         self.phase = "the end"
         self._settle(server)
@@ -182,7 +184,8 @@ class PrimaryHistory(History):
         client = Client(server, [name for name, _ in EXPORTS], WINDOW)
         try:
             self._perform(rng, client, life, rng.randrange(25))
-            point = self._to_point(rng, client, life) if rng.random() < 0.5 else None
+            at_point = self.pressed or rng.random() < 0.5
+            point = self._to_point(rng, client, life) if at_point else None
             self._perform(rng, client, life, rng.randrange(8), held=point is not None)
             client.run_for(rng.choice([0.0, rng.uniform(0.0, 0.003)]))
         except BaseException:
@@ -212,8 +215,7 @@ class PrimaryHistory(History):
 
     def _start_again(self, server: VictimPrimary, rng: random.Random, life: Life, killed: int) -> None:
         """Start the killed primary; now and then either side is killed while they find each other again."""
-        missing = any(not self.outcome.points[name] for name in RETURNS)
-        while self.outcome.kills < self.kills_wanted and rng.random() < (0.6 if missing else 0.3):
+        while self.unfinished and rng.random() < self._chance_in_return():
             point = self.least_hit(rng, sorted(RETURNS))
             if rng.random() < 0.2:
                 self._killed_early(server, rng)
@@ -224,6 +226,12 @@ class PrimaryHistory(History):
                 if victim is not server:
                     return  # it serves already
         server.start()
+
+    def _chance_in_return(self) -> float:
+        """How probably the two are disturbed while they find each other."""
+        if not any(name in RETURNS for name in self.owing):
+            return 0.3
+        return 1.0 if self.pressed else 0.6
 
     def _killed_in_return(self, server: VictimPrimary, point: str, rng: random.Random) -> Server | None:
         """Hold a thread at a point while the two find each other again, and kill one of them: which one, None if the

@@ -38,7 +38,7 @@ GUESTS = tuple((top_id(index), size) for index, size in enumerate(SIZES))
 DISKS = range(len(SIZES))
 
 OWED = 4
-"""Points that one history has to reach at least: those of four histories in a row are all that there are."""
+"""Points at which one history has to kill: those of four histories in a row are all that there are."""
 
 
 @dataclass
@@ -276,7 +276,7 @@ class SecondaryHistory(History):
 
     def play(self, lab: Lab) -> None:
         pair = 0
-        while self.outcome.kills < self.kills_wanted:
+        while self.unfinished:
             pair += 1
             rng = self.rng_of("disks")
             contents = [traffic.disk_content(rng, size) for size in SIZES]
@@ -293,11 +293,17 @@ class SecondaryHistory(History):
             base = Snapshot("none", 0, contents, contents)
             self.log.append(f"--- disks number {pair}")
             lives_done = 0
-            while self.outcome.kills < self.kills_wanted and lives_done <= 1:
+            while self.unfinished and lives_done <= 1 and not self._hopeless(base.stage):
                 base = self.live(server, base)
                 lives_done += base.stage == "done"
             self.finish(server, base)
             server.kill()
+
+    def _hopeless(self, stage: str) -> bool:
+        """Whether these disks lead to nothing that is owed, and the time has come for it."""
+        if not self.pressed or stage == "none":
+            return False
+        return stage != "running" or all(point.causes == (Cause.START,) for point in self._owed_points())
 
     # -- one life ------------------------------------------------------------------------------------------
 
@@ -307,8 +313,11 @@ class SecondaryHistory(History):
         self.phase = f"life after kill {self.outcome.kills} in stage {base.stage}"
         life = Life(base)
         client = Client(server, [name for name, _ in (*TARGETS, *GUESTS)], WINDOW)
-        before = self._steps(rng, base.stage, rng.randrange(50), commands=True)
-        at_point = rng.random() < 0.62
+        before = self._steps(rng, base.stage, rng.randrange(50), commands=not self.pressed)
+        started_first = not any(Cause.START in point.causes for point in self._owed_points())
+        if self.pressed and base.stage == "none" and started_first:
+            before.append(START)
+        at_point = self.pressed or rng.random() < 0.62
         try:
             self._perform(client, life, before)
             if at_point:
@@ -330,6 +339,10 @@ class SecondaryHistory(History):
             self.outcome.endings[name] += 1
         self.log.append(f"    stage {found.stage}, epoch {found.epoch}: {name}")
         return found
+
+    def _owed_points(self) -> list[Point]:
+        """`owing`, with what leads there."""
+        return [point for point in SECONDARY_POINTS if point.name in self.owing]
 
     def _steps(self, rng: random.Random, stage: str, count: int, commands: bool) -> list[Request | Command | float]:
         """Requests and commands, and pauses (seconds) in which answers are read; negative: until all are there."""
@@ -399,8 +412,7 @@ class SecondaryHistory(History):
         # A stop ends these disks' use, and there are points that only they have.
         cause = rng.choices(causes, [1 if cause is Cause.STOP else 3 for cause in causes])[0]
         # Not to miss what is owed because a later hit did not come.
-        owed = point.name in self.owed and not self.outcome.points[point.name]
-        hits = 1 if owed else rng.randint(1, point.hits)
+        hits = 1 if point.name in self.owing else rng.randint(1, point.hits)
         between = self._steps(rng, life.base.stage, rng.randrange(6), commands=True)
         self._make_way(rng, client, life, point)
         for hit in range(hits):

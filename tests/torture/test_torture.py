@@ -8,13 +8,14 @@ import re
 import pytest
 
 from lab import REPOSITORY
-from torture.harness import KILLS_PER_HISTORY, run_all, told
+from torture.harness import KILLS_PER_HISTORY, PRIMARY_EVERY, history_of, run_all, told
 from torture.points import ALL_POINTS, RECOVERY_POINTS, SECONDARY_POINTS
+from torture.secondary_history import OWED
 
 SEED = "1"
 BATCHES = 5
 HISTORIES = 10
-"""In one batch: long enough to meet every point, short enough for the time limit of a test."""
+"""In one batch: enough that each point is owed by one of them."""
 
 
 def test_the_harness_knows_every_pause_point_of_the_product() -> None:
@@ -28,6 +29,16 @@ def test_the_harness_knows_every_pause_point_of_the_product() -> None:
     assert set(RECOVERY_POINTS) <= {point.name for point in SECONDARY_POINTS}
 
 
+@pytest.mark.parametrize("number", [*range(len(SECONDARY_POINTS) // OWED), PRIMARY_EVERY - 1])
+def test_a_history_kills_at_all_that_it_owes_without_chance(number: int) -> None:
+    history = history_of(SEED, number, kills=0)
+    outcome = history.run()
+    assert outcome.failure is None, outcome.failure
+    assert history.owed
+    assert set(history.owed) <= set(outcome.points)
+
+
+@pytest.mark.timeout(400)  # a minute on an idle machine; on a loaded one it is long, but no failure
 @pytest.mark.parametrize("batch", range(BATCHES), ids=lambda batch: f"kills-{200 * batch + 1}-to-{200 * batch + 200}")
 def test_a_process_killed_anywhere_goes_on_where_it_was(batch: int) -> None:
     numbers = range(batch * HISTORIES, (batch + 1) * HISTORIES)
