@@ -14,7 +14,7 @@ A guest write on the primary, from top to bottom, with no step back up:
 and what becomes of it on the secondary:
 
     plugin.pwrite -> export.DataExport.write -> secondary_disk.SecondaryDisk.target_write or target_write_batch
-        image.stack.Stack.write_below   copy-before-write into hidden, then the secondary disk
+        image.target.TargetWrites.write copy-before-write into hidden, then the secondary disk
 
 The secondary's own guest:
 
@@ -85,7 +85,10 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     peer.py                     the primary's client of .control
     ancestry.py                 this node's lineage, and how it outlives the process
     reclaim.py                  giving back stale overlay space
-    image/stack.py              active, hidden and secondary disk as one
+    image/stack.py              active, hidden and secondary disk as one, as the guest sees them
+    image/descent.py            how what the overlays hold comes down into the secondary disk
+    image/target.py             the primary's writes, and copy-before-write
+    image/room.py               space in the overlays' file systems
     image/overlay.py            bits and data of one overlay
     image/layer.py              the images of a stack by name
     image/plan.py               many writes put in order
@@ -120,7 +123,7 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     3. RangeLock       whole 4 KiB blocks, first come first served. The stack has two: `top` (guest writes,
                        commit) and `below` (target writes). No thread takes both. The primary has one a
                        disk (guest writes). Held across the I/O of the request that it orders.
-                       Before it the commit, and nobody else, takes Stack._many. Stack._flushing is held across a
+                       Before it the commit, and nobody else, takes Descent._many. Stack._flushing is held across a
                        flush, without a range.
     4. Ancestry._lock, then StateFolder._saving (only when a fault is latched, the stage changes, or the nodes part)
     5. PrimaryDisk._order (m)

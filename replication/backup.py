@@ -3,8 +3,9 @@
 
 running     every target write preserves what it overwrites
 failed      some target writes were refused, because what they would overwrite could not be preserved. The others are
-            still tried: a full hidden disk may get room. The secondary's disk lacks what was refused (Stack.lost); no
-            checkpoint is taken until the primary has sent all of that again, then it is `running`.
+            still tried: a full hidden disk may get room. The secondary's disk lacks what was refused
+            (TargetWrites.lost); no checkpoint is taken until the primary has sent all of that again, then it is
+            `running`.
 (a reason)  ended for good, by job-cancel or because nobody knows any more what is preserved: no target write is
             accepted
 """

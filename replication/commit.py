@@ -5,7 +5,7 @@ Invariants
 * Work left is what the overlays still hold, so a process that was killed goes on where it was by looking.
 * No new work arises, except a guest write that the disk refused (Stack.write_over), which this job then meets and
   fails on: in failover guest writes go to the disk wherever the overlays hold nothing.
-* Never holds more than two portions (stack.py) against the guest, one for each of its threads.
+* Never holds more than two portions (image/descent.py) against the guest, one for each of its threads.
 * Each portion is given to one thread. When run() returns or raises, no thread of it is left.
 """
 
@@ -47,7 +47,7 @@ class Commit:
 
     def run(self) -> None:
         """Until the overlays are empty. Raises DiskError (Cancelled included) with the job concluded."""
-        self._total = self._stack.held_bytes()
+        self._total = self._stack.descent.held_bytes()
         try:
             while self._go_over():
                 pass
@@ -64,7 +64,7 @@ class Commit:
         but writing is half of the work. 1 GiB of tmpfs takes 0.2 instead of 0.35 s (with copy_file_range by one thread
         0.3 s, by two 0.25). A third thread gains nothing.
         """
-        portions = _Portions(self._stack.portions())
+        portions = _Portions(self._stack.descent.portions())
         helper = threading.Thread(target=self._copy, args=(portions,), name="commit", daemon=True)
         try:
             helper.start()
@@ -86,7 +86,7 @@ class Commit:
                     raise Cancelled("the commit was cancelled")
                 if self._closing.is_set():
                     raise Cancelled("the process ends")
-                written = self._stack.commit(first, last)
+                written = self._stack.descent.commit(first, last)
                 with self._counting:
                     self._done += written
                 if written >= _FLUSHED_FROM:

@@ -54,7 +54,7 @@ class Failover:
         to_commit = 0
         if record.stage is not Stage.DONE and record.inconsistent is None:
             stacks = [disk.stack for disk in self._disks]
-            to_commit = sum(stack.held_bytes() for stack in stacks if stack is not None)
+            to_commit = sum(stack.descent.held_bytes() for stack in stacks if stack is not None)
         rate = record.commit_rate or COMMIT_RATE
         return {
             "allowed": refusal is None,
@@ -90,7 +90,7 @@ class Failover:
         """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
 
         def all_down() -> bool:
-            return not any(disk.stack is not None and any(disk.stack.portions()) for disk in self._disks)
+            return not any(disk.stack is not None and any(disk.stack.descent.portions()) for disk in self._disks)
 
         self._note_rate()
         if all_down():

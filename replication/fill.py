@@ -51,10 +51,10 @@ class FillWatch:
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         for disk_name, stack in stacks:
-            stack.grown = partial(self.look, disk_name)
+            stack.room.grown = partial(self.look, disk_name)
 
     def look(self, disk_name: str, overlay: Overlay) -> None:
-        """Called by a stack when `overlay` has grown to its `watch_at`."""
+        """Called by a request when `overlay` has grown to its `watch_at`."""
         try:
             level = self._level(overlay)
         except OSError as error:

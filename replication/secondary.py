@@ -80,7 +80,7 @@ class SecondarySide(Side):
             disk.repaired = self._backup.repaired
             disk.from_stranger = self.pairing.has_stranger
             if disk.stack is not None:
-                disk.stack.scarce = self._give_back
+                disk.stack.room.scarce = self._give_back
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
         FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
         if self._set.options.durability is Durability.POWER:
@@ -124,7 +124,7 @@ class SecondarySide(Side):
         another's. Called from requests."""
         for disk in self.disks:
             if disk.stack is not None:
-                disk.stack.give_back()
+                disk.stack.room.give_back()
 
     def _open_disks(self) -> None:
         record = self._set.record
@@ -190,7 +190,7 @@ class SecondarySide(Side):
             disk.accepts_writes = self._backup.accepts_writes
             if disk.stack is not None:
                 disk.stack.committing = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
-                disk.stack.preserving = disk.inconsistent is None
+                disk.stack.target.preserving = disk.inconsistent is None
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -441,7 +441,7 @@ class SecondarySide(Side):
         """What the primary has written becomes stable, so that it may count as a checkpoint."""
         assert disk.stack is not None
         try:
-            disk.stack.flush_below()
+            disk.stack.target.flush()
         except DiskError as error:
             self._set.faults.report(Case.SECONDARY_DISK, disk.name, "flush", 0, 0, error)
             raise CommandError(f"cannot flush the secondary disk '{disk.name}': {error}") from error

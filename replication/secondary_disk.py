@@ -215,7 +215,7 @@ class SecondaryDisk:
         else:
             lacked = self.lost.missing
             try:
-                stack.write_below(data, offset, fua)
+                stack.target.write(data, offset, fua)
             except DiskError as error:
                 self._target_failed("write", offset, len(data), error)
                 raise
@@ -225,7 +225,7 @@ class SecondaryDisk:
 
     def target_write_batch(self, writes: Sequence[Write]) -> None:
         """Do what `target_write` does for each, in their order, at half the cost for small ones
-        (Stack.write_all_below). When some fail the others are done all the same; DiskError for the first."""
+        (TargetWrites.write_all). When some fail the others are done all the same; DiskError for the first."""
         self._for_target()
         begun_s = time.monotonic()
         if begun_s < self._slow_until:
@@ -244,7 +244,7 @@ class SecondaryDisk:
                     self.changes.mark(offset, len(data))
             lacked = self.lost.missing
             self.totals["target-written"] += sum([len(data) for _, data in writes])
-            for index, failure in stack.write_all_below(writes):
+            for index, failure in stack.target.write_all(writes):
                 offset, data = writes[index]
                 self._target_failed("write", offset, len(data), failure)
                 self.totals["target-written"] -= len(data)
@@ -272,7 +272,7 @@ class SecondaryDisk:
         if stack is None:
             self.disk.zero(offset, length, may_trim, fua)
         else:
-            self._target("zero", offset, length, lambda: stack.zero_below(offset, length, may_trim, fua))
+            self._target("zero", offset, length, lambda: stack.target.zero(offset, length, may_trim, fua))
         self.totals["target-written"] += length
 
     def target_flush(self) -> None:
@@ -281,7 +281,7 @@ class SecondaryDisk:
         if self.stage is Stage.NONE or self.stack is None:
             self.disk.flush()
         else:
-            self._target("flush", 0, 0, self.stack.flush_below)
+            self._target("flush", 0, 0, self.stack.target.flush)
 
     def target_extents(self, offset: int, length: int) -> list[Extent]:
         """What is known of the secondary disk's content."""
@@ -330,7 +330,7 @@ class SecondaryDisk:
         """Failover: what the overlays hold is about to come down, so the disk becomes another than the old primary's
         there. `changes` has what was written here before the pair, if it was not overwritten since."""
         assert self.stack is not None
-        for offset, length in self.stack.held_grains(GRAIN):
+        for offset, length in self.stack.descent.held_grains(GRAIN):
             self.changes.mark(offset, length)
 
     def let_go(self) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from replication.errors import DiskError
+from replication.image.face import Disk
 
 
 class Layer(Enum):
@@ -42,6 +43,12 @@ def on_layer(layer: Layer, operation: str, offset: int, length: int) -> Iterator
         raise
     except DiskError as error:
         raise LayerError(error, layer, operation, offset, length) from error
+
+
+def flush_secondary(disk: Disk) -> None:
+    """Make the secondary disk stable; LayerError."""
+    with on_layer(Layer.SECONDARY, "flush", 0, 0):
+        disk.flush()
 
 
 class Source(Enum):

@@ -12,6 +12,7 @@ from typing import Any
 
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
+from replication.image.target import TargetWrites
 from replication.secondary_disk import SecondaryDisk
 from replication.state import StateFolder
 
@@ -30,28 +31,28 @@ def _nothing(*_arguments: object, **_named: object) -> None:
 
 def hidden_is_not_synced() -> None:
     """The disk is overwritten before what it held is stable in hidden."""
-    _replace(Stack, "_preserve_stably", lambda stack, offset, length: stack._preserve(offset, length))
+    _replace(TargetWrites, "_preserve_stably", lambda writes, offset, length: writes._preserve(offset, length))
 
 
 def bits_before_data() -> None:
     """Hidden's bits are published before the data that they speak of is stable."""
 
-    def sync(stack: Stack) -> None:
-        stack.hidden.publish(stack.hidden.unpublished())
-        stack.hidden.data.flush()
+    def sync(writes: TargetWrites) -> None:
+        writes._hidden.publish(writes._hidden.unpublished())
+        writes._hidden.data.flush()
 
-    _replace(Stack, "_sync_hidden", sync)
+    _replace(TargetWrites, "_sync_hidden", sync)
 
 
 def data_before_bits_are_taken() -> None:
     """A bit that was set while the data was synced is published with it."""
 
-    def sync(stack: Stack) -> None:
-        stack.hidden.data.flush()
+    def sync(writes: TargetWrites) -> None:
+        writes._hidden.data.flush()
         time.sleep(_MEANWHILE_S)
-        stack.hidden.publish(stack.hidden.unpublished())
+        writes._hidden.publish(writes._hidden.unpublished())
 
-    _replace(Stack, "_sync_hidden", sync)
+    _replace(TargetWrites, "_sync_hidden", sync)
 
 
 def flush_forgets_the_disk() -> None:
@@ -67,7 +68,7 @@ def flush_forgets_the_disk() -> None:
 
 def checkpoint_forgets_the_disk() -> None:
     """A checkpoint counts what the disk may lose."""
-    _replace(Stack, "flush_below", _nothing)
+    _replace(TargetWrites, "flush", _nothing)
 
 
 def checkpoint_ends_before_the_bits_are_gone() -> None:

@@ -48,7 +48,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     disk = FileDisk("disk0", str(tmp_path / "disk"))
     active, hidden = (Overlay(name, "disk0", str(tmp_path / f"{name}.qcow2")) for name in ("active", "hidden"))
     opened = Stack(active, hidden, disk)
-    opened.write_below(memoryview(pattern(2, 6 * CLUSTER)), 5 * CLUSTER + 5, False)
+    opened.target.write(memoryview(pattern(2, 6 * CLUSTER)), 5 * CLUSTER + 5, False)
     opened.write_top(memoryview(pattern(3, 3 * CLUSTER)), 9 * CLUSTER + 9)
     opened.zero_top(SIZE - 5000, 5000)
     yield opened
@@ -91,10 +91,10 @@ def test_the_disk_becomes_what_the_guest_sees_and_the_overlays_are_empty(stack: 
     jobs = JobList(EventHub())
     expected = seen(stack)
     commit = Commit(jobs, "disk0", stack, threading.Event())
-    held = stack.held_bytes()
+    held = stack.descent.held_bytes()
     commit.run()
     assert below(stack) == seen(stack) == expected
-    assert list(stack.portions()) == []
+    assert list(stack.descent.portions()) == []
     (shown,) = jobs.query()
     assert (shown["current-progress"], shown["total-progress"], shown["status"]) == (held, held, "running")
     commit.conclude()
@@ -105,17 +105,17 @@ def test_a_cancelled_commit_stops_with_everything_in_place_and_another_goes_on(s
     jobs = JobList(EventHub())
     expected = seen(stack)
     commit = Commit(jobs, "disk0", stack, threading.Event())
-    real = stack.commit
+    real = stack.descent.commit
 
     def once(first: int, last: int) -> int:
         jobs.cancel("commit-disk0")
         return real(first, last)
 
-    stack.commit = once  # type: ignore[method-assign]
+    stack.descent.commit = once  # type: ignore[method-assign]
     with pytest.raises(Cancelled, match="was cancelled"):
         commit.run()
-    stack.commit = real  # type: ignore[method-assign]
-    assert list(stack.portions()) != []
+    stack.descent.commit = real  # type: ignore[method-assign]
+    assert list(stack.descent.portions()) != []
     assert seen(stack) == expected
     assert jobs.query()[0]["error"] == "the commit was cancelled"
     Commit(jobs, "disk0", stack, threading.Event()).run()
@@ -187,13 +187,13 @@ def test_while_one_portion_is_written_another_thread_brings_down_the_rest(
         try:
             assert held.wait(DEADLINE_S)
             wait_until(lambda: commit.bytes_done == 4 * MIB, "all but the held portion is down")
-            assert [first * BLOCK // MIB for first, _ in large.portions()] == [1]
+            assert [first * BLOCK // MIB for first, _ in large.descent.portions()] == [1]
             assert commit.job.to_json()["current-progress"] == 4 * MIB
         finally:
             release.set()
         run.result(DEADLINE_S)
     assert commit.bytes_done == 5 * MIB
-    assert list(large.portions()) == []
+    assert list(large.descent.portions()) == []
     data = bytearray(5 * MIB)
     large.disk.read(memoryview(data), 0)
     assert data == content
@@ -230,7 +230,7 @@ def test_when_one_thread_fails_the_other_ends_too_and_none_is_left(
             run.result(DEADLINE_S)
     assert copying() == 0
     assert commit.bytes_done == 3 * MIB
-    assert [first * BLOCK // MIB for first, _ in large.portions()] == [3, 4, 5, 6, 7]
+    assert [first * BLOCK // MIB for first, _ in large.descent.portions()] == [3, 4, 5, 6, 7]
     assert large.top._asked == []
 
 
@@ -259,10 +259,10 @@ def test_without_another_thread_one_does_it_all(stack: Stack, monkeypatch: pytes
 
 @pytest.mark.parametrize("by", ["both threads", "second thread"])
 def test_an_error_of_the_program_ends_the_commit_too(stack: Stack, by: str) -> None:
-    real = stack.commit
+    real = stack.descent.commit
     main: list[threading.Thread] = []
     met = threading.Event()
-    assert len(list(stack.portions())) > 1
+    assert len(list(stack.descent.portions())) > 1
 
     def broken(first: int, last: int) -> int:
         if by == "both threads" or threading.current_thread() not in main:
@@ -271,7 +271,7 @@ def test_an_error_of_the_program_ends_the_commit_too(stack: Stack, by: str) -> N
         assert met.wait(DEADLINE_S)
         return real(first, last)
 
-    stack.commit = broken  # type: ignore[method-assign]
+    stack.descent.commit = broken  # type: ignore[method-assign]
     commit = Commit(JobList(EventHub()), "disk0", stack, threading.Event())
 
     def run() -> None:
@@ -285,9 +285,9 @@ def test_an_error_of_the_program_ends_the_commit_too(stack: Stack, by: str) -> N
         finally:
             commit._cancelled.set()
     assert copying() == 0
-    stack.commit = real  # type: ignore[method-assign]
+    stack.descent.commit = real  # type: ignore[method-assign]
     Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
-    assert list(stack.portions()) == []
+    assert list(stack.descent.portions()) == []
 
 
 @pytest.mark.parametrize("request_of", ["flush", "write", "zero"])
@@ -325,7 +325,7 @@ def test_what_the_disk_could_not_make_stable_fails_the_commit_whoever_is_told_fi
     monkeypatch.setattr(files, "pwritev", told_write)
     guest = SecondaryDisk("disk0", "top0", disk, cast("Any", MagicMock()), cast("Any", MagicMock()))
     guest.stack, guest.stage, guest.changes = stack, Stage.FAILOVER, ChangeMap(None, SIZE)
-    real = stack.commit
+    real = stack.descent.commit
 
     answers: list[str] = []
 
@@ -349,7 +349,7 @@ def test_what_the_disk_could_not_make_stable_fails_the_commit_whoever_is_told_fi
             ask()
         return written
 
-    stack.commit = commit  # type: ignore[method-assign]
+    stack.descent.commit = commit  # type: ignore[method-assign]
     with pytest.raises(DiskError, match="Input/output error"):
         Commit(JobList(EventHub()), "disk0", stack, threading.Event()).run()
     assert not untold
@@ -376,10 +376,10 @@ def test_short_runs_are_committed_by_one_thread_at_a_time(large: Stack, monkeypa
         inside -= 1
 
     monkeypatch.setattr(large.disk, "write", write)
-    held = large.held_bytes()
+    held = large.descent.held_bytes()
     commit = Commit(JobList(EventHub()), "disk0", large, threading.Event())
     commit.run()
-    assert (most, commit.bytes_done, list(large.portions())) == (1, held, [])
+    assert (most, commit.bytes_done, list(large.descent.portions())) == (1, held, [])
 
 
 def test_the_flush_of_large_portions_begins_while_the_rest_is_copied(
@@ -412,7 +412,7 @@ def test_portions_cover_what_is_held_and_a_guest_write_waits_for_a_megabyte_at_m
     for overlay, blocks in ((large.active, above), (large.hidden, below)):
         overlay.mark_each([(block, block + 1) for block in sorted(blocks)], Held.DATA)
     held = above | below
-    portions = list(large.portions())
+    portions = list(large.descent.portions())
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(portions))
     covered = [set(range(*portion)) & held for portion in portions]
     assert set().union(*covered) == held

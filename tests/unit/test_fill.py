@@ -115,7 +115,7 @@ def test_the_emptier_the_file_system_the_later_the_next_look_of_the_two_that_sha
 
 def test_what_the_overlays_could_give_back_does_not_count(bench: Bench) -> None:
     bench.stack.write_top(memoryview(b"\xaa" * (100 * BLOCK)), 0)
-    bench.stack.write_below(memoryview(b"\xbb" * (100 * BLOCK)), 0, False)
+    bench.stack.target.write(memoryview(b"\xbb" * (100 * BLOCK)), 0, False)
     stale = sum(overlay.data.status().st_blocks * 512 for overlay in (bench.stack.active, bench.stack.hidden))
     assert stale >= 200 * BLOCK
     bench.used = 900
@@ -132,7 +132,7 @@ def test_what_the_overlays_could_give_back_does_not_count(bench: Bench) -> None:
 def test_an_overlay_on_another_file_system_gives_nothing_back_here(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.stack.write_below(memoryview(b"\xbb" * (100 * BLOCK)), 0, False)
+    bench.stack.target.write(memoryview(b"\xbb" * (100 * BLOCK)), 0, False)
     bench.stack.empty()
     there = bench.stack.hidden.data.status()
     other = SimpleNamespace(st_dev=there.st_dev + 1, st_blocks=there.st_blocks)
@@ -178,7 +178,7 @@ def test_a_single_request_after_a_checkpoint_that_fills_everything_again_warns_a
 
 def test_copy_before_write_is_watched_too(bench: Bench) -> None:
     bench.used = 990
-    bench.stack.write_below(memoryview(b"\xbb" * BLOCK), 0, False)
+    bench.stack.target.write(memoryview(b"\xbb" * BLOCK), 0, False)
     assert [event["overlay"] for event in bench.events] == ["hidden"]
 
 

@@ -94,7 +94,7 @@ class Host:
         for disk in self.disks:
             assert disk.stack is not None
             disk.stack.write_top(memoryview(b"\xaa" * BLOCK), 0)
-            disk.stack.write_below(memoryview(b"\xbb" * BLOCK), BLOCK, False)
+            disk.stack.target.write(memoryview(b"\xbb" * BLOCK), BLOCK, False)
             disk.stack.flush_all()
         self.end()
 
@@ -131,7 +131,7 @@ def test_in_stage_none_images_that_do_not_exist_are_made(host: Host, durability:
     assert host.mapped == ["a", "b"]
     for disk in host.disks:
         assert disk.stack is not None
-        assert disk.stack.lost is disk.lost
+        assert disk.stack.target.lost is disk.lost
         assert disk.stack.power == (durability == "power")
         assert (disk.stack.active.role, disk.stack.hidden.role) == ("active", "hidden")
     assert {str(host.path(role, name).name) for role in ("active", "hidden") for name in ("a", "b")} <= host.made

@@ -263,9 +263,9 @@ class Histories(RuleBasedStateMachine):
         offset, length = where
         data = bytes(length) if zeroes else self.data(length)
         if zeroes:
-            self.stack.zero_below(offset, length, True, fua)
+            self.stack.target.zero(offset, length, True, fua)
         else:
-            self.stack.write_below(memoryview(data), offset, fua)
+            self.stack.target.write(memoryview(data), offset, fua)
         self.disk[offset : offset + length] = data
         self.look_after_a_cut("a target write")
 
@@ -273,7 +273,7 @@ class Histories(RuleBasedStateMachine):
     @rule(places=st.lists(ranges, min_size=2, max_size=4))
     def primary_writes_many(self, places: list[tuple[int, int]]) -> None:
         pieces = [(offset, self.data(length)) for offset, length in places]
-        assert self.stack.write_all_below([(offset, memoryview(data)) for offset, data in pieces]) == []
+        assert self.stack.target.write_all([(offset, memoryview(data)) for offset, data in pieces]) == []
         for offset, data in pieces:
             self.disk[offset : offset + len(data)] = data
         self.look_after_a_cut("many target writes")
@@ -298,20 +298,20 @@ class Histories(RuleBasedStateMachine):
 
         self.storage.before = fail
         with pytest.raises(LayerError):
-            self.stack.write_below(memoryview(data), first * BLOCK, False)
+            self.stack.target.write(memoryview(data), first * BLOCK, False)
         self.storage.before = self.look_before
         self.look_after_a_cut("half of copy-before-write")
 
     @precondition(lambda self: not self.stack.committing)
     @rule()
     def primary_flushes(self) -> None:
-        self.stack.flush_below()
+        self.stack.target.flush()
         self.look_after_a_cut("a target flush")
 
     @precondition(lambda self: not self.stack.committing)
     @rule()
     def checkpoint(self) -> None:
-        self.stack.flush_below()
+        self.stack.target.flush()
         self.emptying = True
         self.stack.empty()
         self.stack.publish_emptied()
@@ -328,14 +328,14 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.stack.committing)
     @rule(where=ranges)
     def part_is_committed(self, where: tuple[int, int]) -> None:
-        self.stack.commit(where[0] // BLOCK, -(-sum(where) // BLOCK))
+        self.stack.descent.commit(where[0] // BLOCK, -(-sum(where) // BLOCK))
         self.look_after_a_cut("a part of the commit")
 
     @precondition(lambda self: not self.stack.committing)
     @rule()
     def space_is_given_back(self) -> None:
         for overlay in (self.stack.active, self.stack.hidden):
-            self.stack.reclaim_some(overlay, overlay.stale_ranges(), 100)
+            self.stack.room.reclaim_some(overlay, overlay.stale_ranges(), 100)
         self.look_after_a_cut("giving back space")
 
     @rule()
@@ -373,7 +373,7 @@ class Bench:
         return self.storage.calls[:]
 
     def target(self, data: bytes, offset: int = 0) -> None:
-        self.stack.write_below(memoryview(data), offset, False)
+        self.stack.target.write(memoryview(data), offset, False)
 
     def guest(self, data: bytes, offset: int = 0) -> None:
         self.stack.write_top(memoryview(data), offset)
@@ -432,13 +432,13 @@ def test_what_hidden_preserves_data_before_bits_is_stable_before_the_disk_is_ove
 def test_what_is_preserved_already_costs_no_sync(bench: Bench) -> None:
     bench.target(b"\xaa" * 100)
     assert bench.calls(lambda: bench.target(b"\xbb" * 100, 5)) == ["write disk.raw"]
-    assert bench.calls(lambda: bench.stack.zero_below(0, 10, False, False)) == ["zero disk.raw"]
+    assert bench.calls(lambda: bench.stack.target.zero(0, 10, False, False)) == ["zero disk.raw"]
     assert bench.after_cuts() == {bench.content}
 
 
 def many(bench: Bench, *places: int) -> None:
     """Target writes of a few bytes at once."""
-    assert bench.stack.write_all_below([(offset, memoryview(b"\xaa" * 100)) for offset in places]) == []
+    assert bench.stack.target.write_all([(offset, memoryview(b"\xaa" * 100)) for offset in places]) == []
 
 
 def test_many_target_writes_share_one_sync_of_what_they_preserve(bench: Bench) -> None:
@@ -465,14 +465,14 @@ def test_of_many_target_writes_what_was_preserved_is_stable_although_another_cou
 
     bench.storage.before = fail
     pieces = [(offset, memoryview(b"\xaa" * 100)) for offset in (0, 5 * BLOCK)]
-    assert [index for index, _ in bench.stack.write_all_below(pieces)] == [1]
+    assert [index for index, _ in bench.stack.target.write_all(pieces)] == [1]
     bench.storage.before = lambda call, name: None
     assert bench.after_cuts() == {bench.content}
 
 
 def test_a_block_of_zeroes_is_preserved_by_its_bit_alone_and_as_strictly(bench: Bench) -> None:
-    bench.stack.zero_below(0, BLOCK, False, True)
-    bench.stack.flush_below()
+    bench.stack.target.zero(0, BLOCK, False, True)
+    bench.stack.target.flush()
     bench.stack.empty()
     bench.stack.publish_emptied()
     assert bench.calls(lambda: bench.target(b"\xaa" * BLOCK)) == [
@@ -508,7 +508,7 @@ def test_a_write_that_comes_during_a_flush_is_not_published_with_it(bench: Bench
 
 def test_a_flush_of_the_primary_needs_only_the_disk(bench: Bench) -> None:
     bench.target(b"\xaa" * BLOCK)
-    assert bench.calls(bench.stack.flush_below) == ["sync disk.raw"]
+    assert bench.calls(bench.stack.target.flush) == ["sync disk.raw"]
 
 
 def test_during_a_commit_bits_go_after_the_disk_has_what_they_stood_for_hiddens_first(bench: Bench) -> None:
@@ -517,7 +517,7 @@ def test_during_a_commit_bits_go_after_the_disk_has_what_they_stood_for_hiddens_
     bench.stack.flush_top()
     bench.stack.committing = True
     expected = seen(bench.stack)
-    assert bench.calls(lambda: bench.stack.commit(0, 2)) == ["write disk.raw", "write disk.raw"]
+    assert bench.calls(lambda: bench.stack.descent.commit(0, 2)) == ["write disk.raw", "write disk.raw"]
     assert bench.after_cuts() == {expected}
     assert bench.calls(bench.stack.flush_top) == [
         "sync disk.raw",
@@ -536,7 +536,7 @@ def test_a_guest_write_that_went_to_the_disk_is_flushed_before_the_bits_above_it
     bench.guest(b"\xaa" * BLOCK)
     bench.stack.flush_top()
     bench.stack.committing = True
-    bench.stack.commit(0, 1)
+    bench.stack.descent.commit(0, 1)
     assert bench.calls(lambda: bench.stack.write_over(memoryview(b"\xbb" * BLOCK), 0, True)) == ["write disk.raw"]
     bench.stack.flush_top()
     assert bench.after_cuts() == {b"\xbb" * BLOCK + bench.content[BLOCK:]}
@@ -553,7 +553,7 @@ def test_a_commit_that_has_ended_is_stable(bench: Bench) -> None:
         folder = bench.storage.cut_power(seed)
         assert (folder / "disk.raw").read_bytes() == expected
         stack = open_stack(folder)
-        assert not any(stack.portions())
+        assert not any(stack.descent.portions())
         close_stack(stack)
         shutil.rmtree(folder)
 
@@ -586,7 +586,7 @@ def test_target_writes_that_come_together_share_a_sync(bench: Bench) -> None:
         first = pool.submit(bench.target, b"\xaa" * BLOCK, 0)
         assert at_work.wait(DEADLINE_S)
         others = [pool.submit(bench.target, b"\xaa" * BLOCK, block * BLOCK) for block in range(1, 6)]
-        waiters = bench.stack._hidden_sync._changed._waiters  # type: ignore[attr-defined]
+        waiters = bench.stack.target._hidden_sync._changed._waiters  # type: ignore[attr-defined]
         wait_until(lambda: len(waiters) == 5, "the others wait for the next sync")
         assert "write disk.raw" not in bench.storage.calls
         may_go_on.set()
@@ -613,9 +613,9 @@ def test_when_hidden_cannot_be_made_stable_no_target_write_is_let_through_any_mo
             bench.target(b"\xaa" * BLOCK, offset)
         assert (refusal.value.layer, refusal.value.operation) == (Layer.HIDDEN, "sync")
     with pytest.raises(LayerError):
-        bench.stack.flush_below()
+        bench.stack.target.flush()
     assert (bench.folder / "disk.raw").read_bytes() == below
-    assert bench.stack.lost.missing
+    assert bench.stack.target.lost.missing
     assert bench.after_cuts() == {bench.content}
     bench.guest(b"\xbb" * BLOCK)
     bench.stack.flush_top()
@@ -632,14 +632,14 @@ def test_when_active_cannot_be_made_stable_no_flush_of_the_guest_is_answered_any
         assert (refusal.value.layer, refusal.value.operation) == (Layer.ACTIVE, "flush")
     assert seen(bench.stack, 0, BLOCK) == b"\xaa" * BLOCK
     bench.target(b"\xbb" * BLOCK, BLOCK)
-    bench.stack.flush_below()
+    bench.stack.target.flush()
 
 
 def test_a_disk_that_cannot_be_flushed_during_a_commit_keeps_the_bits(bench: Bench) -> None:
     bench.guest(b"\xaa" * BLOCK)
     bench.stack.flush_top()
     bench.stack.committing = True
-    bench.stack.commit(0, 1)
+    bench.stack.descent.commit(0, 1)
     bench.fail("sync", "disk.raw")
     for _ in range(2):
         with pytest.raises(LayerError, match="Input/output error"):
@@ -651,9 +651,9 @@ def test_a_disk_that_could_not_be_flushed_lacks_nobody_knows_what(bench: Bench) 
     bench.target(b"\xaa" * BLOCK)
     bench.fail("sync", "disk.raw")
     with pytest.raises(LayerError) as refusal:
-        bench.stack.flush_below()
+        bench.stack.target.flush()
     assert (refusal.value.layer, refusal.value.operation) == (Layer.SECONDARY, "flush")
-    assert bench.stack.lost.marked_bytes == SIZE
+    assert bench.stack.target.lost.marked_bytes == SIZE
 
 
 def test_a_failure_to_publish_emptied_images_ends_stability_for_both_faces(bench: Bench) -> None:
@@ -664,7 +664,7 @@ def test_a_failure_to_publish_emptied_images_ends_stability_for_both_faces(bench
         bench.stack.publish_emptied()
     assert (refusal.value.layer, refusal.value.operation) == (Layer.HIDDEN, "make-empty")
     bench.stack.fail(refusal.value)
-    for action in (lambda: bench.target(b"x"), bench.stack.flush_top, bench.stack.flush_below):
+    for action in (lambda: bench.target(b"x"), bench.stack.flush_top, bench.stack.target.flush):
         with pytest.raises(LayerError, match="Input/output error"):
             action()
 

@@ -32,10 +32,10 @@ class Overlay:
 
 
 class Stack:
-    """Notes when it was asked to give back; a step takes `step_s`."""
+    """A stack and its room: notes when it was asked to give back; a step takes `step_s`."""
 
     def __init__(self, pieces: int, step_s: float = 0.0) -> None:
-        self.active, self.hidden = Overlay(pieces), Overlay(0)
+        self.active, self.hidden, self.room = Overlay(pieces), Overlay(0), self
         self.begun: list[float] = []
         self.step_s = step_s
         self.asked = threading.Event()

@@ -129,7 +129,7 @@ def test_before_start_the_guest_is_refused_and_the_primary_writes_through(bench:
     refused(errno.EIO, *guest_requests(bench.disk))
     bench.disk.target_write(DATA, 0, False)
     assert bench.target() == bytes(DATA)
-    assert bench.stack.held_bytes() == 0
+    assert bench.stack.descent.held_bytes() == 0
 
 
 def test_while_running_each_face_has_its_own_view(bench: Bench) -> None:

@@ -166,14 +166,14 @@ def test_a_share_that_is_interrupted_is_asked_for_again(
 def test_whole_clusters_of_either_overlay_are_shared_and_the_rest_is_copied(
     stack: Stack, cloned: Ranges, written_back: Ranges
 ) -> None:
-    stack.write_below(memoryview(pattern(2, 2 * MIB)), MIB, False)  # hidden: the second and third MiB
+    stack.target.write(memoryview(pattern(2, 2 * MIB)), MIB, False)  # hidden: the second and third MiB
     stack.write_top(memoryview(pattern(3, 2 * MIB)), 0)  # active: the first and second one
     stack.write_top(memoryview(pattern(4, BLOCK)), 30 * CLUSTER + 7)
     stack.write_top(memoryview(pattern(5, SIZE - 32 * CLUSTER)), 32 * CLUSTER)
     expected = guest(stack)
     run(stack)
     assert below(stack) == guest(stack) == expected
-    assert list(stack.portions()) == []
+    assert list(stack.descent.portions()) == []
     # Two MiB of active, one of hidden; neither the blocks nor the last MiB, which is not whole clusters.
     assert sorted(cloned.seen) == [(0, 8), (8, 8), (16, 8)]
     # The first of each overlay has shown that it goes: from then on what is dirty is written without the locks.
@@ -209,14 +209,14 @@ def test_where_sharing_fails_it_is_copied_and_not_tried_again(
     monkeypatch.setattr(files, "clone_range", full)
     stack.write_top(memoryview(pattern(3, 4 * MIB)), 0)
     expected = guest(stack)
-    for first, last in stack.portions():
-        stack.commit(first, last)
+    for first, last in stack.descent.portions():
+        stack.descent.commit(first, last)
     assert below(stack) == expected
     assert (tried, written_back.seen) == ([0], [])
     # The other overlay may be somewhere else.
-    stack.write_below(memoryview(pattern(4, 2 * MIB)), 0, False)
-    for first, last in stack.portions():
-        stack.commit(first, last)
+    stack.target.write(memoryview(pattern(4, 2 * MIB)), 0, False)
+    for first, last in stack.descent.portions():
+        stack.descent.commit(first, last)
     assert below(stack) == expected
     assert tried == [0, 0]
 
@@ -239,7 +239,7 @@ def test_what_is_dirty_is_written_before_the_range_is_locked_and_what_is_written
 ) -> None:
     """A guest write that comes while a portion is written back does not wait, and comes down with it."""
     stack.write_top(memoryview(pattern(3, 2 * MIB)), 0)
-    stack.commit(0, MIB // BLOCK)  # it goes, so the next one writes back
+    stack.descent.commit(0, MIB // BLOCK)  # it goes, so the next one writes back
 
     def overtaken(ranges: Callable[..., None]) -> Callable[..., None]:
         def write_back(fd: int, offset: int, length: int) -> None:
@@ -250,7 +250,7 @@ def test_what_is_dirty_is_written_before_the_range_is_locked_and_what_is_written
         return write_back
 
     monkeypatch.setattr(files, "write_back", overtaken(files.write_back))
-    stack.commit(MIB // BLOCK, 2 * MIB // BLOCK)
+    stack.descent.commit(MIB // BLOCK, 2 * MIB // BLOCK)
     expected = pattern(3, 2 * MIB)
     expected = expected[: MIB + 5] + b"late" + expected[MIB + 9 :]
     assert guest(stack, 0, 2 * MIB) == below(stack, 0, 2 * MIB) == expected
@@ -275,7 +275,7 @@ def test_a_guest_write_waits_for_what_is_being_shared_and_goes_to_the_disk(
 
     monkeypatch.setattr(files, "clone_range", slow)
     with ThreadPoolExecutor(2) as pool:
-        commit = pool.submit(stack.commit, 0, MIB // BLOCK)
+        commit = pool.submit(stack.descent.commit, 0, MIB // BLOCK)
         assert held.wait(DEADLINE_S)
         write = pool.submit(stack.write_over, memoryview(b"mine"), 100, False)
         assert guest(stack, 0, MIB) == pattern(3, MIB), "reads do not wait"
@@ -285,4 +285,4 @@ def test_a_guest_write_waits_for_what_is_being_shared_and_goes_to_the_disk(
         write.result(DEADLINE_S)
     expected = pattern(3, MIB)[:100] + b"mine" + pattern(3, MIB)[104:]
     assert guest(stack, 0, MIB) == below(stack, 0, MIB) == expected
-    assert list(stack.portions()) == []
+    assert list(stack.descent.portions()) == []

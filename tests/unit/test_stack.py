@@ -167,42 +167,43 @@ class Histories(RuleBasedStateMachine):
     def primary_writes(self, where: tuple[int, int], fua: bool, zeroes: bool) -> None:
         offset, length = where
         data = bytes(length) if zeroes else self.data(length)
-        self.images.stack.write_below(memoryview(data), offset, fua)
+        self.images.stack.target.write(memoryview(data), offset, fua)
         self.below[offset : offset + length] = data
 
     @rule(places=st.lists(ranges, min_size=1, max_size=6), small=st.booleans())
     def primary_writes_many(self, places: list[tuple[int, int]], small: bool) -> None:
         pieces = [(offset, self.data(min(length, BLOCK) if small else length)) for offset, length in places]
-        assert self.images.stack.write_all_below([(offset, memoryview(data)) for offset, data in pieces]) == []
+        assert self.images.stack.target.write_all([(offset, memoryview(data)) for offset, data in pieces]) == []
         for offset, data in pieces:
             self.below[offset : offset + len(data)] = data
 
     @rule(where=ranges, may_trim=st.booleans())
     def primary_zeroes(self, where: tuple[int, int], may_trim: bool) -> None:
         offset, length = where
-        self.images.stack.zero_below(offset, length, may_trim, False)
+        self.images.stack.target.zero(offset, length, may_trim, False)
         self.below[offset : offset + length] = bytes(length)
 
     @rule()
     def checkpoint(self) -> None:
         self.images.stack.empty()
         self.top[:] = self.below
-        assert self.images.stack.held_bytes() == 0
+        assert self.images.stack.descent.held_bytes() == 0
 
     @rule(where=ranges)
     def part_is_committed(self, where: tuple[int, int]) -> None:
         first, last = where[0] // BLOCK, -(-(where[0] + where[1]) // BLOCK)
         # What neither overlay holds already is below as it is seen.
-        self.images.stack.commit(first, last)
+        self.images.stack.descent.commit(first, last)
         self.below[first * BLOCK : last * BLOCK] = self.top[first * BLOCK : min(last * BLOCK, SIZE)]
 
     @rule()
     def all_is_committed(self) -> None:
-        held = self.images.stack.held_bytes()
-        written = sum(self.images.stack.commit(first, last) for first, last in list(self.images.stack.portions()))
+        descent = self.images.stack.descent
+        held = descent.held_bytes()
+        written = sum(descent.commit(first, last) for first, last in list(descent.portions()))
         assert written == held
         self.below[:] = self.top
-        assert list(self.images.stack.portions()) == []
+        assert list(self.images.stack.descent.portions()) == []
 
     @rule(where=ranges, zeroes=st.booleans())
     def guest_writes_during_a_commit(self, where: tuple[int, int], zeroes: bool) -> None:
@@ -230,7 +231,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def reclaim(self) -> None:
         for overlay in (self.images.stack.active, self.images.stack.hidden):
-            self.images.stack.reclaim_some(overlay, overlay.stale_ranges(), 100)
+            self.images.stack.room.reclaim_some(overlay, overlay.stale_ranges(), 100)
 
     @rule(where=ranges)
     def look(self, where: tuple[int, int]) -> None:
@@ -265,10 +266,10 @@ def test_a_guest_read_that_the_target_overtakes_on_the_disk_still_gets_the_check
     def overtake() -> None:
         images.disk.before = lambda _: None
         if zeroes:
-            pool.submit(images.stack.zero_below, 100, 2 * CLUSTER, True, False).result(DEADLINE_S)
+            pool.submit(images.stack.target.zero, 100, 2 * CLUSTER, True, False).result(DEADLINE_S)
         else:
             new = memoryview(pattern(9, 2 * CLUSTER))
-            pool.submit(images.stack.write_below, new, 100, False).result(DEADLINE_S)
+            pool.submit(images.stack.target.write, new, 100, False).result(DEADLINE_S)
 
     # The read has found its blocks in no overlay when the target write changes them.
     images.disk.before = once(overtake, "read")
@@ -284,7 +285,7 @@ def test_a_guest_write_that_completes_a_block_under_a_target_write_completes_it_
 
     def overtake() -> None:
         images.disk.before = lambda _: None
-        pool.submit(images.stack.write_below, memoryview(b"\xee" * BLOCK), 0, False).result(DEADLINE_S)
+        pool.submit(images.stack.target.write, memoryview(b"\xee" * BLOCK), 0, False).result(DEADLINE_S)
 
     images.disk.before = once(overtake, "read")
     images.stack.write_top(memoryview(b"guest"), 1000)
@@ -301,12 +302,12 @@ def test_the_second_target_write_to_a_block_does_not_preserve_the_first_ones_dat
     def start_second() -> None:
         # The first one has copied the block and not yet written; the second must wait for it, whole.
         images.disk.before = lambda _: None
-        second.append(pool.submit(images.stack.write_below, memoryview(b"\xbb" * 512), 512, False))
+        second.append(pool.submit(images.stack.target.write, memoryview(b"\xbb" * 512), 512, False))
         wait_until(lambda: len(images.stack.below._asked) == 2, "the second target write asks for the block")
         assert not second[0].done()
 
     images.disk.before = once(start_second, "write")
-    images.stack.write_below(memoryview(b"\xaa" * 512), 0, False)
+    images.stack.target.write(memoryview(b"\xaa" * 512), 0, False)
     second[0].result(DEADLINE_S)
     assert images.top() == expected
     assert images.below(0, 1025) == b"\xaa" * 512 + b"\xbb" * 512 + expected[1024:1025]
@@ -317,7 +318,7 @@ def test_the_old_block_is_in_hidden_before_the_disk_changes(images: Images) -> N
         assert operation != "write" or images.stack.hidden.holds_all(0, 3)
 
     images.disk.before = look
-    images.stack.write_below(memoryview(bytes(2 * BLOCK)), 100, False)
+    images.stack.target.write(memoryview(bytes(2 * BLOCK)), 100, False)
     assert images.stack.hidden.holds_all(0, 3)
 
 
@@ -333,15 +334,15 @@ def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_
         wait_until(lambda: len(images.stack.top._asked) == 2, "the guest's write waits for the commit")
 
     images.disk.after = once(write, "write")
-    images.stack.commit(0, 1)
+    images.stack.descent.commit(0, 1)
     guest[0].result(DEADLINE_S)
     assert images.below(0, BLOCK) == b"\xaa" * 5 + b"\xbb" * 10 + b"\xaa" * (BLOCK - 15)
     assert images.top(0, BLOCK) == images.below(0, BLOCK)
 
 
 def commit_all(images: Images) -> None:
-    for first, last in list(images.stack.portions()):
-        images.stack.commit(first, last)
+    for first, last in list(images.stack.descent.portions()):
+        images.stack.descent.commit(first, last)
 
 
 @pytest.mark.parametrize("face", ["top", "below"], ids=["active", "hidden"])
@@ -352,7 +353,7 @@ def test_a_guest_write_waits_for_the_commit_of_whole_clusters_and_is_not_overwri
     if face == "top":
         images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
     else:
-        images.stack.write_below(memoryview(b"\xaa" * CLUSTER), 0, False)
+        images.stack.target.write(memoryview(b"\xaa" * CLUSTER), 0, False)
     expected = bytearray(images.top())
     guest: list[Any] = []
 
@@ -362,7 +363,7 @@ def test_a_guest_write_waits_for_the_commit_of_whole_clusters_and_is_not_overwri
         assert images.top() == expected
 
     images.disk.after = once(write, "write")
-    assert images.stack.commit(0, 32) == CLUSTER
+    assert images.stack.descent.commit(0, 32) == CLUSTER
     guest[0].result(DEADLINE_S)
     expected[5:15] = b"\xbb" * 10
     assert images.below(0, CLUSTER) == expected[:CLUSTER]
@@ -389,10 +390,10 @@ def test_whole_clusters_that_change_before_a_commit_has_locked_them_are_brought_
         return real(start, stop)
 
     monkeypatch.setattr(images.stack.top, "acquire", acquire)
-    assert images.stack.commit(0, 64) == 2 * CLUSTER - (BLOCK if full else 0)
+    assert images.stack.descent.commit(0, 64) == 2 * CLUSTER - (BLOCK if full else 0)
     expected[5 * BLOCK : 5 * BLOCK + 10] = b"\xbb" * 10
     assert images.below() == images.top() == expected
-    assert list(images.stack.portions()) == []
+    assert list(images.stack.descent.portions()) == []
 
 
 def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_comes_up_there_stays(
@@ -409,14 +410,14 @@ def test_a_guest_write_between_the_blocks_of_a_commit_does_not_wait_and_what_com
         images.disk.before = lambda _: None
 
     images.disk.after = once(write, "write")
-    assert images.stack.commit(0, 32) == 2 * BLOCK
+    assert images.stack.descent.commit(0, 32) == 2 * BLOCK
     expected[5 * BLOCK : 5 * BLOCK + 10] = b"\xbb" * 10
     assert images.top() == expected, "the disk has refused it, so it must stay in active"
     for block in (0, 9):
         below[block * BLOCK : (block + 1) * BLOCK] = b"\xaa" * BLOCK
     assert images.below() == below
-    assert images.stack.held_bytes() == BLOCK
-    images.stack.commit(0, 32)
+    assert images.stack.descent.held_bytes() == BLOCK
+    images.stack.descent.commit(0, 32)
     assert images.below() == expected
 
 
@@ -437,13 +438,13 @@ def test_what_a_guest_writes_after_a_commit_has_looked_and_before_it_has_locked_
         return real(spans)
 
     monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
-    images.stack.commit(0, 32)
+    images.stack.descent.commit(0, 32)
     expected[block * BLOCK : block * BLOCK + 10] = b"\xbb" * 10
     assert images.top() == expected
     below = bytes(expected[5 * BLOCK : 6 * BLOCK]) if block == 0 else pattern(1, SIZE)[5 * BLOCK : 6 * BLOCK]
     assert images.below(5 * BLOCK, BLOCK) == below, "only what was locked has come down"
     assert images.stack.active.holds_any(block, block + 1) == (block == 5)
-    images.stack.commit(0, 32)
+    images.stack.descent.commit(0, 32)
     assert images.below() == expected
 
 
@@ -466,7 +467,7 @@ def test_what_was_let_go_after_a_commit_has_looked_is_not_brought_down_again(
         return real(spans)
 
     monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
-    images.stack.commit(0, 32)
+    images.stack.descent.commit(0, 32)
     expected[:10] = b"\xbb" * 10
     assert images.below() == images.top() == expected
 
@@ -490,7 +491,7 @@ def test_a_commit_that_fails_names_the_place_and_keeps_everything_above(
     with monkeypatch.context() as broken:
         broken.setattr(files, call, fail)
         with pytest.raises(LayerError) as refusal:
-            images.stack.commit(*blocks)
+            images.stack.descent.commit(*blocks)
     layer, operation = (Layer.SECONDARY, "commit") if call == "pwritev" else (Layer.ACTIVE, "read")
     error = refusal.value
     assert (error.layer, error.operation, error.offset, error.length) == (layer, operation, offset, length)
@@ -504,16 +505,16 @@ def test_words_with_bits_behind_the_disks_end_alone_are_let_go_of(images: Images
     same."""
     images.stack.active.mark(3 * 32 + 10, 4 * 32, Held.ZERO)
     assert SIZE < (3 * 32 + 10) * BLOCK
-    (portion,) = images.stack.portions()
-    assert images.stack.commit(*portion) == 0
-    assert list(images.stack.portions()) == []
+    (portion,) = images.stack.descent.portions()
+    assert images.stack.descent.commit(*portion) == 0
+    assert list(images.stack.descent.portions()) == []
 
 
 @pytest.mark.parametrize(("length", "how"), [(BLOCK, "forget_chosen"), (CLUSTER, "forget")], ids=["runs", "whole"])
 def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
     images: Images, monkeypatch: pytest.MonkeyPatch, length: int, how: str
 ) -> None:
-    images.stack.write_below(memoryview(b"\xaa" * length), 0, False)
+    images.stack.target.write(memoryview(b"\xaa" * length), 0, False)
     images.stack.write_top(memoryview(b"\xbb" * length), 0)
     order: list[str] = []
     real = getattr(Overlay, how)
@@ -525,7 +526,7 @@ def test_commit_writes_the_disk_before_it_lets_go_and_lets_go_of_hidden_first(
         assert images.top(0, length) == b"\xbb" * length, "at every step, so after every kill"
 
     monkeypatch.setattr(Overlay, how, forget)
-    images.stack.commit(0, length // BLOCK)
+    images.stack.descent.commit(0, length // BLOCK)
     assert order == ["hidden", "active"]
 
 
@@ -537,7 +538,7 @@ def fill(images: Images, role: str, data: bytes) -> None:
     if role == "active":
         images.stack.write_top(memoryview(data), 3 * BLOCK)
     else:
-        images.stack.write_below(memoryview(data), 3 * BLOCK, False)
+        images.stack.target.write(memoryview(data), 3 * BLOCK, False)
 
 
 @pytest.mark.parametrize("role", ["active", "hidden"])
@@ -588,7 +589,7 @@ def test_a_guest_read_that_many_target_writes_overtake_still_gets_the_checkpoint
 
     def overtake() -> None:
         images.disk.before = lambda _: None
-        pool.submit(images.stack.write_all_below, pieces).result(DEADLINE_S)
+        pool.submit(images.stack.target.write_all, pieces).result(DEADLINE_S)
 
     images.disk.before = once(overtake, "read")
     assert images.top(0, length) == expected[:length]
@@ -607,7 +608,7 @@ def test_of_many_target_writes_none_changes_the_disk_before_all_old_blocks_are_i
 
     images.disk.before = look
     written = views((7 * BLOCK, b"a" * BLOCK), (5, b"b" * 10), (40 * BLOCK + 1, b"c" * BLOCK))
-    assert images.stack.write_all_below(written) == []
+    assert images.stack.target.write_all(written) == []
     assert seen == [True, True, True]
 
 
@@ -624,18 +625,18 @@ def test_many_target_writes_and_a_single_one_preserve_a_block_that_they_share_on
         # The first has preserved the block and not yet written; the second must wait for it.
         images.disk.before = lambda _: None
         second.append(
-            pool.submit(images.stack.write_below, *single)
+            pool.submit(images.stack.target.write, *single)
             if many_first
-            else pool.submit(images.stack.write_all_below, many)
+            else pool.submit(images.stack.target.write_all, many)
         )
         wait_until(lambda: len(images.stack.below._asked) == 2, "the second asks for the block")
         assert not second[0].done()
 
     images.disk.before = once(start_second, "write")
     if many_first:
-        assert images.stack.write_all_below(many) == []
+        assert images.stack.target.write_all(many) == []
     else:
-        images.stack.write_below(*single)
+        images.stack.target.write(*single)
     second[0].result(DEADLINE_S)
     assert images.top() == expected
     last = b"\xbb" if many_first else b"\xaa"
@@ -648,7 +649,7 @@ def test_many_target_writes_that_overlap_leave_the_last_ones_data(images: Images
     below = bytearray(images.below())
     for offset, data in pieces:
         below[offset : offset + len(data)] = data
-    assert images.stack.write_all_below(views(*pieces)) == []
+    assert images.stack.target.write_all(views(*pieces)) == []
     assert images.below() == below
     assert images.top() == expected
 
@@ -658,7 +659,7 @@ def test_parts_of_one_block_that_come_together_preserve_it_once(images: Images) 
     reads: list[str] = []
     images.disk.before = reads.append
     pieces = views(*((sector * 512, bytes([sector + 1]) * 512) for sector in (3, 0, 1, 2, 7)))
-    assert images.stack.write_all_below(pieces) == []
+    assert images.stack.target.write_all(pieces) == []
     assert reads == ["read", "write", "write"], "four sectors that follow each other are one write"
     assert images.top() == expected
 
@@ -682,9 +683,9 @@ def test_of_many_target_writes_only_those_fail_that_would_fail_alone(
 
     monkeypatch.setattr(owner, name, fail)
     data = b"\xcc" * BLOCK
-    images.stack.lost.mark(2 * GRAIN, GRAIN)
+    images.stack.target.lost.mark(2 * GRAIN, GRAIN)
     pieces = [(0, data), (BLOCK, data), (2 * BLOCK, data), (70 * BLOCK, data), (2 * GRAIN, data * 16)]
-    failed = images.stack.write_all_below(views(*pieces))
+    failed = images.stack.target.write_all(views(*pieces))
     monkeypatch.undo()
     layer = Layer.HIDDEN if refused == "hidden" else Layer.SECONDARY
     assert [(index, type(error)) for index, error in failed] == [(1, LayerError), (3, LayerError)]
@@ -694,7 +695,7 @@ def test_of_many_target_writes_only_those_fail_that_would_fail_alone(
     for offset, part in (pieces[0], pieces[2], pieces[4]):
         below[offset : offset + len(part)] = part
     assert images.below() == below
-    assert list(images.stack.lost.missing_ranges()) == [(0, GRAIN), (4 * GRAIN, GRAIN)], "2 GRAIN was repaired"
+    assert list(images.stack.target.lost.missing_ranges()) == [(0, GRAIN), (4 * GRAIN, GRAIN)], "2 GRAIN was repaired"
 
 
 def test_what_interrupts_many_target_writes_leaves_them_noted_and_their_blocks_free(images: Images) -> None:
@@ -704,20 +705,20 @@ def test_what_interrupts_many_target_writes_leaves_them_noted_and_their_blocks_f
     images.disk.before = interrupt
     pieces = views((0, b"x"), (2 * GRAIN, b"y"))
     with pytest.raises(KeyboardInterrupt):
-        images.stack.write_all_below(pieces)
+        images.stack.target.write_all(pieces)
     images.disk.before = lambda _: None
-    assert list(images.stack.lost.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
-    assert images.stack.write_all_below(pieces) == []
+    assert list(images.stack.target.lost.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
+    assert images.stack.target.write_all(pieces) == []
 
 
 def test_many_target_writes_give_back_stale_space_when_hidden_is_full(
     images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images.stack.write_below(memoryview(b"\xaa" * CLUSTER), 0, False)
+    images.stack.target.write(memoryview(b"\xaa" * CLUSTER), 0, False)
     images.stack.empty()
     expected = images.top()
     failures = break_overlay(monkeypatch, images.stack.hidden, 1, errno.ENOSPC)
-    assert images.stack.write_all_below(views((2 * CLUSTER, b"\xbb"), (2 * CLUSTER + BLOCK, b"\xbb"))) == []
+    assert images.stack.target.write_all(views((2 * CLUSTER, b"\xbb"), (2 * CLUSTER + BLOCK, b"\xbb"))) == []
     assert len(failures) == 1
     assert images.stack.hidden.data.extents(0, CLUSTER)[0].hole
     assert images.top() == expected
@@ -755,8 +756,8 @@ def test_when_copy_before_write_fails_the_disk_is_not_touched(images: Images, mo
     expected = images.top()
     break_overlay(monkeypatch, images.stack.hidden, 10, errno.EIO)
     for action in (
-        lambda: images.stack.write_below(memoryview(b"x" * 9000), 10, False),
-        lambda: images.stack.zero_below(10, 9000, True, False),
+        lambda: images.stack.target.write(memoryview(b"x" * 9000), 10, False),
+        lambda: images.stack.target.zero(10, 9000, True, False),
     ):
         with pytest.raises(LayerError, match=r"^hidden disk: full$") as refusal:
             action()
@@ -772,9 +773,9 @@ def test_a_failure_of_the_secondary_disk_is_named_and_the_checkpoint_stays(image
 
     def change() -> None:
         if operation == "zero":
-            images.stack.zero_below(0, BLOCK, False, False)
+            images.stack.target.zero(0, BLOCK, False, False)
         else:
-            images.stack.write_below(memoryview(b"x" * 10), 0, False)
+            images.stack.target.write(memoryview(b"x" * 10), 0, False)
 
     with pytest.raises(LayerError, match=r"^secondary disk: broken$") as refusal:
         change()
@@ -782,7 +783,7 @@ def test_a_failure_of_the_secondary_disk_is_named_and_the_checkpoint_stays(image
     assert (refusal.value.layer, refusal.value.errno) == (Layer.SECONDARY, errno.ENOSPC)
     assert images.top() == expected
     # The range is free again.
-    images.stack.write_below(memoryview(b"x" * 10), 0, False)
+    images.stack.target.write(memoryview(b"x" * 10), 0, False)
     assert images.top() == expected
 
 
@@ -814,7 +815,7 @@ def test_a_full_overlay_gives_back_stale_space_and_goes_on(images: Images, monke
 def test_while_bits_go_no_space_is_given_back_under_a_reader(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
     images.stack.committing = True
-    images.stack.commit(0, 32)
+    images.stack.descent.commit(0, 32)
     break_overlay(monkeypatch, images.stack.active, 1, errno.ENOSPC)
     images.stack.write_top(memoryview(b"\xbb" * 100), 2 * CLUSTER + 50)
     assert images.top(2 * CLUSTER + 50, 100) == b"\xbb" * 100, "it has gone to the disk instead"
@@ -834,8 +835,8 @@ def test_a_disk_that_refuses_a_guest_write_during_the_commit_gets_it_later(image
     expected[7:12] = b"guest"
     expected[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
     assert images.top() == expected
-    for first, last in list(images.stack.portions()):
-        images.stack.commit(first, last)
+    for first, last in list(images.stack.descent.portions()):
+        images.stack.descent.commit(first, last)
     assert images.below() == expected
 
 
@@ -846,7 +847,7 @@ def test_reclaiming_goes_on_behind_a_range_that_somebody_holds(images: Images, m
     ranges = images.stack.active.stale_ranges()
     held = images.stack.top.acquire(0, BLOCK)
     steps = 0
-    while images.stack.reclaim_some(images.stack.active, ranges, 1):
+    while images.stack.room.reclaim_some(images.stack.active, ranges, 1):
         steps += 1
     images.stack.top.release(held)
     assert images.stack.active.data.extents(BLOCK, 2 * BLOCK)[0].hole, "only the held block may be left"
@@ -888,30 +889,30 @@ def test_the_grains_that_the_overlays_hold_are_those_of_their_blocks(tmp_path: P
         "top": [0, 3 * GRAIN + BLOCK, page - BLOCK, page, 2 * page + 17 * GRAIN],
         "below": [3 * GRAIN + 2 * BLOCK, 4 * GRAIN, page + GRAIN, 2 * page - BLOCK, LARGE // BLOCK * BLOCK],
     }
-    assert list(images.stack.held_grains(grain)) == []
+    assert list(images.stack.descent.held_grains(grain)) == []
     held: set[int] = set()
     for offset in places["top"]:
         images.stack.write_top(memoryview(b"t" * min(BLOCK, LARGE - offset)), offset)
         held.add(offset // BLOCK)
-        assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE)
+        assert one_by_one(images.stack.descent.held_grains(grain), grain) == grains_of(held, grain, LARGE)
     for offset in places["below"]:
-        images.stack.write_below(memoryview(b"b" * min(BLOCK, LARGE - offset)), offset, False)
+        images.stack.target.write(memoryview(b"b" * min(BLOCK, LARGE - offset)), offset, False)
         held.add(offset // BLOCK)
-        assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE)
+        assert one_by_one(images.stack.descent.held_grains(grain), grain) == grains_of(held, grain, LARGE)
     images.stack.zero_top(5 * GRAIN, BLOCK)
     held.add(5 * GRAIN // BLOCK)
-    assert one_by_one(images.stack.held_grains(grain), grain) == grains_of(held, grain, LARGE), "zeroes, too"
+    assert one_by_one(images.stack.descent.held_grains(grain), grain) == grains_of(held, grain, LARGE), "zeroes, too"
     images.close()
 
 
 def test_neighbouring_grains_come_as_one_range(images: Images) -> None:
     images.stack.write_top(memoryview(b"t" * 2 * GRAIN), 0)
-    images.stack.write_below(memoryview(b"b"), SIZE - 1, False)
-    assert list(images.stack.held_grains(GRAIN)) == [(0, 2 * GRAIN), (SIZE // GRAIN * GRAIN, SIZE % GRAIN)]
+    images.stack.target.write(memoryview(b"b"), SIZE - 1, False)
+    assert list(images.stack.descent.held_grains(GRAIN)) == [(0, 2 * GRAIN), (SIZE // GRAIN * GRAIN, SIZE % GRAIN)]
 
 
 def test_after_a_checkpoint_no_grain_is_held(images: Images) -> None:
     images.stack.write_top(memoryview(b"t" * 2 * GRAIN), 0)
-    images.stack.write_below(memoryview(b"b" * GRAIN), GRAIN, False)
+    images.stack.target.write(memoryview(b"b" * GRAIN), GRAIN, False)
     images.stack.empty()
-    assert list(images.stack.held_grains(GRAIN)) == []
+    assert list(images.stack.descent.held_grains(GRAIN)) == []

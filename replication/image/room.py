@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Space in the overlays' file systems: noticed while it goes, given back, and found where a write has none.
+
+Who decides when a write meets this stands in stack.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from replication.errors import DiskError
+from replication.image.files import Buffer
+from replication.image.layer import Layer, LayerError
+from replication.image.overlay import Overlay
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
+from replication.rangelock import RangeLock
+
+
+class Room:
+    """The space that one disk's overlays take."""
+
+    def __init__(self, active: Overlay, hidden: Overlay, top: RangeLock, below: RangeLock) -> None:
+        """`top` orders the writes to active, `below` those to hidden."""
+        self._active = active
+        self._hidden = hidden
+        self._top = top
+        self._below = below
+        self.committing = False
+        """From its beginning bits go while their data is still being read, so nothing may be given back."""
+        self.grown: Callable[[Overlay], None] = _unwatched
+        """Called when an overlay has grown to its `watch_at`; says when to look again."""
+        self.scarce: Callable[[], None] = self.give_back
+        """Called when an overlay's file system is full: gives back stale space, here and wherever else it may help."""
+
+    def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> bool:
+        """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; False when there are no more.
+
+        Never waits for a range, so that a writer that has run out of space may call it while it holds one.
+        """
+        lock = self._top if overlay is self._active else self._below
+        for first, last in itertools.islice(ranges, steps):
+            self._reclaim_unheld(overlay, lock, first, last, (BLOCKS_PER_CLUSTER, 1))
+            steps -= 1
+        return not steps
+
+    def _reclaim_unheld(self, overlay: Overlay, lock: RangeLock, first: int, last: int, units: tuple[int, ...]) -> None:
+        """Reclaim what nobody holds of blocks [first, last): all at once, or else in ever smaller units."""
+        held = lock.try_acquire(first * BLOCK, last * BLOCK)
+        if held is not None:
+            try:
+                overlay.reclaim(first, last)
+            finally:
+                lock.release(held)
+        elif units:
+            for start in range(first, last, units[0]):
+                self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
+
+    def write_again(
+        self, overlay: Overlay, layer: Layer, pieces: Sequence[Buffer], offset: int, length: int, failure: DiskError
+    ) -> None:
+        """Write to an overlay again what has failed: when its file system is full, after what no overlay needs any more
+        was given back. LayerError."""
+        if failure.errno == errno.ENOSPC and not self.committing:
+            try:
+                self.scarce()
+                overlay.data.write(pieces, offset)
+                return
+            except DiskError as error:
+                failure = error
+        raise LayerError(failure, layer, "write", offset, length) from failure
+
+    def give_back(self) -> None:
+        """Give back all stale space that nobody is writing to; never waits for a range. Not during a commit."""
+        for overlay in (self._active, self._hidden):
+            self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
+
+
+def _unwatched(overlay: Overlay) -> None:
+    overlay.watch_at = sys.maxsize
