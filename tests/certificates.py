@@ -68,11 +68,13 @@ def psk_file(path: Path, *users: str) -> Path:
     return path
 
 
-def free_port() -> int:
-    """A TCP port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def reserved_port() -> tuple[socket.socket, int]:
+    """A TCP port that nobody else is given as long as the socket is there, and its number. Who binds with SO_REUSEADDR,
+    as the servers here do, may listen there all the same, because this socket does not."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder, int(holder.getsockname()[1])
 
 
 _ACTIVATE = """
@@ -102,13 +104,18 @@ class TwoDoors(NbdProcess):
     def __init__(self, *arguments: Any, host: str = "127.0.0.1", **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.host = host
-        self.port = free_port()
+        # Other tests run at the same time, and a port that is merely free may be another's by the time of the start.
+        self._holder, self.port = reserved_port()
 
     def command(self) -> list[str]:
         command = super().command()
         at = command.index("-U")
         nbdkit = command[:at] + command[at + 2 :]
         return [sys.executable, "-c", _ACTIVATE, str(self.socket_path), self.host, str(self.port), *nbdkit]
+
+    def close(self) -> None:
+        super().close()
+        self._holder.close()
 
     def tcp_uri(self, scheme: str = "nbds", export: str = "", host: str = "localhost") -> str:
         """The URI of the TCP port."""

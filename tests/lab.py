@@ -540,13 +540,17 @@ def _stands_still(pid: int) -> bool:
     return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
+def stop_still(server: NbdProcess) -> None:
+    """SIGSTOP, and wait until all threads are stopped: until then one of them may still answer."""
+    os.kill(server.pid, signal.SIGSTOP)
+    wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
+
+
 @contextlib.contextmanager
 def silent(server: NbdProcess) -> Iterator[None]:
     """The server's process stands still; its sockets stay open."""
-    os.kill(server.pid, signal.SIGSTOP)
     try:
-        # Until then one of its threads may still answer.
-        wait_until(lambda: _stands_still(server.pid), "all threads of the server are stopped")
+        stop_still(server)
         yield
     finally:
         os.kill(server.pid, signal.SIGCONT)

@@ -35,7 +35,7 @@ GRAIN = 64 * KIB
 SIZE = 64 * MIB
 
 QUEUED_S = 0.25
-"""What was answered so long before a fault may still have been on its way: the sender's naps, and a busy machine."""
+"""What was begun so soon after a fault was decided on may still have got through: a busy machine."""
 
 Stamps = npt.NDArray[np.uint64]
 """For every sector the number of the request that wrote it last, 0 for zeroes."""
@@ -334,6 +334,8 @@ class Instant:
     """Where a pair stood when a fault began."""
 
     at: float
+    since: float
+    """When everything written up to then had arrived."""
     forwarded: int
     """Bytes that the primary has counted."""
     carried: int
@@ -401,12 +403,13 @@ class NetPair:
         self.primary.checkpoint()
         self.most = len(self.load.log)
 
-    def instant(self) -> Instant:
+    def instant(self, since: float) -> Instant:
         """Now, before a fault."""
         at = time.monotonic()
-        return Instant(at, self._forwarded(), self._carried())
+        return Instant(at, since, self.forwarded(), self._carried())
 
-    def _forwarded(self) -> int:
+    def forwarded(self) -> int:
+        """Bytes that the primary has counted."""
         (disk,) = self.primary.status()["disks"]
         return int(disk["totals"]["forwarded"])
 
@@ -422,9 +425,9 @@ class NetPair:
         To be called with the guest paused. `forwarded`: the primary's count before, if not as at the fault.
         """
         drained(self.primary)
-        sent = self._forwarded() - (fault.forwarded if forwarded < 0 else forwarded)
+        sent = self.forwarded() - (fault.forwarded if forwarded < 0 else forwarded)
         guest = self.load.written_bytes(mended) + self.load.written_bytes(fault.at, fault.at + QUEUED_S)
-        changed = self.load.grain_bytes(fault.at - QUEUED_S)
+        changed = self.load.grain_bytes(fault.since)
         assert sent <= 1.2 * changed + guest, f"{sent} bytes were sent, {changed} changed, and {guest} were new"
         carried = self._carried() - fault.carried
         assert carried <= 1.2 * changed + guest, f"{carried} bytes went there, {changed} changed, {guest} were new"

@@ -574,9 +574,9 @@ ONE_THREAD = 1
 """For a secondary that wakes up with answers to several requests of a client that has gone: with more threads, nbdkit
 1.32.5 may end at an assertion of its own (raw_send_socket, connections.c) when two of them find the socket broken."""
 
-TIMEOUT_S = 1.0
-SLACK_S = 1.5
-"""For a busy machine. Far below the 4 s and more that a guest would wait if the stall came twice, or never ended."""
+TIMEOUT_S = 2.0
+SLACK_S = 3.0
+"""For a busy machine. Far below the 8 s and more that a guest would wait if the stall came twice, or never ended."""
 
 
 def test_case_8_a_killed_secondary_is_noticed_without_a_write_and_the_guest_never_fails(lab: Lab) -> None:
@@ -699,12 +699,12 @@ def test_case_8_a_primary_without_a_disk_answers_its_guest_too(lab: Lab) -> None
 
 def test_a_secondary_that_is_slow_but_alive_is_not_lost(lab: Lab) -> None:
     path = make_raw(lab.folder / "slow.raw", MIB, OLD)
-    endpoint = lab.endpoint(path=path, delay={"write": "400ms"})
+    endpoint = lab.endpoint(path=path, delay={"write": "250ms"})
     setup = Setup(lab, secondary_disk=endpoint.uri(), primary_arguments=[f"timeout={TIMEOUT_S}"])
-    for seed in range(5):  # the same block, so each is sent when the one before has been answered: 2 s in all
+    for seed in range(12):  # the same block, so each is sent when the one before has been answered: 3 s in all
         setup.disk.pwrite(pattern(20 + seed, BLOCK), 0)
     setup.primary.execute("replication-checkpoint")
-    assert path.read_bytes() == changed(OLD, (0, pattern(24, BLOCK)))
+    assert path.read_bytes() == changed(OLD, (0, pattern(31, BLOCK)))
     knows_nothing(setup.primary)
     assert setup.at_primary.cases() == []
     assert setup.primary.status()["link"]["state"] == "in-sync"

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -99,7 +98,8 @@ class Datagrams:
 
         wait_until(all_decided, "the relay has decided on each datagram", DEADLINE_S)
         numbers = []
-        self.receiver.settimeout(0.05)  # the last step, from cable to socket, is the kernel's
+        # The last step, from cable to socket, is the kernel's, and on a busy machine it may take a while.
+        self.receiver.settimeout(1.0)
         with contextlib.suppress(TimeoutError):
             while True:
                 numbers.append(int.from_bytes(self.receiver.recv(65536), "big"))
@@ -165,24 +165,23 @@ def test_a_perfect_network_is_fast_and_counts_what_it_passes(wire: Wire) -> None
 
 def test_delay_is_one_way_and_in_the_direction_asked_for(wire: Wire) -> None:
     with Datagrams(wire) as datagrams:
-        undelayed = statistics.median(datagrams.one_way() for _ in range(20))
+        undelayed = [datagrams.one_way() for _ in range(20)]
         wire.shape(delay=30, direction="ab")
-        delayed = [datagrams.one_way() for _ in range(5)]
+        delayed = [datagrams.one_way() for _ in range(20)]
         wire.shape(delay=30, direction="ba")
         wire.shape(direction="ab")
-        other = statistics.median(datagrams.one_way() for _ in range(20))
-    assert undelayed < 10
-    assert min(delayed) >= 30
-    assert statistics.median(delayed) < 45
-    assert other < 10
+        other = [datagrams.one_way() for _ in range(20)]
+    # A busy machine makes a datagram later, and never makes it earlier.
+    assert min(undelayed) < 10
+    assert 30 <= min(delayed) < 45
+    assert min(other) < 10
 
 
 def test_jitter_spreads_the_delay_and_keeps_the_order(wire: Wire) -> None:
     wire.shape(delay=20, jitter=15)
     with Datagrams(wire) as datagrams:
         times = [datagrams.one_way() for _ in range(20)]
-        assert min(times) >= 5
-        assert statistics.median(times) < 45
+        assert 5 <= min(times) < 35
         assert max(times) - min(times) > 8
         datagrams.send(100)
         assert datagrams.settled() == list(range(20, 120))
@@ -203,7 +202,7 @@ def test_loss_is_counted_and_the_seed_repeats_it(make_wire: Callable[[int], Wire
 
 def test_reordered_frames_overtake(wire: Wire) -> None:
     # Long enough for all to be sent before the first that has to wait arrives.
-    wire.shape(delay=200, reorder=20)
+    wire.shape(delay=1500, reorder=20)
     with Datagrams(wire) as datagrams:
         datagrams.send(200)
         numbers = datagrams.settled()

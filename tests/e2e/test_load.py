@@ -13,6 +13,7 @@ What is checked while it runs, beside the final content:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import struct
@@ -31,6 +32,7 @@ from lab import (
     Lab,
     Secondary,
     Server,
+    Stuck,
     disk_name,
     make_raw,
     pattern,
@@ -97,9 +99,11 @@ class Crew:
         self._futures.append(future)
         threading.Thread(target=run, daemon=True).start()
 
-    def work_for(self, seconds: float) -> None:
-        """Let them work, then `finish`."""
+    def work_for(self, seconds: float, enough: Callable[[], bool]) -> None:
+        """Let them work, on a busy machine until there is `enough` as well, then `finish`."""
         self.over.wait(seconds)
+        with contextlib.suppress(Stuck):  # which of them has failed, if one has, says more
+            wait_until(lambda: self.over.is_set() or enough(), "they have done enough")
         self.finish()
 
     def finish(self) -> None:
@@ -229,7 +233,7 @@ def test_both_faces_under_load_stay_exact_through_checkpoints(lab: Lab) -> None:
     for number in range(2):
         crew.hire(reader, 8 + number)
     crew.hire(checkpoint)
-    crew.work_for(RUN_S)
+    crew.work_for(RUN_S, lambda: epoch > 20 and all(written))
     print(f"{epoch} checkpoints, writes {written}")
     assert epoch > 20
     assert all(written)
@@ -271,7 +275,7 @@ def test_checkpoints_in_the_middle_of_requests_leave_every_unit_whole(lab: Lab) 
     for number in range(8):
         crew.hire(writer, number)
     crew.hire(checkpoints, secondary, crew, taken, random.Random(SEED))
-    crew.work_for(RUN_S / 2)
+    crew.work_for(RUN_S / 2, lambda: len(taken) > 20)
     content = secondary.connect(disk_name(0)).pread(SIZE, 0)
     found = units(content)
     for number in range(4, 8):
@@ -325,7 +329,7 @@ def test_a_pair_under_load_is_byte_identical_after_a_barrier(lab: Lab, protocol:
     crew.hire(writer, 4, pair.secondary.connect(top_id(0)))
     crew.hire(checkpoints, pair.secondary, crew, taken, random.Random(SEED))
     crew.hire(barriers)
-    crew.work_for(RUN_S)
+    crew.work_for(RUN_S, lambda: len(taken) > 20 and all(written))
     print(f"{len(taken)} checkpoints, requests {written}")
     assert all(written)
     assert len(taken) > 20
@@ -418,7 +422,7 @@ def test_two_disks_show_the_same_checkpoint_at_every_moment(lab: Lab) -> None:
     for _ in range(2):
         crew.hire(reader)
     crew.hire(checkpoints, secondary, crew, taken, random.Random(SEED))
-    crew.work_for(5.0)
+    crew.work_for(5.0, lambda: len(taken) > 20 and len(set(seen)) > 10)
     print(f"{len(taken)} checkpoints, {len(seen)} looks at {len(set(seen))} of them")
     assert len(set(seen)) > 10
     assert len(taken) > 20
@@ -455,8 +459,8 @@ def test_a_checkpoint_between_pairs_of_writes_shows_equal_numbers_on_both_disks(
 
     crew.hire(writer)
     crew.hire(reader)
-    crew.work_for(3.0)
-    wait_until(lambda: looks[0] > 10, "the reader has looked often enough")
+    crew.work_for(3.0, lambda: looks[0] > 10)
+    assert looks[0] > 10
 
 
 @pytest.mark.timeout(240)

@@ -437,7 +437,7 @@ def test_a_primary_with_a_full_queue_and_a_silent_secondary_ends_in_good_order_w
         assert primary.status()["disks"][0]["forward-queue-bytes"] == 16 * length
         begun = time.monotonic()
         primary.terminate()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 5 + 3  # of which 4 s on any machine, and 3 s for a busy one
     assert record(primary)["clean"] is True
     primary.start()
     in_sync(primary)

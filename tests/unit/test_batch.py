@@ -17,8 +17,9 @@ from replication.errors import DiskError
 SIZE = 1 << 30
 UINT64_MAX = (1 << 64) - 1
 
-FUZZ_S = 2.0
-"""Longest time for one refusal or one batch of the largest kind, on a busy machine; it takes milliseconds."""
+FUZZ_S = 10.0
+"""Longest time for one refusal or one batch of the largest kind, on a busy machine; it takes milliseconds, and minutes
+if each write were compared with all others."""
 
 
 def unpacked(batch: bytes, size: int = SIZE) -> list[tuple[int, bytes]]:

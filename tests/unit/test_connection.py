@@ -126,15 +126,15 @@ def test_a_server_that_goes_away_in_mid_request_fails_all_requests_at_once(lab: 
 
 def test_a_silent_server_is_given_up_and_the_buffer_is_nobody_elses_afterwards(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE)
-    with connected(server, timeout_s=0.4) as connection:
+    with connected(server, timeout_s=1.0) as connection:
         connection.wait(issue(connection, writing(b"\xaa" * 4096)))
         buffer = bytearray(4096)
         with silent(server):
             begun = time.monotonic()
             request = issue(connection, reading(buffer))
-            with pytest.raises(DiskError, match=r"no progress on the connection .* for 0\.4 s"):
+            with pytest.raises(DiskError, match=r"no progress on the connection .* for 1 s"):
                 connection.wait(request)
-            assert 0.35 < time.monotonic() - begun < 0.4 + 4
+            assert 0.95 < time.monotonic() - begun < 1.0 + 4
             assert request.done
             buffer[:] = b"\x55" * 4096
         # The server works again and has answered: it takes another connection's request after that one.
@@ -145,9 +145,9 @@ def test_a_silent_server_is_given_up_and_the_buffer_is_nobody_elses_afterwards(l
 
 def test_an_idle_connection_to_a_silent_server_does_not_age(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE)
-    with connected(server, timeout_s=0.2) as connection:
+    with connected(server, timeout_s=1.0) as connection:
         connection.wait(issue(connection, writing(b"x")))
-        until = time.monotonic() + 0.5
+        until = time.monotonic() + 1.5
         wait_until(lambda: time.monotonic() > until, "longer than the timeout has passed")
         connection.drive(0)
         connection.wait(issue(connection, writing(b"y")))
@@ -156,7 +156,7 @@ def test_an_idle_connection_to_a_silent_server_does_not_age(lab: Lab) -> None:
 
 def test_one_request_that_never_ends_is_given_up_although_others_make_progress(lab: Lab) -> None:
     server = lab.endpoint(size=SIZE, delay={"read": "15"})
-    with connected(server, timeout_s=0.3) as connection:
+    with connected(server, timeout_s=0.8) as connection:
         begun = time.monotonic()
         stuck = issue(connection, reading(bytearray(512)))
 
@@ -166,7 +166,7 @@ def test_one_request_that_never_ends_is_given_up_although_others_make_progress(l
 
         with pytest.raises(DiskError, match="no progress"):
             write_on()
-        assert 4 * 0.3 <= time.monotonic() - begun < 10
+        assert 4 * 0.8 <= time.monotonic() - begun < 10
         with pytest.raises(DiskError):
             connection.wait(stuck)
 

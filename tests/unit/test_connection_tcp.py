@@ -19,7 +19,7 @@ import nbd
 import pytest
 
 from certificates import Authority, EndpointWithTwoDoors, psk_file
-from lab import DEADLINE_S, Lab, pattern, wait_until
+from lab import DEADLINE_S, Lab, pattern, stop_still, wait_until
 from replication.errors import DiskError
 from replication.image.connection import Completion, Connection, Issue, Request
 from replication.tls import Tls
@@ -160,8 +160,8 @@ def between() -> Iterator[Callable[..., Middle]]:
 def stopped(server: EndpointWithTwoDoors) -> Iterator[None]:
     """The server stands still, and is killed in the end: with many requests in flight, nbdkit 1.32 may abort when it
     goes on and finds its client gone."""
-    os.kill(server.pid, signal.SIGSTOP)
     try:
+        stop_still(server)
         yield
     finally:
         server.kill()
@@ -272,16 +272,16 @@ def test_a_stopped_server_is_given_up_although_its_kernel_goes_on_acknowledging(
 
 
 def test_a_stopped_server_with_a_request_too_large_for_its_buffers_is_given_up(plain: EndpointWithTwoDoors) -> None:
-    with connected(plain.tcp_uri("nbd"), 0.5) as connection, stopped(plain):
+    with connected(plain.tcp_uri("nbd"), 1.0) as connection, stopped(plain):
         begun = time.monotonic()
         with pytest.raises(DiskError):
             write(connection, bytes(SIZE))
-        assert 0.5 <= time.monotonic() - begun < 2.0
+        assert 1.0 <= time.monotonic() - begun < 4 * 1.0, "well before the limit of a request"
 
 
 def test_a_server_that_never_answers_one_request_is_given_up_although_bytes_move(lab: Lab) -> None:
     server = lab.start(EndpointWithTwoDoors(lab.folder, size=SIZE, delay={"read": "15"}))
-    with connected(server.tcp_uri("nbd"), 0.3) as connection:
+    with connected(server.tcp_uri("nbd"), 0.8) as connection:
         begun = time.monotonic()
         stuck = connection.issue(reading(bytearray(512)), 0, None, 512)
 
@@ -291,7 +291,7 @@ def test_a_server_that_never_answers_one_request_is_given_up_although_bytes_move
 
         with pytest.raises(DiskError, match="no progress"):
             write_on()
-        assert 4 * 0.3 <= time.monotonic() - begun < 10
+        assert 4 * 0.8 <= time.monotonic() - begun < 10
         with pytest.raises(DiskError):
             connection.wait(stuck)
 
@@ -432,7 +432,7 @@ def test_who_is_refused_for_its_certificate_is_asked_again_only_within_the_deadl
     real = socket.create_connection
 
     def stopped(*arguments: object, **options: object) -> socket.socket:
-        os.kill(server.pid, signal.SIGSTOP)
+        stop_still(server)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -441,6 +441,6 @@ def test_who_is_refused_for_its_certificate_is_asked_again_only_within_the_deadl
         try:
             with pytest.raises(DiskError, match="of another CA, expired, or of another host"):
                 Connection(server.tcp_uri(), None, 2.0, tls)
-            assert time.monotonic() - begun < 2.0 + 2.0
+            assert time.monotonic() - begun < 4 * 2.0
         finally:
             os.kill(server.pid, signal.SIGCONT)

@@ -20,6 +20,8 @@ from lab import DEADLINE_S, begin, wait_until
 DESCRIPTION = b'{"page_size": 4096, "devices": [{"name": "ram"}]}'
 STATE = b"QEVM" + bytes(5000) + b"\0\6" + len(DESCRIPTION).to_bytes(4) + DESCRIPTION
 SMALL_S = 0.2
+STATE_S = 3.0
+"""Much longer than a state takes to come on a busy machine; one test waits for it in vain."""
 BYTES_MAX = 1 << 16
 
 THREE = Unit(3, "a.state", 10, 1000.0)
@@ -188,7 +190,7 @@ def listener(path: Path) -> socket.socket:
 @pytest.fixture
 def served(tmp_path: Path, store: Store) -> Iterator[Served]:
     path, control = tmp_path / "receiver", tmp_path / "control"
-    receiver = Receiver(store, control, BYTES_MAX, DEADLINE_S, SMALL_S)
+    receiver = Receiver(store, control, BYTES_MAX, DEADLINE_S, STATE_S)
     # The thread that serves ends with the process, as it does in ft-agent.
     begin(receiver.serve, listener(path))
     with listener(control) as asked:

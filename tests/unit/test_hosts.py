@@ -59,12 +59,11 @@ def test_a_checkpoint_was_not_cut_before_the_one_before_it_was_complete(tmp_path
     primary.tell(6, now - 19.9, 0.5)
     checkpoints.wait(6)
     assert checkpoints.last == 6
-    near = pytest.approx
-    assert checkpoints.not_before(4) - offset == near(now - 30.5 - CLOCKS_S, abs=0.01)
-    assert checkpoints.not_before(5) - offset == near(now - 20.5 - CLOCKS_S, abs=0.01)
-    assert checkpoints.not_before(6) - offset == near(now - 20, abs=0.01)
+    assert checkpoints.not_before(4) - offset == pytest.approx(now - 30.5 - CLOCKS_S, abs=0.04)
+    assert checkpoints.not_before(5) - offset == pytest.approx(now - 20.5 - CLOCKS_S, abs=0.04)
+    assert checkpoints.not_before(6) - offset == pytest.approx(now - 20, abs=0.04)
     # It was taken, but the primary was killed before it told.
-    assert checkpoints.not_before(7) - offset == near(now - 19.9, abs=0.01)
+    assert checkpoints.not_before(7) - offset == pytest.approx(now - 19.9, abs=0.04)
     assert checkpoints.not_before(3) == 0.0
     with pytest.raises(Stuck, match=r"no checkpoint 7 .*\[4, 5, 6\]"):
         checkpoints.wait(7, 0.05)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lab import DEADLINE_S, REPOSITORY, Lab, NbdProcess, make_raw, nbd_refusal, pattern, silent, wait_until
+from replication import peer
 from replication.control.inband import WAIT_S
 from replication.errors import DiskError
 from replication.image.connection import Connection, ExportRefused
@@ -200,18 +201,23 @@ def test_a_command_is_answered_and_a_refusal_says_why(server: ControlServer) -> 
 
 
 def test_an_idle_link_is_heard_and_never_lost(server: ControlServer) -> None:
-    with linked(server, 1.0) as owner:
+    with linked(server, 3.0) as owner:
         first = owner.peer.last_heard
-        wait_until(lambda: owner.peer.last_heard > first + 1.2, "it is heard for longer than the timeout")
+        wait_until(lambda: owner.peer.last_heard > first + 3.6, "it is heard for longer than the timeout")
         assert owner.call("echo", a=1) == {"a": 1}
         assert owner.lost.empty()
 
 
-def test_a_timeout_shorter_than_the_signs_of_life_is_made_longer(server: ControlServer) -> None:
-    with linked(server, 0.2) as owner:
-        assert owner.peer._connection.timeout_s == 1.0
+def test_a_timeout_shorter_than_the_signs_of_life_is_made_longer(
+    server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of it longer than it is, because the greeting has to come within the timeout as well.
+    monkeypatch.setattr(peer, "SILENCE_MIN_S", 4.0)
+    monkeypatch.setattr(peer, "PAUSE_S", 1.5)
+    with linked(server, 1.0) as owner:
+        assert owner.peer._connection.timeout_s == 4.0
         first = owner.peer.last_heard
-        wait_until(lambda: owner.peer.last_heard > first + 0.6, "it is heard for longer than the timeout")
+        wait_until(lambda: owner.peer.last_heard > first + 2.5, "it is heard for longer than the timeout")
         assert owner.lost.empty()
 
 
