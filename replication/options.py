@@ -142,7 +142,7 @@ class OptionParser:
                 raise ConfigError(f"{key} is given twice")
             self._values[key] = value
         else:
-            raise ConfigError(f"unknown key '{key}': the keys are {', '.join(sorted(ALL_KEYS))}")
+            raise _unknown(key)
 
     # -- TOML ----------------------------------------------------------------------------------------------
 
@@ -164,6 +164,8 @@ class OptionParser:
         if not isinstance(disks, dict) or not all(isinstance(table, dict) for table in disks.values()):
             raise ConfigError(f"{path}: write one table [disk.NAME] for each disk")
         for key, value in content.items():
+            if key not in ALL_KEYS:
+                raise _unknown(key)
             if key == "config" or key in DISK_KEYS:
                 raise ConfigError(f"{path}: {key} does not belong on the top level of the file")
             self.add(key, _text(path, key, value))
@@ -200,6 +202,7 @@ class OptionParser:
             if key in values:
                 convert(options, values[key])
         options.disks = self._named_disks(options)
+        _check_places(options.disks)
         if options.secondary is not None:
             try:
                 check_uri(options.secondary, len(options.disks))
@@ -281,6 +284,24 @@ def _check_top_ids(disks: list[DiskOptions]) -> None:
         # Its own disk's name is left to start, which says what QEMU says ("No top_bs or it is invalid").
         if disk.top_id in names - {disk.name} or any(disk.top_id == other.top_id for other in disks[:index]):
             raise ConfigError(f"top-id={disk.top_id} of disk '{disk.name}' is already the name of another export")
+
+
+def _check_places(disks: list[DiskOptions]) -> None:
+    """ConfigError when the disks and overlays are not all different: of files the lock would say so, in words about
+    another process, but of NBD exports nobody."""
+    owners: dict[str, str] = {}
+    for disk in disks:
+        for key, place in (("disk", disk.location), ("active", disk.active), ("hidden", disk.hidden)):
+            if place is None:
+                continue
+            owner = f"{key}= of disk '{disk.name}'"
+            former = owners.setdefault(place if is_uri(place) else os.path.realpath(place), owner)
+            if former != owner:
+                raise ConfigError(f"{place} is given twice: as {former} and as {owner}")
+
+
+def _unknown(key: str) -> ConfigError:
+    return ConfigError(f"unknown key '{key}': the keys are {', '.join(sorted(ALL_KEYS))}")
 
 
 def _split_disk(value: str) -> _Disk:

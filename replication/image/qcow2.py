@@ -117,9 +117,10 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
         raise ConfigError(f"cannot create {path}: {error.strerror}") from error
     finally:
         if not os.path.exists(path):
-            # Neither a half-made image nor its data file (which had no content before) stays behind.
+            # Neither a half-made image nor its data file (which had no content before) stays behind. Where they cannot
+            # be removed they could not be made either, and what is said is why.
             for name in (temporary, data):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.unlink(name)
 
 

@@ -236,7 +236,7 @@ def test_a_disk_in_use_by_qemu_nbd_is_refused_in_qemus_words(refused: Refused, m
 def test_the_same_disk_twice_is_refused(refused: Refused) -> None:
     (refused.folder / "link").symlink_to("disk.raw")
     arguments = ["mode=primary", f"state={refused.state}", f"disk=a:{refused.disk}", f"disk=b:{refused.folder}/link"]
-    assert "lock" in refused(*arguments, claims_state=True)
+    assert "is given twice: as disk= of disk 'a' and as disk= of disk 'b'" in refused(*arguments)
 
 
 def test_disks_images_and_state_of_a_running_secondary_are_refused_to_another(refused: Refused, lab: Lab) -> None:

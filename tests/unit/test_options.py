@@ -294,6 +294,40 @@ def test_a_bad_disk_is_refused_by_name(pairs: list[str], named: str) -> None:
     assert named in refusal(*PRIMARY, *pairs)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        (
+            [*PRIMARY, "disk=a:/no/d", "disk=b:/no/../no/d"],
+            "/no/d is given twice: as disk= of disk 'a' and as disk= of disk 'b'",
+        ),
+        (
+            [*PRIMARY, "disk=a:nbd://h", "disk=b:nbd://h"],
+            "nbd://h is given twice: as disk= of disk 'a' and as disk= of disk 'b'",
+        ),
+        (
+            [*SECONDARY, "disk=/no/d", "top-id=t", "active=/no/d"],
+            "/no/d is given twice: as disk= of disk 'disk0' and as active= of disk 'disk0'",
+        ),
+        (
+            [*SECONDARY, "disk=/no/d", "top-id=t", "active=/no/x", "hidden=/no/x"],
+            "/no/x is given twice: as active= of disk 'disk0' and as hidden= of disk 'disk0'",
+        ),
+        (
+            [*SECONDARY, "disk=a:/no/1", "top-id=t", "active=/no/x", "disk=b:/no/2", "top-id=u", "active=/no/x"],
+            "/no/x is given twice: as active= of disk 'a' and as active= of disk 'b'",
+        ),
+    ],
+)
+def test_one_file_or_export_in_two_places_is_refused(pairs: list[str], text: str) -> None:
+    assert refusal(*pairs) == text
+
+
+def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    assert "is given twice" in refusal(*PRIMARY, f"disk=a:{tmp_path}/d", f"disk=b:{tmp_path}/link")
+
+
 @pytest.mark.parametrize("key", sorted(DISK_KEYS))
 def test_a_disk_key_before_any_disk_is_refused(key: str) -> None:
     assert key in refusal(*SECONDARY, f"{key}=/x", "disk=/d")
@@ -413,6 +447,7 @@ def test_command_line_and_file_add_up(tmp_path: Path) -> None:
         (b'mode = "\xff"', "pair.toml"),
         (b"\xff\xfe", "pair.toml"),
         ("bogus = 1", "bogus"),
+        ('[disks.a]\nlocation = "/1"', "unknown key 'disks'"),
         ("mode = []", "mode"),
         ('mode = {x = "y"}', "mode"),
         ("timeout = 1979-05-27", "timeout"),

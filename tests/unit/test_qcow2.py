@@ -172,6 +172,14 @@ def test_create_that_fails_leaves_nothing_under_the_image_name(tmp_path: Path) -
     assert os.listdir(tmp_path) == []
 
 
+def test_create_says_why_it_failed_also_where_it_can_remove_nothing(tmp_path: Path) -> None:
+    """As in a folder of somebody else; a test that runs as root needs something else that cannot be unlinked."""
+    (tmp_path / "x.qcow2.new").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot create .*x\.qcow2: qemu-img: "):
+        qcow2.create(str(tmp_path / "x.qcow2"), "no.raw", "raw", SIZE)
+    assert os.listdir(tmp_path) == ["x.qcow2.new"]
+
+
 # -- truncated -------------------------------------------------------------------------------------------------
 
 

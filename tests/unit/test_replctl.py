@@ -318,12 +318,28 @@ def test_commands(stage: Stage, arguments: list[str], call: tuple[Any, ...], tex
     assert stage.node.calls == [call]
 
 
+@pytest.mark.parametrize("command", ["start", "checkpoint"])
+@pytest.mark.parametrize("reached", ["failover", "done"])
+def test_what_the_node_takes_and_ignores_is_not_said_to_be_done(stage: Stage, command: str, reached: str) -> None:
+    stage.node.status = STATUS | {"stage": reached}
+    text = ok(replctl("-s", stage.path, command))
+    assert text.startswith(f"nothing to do: the stage is {reached}")
+    assert ("new pair" in text) == (command == "start")
+
+
+def test_a_line_is_not_broken_where_there_is_no_terminal(stage: Stage) -> None:
+    desc = "/srv/" + "long name " * 50 + "is no longer there"
+    stage.node.status = STATUS | {"error": desc}
+    assert line_of(ok(replctl("-s", stage.path, "status")), "error") == f"error {desc}"
+
+
 def test_failover_check_shows_and_does_nothing(stage: Stage) -> None:
     assert ok(replctl("-s", stage.path, "failover", "--check")) == PREFLIGHT_TEXT
     stage.node.preflight = LOST
     done = replctl("-s", stage.path, "failover", "--check")
     assert (done.returncode, done.stderr) == (1, "replctl: Failover is refused: no checkpoint\n")
     assert done.stdout.startswith("failover allowed   no: Failover is refused: no checkpoint\n")
+    assert line_of(done.stdout, "last checkpoint") == "last checkpoint number 12, which is not valid any more"
     assert stage.node.calls == []
 
 
@@ -616,6 +632,11 @@ def test_reader_that_has_seen_enough(stage: Stage) -> None:
         assert process.stderr.read() == ""
 
 
+def test_a_wrong_number_of_seconds_is_named() -> None:
+    done = replctl("-s", "a", "--timeout", "soon", "status")
+    assert done.stderr.splitlines()[-1].endswith("argument --timeout: soon is not a number of seconds above 0")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -681,6 +702,7 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
     [
         (b"", "no greeting within 0.3 s"),
         (b"SSH-2.0-OpenSSH\r\n", "what listens there does not speak QMP"),
+        (b"NBDMAGICIHAVEOPT\0\3", "what listens there does not speak QMP"),
         (b"\xff\xfe\n", "what listens there does not speak QMP"),
         (b'{"hello": 1}\n', "what listens there does not speak QMP"),
         (b'{"error": 5}\n', "what listens there does not speak QMP"),
