@@ -68,7 +68,7 @@ class Ancestry:
             return
         with self._lock:
             try:
-                self._state.flush_moved()
+                self._state.flush_page()
             except StateError as error:
                 raise DiskError(str(error)) from error
             self._unstable = False

@@ -189,6 +189,10 @@ class Dialler:
         if decision.verdict is Verdict.REFUSED:
             raise Refusal(decision.reason)
         agreement.verdict = Verdict.EQUAL if sync == "none" else decision.verdict
+        if sync == "full" and agreement.verdict is Verdict.EQUAL:
+            # Two new nodes, and who starts them says that the disks are not equal: this is the first copy, before which
+            # the secondary has no checkpoint of anything.
+            agreement.verdict = Verdict.FULL
         if agreement.verdict is Verdict.FULL or sync == "full":
             for disk in self._disks:
                 if disk.local is None:
@@ -292,8 +296,11 @@ class Dialler:
             for disk in self._disks:
                 disk.changes.mark_all()
         if agreement.peer is None:
-            # Whoever had this generation until now has not got what this server will take off the change map.
-            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current else lineage)
+            # Whoever had this generation until now has not got what this server will take off the change map. Nor has
+            # a secondary that is still to come: it must not be taken for equal but for what that map marks. (Where
+            # there is no local disk, a person says with each start that the disks are equal.)
+            some = any(disk.local is not None for disk in self._disks)
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or some else lineage)
             return
         marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
         if agreement.verdict is Verdict.FULL or (agreement.verdict is Verdict.EQUAL and marked):

@@ -31,9 +31,10 @@ from replication.forward import cut
 from replication.link import Link
 from replication.log import log
 from replication.pause import pause
-from replication.peer import PeerError
+from replication.peer import Peer, PeerError
 from replication.primary_disk import PrimaryDisk
 from replication.side import Setting
+from replication.stage import Mode, Stage
 from replication.state import EPOCH_MAX
 
 TAKE_S = 30.0
@@ -145,7 +146,7 @@ class Epochs:
         try:
             agreement.peer.call("replication-pair-prepare", {"token": agreement.token}, TAKE_S)
         except PeerError as error:
-            raise CommandError(f"The secondary has not taken the checkpoint: {error}") from error
+            raise self._refused(agreement, agreement.peer, error) from error
         except DiskError as error:
             raise CommandError(f"The link to the secondary was lost ({error})") from error
 
@@ -192,7 +193,7 @@ class Epochs:
                 raise ValueError(f"epoch {number}")
             return number
         except PeerError as error:
-            raise CommandError(f"The secondary has not taken the checkpoint: {error}") from error
+            raise self._refused(epoch.agreement, peer, error) from error
         except (KeyError, TypeError, ValueError) as error:
             raise CommandError("The secondary answers the checkpoint with something else") from error
         except DiskError as error:
@@ -201,6 +202,19 @@ class Epochs:
             raise CommandError(
                 f"It is not known whether the secondary has taken checkpoint {epoch.number}: {error}"
             ) from error
+
+    def _refused(self, agreement: Agreement, peer: Peer, error: PeerError) -> CommandError:
+        """The error for a checkpoint that the secondary has refused. Perhaps it is a secondary no longer: while the
+        guest is idle no refused write would tell, so the link is lost here."""
+        try:
+            status = peer.call("query-replication", {}, self._take_s)
+        except (DiskError, PeerError) as failure:
+            log(f"it is not known in which stage the secondary has refused a checkpoint: {failure}")
+        else:
+            mode, stage = status.get("mode"), status.get("stage")
+            if mode != Mode.SECONDARY.value or stage not in (Stage.NONE.value, Stage.RUNNING.value):
+                self._link.broken(agreement, DiskError(f"the secondary has become a {mode} in stage {stage}"))
+        return CommandError(f"The secondary has not taken the checkpoint: {error}")
 
     @property
     def _take_s(self) -> float:

@@ -180,9 +180,9 @@ class Forwarder:
         """The entries will not be put after all."""
         self._budget.give(size)
 
-    def put(self, *entries: Entry) -> None:
+    def put(self, *entries: Entry) -> bool:
         """Queue entries for which `reserve` has made room, all of them on one side of a cut. They may end before this
-        returns."""
+        returns. Whether they were queued; without a link they have ended."""
         with self._lock:
             connection = self._connection
             taken = self._up and connection is not None
@@ -200,6 +200,7 @@ class Forwarder:
                 entry.end(False)
         elif wake and connection is not None:
             connection.poke()
+        return taken
 
     def let_go(self, entry: Entry) -> None:
         """What is behind a cut may be sent."""

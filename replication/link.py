@@ -187,7 +187,7 @@ class Link:
                 self._show_locked(LinkState.IN_SYNC)
 
     def desynchronized(self) -> None:
-        """The secondary has refused something, which is missing there now."""
+        """Something is missing on the secondary: it has refused it, or it was not sent."""
         with self._changed:
             if self._agreement is not None:
                 self._agreement.refused += 1

@@ -207,6 +207,9 @@ class Pairing:
         between this and the moment from which its writes are forwarded.
         """
         session = self.check_token(token)
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            # It was paired, and has failed over since: its lineage and its change map are its own from then on.
+            raise CommandError(NOBODYS)
         pause("pairing.sync")
         if verdict == "complete":
             self._complete(generation, history)

@@ -81,10 +81,10 @@ class PrimarySide(Side):
             record.disks = {name: size for name, size in sizes.items() if size}
             for disk, local in zip(options.disks, locals_, strict=True):
                 # The maps last: a start that is refused because of a disk has made none.
-                path = None if local is None else state.map_file(disk.name, "changes")
-                changes = ChangeMap(path, max(sizes[disk.name], 1))
+                kept = sizes[disk.name] > 0 and (local is not None or record.stage is not Stage.NONE)
+                changes = ChangeMap(state.map_file(disk.name, "changes") if kept else None, max(sizes[disk.name], 1))
                 self._add(disk.name, disk.top_id, local, changes, sizes[disk.name])
-                if record.cut_off:
+                if record.cut_off or (local is not None and record.stage is Stage.NONE and state.cut_off):
                     changes.mark_all()  # neither what it said nor what the disk had not flushed is known any more
         except BaseException:
             for local in locals_[len(self.disks) :]:
@@ -107,11 +107,13 @@ class PrimarySide(Side):
             self._link.lost,
         )
         disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
+        disk.left_behind = self._left_behind
         disk.size = size
         disk.top_id = top_id
         self.disks.append(disk)
 
     def launch(self) -> None:
+        self._set.state.open_until_closed()
         self._resync.start()
         self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
 
@@ -134,6 +136,16 @@ class PrimarySide(Side):
             disk.changes = ChangeMap(None, size)
             disk.size = size
             self._set.record.disks[disk.name] = size
+
+    def _keep_map(self, disk: PrimaryDisk) -> None:
+        """An export that only forwards is about to: what the secondary lacks must outlive this process, too, because
+        nobody can send it again. Before, there is nothing to keep, and the size may be another one. DiskError."""
+        try:
+            changes = ChangeMap(self._set.state.map_file(disk.name, "changes"), disk.size)
+        except ConfigError as error:
+            raise DiskError(str(error)) from error
+        disk.changes.close()
+        disk.changes = changes
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -164,6 +176,8 @@ class PrimarySide(Side):
                 record.secondary, record.partner = secondary or former[0], agreement.node
                 for disk, connection in zip(self.disks, agreement.connections, strict=True):
                     self._learn_size(disk, agreement.disk_size(connection))
+                    if disk.local is None:
+                        self._keep_map(disk)
                 self._set.enter(Stage.RUNNING)
                 # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
                 self._set.state.count_epoch(0.0, agreement.epoch, joins=agreement.running)
@@ -321,6 +335,12 @@ class PrimarySide(Side):
             # It has failed over, or has another primary: it says so to who tries to pair.
             self._link.lost(None, error)
 
+    def _left_behind(self) -> None:
+        """A write has found no link, and there is one now: whoever looked for what is missing when it came up may have
+        looked before that write was marked."""
+        self._link.desynchronized()
+        self._resync.now(explicit=False)
+
     def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
         self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
 
@@ -373,16 +393,17 @@ class PrimarySide(Side):
         self._epochs.drop()
         self._resync.stop(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
-        if self._set.record.stage is not Stage.NONE:
-            try:
-                for disk in self.disks:
-                    if disk.local is not None:
-                        disk.local.flush()
-                    disk.changes.flush()
+        try:
+            for disk in self.disks:
+                if disk.local is not None:
+                    disk.local.flush()
+                disk.changes.flush()
+            if self._set.record.stage is not Stage.NONE:
                 self._set.record.clean = True
                 self._set.save()
-            except (DiskError, StateError) as error:
-                log(f"not everything is on stable storage: {error}")
+            self._set.state.closed_well()
+        except (DiskError, StateError) as error:
+            log(f"not everything is on stable storage: {error}")
         self._let_go()
 
     def _let_go(self) -> None:

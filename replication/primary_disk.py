@@ -87,6 +87,8 @@ class PrimaryDisk:
         self.size = local.size if local is not None else 0
         self.top_id: str | None = None
         """The export that the guest of a promoted secondary uses."""
+        self.left_behind: Callable[[], None] = _nobody
+        """Called when a write was not forwarded although there is a link by now."""
         self.ranges = RangeLock()
         # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
         # one and putting it on the other. Never held across I/O.
@@ -200,7 +202,7 @@ class PrimaryDisk:
             if queued and sync:
                 # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process
                 # killed when the secondary has it and the local disk does not must send it again.
-                forwarder.put(*entries)
+                queued = forwarder.put(*entries)
             try:
                 if self.local is not None:
                     getattr(self.local, operation)(*arguments)
@@ -216,11 +218,13 @@ class PrimaryDisk:
                 raise
             pause("primary-write.written")
             if queued and not sync:
-                forwarder.put(*entries)
+                queued = forwarder.put(*entries)
         finally:
             self.ranges.release(held)
         if sync:
             self._await_end(offset, length, entries)
+        if not queued and forwarder.up:
+            self.left_behind()
         self.bytes_written += length
 
     def _await_end(self, offset: int, length: int, entries: Sequence[Entry]) -> None:
@@ -333,6 +337,10 @@ class PrimaryDisk:
         if self.local is not None:
             self.local.close()
         self.changes.close()
+
+
+def _nobody() -> None:
+    """Nobody has asked to be told."""
 
 
 def _end(entries: Sequence[Entry]) -> None:

@@ -3,8 +3,9 @@
 
     lock            held by the process that uses the folder
     state.json      the Record below, replaced as a whole
-    epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, and the
-                    generation that this node's own writes have begun (ancestry.py)
+    epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
+                    generation that this node's own writes have begun (ancestry.py), and the boot of the host in which
+                    a primary has opened the folder, until it closes it
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     *.qcow2 *.data  default overlays
@@ -23,6 +24,7 @@ Without a folder (`state` not given) the same calls keep everything in memory.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import mmap
@@ -45,6 +47,8 @@ _PAGE = 4096
 _FILE_MAX = 1 << 20
 _MOVED = 3
 """Which word of the epoch page names the generation that has been begun."""
+_OPENED = 4
+"""Which word of the epoch page stands for the boot in which a primary has opened the folder and not yet closed it."""
 EPOCH_MAX = 1 << 62
 """So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
 
@@ -132,8 +136,9 @@ class Record:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Record:
         """Raises KeyError, TypeError or ValueError for anything that `to_json` has not written."""
-        if saved.pop("format") != _FORMAT:
-            raise ValueError("unknown format")
+        written = saved.pop("format")
+        if written != _FORMAT:
+            raise ValueError(f"it has format {str(written)[:20]}, this version knows {_FORMAT}")
         record = cls(**{**saved, "mode": Mode(saved["mode"]), "stage": Stage(saved["stage"])})
         for name, kind in _KINDS.items():
             if not isinstance(getattr(record, name), kind):
@@ -276,6 +281,24 @@ class StateFolder:
         if number > self.epoch and not self.emptying:
             self._store(0, number << 1)
 
+    # -- a primary's host ----------------------------------------------------------------------------------
+
+    @property
+    def cut_off(self) -> bool:
+        """The host was restarted while a primary had the folder open: what was not synced is gone. Unlike the record's,
+        this is known of stage none as well, in which no record need have been saved."""
+        return self._words[_OPENED] not in (0, _boot_word())
+
+    def open_until_closed(self) -> None:
+        """A primary begins to use its disks. StateError."""
+        self._words[_OPENED] = _boot_word()
+        self.flush_page()
+
+    def closed_well(self) -> None:
+        """All of its maps and disks are on stable storage. StateError: it counts as cut off then."""
+        self._words[_OPENED] = 0
+        self.flush_page()
+
     # -- generation ----------------------------------------------------------------------------------------
 
     @property
@@ -287,8 +310,8 @@ class StateFolder:
         """Note it: one store, which a kill does not undo."""
         self._words[_MOVED] = int(generation, 16)
 
-    def flush_moved(self) -> None:
-        """Make `move_to` stable; StateError."""
+    def flush_page(self) -> None:
+        """Make `move_to`, say, stable; StateError."""
         if self._epoch_fd >= 0:
             try:
                 files.fdatasync(self._epoch_fd)
@@ -321,6 +344,10 @@ class StateFolder:
             if fd >= 0:
                 os.close(fd)
         self._epoch_fd = self._lock_fd = -1
+
+
+def _boot_word() -> int:
+    return int.from_bytes(hashlib.blake2b(boot_id().encode(), digest_size=8).digest(), "little") | 1
 
 
 def _clock(duration_s: float) -> tuple[int, int]:

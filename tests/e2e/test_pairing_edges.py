@@ -41,6 +41,7 @@ from lab import (
     wait_until,
     whole,
 )
+from replication.boot import BOOT_ID_ENVIRONMENT
 from replication.lineage import Lineage
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
 from replication.side import OF_PAIRS, TARGET_FACE
@@ -277,6 +278,54 @@ def test_a_primary_killed_before_it_has_said_what_it_sends_leaves_the_secondary_
     assert secondary.disks[0].read_bytes() == content
 
 
+def test_a_primary_that_was_about_to_say_what_it_sends_changes_nothing_of_who_has_failed_over_meanwhile(
+    lab: Lab,
+) -> None:
+    points = lab.pause_points()
+    pair = lab.pair(primary_arguments=[PATIENT], primary_options={"extra_environment": points.environment})
+    pair.start_replication()
+    primary, secondary = pair.primary, pair.secondary
+    other = lab.secondary(name="other")
+    guest = primary.connect("disk0")
+    in_sync(primary)
+    primary.checkpoint()
+    points.arm("link.dialled")
+    secondary.kill()
+    wait_link(primary, "lost")
+    guest.pwrite(pattern(2, BLOCK), GRAIN)
+    secondary.start()
+    points.wait_hit("link.dialled")
+    secondary.failover()
+    known = record(secondary)["lineage"]
+    points.release("link.dialled")
+    wait_until(lambda: "nobody's secondary" in str(primary.status()["link"]["reason"]), "the primary is told")
+    assert record(secondary)["lineage"] == known
+    # It is the owner of its disks, and no unfinished copy of the old primary's.
+    secondary.execute("replication-start", mode="primary", secondary=other.uri())
+    in_sync(secondary)
+    assert other.disks[0].read_bytes() == secondary.disks[0].read_bytes() != whole(guest)
+
+
+@pytest.mark.parametrize("how", ["failover", "planned", "promoted"])
+@pytest.mark.parametrize("by", ["hand", "interval"])
+def test_a_primary_whose_guest_is_idle_learns_of_a_failover_by_its_next_checkpoint(lab: Lab, how: str, by: str) -> None:
+    pair = lab.pair(primary_arguments=["checkpoint-interval=0.1"] if by == "interval" else [])
+    pair.start_replication()
+    in_sync(pair.primary)
+    pair.primary.checkpoint()
+    if how == "planned":
+        pair.secondary.execute("replication-stop")
+    else:
+        pair.secondary.failover()
+    if how == "promoted":
+        other = lab.secondary(name="other")
+        pair.secondary.execute("replication-start", mode="primary", secondary=other.uri())
+    if by == "hand":
+        assert "has not taken the checkpoint" in refused(pair.primary, "replication-checkpoint")
+    wait_link(pair.primary, "lost")
+    assert refused(pair.primary, "replication-get-error") == "I/O error occurred"
+
+
 # -- stop and start --------------------------------------------------------------------------------------------
 
 
@@ -313,6 +362,82 @@ def test_a_start_with_another_secondary_waits_for_an_attempt_to_the_former_one(l
     primary.execute("replication-start", secondary=former.uri())
     in_sync(primary)
     assert former.disks[0].read_bytes() == whole(guest)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_the_secondary_lacks_of_an_export_that_only_forwards_is_not_forgotten(
+    lab: Lab, how: signal.Signals
+) -> None:
+    """Nobody can send it: a link that comes back is refused, whichever process has noted why."""
+    secondary = lab.secondary()
+    primary = lab.primary(secondary.uri(), sizes=())
+    secondary.start_replication()
+    primary.start_replication()
+    guest = primary.connect("disk0")
+    in_sync(primary)
+    guest.pwrite(pattern(1, BLOCK), 0)
+    primary.checkpoint()
+    secondary.kill()
+    wait_link(primary, "lost")
+    guest.pwrite(pattern(2, BLOCK), GRAIN)
+    primary.restart(how)
+    secondary.start()
+    wait_until(lambda: "no local disk to send them from" in str(primary.status()["link"]["reason"]), "it is refused")
+    assert link_of(primary) == "lost"
+    assert primary.status()["disks"][0]["out-of-sync-bytes"] == GRAIN
+    refused(primary, "replication-checkpoint")
+    # A person says that the disks are equal.
+    primary.execute("replication-stop")
+    primary.execute("replication-start", secondary=secondary.uri())
+    in_sync(primary)
+    primary.checkpoint()
+    primary.restart(how)
+    in_sync(primary)
+
+
+@pytest.mark.parametrize("in_good_order", [False, True])
+def test_a_power_loss_before_the_first_start_is_one_for_the_record_of_what_has_changed(
+    lab: Lab, in_good_order: bool
+) -> None:
+    """In stage none no state is saved, but the guest writes, and the secondary has to get that with the start."""
+    content = pattern(1, SIZE)
+    secondary = lab.secondary(contents=[content])
+    primary = lab.primary(secondary.uri(), contents=[content])
+    guest = primary.connect("disk0")
+    guest.pwrite(pattern(2, BLOCK), GRAIN)
+    guest.flush()
+    changes = primary.state / "disk0.changes"
+    if in_good_order:
+        primary.terminate()
+    else:
+        primary.kill()
+        changes.write_bytes(bytes(changes.stat().st_size))  # it never got to the disk
+    primary.extra_environment[BOOT_ID_ENVIRONMENT] = "after the power loss"
+    primary.start()
+    assert primary.status()["disks"][0]["out-of-sync-bytes"] == (GRAIN if in_good_order else SIZE)
+    secondary.start_replication()
+    primary.start_replication()
+    in_sync(primary)
+    primary.checkpoint()
+    assert secondary.disks[0].read_bytes() == primary.disks[0].read_bytes() != content
+
+
+def test_a_new_secondary_after_a_plain_server_gets_what_only_that_one_was_sent(lab: Lab) -> None:
+    content = pattern(1, SIZE)
+    plain = lab.endpoint(size=SIZE)
+    primary = lab.primary(plain.uri(), contents=[content])
+    secondary = lab.secondary(contents=[content])
+    primary.start_replication()
+    guest = primary.connect("disk0")
+    in_sync(primary)
+    guest.pwrite(pattern(2, BLOCK), GRAIN)
+    drained(primary)
+    primary.execute("replication-stop")
+    secondary.start_replication()
+    primary.execute("replication-start", secondary=secondary.uri())
+    in_sync(primary)
+    primary.checkpoint()
+    assert secondary.disks[0].read_bytes() == whole(guest)
 
 
 class EvalServer(NbdProcess):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, Pair, disk_name, pattern, wait_until
+from lab import DEADLINE_S, KIB, MIB, Lab, Pair, QmpError, disk_name, nbd_refusal, pattern, top_id, wait_until
 
 GRAIN = 64 * KIB
 SIZE = 1024 * MIB
@@ -95,6 +96,27 @@ def test_a_full_resync_of_a_sparse_disk_sends_its_data_only_and_leaves_it_sparse
     # And it is a checkpoint like any other on the secondary.
     pair.secondary.checkpoint()
     assert pair.secondary.status()["consistent"] is True
+
+
+def test_a_first_copy_while_the_vm_runs_has_no_checkpoint_to_go_back_to_until_it_is_complete(lab: Lab) -> None:
+    """README, One VM on two hosts, without step 2: two new nodes, the secondary started first."""
+    pair = lab.pair([MIB])
+    put(pair.primary.disks[0], (0, pattern(7, MIB)))
+    pair.secondary.start_replication()
+    guest = pair.secondary.connect(top_id(0))
+    pair.primary.execute("replication-start", sync="full")
+    wait_in_sync(pair)
+    # All is there, but there has not been a checkpoint yet, and what was there at the start was a copy of nothing.
+    status, preflight = pair.secondary.status(), pair.secondary.execute("query-failover")
+    assert (status["consistent"], preflight["allowed"], preflight["force"]) == (False, False, True)
+    with pytest.raises(QmpError) as refusal:
+        pair.secondary.execute("replication-stop", failover=True)
+    assert "a full resync from the primary is not complete" in refusal.value.desc
+    with nbd_refusal(errno.EIO):
+        guest.pread(512, 0)
+    pair.primary.checkpoint()
+    assert pair.secondary.status()["consistent"] is True
+    assert guest.pread(MIB, 0) == pattern(7, MIB)
 
 
 def test_the_rate_is_kept_although_a_barrier_waits_and_the_guest_is_not_slowed(lab: Lab) -> None:

@@ -63,3 +63,37 @@ def test_a_link_that_one_of_the_disks_cannot_take_is_lost_and_comes_back(
         disk.write(memoryview(b"x" * 4096), 0, False)
         assert disk.finish_barrier(disk.begin_barrier())
     node.close()
+
+
+def test_a_write_that_found_no_link_is_sent_although_it_is_marked_when_all_seems_to_be_there(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks for a checkpoint here: the link must not be called in sync for good."""
+    server = lab.endpoint(size=SIZE)
+    disks = [DiskOptions("disk0", str(make_raw(tmp_path / "disk0", SIZE)), None)]
+    node = Node(
+        Options(Mode.PRIMARY, disks, str(tmp_path / "state"), None), EventHub(), StateFolder(str(tmp_path / "state"))
+    )
+    node.launch()
+    node.start(Mode.PRIMARY, server.uri(), "none")
+    disk = node.side.disks[0]  # type: ignore[attr-defined]
+    wait_until(lambda: node.query()["link"]["state"] == "in-sync", "the link is up")
+    server.kill()
+    wait_until(lambda: not disk.forwarder.up, "the link is lost")
+    come, go_on = threading.Event(), threading.Event()
+
+    def held() -> None:
+        come.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(node._ancestry, "part", held)
+    guest = threading.Thread(target=disk.write, args=(memoryview(b"x" * 4096), 0, False), daemon=True)
+    guest.start()
+    assert come.wait(30)
+    server.start()
+    wait_until(lambda: node.query()["link"]["state"] == "in-sync", "nothing seems to be missing")
+    go_on.set()
+    guest.join(30)
+    wait_until(lambda: not disk.changes.marked_bytes, "it was sent")
+    wait_until(lambda: node.query()["link"]["state"] == "in-sync", "the link is in sync again")
+    node.close()

@@ -52,7 +52,7 @@ class Link:
     def unreserve(self, size: int) -> None:
         self.reserved -= size
 
-    def put(self, *entries: Entry) -> None:
+    def put(self, *entries: Entry) -> bool:
         for entry in entries:
             self.before_put(entry)
         self.put_entries += entries
@@ -61,6 +61,7 @@ class Link:
             for entry in entries:
                 self.reserved -= entry.cost
                 entry.end(False)
+        return self.up
 
     def await_end(self, entry: Entry) -> bool:
         assert entry.ended is not None
@@ -942,7 +943,7 @@ def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage_first(
     assert bench.local is not None
     bench.disk.stage = Stage.DONE
     steps: list[str] = []
-    monkeypatch.setattr(bench.state, "flush_moved", lambda: steps.append("generation"))
+    monkeypatch.setattr(bench.state, "flush_page", lambda: steps.append("generation"))
     done(bench.write(b"x"))
     assert steps == []
     bench.local.before = lambda _: steps.append("disk")

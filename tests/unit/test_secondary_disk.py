@@ -304,7 +304,7 @@ def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage(
     shared: Bench, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(shared.state, "flush_moved", lambda: flushed.append(shared.state.moved_to))
+    monkeypatch.setattr(shared.state, "flush_page", lambda: flushed.append(shared.state.moved_to))
     shared.disk.stage = Stage.DONE
     shared.disk.guest_write(DATA, 0, False)
     assert flushed == []

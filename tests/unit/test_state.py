@@ -506,11 +506,11 @@ def test_a_begun_generation_is_made_stable_and_a_failure_is_said(
     with opened(tmp_path / "s") as folder:
         folder.move_to("00000000000000aa")
         assert calls == []
-        folder.flush_moved()
+        folder.flush_page()
         assert calls == ["sync"]
         monkeypatch.setattr(files, "fdatasync", refuse_space)
         with pytest.raises(StateError, match=r"cannot write .*epoch: No space left"):
-            folder.flush_moved()
+            folder.flush_page()
 
 
 def test_the_last_checkpoint_gets_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
