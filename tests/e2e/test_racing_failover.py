@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Failover in the midst of writes on the target face: two hundred rounds, and not one byte lands afterwards.
+"""Failover in the midst of writes on the target face: a hundred and forty rounds, and not one byte lands afterwards.
 
 A round has a secondary of its own. Three connections keep sixteen target requests each in flight (writes, zeroes and
 trims, mostly unaligned), the secondary's guest keeps eight of its own, and after a number of answers drawn from the
@@ -56,7 +56,7 @@ AFTERWARDS = 24
 CELL = 1500
 """The guest has at most one request in flight in each cell of so many bytes, so it is known which comes last."""
 
-ROUNDS = 50
+ROUNDS = 35
 AT_ONCE = 2
 
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
