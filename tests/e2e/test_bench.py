@@ -100,6 +100,23 @@ def test_an_interrupted_run_ends_its_processes_and_removes_its_disks(tmp_path: P
     assert not list((tmp_path / "disks").iterdir())
 
 
+def test_a_process_of_which_an_interrupted_run_knows_nothing_is_ended(tmp_path: Path) -> None:
+    """The signal may come between its start and the moment from which it is known."""
+    code = (
+        "import importlib.machinery as m, importlib.util as u, subprocess, sys\n"
+        "loader = m.SourceFileLoader('bench_script', sys.argv[1])\n"
+        "script = u.module_from_spec(u.spec_from_loader('bench_script', loader))\n"
+        "loader.exec_module(script)\n"
+        "unknown = subprocess.Popen(['sleep', '60'])\n"
+        "script.end_children()\n"
+        "print('goes on' if script.Path(f'/proc/{unknown.pid}').exists() else 'ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(BENCH)], check=False, capture_output=True, text=True, timeout=30, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "ended", "")
+
+
 def test_a_plugin_that_does_not_start_is_a_failure_and_the_others_are_measured(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('this revision is broken')\n")
