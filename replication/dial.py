@@ -299,8 +299,8 @@ class Dialler:
             # Whoever had this generation until now has not got what this server will take off the change map. Nor has
             # a secondary that is still to come: it must not be taken for equal but for what that map marks. (Where
             # there is no local disk, a person says with each start that the disks are equal.)
-            some = any(disk.local is not None for disk in self._disks)
-            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or some else lineage)
+            keeps = any(disk.local is not None for disk in self._disks)
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or keeps else lineage)
             return
         marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
         if agreement.verdict is Verdict.FULL or (agreement.verdict is Verdict.EQUAL and marked):

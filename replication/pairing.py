@@ -155,9 +155,7 @@ class Pairing:
 
     def pair(self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], timeout_s: float) -> str:
         """Begin a session; its token. CommandError when this is not the secondary for that primary."""
-        record = self._set.record
-        if record.stage not in (Stage.NONE, Stage.RUNNING):
-            raise CommandError(NOBODYS)
+        self._check_stage()
         self._check_disks(disks)
         former = self._session
         if former is not None and former.node != node and not former.lost:
@@ -187,6 +185,10 @@ class Pairing:
             if size not in (0, own[name]):  # 0: an export that only forwards does not know
                 raise CommandError(f"disk '{name}' has {size} bytes there, but {own[name]} here")
 
+    def _check_stage(self) -> None:
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            raise CommandError(NOBODYS)
+
     def map_part(self, token: str, name: str, start: int) -> dict[str, Any]:
         """What a disk has changed by itself since it was parted from its primary, or lacks of what it was sent."""
         self.check_token(token)
@@ -207,9 +209,8 @@ class Pairing:
         between this and the moment from which its writes are forwarded.
         """
         session = self.check_token(token)
-        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
-            # It was paired, and has failed over since: its lineage and its change map are its own from then on.
-            raise CommandError(NOBODYS)
+        # It may have failed over since it was paired: its lineage and its change map are its own from then on.
+        self._check_stage()
         pause("pairing.sync")
         if verdict == "complete":
             self._complete(generation, history)

@@ -209,14 +209,10 @@ class TargetWrites:
         zeroes: list[tuple[int, int]] = []
         data: list[tuple[int, int]] = []
         room = self._spare.take(_SPARSE_FROM)
-        read, write = self._disk.read, self._hidden.data.write
+        write = self._hidden.data.write
         for start, stop in spans:
             old = room[: (stop if stop < self._size else self._size) - start]
-            try:
-                read(old, start)
-            except DiskError as error:
-                raise LayerError(error, Layer.SECONDARY, "read", start, len(old)) from error
-            pause("copy-before-write.read")
+            self._read_old(old, start)
             blocks = start // BLOCK, stop // BLOCK
             if _ZEROES.startswith(old):
                 zeroes.append(blocks)
@@ -290,15 +286,19 @@ class TargetWrites:
             at = end
 
     def _copy_piece(self, old: memoryview, at: int) -> None:
+        self._read_old(old, at)
+        if _ZEROES.startswith(old):
+            self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.ZERO)
+        else:
+            self._write_hidden(old, at)
+
+    def _read_old(self, old: memoryview, at: int) -> None:
+        """Read what is about to be overwritten."""
         try:
             self._disk.read(old, at)
         except DiskError as error:
             raise LayerError(error, Layer.SECONDARY, "read", at, len(old)) from error
         pause("copy-before-write.read")
-        if _ZEROES.startswith(old):
-            self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.ZERO)
-        else:
-            self._write_hidden(old, at)
 
     def _hole(self, start: int, stop: int) -> int:
         """How much of the disk from `start` on is known to be zeroes without reading; it is only there to save

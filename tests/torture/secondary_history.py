@@ -314,8 +314,8 @@ class SecondaryHistory(History):
         life = Life(base)
         client = Client(server, [name for name, _ in (*TARGETS, *GUESTS)], WINDOW)
         before = self._steps(rng, base.stage, rng.randrange(50), commands=not self.pressed)
-        started_first = not any(Cause.START in point.causes for point in self._owed_points())
-        if self.pressed and base.stage == "none" and started_first:
+        wants_running = not any(Cause.START in point.causes for point in self._owed_points())
+        if self.pressed and base.stage == "none" and wants_running:
             before.append(START)
         at_point = self.pressed or rng.random() < 0.62
         try:
