@@ -23,24 +23,26 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 # nbdkit's Python takes its prefix from the first python3 on PATH; the modules that it needs (nbd, numpy) are Debian's.
 sys.path.append("/usr/lib/python3/dist-packages")
 
-from replication import VERSION, clients, gate
+from replication import VERSION
 from replication.control.commands import Commands
 from replication.control.inband import ControlExport
 from replication.control.paircommands import PairCommands
 from replication.control.qmp import Answer
 from replication.control.server import ControlServer
-from replication.disconnect import Disconnector
 from replication.errors import ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
-from replication.export import Export, Exports
-from replication.hangup import HangupGuard
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
-from replication.pairing import Channel
-from replication.placement import Placement
-from replication.state import StateFolder
-from replication.threads import ThreadStates
+from replication.order import gate
+from replication.record.state import StateFolder
+from replication.secondary.pairing import Channel
+from replication.server import clients
+from replication.server.disconnect import Disconnector
+from replication.server.export import Export, Exports
+from replication.server.hangup import HangupGuard
+from replication.server.placement import Placement
+from replication.server.threads import ThreadStates
 
 API_VERSION = 2
 

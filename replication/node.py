@@ -16,24 +16,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from replication.ancestry import Ancestry
-from replication.boot import boot_id
 from replication.errors import CommandError, ConfigError
 from replication.events import EventHub
 from replication.fault import FaultLatch
-from replication.gate import Gate, GateStuck
 from replication.jobs import JobList
-from replication.lineage import Lineage
 from replication.log import log
 from replication.options import Durability, Options
-from replication.pairing import NOBODYS, Channel
-from replication.primary import PrimarySide
-from replication.schedule import AgeWatch, AutomaticCheckpoints, Ticker
-from replication.secondary import SecondarySide
-from replication.secondary_disk import changing_face
+from replication.order.gate import Gate, GateStuck
+from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
+from replication.primary.side import PrimarySide
+from replication.record.ancestry import Ancestry
+from replication.record.boot import boot_id
+from replication.record.lineage import Lineage
+from replication.record.state import Record, StateError, StateFolder
+from replication.secondary.disk import changing_face
+from replication.secondary.pairing import NOBODYS, Channel
+from replication.secondary.side import SecondarySide
 from replication.side import Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
-from replication.state import Record, StateError, StateFolder
 
 COMMAND_S = 120.0
 """Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""

@@ -20,7 +20,7 @@ CONTROL_EXPORT = ".control"
 """Reserved export name (README, Exports)."""
 
 DATA_EXPORT = ".data"
-"""`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (pairing.py)."""
+"""`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (secondary/pairing.py)."""
 
 QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the

@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from replication.ancestry import Ancestry
 from replication.batch import Write
+from replication.disk.face import Extent
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
-from replication.gate import Gate
-from replication.image.face import Extent
 from replication.jobs import JobList
 from replication.options import Options
+from replication.order.gate import Gate
+from replication.record.ancestry import Ancestry
+from replication.record.state import Record, StateFolder
 from replication.stage import Mode, Stage
-from replication.state import Record, StateFolder
 
 GUEST_FACE = "guest face: the last checkpoint plus the guest's own writes"
 GUEST_DISK = "the guest's disk"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lab import Lab, SharingFolder, SmallFolder
-from replication.image import files
+from replication.disk import files
 
 # A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -44,7 +44,7 @@ from rich.table import Table
 
 from ftmonitor import FtError, Gone, Late, Monitor, Refused, stamp_s
 from ftstore import Remote, Store, Unit, checkpoint_of
-from replication.pause import pause
+from replication.order.pause import pause
 
 Say = Callable[[str], None]
 

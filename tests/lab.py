@@ -801,7 +801,7 @@ class Pair:
 
 
 class PausePoints:
-    """Arms and releases the pause points of processes started with `environment` (replication/pause.py)."""
+    """Arms and releases the pause points of processes started with `environment` (replication/order/pause.py)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

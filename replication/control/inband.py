@@ -29,11 +29,11 @@ from collections.abc import Callable
 
 from replication.control import qmp
 from replication.control.server import DRAIN_S, QUEUE_BYTES_MAX, QUEUE_MESSAGES_MAX
+from replication.disk.face import Extent
 from replication.errors import DiskError
 from replication.events import Event, EventHub
-from replication.image.face import Extent
 from replication.log import log
-from replication.peer import CONTROL_DESCRIPTION, CONTROL_SIZE
+from replication.primary.peer import CONTROL_DESCRIPTION, CONTROL_SIZE
 
 WAIT_S = 0.25
 """How long a read at offset 0 waits for output."""

@@ -15,9 +15,9 @@ from replication.control import qmp
 from replication.control.commands import Commands
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
-from replication.lineage import Lineage
-from replication.pairing import Channel
-from replication.state import EPOCH_MAX
+from replication.record.lineage import Lineage
+from replication.record.state import EPOCH_MAX
+from replication.secondary.pairing import Channel
 
 SHARED = (
     "query-xen-replication-status",

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from replication.disk.face import Disk
+from replication.disk.file import FileDisk
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
-from replication.image.face import Disk
-from replication.image.file import FileDisk
 from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_BITS, PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.target import COPY_CHUNK
-from replication.pause import pause
-from replication.rangelock import RangeLock
+from replication.order.pause import pause
+from replication.order.rangelock import RangeLock
 
 PORTION_MIN = 8
 PORTION_MAX = 64

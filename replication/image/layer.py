@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
+from replication.disk.face import Disk
 from replication.errors import DiskError
-from replication.image.face import Disk
 
 
 class Layer(Enum):

@@ -26,9 +26,10 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from replication.disk import files
+from replication.disk.file import FileDisk
 from replication.errors import ConfigError, DiskError
-from replication.image import files, qcow2
-from replication.image.file import FileDisk
+from replication.image import qcow2
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
 from replication.image.table import image_table, live_table
 

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from replication.disk import files
+from replication.disk.lock import lock_for_writing
 from replication.errors import ConfigError
-from replication.image import files
-from replication.image.lock import lock_for_writing
 
 CLUSTER = 128 << 10
 BLOCK = 4 << 10

@@ -11,12 +11,12 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from replication.disk.files import Buffer
 from replication.errors import DiskError
-from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
-from replication.rangelock import RangeLock
+from replication.order.rangelock import RangeLock
 
 
 class Room:

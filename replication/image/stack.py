@@ -28,7 +28,7 @@ commit (descent.py), guest write
     without the lock, and looks again with it. Commit lets go of hidden first, then active, so that a kill between them
     never uncovers hidden's older data.
 commit, commit
-    Two threads of one commit take different portions (commit.py), which share no word and no block.
+    Two threads of one commit take different portions (secondary/commit.py), which share no word and no block.
 commit, guest read
     No lock. Commit writes the disk before it lets go of the bit, and the overlays' data stays where it is until the
     commit is over: a read that saw the bit reads the right data in the overlay.
@@ -48,7 +48,7 @@ With `durability=power` three orders hold (syncgroup.py shares each sync among t
   guest write that went to the disk because the commit had let go of its block is flushed together with that.
 
 With `durability=process` a flush of the guest face syncs the same files, but the kernel may write a bit before its data
-and hidden is not synced at all: after a power cut the overlays are not used (images.py).
+and hidden is not synced at all: after a power cut the overlays are not used (secondary/images.py).
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ import errno
 import threading
 from collections.abc import Iterator, Sequence
 
-from replication.changes import ChangeMap
+from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.image.descent import Descent
-from replication.image.face import ZEROES, Disk, Extent
-from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, Source, flush_secondary, on_layer
 from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.room import Room
 from replication.image.syncgroup import SyncGroup
 from replication.image.target import COPY_CHUNK, TargetWrites
-from replication.pause import pause
-from replication.rangelock import Range, RangeLock
+from replication.order.pause import pause
+from replication.order.rangelock import Range, RangeLock
+from replication.record.changes import ChangeMap
 
 _SPARE = 16 * COPY_CHUNK
 """Bytes of memory for copying that are kept: nbdkit has 16 threads for a client, and where there is less than they use

@@ -21,9 +21,9 @@ import os
 
 import numpy as np
 
-from replication.boot import boot_id
 from replication.errors import ConfigError
 from replication.image.qcow2 import Layout, check_entries
+from replication.record.boot import boot_id
 
 _PAGE = 4096
 _MAGIC = b"nbdkit-replication live words 1\n"

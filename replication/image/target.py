@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from replication.changes import ChangeMap
+from replication.disk.face import Disk
+from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
-from replication.image.face import Disk
-from replication.image.files import Buffer
 from replication.image.layer import Layer, LayerError, flush_secondary, on_layer
 from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
 from replication.image.plan import Piece, Plan, arrange
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.room import Room
 from replication.image.syncgroup import SyncGroup
-from replication.pause import pause
-from replication.rangelock import RangeLock
+from replication.order.pause import pause
+from replication.order.rangelock import RangeLock
+from replication.record.changes import ChangeMap
 
 COPY_CHUNK = 1 << 20
 """Bytes copied at a time by copy-before-write and commit: what a request holds in memory beside its own data. (Pieces

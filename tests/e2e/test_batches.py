@@ -41,10 +41,10 @@ from lab import (
     whole,
 )
 from replication.batch import SPACE, pack
-from replication.image.connection import Connection
-from replication.lineage import Lineage, new_id
+from replication.disk.connection import Connection
 from replication.options import DATA_EXPORT
-from replication.peer import Peer
+from replication.primary.peer import Peer
+from replication.record.lineage import Lineage, new_id
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

@@ -77,7 +77,7 @@ def test_a_copy_is_made_beside_its_sources_and_made_anew(tree: Tree) -> None:
         (tree.root / "build/compiled/replication/old.py").touch()
     done = tree.compile()
     made = {name.removeprefix("build/compiled/"): data for name, data in tree.files().items() if name not in before}
-    assert "replication/gate.abi.so" in made
+    assert "replication/order/gate.abi.so" in made
     assert "replication/old.py" not in made
     assert not [name for name in made if name.startswith("build/") or name == "pyproject.toml"]
     sources = {name: data for name, data in before.items() if name == "plugin.py" or name.startswith("replication/")}

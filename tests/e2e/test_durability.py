@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a secondary is worth after a restart of its host, with durability=process and durability=power.
 
-A restart of the host is played by another boot id (NBDKIT_REPLICATION_BOOT_ID, replication/boot.py) at the next start
-of nbdkit. The files are then as the page cache had them, so this shows what the process makes of a restart, and with
-power that it does not use what would not have been stable. What a disk may really hold after a power cut is simulated
-in tests/power.
+A restart of the host is played by another boot id (NBDKIT_REPLICATION_BOOT_ID, replication/record/boot.py) at the
+next start of nbdkit. The files are then as the page cache had them, so this shows what the process makes of a restart,
+and with power that it does not use what would not have been stable. What a disk may really hold after a power cut is
+simulated in tests/power.
 """
 
 from __future__ import annotations

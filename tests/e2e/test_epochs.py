@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints of a pair (replication/epochs.py): what one holds, who waits for it, and what becomes of one that
+"""Checkpoints of a pair (replication/primary/epochs.py): what one holds, who waits for it, and what becomes of one that
 is held, interrupted or refused.
 
 The load is made of chains. A chain is one client that does one request after the other, in turn on both disks, and each

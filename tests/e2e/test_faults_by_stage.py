@@ -2,7 +2,7 @@
 """Faults by stage: every image of a pair fails in every stage, and exactly those learn of it whom the README names.
 
 Three ways to fail:
-* the system calls on files (replication/image/files.py): an errno, a short transfer, a transfer of nothing, and an
+* the system calls on files (replication/disk/files.py): an errno, a short transfer, a transfer of nothing, and an
   errno after a short transfer, on one image at a time, with the node in this process (`Seam`, `SecondaryBench`,
   `PrimaryBench`);
 * an NBD server behind nbdkit's error filter as primary or secondary disk, or its death, with real processes;
@@ -51,17 +51,17 @@ from lab import (
     wait_until,
     whole,
 )
-from replication import secondary as side_of_secondary
-from replication.clients import Client
 from replication.control.commands import Commands
 from replication.control.inband import ControlExport
+from replication.disk import files
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
-from replication.export import Exports
-from replication.image import files
 from replication.node import Node
 from replication.options import OptionParser
-from replication.state import StateFolder
+from replication.record.state import StateFolder
+from replication.secondary import side as side_of_secondary
+from replication.server.clients import Client
+from replication.server.export import Exports
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

@@ -82,7 +82,7 @@ def kill_until_the_race_is_lost(server: Secondary) -> None:
             return
     pytest.fail(
         f"nbdkit's assertion failed {server.stderr().count(ASSERTION)} times in {KILLS_MAX} kills: this nbdkit may have"
-        " been mended, and replication/hangup.py may not be needed any more"
+        " been mended, and replication/server/hangup.py may not be needed any more"
     )
 
 
@@ -144,7 +144,7 @@ import os
 import resource
 import threading
 import time
-from replication import hangup
+from replication.server import hangup
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 libc = ctypes.CDLL(None)
 guard = hangup.HangupGuard()

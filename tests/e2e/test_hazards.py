@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Who meets on one block, pair by pair, each with the interleaving forced.
 
-A thread is held either at a pause point inside the process (replication/pause.py), or inside the NBD server that
+A thread is held either at a pause point inside the process (replication/order/pause.py), or inside the NBD server that
 serves the disk below (`HeldEndpoint`), before or after it does a request. Timelines read downwards; what stands on one
 line happens at the same time. `lab.CHANCE_S` is not what makes a test right: it is how long a second request that ought
 to wait gets to do the wrong thing, so a correct product never fails by it.

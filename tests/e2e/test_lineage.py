@@ -49,8 +49,8 @@ from lab import (
     wait_until,
     whole,
 )
-from replication.lineage import OUTDATED, SPLIT_BRAIN, UNRELATED, Lineage
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
+from replication.record.lineage import OUTDATED, SPLIT_BRAIN, UNRELATED, Lineage
 
 GRAIN = 64 * KIB
 GRAINS = 8

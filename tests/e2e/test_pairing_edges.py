@@ -41,9 +41,9 @@ from lab import (
     wait_until,
     whole,
 )
-from replication.boot import BOOT_ID_ENVIRONMENT
-from replication.lineage import Lineage
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
+from replication.record.boot import BOOT_ID_ENVIRONMENT
+from replication.record.lineage import Lineage
 from replication.side import OF_PAIRS, TARGET_FACE
 
 GRAIN = 64 * KIB

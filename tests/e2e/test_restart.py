@@ -2,7 +2,7 @@
 """Close and kill: a process started again with the same state folder is in the stage it had, with every answered
 write in place; and one that was killed in the midst of something ends it, or has never begun it.
 
-Kills happen at pause points (replication/pause.py), so each test says between which two steps.
+Kills happen at pause points (replication/order/pause.py), so each test says between which two steps.
 """
 
 from __future__ import annotations

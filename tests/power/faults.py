@@ -13,8 +13,8 @@ from typing import Any
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
 from replication.image.target import TargetWrites
-from replication.secondary_disk import SecondaryDisk
-from replication.state import StateFolder
+from replication.record.state import StateFolder
+from replication.secondary.disk import SecondaryDisk
 
 _MEANWHILE_S = 0.01
 """Where a mistake shows only when something happens meanwhile, there is time for it."""

@@ -17,15 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from power.recorder import NEVER, File, Killed, Recorder
-from replication import reclaim
-from replication.boot import BOOT_ID_ENVIRONMENT
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.node import Node
 from replication.options import DiskOptions, Durability, Options
-from replication.secondary import SecondarySide
+from replication.record.boot import BOOT_ID_ENVIRONMENT
+from replication.record.state import StateFolder
+from replication.secondary.side import SecondarySide, reclaim
 from replication.stage import Mode, Stage
-from replication.state import StateFolder
 
 KIB = 1024
 MIB = 1024 * KIB

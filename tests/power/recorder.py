@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Records the file operations of the product at its seam (replication/image/files.py), and makes from them what a disk
+"""Records the file operations of the product at its seam (replication/disk/files.py), and makes from them what a disk
 may hold after a power cut.
 
 Time is a counter: every file operation takes one tick when it begins and one when it has ended, and so do the requests
@@ -30,8 +30,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from replication.image import files
-from replication.image.files import Buffer
+from replication.disk import files
+from replication.disk.files import Buffer
 from replication.image.overlay import Overlay
 
 SECTOR = 512

@@ -2,7 +2,7 @@
 """The power-cut simulator of durability=power.
 
 How it works: the file operations of the image stack and the state folder go through one seam
-(replication/image/files.py). A history of a secondary with two disks, drawn from a seed, is run with a recorder in
+(replication/disk/files.py). A history of a secondary with two disks, drawn from a seed, is run with a recorder in
 that seam (history.py, recorder.py). Then, for cuts at any tick of it, states that a disk may hold are drawn: unsynced
 writes lost, kept or torn at 512 bytes, in any order. Each is put in place, a process of another boot is started on it,
 and what flush, FUA, checkpoint, planned stop and failover had promised must be there (verify.py).

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -20,27 +21,32 @@ NO_NOUNS = frozenset({"common", "helper", "helpers", "manager", "managers", "mis
 
 
 def layer_table(root: Path) -> list[list[str]]:
-    """The rows of the table from the top, each a list of paths such as `replication/image/file.py`.
+    """The rows of the table from the top, each a list of paths such as `replication/disk/file.py`.
 
     A name without a folder that follows one with a folder on the same row is in that folder, as in
-    `image/file.py  endpoint.py`.
+    `disk/file.py endpoint.py`.
     """
     docstring = ast.get_docstring(ast.parse((root / PACKAGE / "__init__.py").read_text())) or ""
     block = re.search(r"^Layers .*\n-+\n((?:[ ]+.*\n)+)", docstring, re.MULTILINE)
     assert block, "replication/__init__.py has no table under the heading 'Layers'"
     rows = []
+    wing = ""
     for line in block[1].splitlines():
-        names: list[str] = []
-        folder = ""
-        for word in line.split():
-            if not word.endswith(".py"):
-                break
-            head, slash, tail = word.rpartition("/")
-            folder = head + slash or folder
-            names.append(word if word == "plugin.py" else f"{PACKAGE}/{folder}{tail}")
+        first, *others = line.split()
+        if first.endswith("/"):
+            wing = first
+            continue
+        if not line.startswith(" " * 8):
+            wing = ""
+        names = list(takewhile(lambda word: word.endswith(".py"), [first, *others]))
         assert names, f"a row of the layer table begins with no file: {line.strip()}"
-        rows.append(names)
+        rows.append([name if name == "plugin.py" else f"{PACKAGE}/{wing}{name}" for name in names])
     return rows
+
+
+def wings(root: Path) -> list[str]:
+    """The packages in the package, by their paths."""
+    return sorted(str(path.parent.relative_to(root)) for path in (root / PACKAGE).glob("*/__init__.py"))
 
 
 def modules(root: Path) -> list[str]:
@@ -50,7 +56,7 @@ def modules(root: Path) -> list[str]:
 
 
 def dotted(path: str) -> str:
-    """The module name of a path: `replication/image/file.py` is `replication.image.file`."""
+    """The module name of a path: `replication/disk/file.py` is `replication.disk.file`."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
@@ -122,7 +128,28 @@ def name_complaints(root: Path) -> list[str]:
     return [path for path in modules(root) if NO_NOUNS.intersection(dotted(path).split("."))]
 
 
-CHECKS = (table_complaints, direction_complaints, nbdkit_complaints, name_complaints)
+def wing_complaints(root: Path) -> list[str]:
+    """Wings that do not say what they are for, what always holds in them, and which of their files to read first; and
+    wings that the table splits, so that one would be above and below another."""
+    complaints = []
+    for wing in wings(root):
+        text = ast.get_docstring(ast.parse((root / wing / "__init__.py").read_text())) or ""
+        if "What always holds:" not in text:
+            complaints.append(f"{wing} does not say what always holds in it")
+        first = re.search(r"Read `([\w.]+)` first", text)
+        if first is None or not (root / wing / first[1]).is_file():
+            complaints.append(f"{wing} does not name the file to read first")
+    seen: list[str] = []
+    for row in layer_table(root):
+        wing = row[0].rpartition("/")[0]
+        if wing in seen[:-1] and wing != PACKAGE:
+            complaints.append(f"{wing} stands in the table in more than one place")
+        if not seen or seen[-1] != wing:
+            seen.append(wing)
+    return complaints
+
+
+CHECKS = (table_complaints, direction_complaints, nbdkit_complaints, name_complaints, wing_complaints)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -133,7 +160,7 @@ def test_this_tree(check) -> None:
 def test_this_tables_folders() -> None:
     rows = layer_table(ROOT)
     assert rows[0] == ["plugin.py"]
-    assert [f"{PACKAGE}/image/file.py", f"{PACKAGE}/image/endpoint.py"] in rows
+    assert [f"{PACKAGE}/disk/file.py", f"{PACKAGE}/disk/endpoint.py"] in rows
 
 
 @pytest.fixture
@@ -143,10 +170,10 @@ def tree(tmp_path: Path) -> Path:
         "plugin.py": "import nbdkit\nfrom replication.node import Node\nfrom replication import VERSION\n",
         "replication/__init__.py": (
             '"""Toy.\n\nLayers (below)\n------\n    plugin.py       the top. It is not node.py\n    node.py\n'
-            '    image/a.py b.py  two\n    stage.py\n\nAnd more\n"""\n\nVERSION = "1"\n'
+            '    image/  a wing\n        a.py b.py  two\n    stage.py\n\nAnd more\n"""\n\nVERSION = "1"\n'
         ),
         "replication/node.py": "from .image import a\nimport replication.image.b\nfrom . import VERSION, stage\n",
-        "replication/image/__init__.py": "",
+        "replication/image/__init__.py": '"""Images.\n\nRead `a.py` first.\n\nWhat always holds:\n\n* Much.\n"""\n',
         "replication/image/a.py": "from ..stage import Stage\n",
         "replication/image/b.py": "import stage_of_others\nfrom replication.stage import Stage\n",
         "replication/stage.py": "import enum\n",
@@ -212,3 +239,25 @@ def test_name_that_says_nothing_is_found(tree: Path, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
     assert name_complaints(tree) == [f"{PACKAGE}/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "does not say what always holds in it"),
+        ("Read `a.py` first.", "does not say what always holds in it"),
+        ("What always holds: much.", "does not name the file to read first"),
+        ("Read `c.py` first. What always holds: much.", "does not name the file to read first"),
+    ],
+)
+def test_wing_that_says_too_little_is_found(tree: Path, text: str, complaint: str) -> None:
+    (tree / PACKAGE / "image" / "__init__.py").write_text(f'"""{text}"""\n')
+    assert f"{PACKAGE}/image {complaint}" in wing_complaints(tree)
+
+
+def test_split_wing_is_found(tree: Path) -> None:
+    init = tree / PACKAGE / "__init__.py"
+    init.write_text(
+        init.read_text().replace("a.py b.py  two\n    stage.py\n", "a.py\n    stage.py\n    image/\n        b.py\n")
+    )
+    assert wing_complaints(tree) == [f"{PACKAGE}/image stands in the table in more than one place"]

@@ -12,23 +12,23 @@ from typing import Any, cast
 import pytest
 
 from lab import make_raw, pattern, wait_until
-from replication.boot import BOOT_ID_ENVIRONMENT
-from replication.clients import Client
 from replication.control.inband import ControlExport
-from replication.dial import Dialler
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
-from replication.export import Exports
-from replication.forward import Forwarder
 from replication.image.qcow2 import BLOCK
-from replication.lineage import Lineage
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, DiskOptions, Options
-from replication.peer import Peer
-from replication.primary import PrimarySide
-from replication.secondary import SecondarySide
+from replication.primary.dial import Dialler
+from replication.primary.forward import Forwarder
+from replication.primary.peer import Peer
+from replication.primary.side import PrimarySide
+from replication.record.boot import BOOT_ID_ENVIRONMENT
+from replication.record.lineage import Lineage
+from replication.record.state import Record, StateError, StateFolder
+from replication.secondary.side import SecondarySide
+from replication.server.clients import Client
+from replication.server.export import Exports
 from replication.stage import Mode, Stage
-from replication.state import Record, StateError, StateFolder
 
 SIZE = 1 << 20
 URI = "nbd://new-secondary"

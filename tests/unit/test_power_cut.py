@@ -28,16 +28,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from lab import DEADLINE_S, make_raw, pattern, wait_until
-from replication.commit import Commit
+from replication.disk import files
+from replication.disk.file import FileDisk
 from replication.errors import DiskError
 from replication.events import EventHub
-from replication.image import files, qcow2
-from replication.image.file import FileDisk
+from replication.image import qcow2
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
+from replication.secondary.commit import Commit
 
 SIZE = 2 * CLUSTER + 3 * BLOCK + 1234
 BLOCKS = -(-SIZE // BLOCK)

@@ -17,7 +17,7 @@ from replication import options
 from replication.control.commands import TABLE
 from replication.errors import ConfigError
 from replication.fault import Case
-from replication.link import LinkState
+from replication.primary.link import LinkState
 from replication.stage import Mode, Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 from lab import DEADLINE_S, MIB, SharingFolder, make_raw, pattern
-from replication.commit import Commit
+from replication.disk import files
+from replication.disk.face import Disk
+from replication.disk.file import FileDisk
 from replication.events import EventHub
-from replication.image import files, qcow2
-from replication.image.face import Disk
-from replication.image.file import FileDisk
+from replication.image import qcow2
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
+from replication.secondary.commit import Commit
 
 SIZE = 4 * MIB + 3 * BLOCK + 777
 """The last cluster is short, the last block, too."""

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A disk behind an NBD URI: qemu-nbd serving a qcow2 file, RBD, another nbdkit.
+
+Invariants
+* One connection, many requests in flight: no server is asked for more than one connection, because qemu-nbd
+  serves one by default and a flush on one need not cover another.
+* A lost connection fails the requests in flight. Later requests connect anew, at most once in RETRY_S seconds.
+  If data was written and not flushed when the connection went, the next flush fails once: the server may have
+  lost it (as fsync(2) reports a lost page once).
+* A server with a minimum block size gets only aligned requests; edges are read, changed and written back under a
+  range lock that every write takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import nbd
+
+from replication.disk.connection import CHUNK, Completion, Connection, Issue
+from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.files import Buffer
+from replication.errors import ConfigError, DiskError
+from replication.order.rangelock import RangeLock
+from replication.tls import Tls
+
+CONNECT_S = 5.0
+"""Longest time to connect: shorter than a request's, because a guest waits for it."""
+
+TIMEOUT_S = 30.0
+"""Longest time without progress before a request fails, as the kernel gives a SCSI disk."""
+
+RETRY_S = 1.0
+_ZERO_CHUNK = 1 << 30
+_GATHER_MAX = 256 << 10
+_EXTENT_CHUNK = 1 << 30
+
+
+class NbdDisk(Disk):
+    """A disk served by an NBD server, opened for writing."""
+
+    def __init__(self, name: str, uri: str, tls: Tls | None = None) -> None:
+        """Connect, with `tls` over an nbds: URI; ConfigError when the server does not answer, refuses, or serves it
+        read-only."""
+        try:
+            connection = Connection(uri, None, CONNECT_S, tls)
+        except DiskError as error:
+            raise ConfigError(f"disk '{name}': {error}") from error
+        if connection.read_only:
+            connection.close()
+            raise ConfigError(f"disk '{name}': {uri} is served read-only")
+        super().__init__(name, uri, connection.size)
+        self._tls = tls
+        self._block_size = connection.block_size
+        connection.timeout_s = TIMEOUT_S
+        # Protects the two fields below it; held while connecting, by intent: the others wait for the same server.
+        self._lock = threading.Lock()
+        self._connection: Connection | None = connection
+        self._retry_at = 0.0
+        # What was written last, and what of it the last flush has covered: a fresh token for every write that was
+        # answered, so that a flush covers just what had been answered when it was sent. No lock: one store each.
+        self._written = self._flushed = object()
+        self._lost_writes = False
+        self._edges = RangeLock()
+
+    # -- Disk ----------------------------------------------------------------------------------------------
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        head, tail = self._slack(offset, len(buffer))
+        if head or tail:
+            whole = memoryview(bytearray(head + len(buffer) + tail))
+            self.read(whole, offset - head)
+            buffer[:] = whole[head : head + len(buffer)]
+            return
+        for start in range(0, len(buffer), CHUNK):
+            part = buffer[start : start + CHUNK] if len(buffer) > CHUNK else buffer
+            self._run(partial(_pread, part, offset + start), 0, len(part))
+
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        length = sum(map(len, pieces))
+        if self._block_size > 1:
+            self._write_blocks(pieces, offset, length, fua)
+            return
+        if len(pieces) > 1 and length <= _GATHER_MAX:
+            pieces = [b"".join(pieces)]
+        for piece in pieces:
+            self._write_aligned(memoryview(piece), offset, fua)
+            offset += len(piece)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        head, tail = self._slack(offset, length)
+        connection = self._connected()
+        if head or tail or not connection.can_zero:
+            for start in range(offset, offset + length, len(ZEROES)):
+                self.write([ZEROES[: min(len(ZEROES), offset + length - start)]], start, fua)
+            return
+        flags = 0 if may_trim else nbd.CMD_FLAG_NO_HOLE
+        for start in range(offset, offset + length, _ZERO_CHUNK):
+            count = min(_ZERO_CHUNK, offset + length - start)
+            self._run(partial(_zero, count, start, flags))
+        self._written = object()
+        if fua:
+            self.flush()
+
+    def flush(self) -> None:
+        connection = self._connected()
+        if self._lost_writes:
+            self._lost_writes = False
+            raise DiskError(f"{self.location}: the connection was lost with unflushed writes, some may be gone")
+        covered = self._written
+        if connection.can_flush:
+            self._run(lambda handle, done: handle.aio_flush(done))
+        self._flushed = covered
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
+            return [Extent(offset, length, False, False)]
+        found: list[Extent] = []
+
+        def got(context: str, at: int, entries: list[int], _error: object) -> int:
+            if context == "base:allocation":
+                for count, flags in zip(entries[::2], entries[1::2], strict=True):
+                    inside = min(count, offset + length - at)
+                    if inside > 0:
+                        zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
+                        found.append(Extent(at, inside, zero, hole))
+                        at += inside
+            return 0
+
+        count = min(length, _EXTENT_CHUNK)
+        self._run(lambda handle, done: handle.aio_block_status(count, offset, got, done))
+        return found or [Extent(offset, length, False, False)]
+
+    def reachable(self) -> bool:
+        # Asked of the server, because an idle connection does not notice that it has gone; twice, because the first
+        # request may only find that out and the second connects anew.
+        for _ in range(2):
+            try:
+                self.read(memoryview(bytearray(1)), 0)
+            except DiskError:
+                continue
+            return True
+        return False
+
+    def close(self) -> None:
+        with self._lock:
+            connection, self._connection = self._connection, None
+            self._retry_at = float("inf")
+        if connection is not None:
+            connection.close()
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def _run(self, issue: Issue, payload: int = 0, answer: int = 0) -> None:
+        connection = self._connected()
+        connection.wait(connection.issue(issue, payload, None, answer))
+
+    def _connected(self) -> Connection:
+        connection = self._connection
+        if connection is not None and not connection.dead:
+            return connection
+        with self._lock:
+            connection = self._connection
+            if connection is not None and not connection.dead:
+                return connection
+            now = time.monotonic()
+            if now < self._retry_at:
+                raise DiskError(f"{self.location} is not connected", errno.EIO)
+            self._retry_at = now + RETRY_S
+            if self._written is not self._flushed:
+                self._lost_writes = True
+                self._flushed = self._written
+            # The lost connection is not closed here: other threads may still be fetching their errors from it.
+            # It goes when the last of them lets go of it.
+            fresh = Connection(self.location, None, CONNECT_S, self._tls)
+            if fresh.size != self.size or fresh.block_size != self._block_size or fresh.read_only:
+                fresh.close()
+                raise DiskError(f"{self.location} came back as a different disk")
+            fresh.timeout_s = TIMEOUT_S
+            self._connection = fresh
+            return fresh
+
+    def _write_aligned(self, view: memoryview, offset: int, fua: bool) -> None:
+        native = self._connected().can_fua and fua
+        flags = nbd.CMD_FLAG_FUA if native else 0
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            self._run(partial(_pwrite, part, offset + start, flags), len(part))
+        if not native:
+            self._written = object()
+        if fua and not native:
+            self.flush()
+
+    def _slack(self, offset: int, length: int) -> tuple[int, int]:
+        """Bytes missing before and after a range to whole server blocks; the disk's end counts as an edge."""
+        unit = self._block_size
+        if unit == 1:
+            return 0, 0
+        stop = offset + length
+        return offset % unit, min(-stop % unit, self.size - stop)
+
+    def _write_blocks(self, pieces: Sequence[Buffer], offset: int, length: int, fua: bool) -> None:
+        """Write to a server with a minimum block size. The range lock keeps an aligned write from falling between
+        the reading and the writing back of an edge."""
+        head, tail = self._slack(offset, length)
+        start, stop = offset - head, offset + length + tail
+        held = self._edges.acquire(start, stop)
+        try:
+            whole = memoryview(bytearray(stop - start))
+            unit = self._block_size
+            if head:
+                self.read(whole[:unit], start)
+            if tail and (len(whole) > unit or not head):
+                last = (len(whole) - 1) // unit * unit
+                self.read(whole[last:], start + last)
+            whole[head : head + length] = b"".join(pieces)
+            self._write_aligned(whole, start, fua)
+        finally:
+            self._edges.release(held)
+
+
+def _pread(part: memoryview, offset: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_pread(part, offset, done)
+
+
+def _pwrite(part: memoryview, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_pwrite(part, offset, done, flags)
+
+
+def _zero(count: int, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_zero(count, offset, done, flags)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every disk under this project can do, whatever it lives in.
+
+`offset` and `length` are bytes and may have any alignment. Every method may be called from several
+threads at once; an operation that returned is seen by all that start later. Errors are DiskError.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from replication.disk.files import Buffer
+
+ZEROES = memoryview(bytes(1 << 20))
+"""A megabyte of zeroes, to write and to compare with."""
+
+
+class Extent(NamedTuple):
+    """A range whose content is known without reading it: zeroes, or anything."""
+
+    offset: int
+    length: int
+    zero: bool
+    hole: bool
+
+
+class Disk(ABC):
+    """A raw disk."""
+
+    def __init__(self, name: str, location: str, size: int) -> None:
+        self.name = name
+        self.location = location
+        self.size = size
+
+    @abstractmethod
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fill the whole buffer from `offset`."""
+
+    @abstractmethod
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        """Write the pieces one after the other from `offset` on; `fua`: stable before returning."""
+
+    @abstractmethod
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        """Make the range read as zeroes, as a hole where `may_trim` and the disk allow."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Make everything written before this call stable."""
+
+    @abstractmethod
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Extents from `offset` on, without gaps, covering at least one byte and at most the range."""
+
+    def hole(self, offset: int, length: int) -> int:
+        """For how many bytes of the range, from `offset` on, it is known without reading that they are zeroes."""
+        first = self.extents(offset, length)[0]
+        return first.length if first.zero else 0
+
+    def begin_flush(self, offset: int, length: int) -> None:
+        """What was written to the range will have to be stable soon: begin with it, if that saves time."""
+        return
+
+    def share(self, source: Disk, offset: int, length: int) -> bool:
+        """Take over what `source` has at the range, without copying; whether that was possible. If not, the range may
+        hold anything."""
+        return False
+
+    @abstractmethod
+    def reachable(self) -> bool:
+        """Whether requests can be expected to succeed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the disk; no method may be called after it."""

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a primary comes to an agreement with its secondary, before a byte of data goes there.
+
+    1. the control export: a secondary of this software has it, any other NBD server does not (and is taken as an
+       endpoint that just stores what it is sent: nothing is known of it, and nobody there takes checkpoints)
+    2. `replication-pair`: both say who they are and what they descend from, and both decide by the same rule
+       (lineage.decide) whether anything has to be sent; the secondary gives a token that lets this primary write, and
+       from then on nothing of an older connection is accepted there
+    3. `replication-pair-map`: what the secondary's disk has changed or lacks goes into the change map here
+    4. a connection for every disk
+    5. `settle`: the lineage, first here, then there (`replication-pair-sync`)
+
+Up to and including 4 nothing has changed but the change map, which may say too much. An interruption between the steps
+of 5 leads to a resync that sends too much, never to one that sends too little: lineage.py.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from replication.batch import SPACE
+from replication.disk.connection import Connection
+from replication.errors import DiskError, ReplicationError
+from replication.options import DATA_EXPORT, Durability, export_of
+from replication.primary.disk import PrimaryDisk
+from replication.primary.peer import Peer, PeerError
+from replication.record.ancestry import Ancestry
+from replication.record.lineage import Lineage, Verdict, check_id, decide, new_id
+from replication.record.state import EPOCH_MAX
+from replication.side import FOR_GUESTS, OF_PAIRS, Setting
+from replication.stage import Stage
+
+ANSWER_S = 30.0
+"""Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
+times a second; if not, the wait ends with the link, within `timeout`."""
+
+
+class Refusal(ReplicationError):
+    """The other side, or what the two sides descend from, does not allow it: a person has to do something."""
+
+
+@dataclass
+class Agreement:
+    """A secondary that has been reached, and what has been agreed."""
+
+    uri: str
+    peer: Peer | None
+    """None: a plain NBD server."""
+    connections: list[Connection]
+    verdict: Verdict
+    token: str = ""
+    generation: str = ""
+    """What the secondary knows that it receives, or has."""
+    node: str | None = None
+    epoch: int = 0
+    running: bool = False
+    """The secondary has been started, so it has a first checkpoint."""
+    batches: bool = False
+    """The secondary takes small writes together (batch.py)."""
+    durable: bool = False
+    """The secondary flushes its disk for each checkpoint."""
+    refused: int = 0
+    """Requests that the secondary has refused; what was refused is missing there."""
+    completed: bool = False
+    """The secondary knows that it has had everything at some time since."""
+    broken: DiskError | None = None
+    """Set when the peer channel is lost."""
+
+    def disk_size(self, connection: Connection) -> int:
+        """The size of the secondary's disk behind one of the connections (batch.py)."""
+        return connection.size - (0 if self.peer is None else SPACE)
+
+    def close(self) -> None:
+        """It comes to nothing."""
+        for connection in self.connections:
+            connection.close()
+        if self.peer is not None:
+            self.peer.close()
+
+
+class Dialler:
+    """Reaches secondaries for the disks of one primary."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        ancestry: Ancestry,
+        disks: Sequence[PrimaryDisk],
+        broken: Callable[[Agreement, DiskError], None],
+    ) -> None:
+        """`broken(agreement, error)` is called when a peer channel is lost, by its own thread."""
+        self._set = setting
+        self._ancestry = ancestry
+        self._disks = disks
+        self._broken = broken
+        # Set at the end of the process, when the change maps are about to be closed.
+        self._interrupted = False
+        # The channel of the latest agreement that was sought: what `give_up` tears loose.
+        self._peer: Peer | None = None
+
+    # -- steps 1 to 4 --------------------------------------------------------------------------------------
+
+    def dial(self, uri: str | None, sync: str, former: str | None) -> Agreement:
+        """Reach the secondary at `uri`. `former`: it must be the node of that id, because a pair is to go on. DiskError
+        when it cannot be reached, Refusal when it must not be used."""
+        if uri is None:
+            raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
+        timeout_s = self._set.options.timeout_s
+        agreement = Agreement(uri, None, [], Verdict.EQUAL)
+
+        def broken(error: DiskError) -> None:
+            agreement.broken = error
+            self._broken(agreement, error)
+
+        peer = Peer.open(uri, timeout_s, self._connection, _nothing, broken)
+        if peer is None:
+            if former is not None:
+                raise Refusal(f"what answers at {uri} is not the secondary that it was")
+            return self._dial_plain(agreement)
+        agreement.peer = self._peer = peer
+        try:
+            self._pair(agreement, peer, sync, former)
+            for disk in self._disks:
+                name = export_of(uri) or disk.name
+                connection = self._connection(uri, f"{DATA_EXPORT}:{agreement.token}:{name}", timeout_s)
+                agreement.connections.append(connection)
+                self._check(disk, connection, agreement.disk_size(connection))
+        except PeerError as error:
+            agreement.close()
+            raise Refusal(f"the secondary {uri} refuses: {error}") from error
+        except BaseException:
+            agreement.close()
+            raise
+        return agreement
+
+    def interrupt(self) -> None:
+        """The process ends: whatever is under way fails soon, and touches nothing any more."""
+        self._interrupted = True
+        self.give_up()
+
+    def give_up(self) -> None:
+        """An agreement that is being sought fails soon."""
+        if self._peer is not None:
+            self._peer.close()
+
+    def size_of(self, disk: PrimaryDisk, uri: str | None) -> int:
+        """The size of the target face, for an export that only forwards; DiskError."""
+        if uri is None:
+            raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
+        connection = self._plain(disk, uri)
+        connection.close()
+        return connection.size
+
+    def _connection(self, uri: str, export: str | None, timeout_s: float) -> Connection:
+        return Connection(uri, export, timeout_s, self._set.options.tls)
+
+    def _pair(self, agreement: Agreement, peer: Peer, sync: str, former: str | None) -> None:
+        uri = agreement.uri
+        names = {disk.name: export_of(uri) or disk.name for disk in self._disks}
+        mine = self._ancestry.lineage
+        answer = self._ask(
+            peer,
+            "replication-pair",
+            {
+                "node": self._set.record.node,
+                "lineage": mine.to_json(),
+                "disks": {names[disk.name]: disk.size for disk in self._disks},
+                "epoch": self._set.state.epoch,
+                "timeout": self._set.options.timeout_s,
+            },
+        )
+        try:
+            agreement.token, agreement.node = str(answer["token"]), str(answer["node"])
+            agreement.epoch = int(answer["epoch"])
+            if not 0 <= agreement.epoch < EPOCH_MAX:
+                raise ValueError(f"epoch {agreement.epoch}")
+            check_id("node", agreement.node)
+            agreement.batches = bool(answer["batches"])
+            agreement.durable = answer["durability"] == Durability.POWER.value
+            agreement.running = answer["stage"] == Stage.RUNNING.value
+            decision = decide(mine, Lineage.from_json(answer["lineage"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refusal(f"the secondary {uri} is of another version: {error}") from error
+        if former is not None and former != agreement.node:
+            raise Refusal(f"what answers at {uri} is another secondary than it was: stop, then start with it")
+        if decision.verdict is Verdict.REFUSED:
+            raise Refusal(decision.reason)
+        agreement.verdict = Verdict.EQUAL if sync == "none" else decision.verdict
+        if sync == "full" and agreement.verdict is Verdict.EQUAL:
+            # Two new nodes, and who starts them says that the disks are not equal: this is the first copy, before which
+            # the secondary has no checkpoint of anything.
+            agreement.verdict = Verdict.FULL
+        if agreement.verdict is Verdict.FULL or sync == "full":
+            for disk in self._disks:
+                if disk.local is None:
+                    raise Refusal(f"the secondary needs all of disk '{disk.name}', and there is no local disk to send")
+        if agreement.verdict is Verdict.QUICK:
+            for disk in self._disks:
+                self._take_map(agreement, peer, disk, names[disk.name])
+        if former is not None:
+            self._check_sendable()
+
+    def _check_sendable(self) -> None:
+        """A start of an export that only forwards says that the disks are equal; a link that comes back does not."""
+        for disk in self._disks:
+            if disk.local is None and disk.changes.missing:
+                raise Refusal(
+                    f"the secondary lacks {disk.changes.marked_bytes} bytes of disk '{disk.name}', and there is no "
+                    "local disk to send them from: stop, copy the disk, then start again"
+                )
+
+    def _take_map(self, agreement: Agreement, peer: Peer, disk: PrimaryDisk, name: str) -> None:
+        """What the secondary's disk has changed by itself, or lacks."""
+        start: int | None = 0
+        while start is not None:
+            answer = self._ask(peer, "replication-pair-map", {"token": agreement.token, "disk": name, "start": start})
+            try:
+                disk.changes.mark_ranges(answer["ranges"])
+                further = answer["next"]
+                if further is not None and further <= start:
+                    raise ValueError("its change map does not end")
+                start = further
+            except (KeyError, TypeError, ValueError) as error:
+                raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
+
+    def _ask(self, peer: Peer, command: str, arguments: dict[str, Any]) -> Any:
+        self._check_interrupted()
+        return peer.call(command, arguments, ANSWER_S)
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise DiskError("the process is ending")
+
+    # -- plain servers -------------------------------------------------------------------------------------
+
+    def _dial_plain(self, agreement: Agreement) -> Agreement:
+        try:
+            for disk in self._disks:
+                agreement.connections.append(self._plain(disk, agreement.uri))
+                if agreement.connections[-1].description in OF_PAIRS:
+                    # nbdkit says of every failure to open an export that there is none.
+                    raise DiskError(
+                        f"{agreement.uri} is a secondary, but its control export cannot be opened: try again"
+                    )
+                self._check_open(agreement.connections[-1])
+        except BaseException:
+            agreement.close()
+            raise
+        return agreement
+
+    def _plain(self, disk: PrimaryDisk, uri: str) -> Connection:
+        connection = self._connection(uri, None if export_of(uri) else disk.name, self._set.options.timeout_s)
+        try:
+            self._check(disk, connection, connection.size)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @staticmethod
+    def _check(disk: PrimaryDisk, connection: Connection, size: int) -> None:
+        """DiskError unless the export can be the target face of the disk; it is for one of `size` bytes."""
+        uri = connection.uri
+        if connection.read_only or not (connection.can_zero and connection.can_flush and connection.can_fua):
+            raise DiskError(f"{uri} is read-only or lacks write-zeroes, flush or FUA: it is no secondary")
+        if connection.description in FOR_GUESTS:
+            # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
+            raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
+        if disk.size and size != disk.size:
+            raise DiskError(f"disk '{disk.name}' has {disk.size} bytes here, but {size} on the secondary {uri}")
+
+    @staticmethod
+    def _check_open(connection: Connection) -> None:
+        """DiskError when the secondary has failed over, or was promoted: it takes nothing from anybody."""
+        block = memoryview(bytearray(connection.block_size))
+        try:
+            connection.wait(connection.issue(lambda handle, done: handle.aio_pread(block, 0, done), 0))
+        except DiskError as error:
+            if error.errno == errno.ESHUTDOWN:
+                raise DiskError(
+                    f"{connection.uri} has failed over or was promoted: it is nobody's secondary"
+                ) from error
+            if connection.dead:
+                raise
+            # A server that cannot be read may still be written to: what else is wrong shows with the first write.
+
+    # -- step 5 --------------------------------------------------------------------------------------------
+
+    def settle(self, agreement: Agreement, sync: str) -> None:
+        """Make what was agreed last, here and there. No forwarder is up. DiskError, Refusal or StateError."""
+        self._check_interrupted()
+        if sync == "full" or agreement.verdict is Verdict.FULL:
+            for disk in self._disks:
+                disk.changes.mark_all()
+        if agreement.peer is None:
+            # Whoever had this generation until now has not got what this server will take off the change map. Nor has
+            # a secondary that is still to come: it must not be taken for equal but for what that map marks. (Where
+            # there is no local disk, a person says with each start that the disks are equal.)
+            keeps = any(disk.local is not None for disk in self._disks)
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or keeps else lineage)
+            return
+        marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
+        if agreement.verdict is Verdict.FULL or (agreement.verdict is Verdict.EQUAL and marked):
+            # Not equal as long as something is marked: a failover there would make a mere ancestor of this node.
+            self._ancestry.become(lambda lineage: lineage.renewed(new_id()))
+        elif agreement.verdict is Verdict.EQUAL:
+            self._ancestry.become(lambda lineage: lineage.paired_as_equal(new_id()))
+            if sync != "none" and any(disk.changes.missing for disk in self._disks):
+                self._ancestry.part()  # a write since the look above, which nobody will forward
+        try:
+            self._tell(agreement, agreement.verdict.value, self._ancestry.lineage, marked)
+        except PeerError as error:
+            raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
+
+    def tell_complete(self, agreement: Agreement) -> None:
+        """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
+        PeerError."""
+        mine = self._ancestry.lineage
+        if mine.current != agreement.generation:
+            # The nodes have parted since, because a write was refused. Noted there before `base` goes here: else an
+            # interruption before the checkpoint would make the secondary a mere ancestor, which needs a full resync.
+            self._tell(agreement, Verdict.QUICK.value, mine, marked=True)
+        mine = self._ancestry.become(lambda lineage: lineage.offered())
+        if any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
+            self._ancestry.part()  # a write since the caller's look, which nobody has forwarded
+            return
+        self._tell(agreement, "complete", mine, marked=False)
+        agreement.completed = True
+
+    def _tell(self, agreement: Agreement, verdict: str, mine: Lineage, marked: bool) -> None:
+        """`replication-pair-sync`: what the secondary is going to receive, or has received."""
+        assert agreement.peer is not None
+        self._ask(
+            agreement.peer,
+            "replication-pair-sync",
+            {
+                "token": agreement.token,
+                "verdict": verdict,
+                "generation": mine.current,
+                "history": list(mine.history),
+                "marked": marked,
+            },
+        )
+        agreement.generation = mine.current
+
+
+def _nothing(_name: str, _data: dict[str, Any]) -> None:
+    """Events of the secondary are for its own operators; a primary sees what matters in the answers."""

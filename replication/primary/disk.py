@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One disk of a primary: local I/O, and everything written goes to the secondary as well.
+
+Who decides when two requests meet on one block
+-----------------------------------------------
+write, write
+    A range lock over whole 4 KiB blocks, first come first served, held from the change map's mark over the local
+    write to the entry in the forward queue: the queue has overlapping writes in the order of the local disk.
+write, read
+    No lock: the read gets the old or the new content, as from any disk.
+write, resync
+    The resync takes the same range lock while it reads a grain and queues it.
+barrier or cut, resync
+    `_order`: a barrier or a cut finds a range still missing, or its data in the queue in front of itself.
+write, cut
+    The queue (forward.cut): a write is in its queue before it is answered, so what the guest wrote in the knowledge of
+    an answer is never in an earlier epoch than what was answered.
+write, stop or start
+    The gate (in node.py).
+
+In which order things happen to one write, and what a kill in between leaves: marked in the change map, then written
+locally, then queued (async) or queued, written locally and awaited (sync), then answered. Whatever was not answered
+by the secondary is still marked.
+
+The mark of a write ends when its entry does (async), or when the guest's thread goes on (sync): half the work, and the
+forwarding thread has less to do while the guest waits. What the secondary did not get is marked as missing before
+anybody is told of its end in either case, so that a barrier behind it finds that.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from replication.disk.face import Disk, Extent
+from replication.errors import DiskError
+from replication.fault import Case, FaultLatch
+from replication.image.buffers import Buffers
+from replication.image.qcow2 import BLOCK
+from replication.order.pause import pause
+from replication.order.rangelock import RangeLock
+from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Entry, Kind, cost
+from replication.primary.content import ZERO_RUN_MAX, known_zeroes, what_is_read
+from replication.primary.forward import Forwarder
+from replication.record.ancestry import Ancestry
+from replication.record.changes import ChangeMap
+from replication.stage import Stage
+
+_SPARE = 2 * FLIGHT_MAX
+"""Bytes of memory for large entries that are kept for the next ones: a flight comes back almost at once while the next
+is being filled. (With 4 MiB a third of 256k writes found none.)"""
+
+
+class Barrier(NamedTuple):
+    """A flush in the queue, None without a link, and whether the secondary lacked something when it was queued."""
+
+    entry: Entry | None
+    lacking: bool
+
+
+class PrimaryDisk:
+    """The guest's disk. `local` is None where the export only forwards."""
+
+    def __init__(
+        self,
+        name: str,
+        local: Disk | None,
+        changes: ChangeMap,
+        forwarder: Forwarder,
+        faults: FaultLatch,
+        ancestry: Ancestry,
+        sync: bool,
+    ) -> None:
+        self.name = name
+        self.local = local
+        self.changes = changes
+        self.forwarder = forwarder
+        self._faults = faults
+        self._ancestry = ancestry
+        self._sync = sync
+        self._on_end = self._keep_missing if sync else self._ended
+        self.stage = Stage.NONE
+        """Set by the node while the gate is closed."""
+        self.size = local.size if local is not None else 0
+        self.top_id: str | None = None
+        """The export that the guest of a promoted secondary uses."""
+        self.left_behind: Callable[[], None] = _nobody
+        """Called when a write was not forwarded although there is a link by now."""
+        self.ranges = RangeLock()
+        # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
+        # one and putting it on the other. Never held across I/O.
+        self._order = threading.Lock()
+        # For the data of large entries; it comes back when the secondary has it.
+        self._memory = Buffers(_SPARE)
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    # -- reads ---------------------------------------------------------------------------------------------
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Local; an export that only forwards has nothing to read (as QEMU's primary, whose quorum reads elsewhere)."""
+        local = self._readable()
+        self._tell("read", offset, len(buffer), lambda: local.read(buffer, offset))
+        self.bytes_read += len(buffer)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the local disk knows about its content."""
+        return self._readable().extents(offset, length)
+
+    def _readable(self) -> Disk:
+        if self.local is None:
+            raise DiskError(f"disk '{self.name}' only forwards writes and cannot be read", errno.EIO)
+        return self.local
+
+    def _tell(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            self._tell_failure(operation, offset, length, error)
+            raise
+
+    # -- writes --------------------------------------------------------------------------------------------
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        """Write locally and forward."""
+        length = len(data)
+        if length <= DATA_MAX:
+            entry = Entry(Kind.WRITE, offset, length, self._on_end, self._sync)
+            entry.load(data, self._memory)
+            entries: Sequence[Entry] = (entry,)
+        else:
+            entries = [
+                Entry(Kind.WRITE, offset + at, min(DATA_MAX, length - at), self._on_end, self._sync)
+                for at in range(0, length, DATA_MAX)
+            ]
+            for entry in entries:
+                part = data[entry.offset - offset : entry.offset - offset + entry.length]
+                entry.load(part, self._memory)
+        self._change("write", offset, length, fua, entries, (data,), offset, fua)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
+        entries = [
+            Entry(Kind.ZERO, offset + at, min(ZERO_MAX, length - at), self._on_end, self._sync)
+            for at in range(0, length, ZERO_MAX)
+        ]
+        for entry in entries:
+            entry.may_trim = may_trim
+        self._change("zero", offset, length, fua, entries, offset, length, may_trim, fua)
+
+    def flush(self) -> None:
+        """Make stable what the guest was answered for: on the local disk, and with protocol=sync on the
+        secondary. With async the secondary's disk is flushed by barriers."""
+        self._ancestry.flush()
+        if self.local is not None:
+            self._tell("flush", 0, 0, self.local.flush)
+        elif self.stage is not Stage.RUNNING:
+            raise self._not_running()
+        if self._sync and self.stage is Stage.RUNNING:
+            self.finish_barrier(self.begin_barrier())
+
+    def _change(
+        self, operation: str, offset: int, length: int, fua: bool, entries: Sequence[Entry], *arguments: object
+    ) -> None:
+        """Change the local disk by its method `operation(*arguments)`, and the secondary's by the entries."""
+        if self.stage is not Stage.RUNNING:
+            if self.local is None:
+                raise self._not_running()
+            # Not forwarded, but remembered for the resync of the next pair.
+            self.changes.mark(offset, length)
+            self._part(fua)
+            self._tell(operation, offset, length, lambda: getattr(self.local, operation)(*arguments))
+            self.bytes_written += length
+            return
+        sync, changes, forwarder = self._sync, self.changes, self.forwarder
+        if fua and sync:
+            for entry in entries:
+                entry.fua = True
+        held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
+        try:
+            if sync:
+                changes.begin(offset, length)
+            else:
+                for entry in entries:
+                    changes.begin(entry.offset, entry.length)
+            size = entries[0].cost if len(entries) == 1 else cost(entries)
+            queued = forwarder.reserve(size)
+            if not queued:
+                # Without a link the mark is all that remains of the write.
+                try:
+                    self._part(fua)
+                except BaseException:
+                    if sync:
+                        changes.end(offset, length, False)
+                    raise
+                finally:
+                    _end(entries)
+            pause("primary-write.marked")
+            if queued and sync:
+                # Both sides work at the same time; the answer waits for the slower, and so does the mark: a process
+                # killed when the secondary has it and the local disk does not must send it again.
+                queued = forwarder.put(*entries)
+            try:
+                if self.local is not None:
+                    getattr(self.local, operation)(*arguments)
+            except BaseException as error:
+                self._tell_failure(operation, offset, length, error)
+                # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
+                changes.mark(offset, length)
+                if sync:
+                    changes.end(offset, length, False)
+                elif queued:
+                    forwarder.unreserve(size)
+                    _end(entries)
+                raise
+            pause("primary-write.written")
+            if queued and not sync:
+                queued = forwarder.put(*entries)
+        finally:
+            self.ranges.release(held)
+        if sync:
+            self._await_end(offset, length, entries)
+        if not queued and forwarder.up:
+            self.left_behind()
+        self.bytes_written += length
+
+    def _await_end(self, offset: int, length: int, entries: Sequence[Entry]) -> None:
+        """Wait until the secondary has a write of protocol=sync, or will not get it, and end its mark.
+
+        What has not arrived was marked as missing by `_keep_missing`, before the entry ended; so what was sent anew
+        since then is not marked a second time here. What has not even ended may arrive or not.
+        """
+        known = True
+        for entry in entries:
+            known &= self.forwarder.await_end(entry) or entry.has_ended
+        self.changes.end(offset, length, known)
+
+    def _tell_failure(self, operation: str, offset: int, length: int, error: BaseException) -> None:
+        """Local I/O: its failure is the guest's to know (case 1), and an event's."""
+        if isinstance(error, DiskError):
+            self._faults.tell(Case.PRIMARY_DISK, self.name, operation, offset, length, error)
+
+    def _part(self, fua: bool) -> None:
+        """The other node will not get a write that is about to be made here."""
+        self._ancestry.part()
+        if fua:
+            self._ancestry.flush()
+
+    def _keep_missing(self, entry: Entry) -> None:
+        """A write of protocol=sync has ended; who waits for it ends its mark."""
+        if not entry.arrived:
+            self._ancestry.part()
+            self.changes.mark(entry.offset, entry.length)
+
+    def _ended(self, entry: Entry) -> None:
+        if not entry.arrived:
+            self._ancestry.part()
+        self.changes.end(entry.offset, entry.length, entry.arrived)
+
+    def _not_running(self) -> DiskError:
+        return DiskError(f"disk '{self.name}' only forwards, and replication is not running", errno.EIO)
+
+    # -- barrier, cut and resync ---------------------------------------------------------------------------
+
+    def begin_barrier(self) -> Barrier:
+        """Queue a flush behind everything answered so far."""
+        entry = Entry(Kind.FLUSH, waited_for=True)
+        if not self.forwarder.reserve(entry.cost):
+            return Barrier(None, True)
+        with self._order:
+            lacking = self.changes.missing
+            self.forwarder.put(entry)
+        return Barrier(entry, lacking)
+
+    def finish_barrier(self, barrier: Barrier) -> bool:
+        """Wait for a barrier; whether everything that was answered before it is on the secondary's disk."""
+        arrived = barrier.entry is not None and self.forwarder.await_end(barrier.entry)
+        return arrived and not barrier.lacking and not self.changes.missing
+
+    @contextmanager
+    def still(self) -> Iterator[bool]:
+        """In here nothing becomes complete or incomplete by a resend; whether something is missing."""
+        with self._order:
+            yield self.changes.missing
+
+    def resend(
+        self, offset: int, length: int, on_end: Callable[[Entry], None], zeroes: bool = False
+    ) -> Sequence[Entry]:
+        """Queue the beginning of a range as it is now, because the secondary lacks something of it.
+
+        Returns what was queued: up to DATA_MAX bytes, or with `zeroes` (just seen) up to ZERO_RUN_MAX bytes
+        of zeroes if they still are; nothing without a link, or when replication is stopped. The range is whole grains,
+        the disk's last may be short. `on_end(entry)` is called when an entry has ended, before the change map has it.
+        DiskError when the local disk cannot be read.
+        """
+        known = self._resend(offset, min(length, ZERO_RUN_MAX), on_end, known_zeroes) if zeroes else ()
+        return known or self._resend(offset, min(length, DATA_MAX), on_end, what_is_read)
+
+    def _resend(
+        self,
+        offset: int,
+        length: int,
+        on_end: Callable[[Entry], None],
+        entries_of: Callable[[Disk, int, int], list[Entry]],
+    ) -> Sequence[Entry]:
+        assert self.local is not None
+
+        def ended(entry: Entry) -> None:
+            on_end(entry)
+            self._ended(entry)
+
+        held = self.ranges.acquire(offset, offset + length)
+        try:
+            self.changes.watch(offset, length)
+            if self.stage is not Stage.RUNNING:
+                # Looked at behind `watch`: a guest that writes after a stop takes no range lock, but what it marks from
+                # now on stays missing.
+                return ()
+            entries = entries_of(self.local, offset, length)
+            for entry in entries:
+                entry.on_end = ended
+            if not entries or not self.forwarder.reserve(cost(entries)):
+                return ()
+            with self._order:
+                for entry in entries:
+                    self.changes.begin(entry.offset, entry.length, repair=True)
+                self.forwarder.put(*entries)
+            return entries
+        finally:
+            self.ranges.release(held)
+
+    def close(self) -> None:
+        """Let go of the disk."""
+        if self.local is not None:
+            self.local.close()
+        self.changes.close()
+
+
+def _nobody() -> None:
+    """Nobody has asked to be told."""
+
+
+def _end(entries: Sequence[Entry]) -> None:
+    """End entries that were not put."""
+    for entry in entries:
+        entry.end(False)

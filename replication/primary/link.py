@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The link of a primary: its state, its loss, and its coming back by itself.
+
+    disconnected    replication does not run
+    connecting      the secondary is being reached, or has been and an agreement is sought (dial.py)
+    synchronizing   writes are forwarded, and a resync sends what the secondary lacks besides
+    in-sync         the secondary has everything but what is in the queue
+    lost            nothing is forwarded; what the secondary lacks is recorded, and the thread here tries again
+
+Who notices a loss: a forwarder, whose connection has gone or makes no progress for `timeout` seconds; the peer channel,
+over which the secondary says something four times a second, so that an idle link is watched as well; a guest that found
+the queue stuck. Whoever it is, all disks lose their link at that moment. The guest waits for none of it.
+
+Invariants
+* One attempt to connect at a time, by `_thread` or (a start) by the node's command, never by both: the thread tries
+  only while `_wanted`, which a start sets last, and a start waits for an attempt that a stop has torn loose.
+* An attempt begins when the former connections have given back everything that was in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+from replication.disk.connection import Connection
+from replication.errors import DiskError, ReplicationError
+from replication.fault import Case
+from replication.log import log
+from replication.order.pause import pause
+from replication.primary.dial import Agreement, Dialler, Refusal
+from replication.primary.disk import PrimaryDisk
+from replication.primary.peer import PeerError
+from replication.record.ancestry import Ancestry
+from replication.record.state import StateError
+from replication.side import Setting
+
+_AGAIN_MIN_S, _AGAIN_MAX_S = 0.1, 5.0
+"""Between two attempts to connect: a cut of a second is mended within one more, and a host that is gone for a day costs
+one attempt in five seconds."""
+_IDLE_S = 3600.0
+
+
+class LinkState(Enum):
+    """What query-replication and REPLICATION_LINK say of the link."""
+
+    DISCONNECTED = "disconnected"
+    CONNECTING = "connecting"
+    SYNCHRONIZING = "synchronizing"
+    IN_SYNC = "in-sync"
+    LOST = "lost"
+
+
+class Link:
+    """The link of all disks of one primary."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        ancestry: Ancestry,
+        disks: Sequence[PrimaryDisk],
+        uri: Callable[[], str | None],
+        resync_now: Callable[[bool], None],
+    ) -> None:
+        """`uri()` is the secondary's at present; `resync_now(explicit)` is called when a link has
+        come up, with true for one that a start has made."""
+        self.dialler = Dialler(setting, ancestry, disks, self.broken)
+        self._set = setting
+        self._ancestry = ancestry
+        self._disks = disks
+        self._uri = uri
+        self._resync_now = resync_now
+        # Protects the fields below. Never held across I/O.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._state = LinkState.DISCONNECTED
+        self._agreement: Agreement | None = None
+        self._wanted = False
+        # A loss has been noticed and is being told: no attempt to connect begins before.
+        self._losing = False
+        self._closing = False
+        self._reason: str | None = None
+        # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
+        self._leaving: list[Agreement] = []
+        self._thread: threading.Thread | None = None
+        # Held for the whole of an attempt to connect. Above all other locks here.
+        self._attempting = threading.Lock()
+
+    # -- what others see -----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> LinkState:
+        """The state."""
+        with self._lock:  # it changes together with the error (`_tell_lost_locked`)
+            return self._state
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not up, None when it is."""
+        return self._reason
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """What has been agreed with the secondary, while the link is up."""
+        return self._agreement
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is up, and the secondary is no plain NBD server."""
+        agreement = self._agreement
+        return agreement is not None and agreement.peer is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is in sync."""
+        return self._state is LinkState.IN_SYNC and self._agreement is not None
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the first attempts after a restart, `timeout_s` seconds at most; whether the link is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not LinkState.CONNECTING or self._closing, timeout_s)
+            return self._agreement is not None
+
+    # -- coming up -----------------------------------------------------------------------------------------
+
+    def establish(self, agreement: Agreement, begin: bool) -> bool:
+        """Forward from now on; False, with the agreement closed, when nobody wants that any more. The stage is
+        running. `begin`: by a start, which wants it."""
+        left: list[Connection] = []
+        with self._changed:
+            taken = not self._closing and self._agreement is None and (begin or self._wanted)
+            if taken:
+                self._wanted = True
+                self._reason = None
+                for disk, connection in zip(self._disks, agreement.connections, strict=True):
+                    try:
+                        disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
+                    except DiskError as error:
+                        # The link is lost as soon as it is up (below): the other disks forward already, and their
+                        # connections are no longer ours to close.
+                        agreement.broken = error
+                        left.append(connection)
+                self._agreement = agreement
+                self._show_locked(LinkState.SYNCHRONIZING)
+                self._changed.notify_all()
+        if not taken:
+            agreement.close()
+            return False
+        for connection in left:
+            connection.close()
+        if agreement.broken is not None:  # before it was this link's
+            self.lost(None, agreement.broken)
+        self.synchronized()
+        self._resync_now(begin)
+        return True
+
+    def launch(self, resume: bool) -> None:
+        """Start the thread. `resume`: a former process was running."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+                self._thread.start()
+            if resume:
+                self._wanted = True
+                self._show_locked(LinkState.CONNECTING)
+                self._changed.notify_all()
+
+    def synchronized(self) -> None:
+        """A pass of the resync has ended, or the link is up: if nothing is missing, say so to the secondary."""
+        agreement = self._agreement
+        if agreement is None or any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
+            return
+        pause("link.synchronized")
+        try:
+            if agreement.peer is not None:
+                self.dialler.tell_complete(agreement)
+        except DiskError as error:
+            self.broken(agreement, error)
+            return
+        except (StateError, PeerError) as error:
+            log(f"the secondary cannot be told that it has everything: {error}")
+            return
+        with self._changed:
+            missing = any(disk.changes.missing for disk in self._disks)  # something may have been refused meanwhile
+            if self._agreement is agreement and self._state is LinkState.SYNCHRONIZING and not missing:
+                self._show_locked(LinkState.IN_SYNC)
+
+    def desynchronized(self) -> None:
+        """Something is missing on the secondary: it has refused it, or it was not sent."""
+        with self._changed:
+            if self._agreement is not None:
+                self._agreement.refused += 1
+            if self._state is LinkState.IN_SYNC:
+                self._show_locked(LinkState.SYNCHRONIZING)
+
+    def _show_locked(self, state: LinkState) -> None:
+        if state is not self._state:
+            self._state = state
+            self._set.hub.emit("REPLICATION_LINK", state=state.value)
+
+    # -- going down ----------------------------------------------------------------------------------------
+
+    def lost(self, connection: Connection | None, error: DiskError) -> None:
+        """The link is lost, as the forwarder of a connection or (None) somebody else has noticed."""
+        with self._changed:
+            agreement = self._agreement
+            if agreement is None or not (connection is None or connection in agreement.connections):
+                return  # or it is a former one's: who has noticed may be late
+            self._agreement = None
+            self._losing = True
+            self._reason = str(error)
+        # Before the error: what clears it asks whether the forwarders are up.
+        for disk in self._disks:
+            disk.forwarder.abandon(str(error))
+        at = 0 if connection is None else agreement.connections.index(connection)
+        latched = False
+        with self._changed:
+            self._losing = False
+            if self._wanted and self._agreement is None:
+                latched = self._tell_lost_locked(self._disks[at].name, error)
+            self._leaving.append(agreement)
+            self._changed.notify_all()
+        if latched:
+            self._set.faults.keep()
+
+    def _tell_lost_locked(self, disk_name: str, error: DiskError) -> bool:
+        """Latch the error and show the state at one moment: who sees either finds the other. Whether the fault has to
+        be kept."""
+        latched = self._set.faults.latch(Case.LINK, disk_name, "link", 0, 0, error)
+        self._show_locked(LinkState.LOST)
+        return latched
+
+    def broken(self, agreement: Agreement, error: DiskError) -> None:
+        """The link is lost, if it is still that of `agreement`."""
+        if self._agreement is agreement:
+            self.lost(None, error)
+
+    def stop(self, drain_s: float, farewell_s: float, whole: bool) -> None:
+        """Send what is queued, for at most `drain_s` seconds, and let the link go. `whole`: nothing else was missing.
+        Then, if it has arrived, the secondary is told that this was all, which it has `farewell_s` seconds to note."""
+        with self._changed:
+            self._wanted = False
+        if self._agreement is None:
+            self.dialler.give_up()
+        deadline = time.monotonic() + drain_s
+        agreement = self._agreement
+        refused = agreement.refused if agreement is not None else 0
+        drained = [disk.forwarder.stop(max(0.0, deadline - time.monotonic())) for disk in self._disks]
+        with self._changed:
+            agreement, self._agreement = self._agreement, None
+            self._show_locked(LinkState.DISCONNECTED)
+        if agreement is None:
+            return
+        if agreement.peer is not None and whole and all(drained) and agreement.refused == refused:
+            try:
+                agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
+            except (DiskError, PeerError) as error:
+                log(f"the secondary cannot be told that this was all: {error}")
+        if agreement.peer is not None:
+            agreement.peer.close()
+
+    def wait_unattempted(self, timeout_s: float) -> bool:
+        """Wait until no attempt to connect is under way, `timeout_s` seconds at most. Replication does not run, so none
+        begins."""
+        if not self._attempting.acquire(timeout=timeout_s):
+            return False
+        self._attempting.release()
+        return True
+
+    def close(self, timeout_s: float) -> None:
+        """End, within about `timeout_s` seconds."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + timeout_s
+        self.stop(timeout_s / 2, timeout_s / 2, not any(disk.changes.missing for disk in self._disks))
+        self.dialler.interrupt()
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        again_s = _AGAIN_MIN_S
+        up_since: float | None = None
+        patient_until = time.monotonic() + self._set.options.timeout_s
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._has_work_locked(), _IDLE_S)
+                if self._closing:
+                    return
+                leaving, self._leaving = self._leaving, []
+                due = self._wanted and self._agreement is None and not self._losing
+            for agreement in leaving:
+                if agreement.peer is not None:
+                    agreement.peer.close()
+            if not due:
+                continue
+            if up_since is not None and time.monotonic() - up_since > _AGAIN_MAX_S:
+                again_s, up_since = _AGAIN_MIN_S, None
+            if up_since is None and self._attempt_alone(time.monotonic() > patient_until):
+                up_since = time.monotonic()
+                continue
+            # Also for a link that was lost as soon as it was up: two that take it from each other shall not do it as
+            # fast as they can.
+            up_since = None
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or not self._wanted, again_s)
+            again_s = min(2 * again_s, _AGAIN_MAX_S)
+
+    def _has_work_locked(self) -> bool:
+        return bool(self._leaving) or (self._wanted and self._agreement is None and not self._losing)
+
+    def _attempt_alone(self, impatient: bool) -> bool:
+        with self._attempting:
+            return self._wanted and self._attempt(impatient)
+
+    def _attempt(self, impatient: bool) -> bool:
+        """Connect again; whether the link is up. `impatient`: from now on a secondary that cannot be reached is an
+        error, also after a restart."""
+        agreement = None
+        try:
+            if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self._disks):
+                return False
+            agreement = self.dialler.dial(self._uri(), "auto", self._set.record.partner)
+            self._show_connecting()
+            pause("link.dialled")
+            if not self._wanted:
+                raise DiskError("replication was stopped")
+            self.dialler.settle(agreement, "auto")
+            self._set.state.count_from(agreement.epoch)
+            return self.establish(agreement, begin=False)
+        except Exception as error:  # noqa: BLE001 (this thread must live: nobody else brings the link back)
+            if agreement is not None:
+                agreement.close()
+            if isinstance(error, ReplicationError):
+                self._failed(error, impatient or isinstance(error, Refusal))
+            else:
+                self._failed(DiskError.from_defect(error), tell=True)
+            return False
+
+    def _show_connecting(self) -> None:
+        with self._changed:
+            if self._wanted and self._agreement is None:
+                self._show_locked(LinkState.CONNECTING)
+
+    def _failed(self, error: ReplicationError, tell: bool) -> None:
+        """An attempt has failed. The same reason is told once."""
+        with self._changed:
+            if not self._wanted:
+                return
+            news = tell and (self._reason != str(error) or self._state is not LinkState.LOST)
+            self._reason = str(error)
+            latched = False
+            if news:
+                failure = error if isinstance(error, DiskError) else DiskError(str(error))
+                latched = self._tell_lost_locked(self._disks[0].name, failure)
+        if news:
+            log(f"no link to the secondary: {error}")
+        if latched:
+            self._set.faults.keep()

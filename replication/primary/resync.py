@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The resync: sends anew what the secondary lacks, while the guest goes on.
+
+Invariants
+* What is sent is what the change map says is missing, as it is on the local disk at that moment, under the range lock
+  of the guest's writes (PrimaryDisk.resend): an older content never follows a newer one. Holes are not read, and
+  zeroes are sent as such (content.py).
+* One pass at a time. A pass that did not bring everything over is repeated, later and later, as long as the link is
+  up; a secondary that is full or has a bad disk may have been helped meanwhile.
+* A disk whose job was cancelled is left alone until somebody asks for what is missing: at a start or for a barrier.
+* All disks together send at most `rate` bytes a second, whoever waits for them. Guest writes are not counted.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from replication.errors import DiskError
+from replication.jobs import Job, JobList
+from replication.log import log
+from replication.primary.backlog import DATA_MAX, Entry
+from replication.primary.content import look
+from replication.primary.disk import PrimaryDisk
+from replication.record.changes import GRAIN
+from replication.stage import Stage
+
+_COMPLETE_PASSES = 2
+"""Passes of `complete`."""
+
+_AGAIN_MIN_S, _AGAIN_MAX_S = 1.0, 30.0
+_LOOKS = 3
+_IDLE_S = 3600.0
+_LINK_S = 0.1
+"""How late the loss of the link is noticed by a resync that waits because of its rate."""
+
+_ZEROES_COST = 4 << 10
+"""What a request without data counts for the rate: it is some work for the secondary."""
+
+_BURST_MAX = 1 << 20
+_PIECES_A_SECOND = 8
+"""A limited resync sends smaller requests, so that a guest's write never waits behind much of it on a slow link."""
+
+
+class Pace:
+    """A rate in bytes a second, None for no limit. The clock is the caller's: seconds, monotonic.
+
+    A bucket of at most a second's bytes, and at most 1 MiB, is filled at the rate. A piece may be sent when the bucket
+    is not overdrawn, and then is taken out of it.
+    """
+
+    def __init__(self, rate: int | None) -> None:
+        self._rate = rate
+        self._burst = self._left = 0.0 if rate is None else float(min(rate, _BURST_MAX))
+        self._seen: float | None = None
+        self.piece_max = DATA_MAX
+        """Most bytes of data to send at a time: whole grains."""
+        if rate is not None:
+            self.piece_max = min(max(rate // _PIECES_A_SECOND // GRAIN, 1) * GRAIN, DATA_MAX)
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next piece may be sent."""
+        if self._rate is None:
+            return 0.0
+        passed_s = 0.0 if self._seen is None else now - self._seen
+        self._seen = now
+        self._left = min(self._left + passed_s * self._rate, self._burst)
+        return max(0.0, -self._left / self._rate)
+
+    def spend(self, entries: Sequence[Entry]) -> None:
+        """Pieces were sent."""
+        self._left -= sum(len(entry.data) or _ZEROES_COST for entry in entries)
+
+
+class _Pass:
+    """What one disk sends in one pass, and how far it is. Bytes."""
+
+    def __init__(self, disk: PrimaryDisk) -> None:
+        self.disk = disk
+        self.job = Job("resync", disk.name, self.total, self.current)
+        self.cancelled = False
+        self.over = False
+        # Protects the counters: entries end in the forwarder's thread and, without a link, in the one that puts them.
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._arrived = 0
+        self._failed = 0
+        self._total = disk.changes.missing_bytes
+
+    def queued(self, entries: Sequence[Entry]) -> int:
+        """Entries were queued; how many bytes they cover."""
+        length = sum(entry.length for entry in entries)
+        with self._lock:
+            self._queued += length
+            self._count_locked()
+        return length
+
+    def ended(self, entry: Entry) -> None:
+        """The secondary has answered, or will not."""
+        with self._lock:
+            if entry.arrived:
+                self._arrived += entry.length
+            else:
+                self._failed += entry.length
+
+    def current(self) -> int:
+        """What has arrived."""
+        return self._arrived
+
+    def total(self) -> int:
+        """What was missing at the beginning, and what became missing since."""
+        with self._lock:
+            if not self.over:
+                self._count_locked()
+            return self._total
+
+    def _count_locked(self) -> None:
+        # Whatever happens between these numbers makes the sum too small, never too large: what is sent is taken off the
+        # map before it counts as queued, and a failure counts here before it does in the map.
+        self._total = max(self._total, self._queued - self._failed + self.disk.changes.missing_bytes)
+
+    def finish(self) -> None:
+        """The job has ended: the numbers stay as they are, and the disk may be closed."""
+        self.total()
+        with self._lock:
+            self.over = True
+
+
+class Resync:
+    """The thread that resyncs all disks of a primary."""
+
+    def __init__(
+        self,
+        disks: Sequence[PrimaryDisk],
+        jobs: JobList,
+        unreadable: Callable[[PrimaryDisk, DiskError], None],
+        pass_ended: Callable[[], None],
+        rate: int | None = None,
+    ) -> None:
+        """`unreadable(disk, error)` is called when the local disk cannot be read, `pass_ended()` after every pass.
+        `rate`: bytes a second over all disks, None for no limit."""
+        self._disks = disks
+        self._jobs = jobs
+        self._unreadable = unreadable
+        self._pass_ended = pass_ended
+        self._pace = Pace(rate)  # only the thread's
+        # Protects the fields below. Never held across I/O.
+        self._changed = threading.Condition()
+        # Somebody asked for a pass at once; if not, when the next one is due.
+        self._asked = False
+        self._due: float | None = None
+        self._again_s = _AGAIN_MIN_S
+        self._begun = 0
+        self._ended = 0
+        # Something was marked while the latest pass sent it.
+        self._overtaken = False
+        # Names of the disks whose job was cancelled.
+        self._left_alone: set[str] = set()
+        # What the next pass begins with, by the names of the disks: its jobs are listed already.
+        self._announced: dict[str, _Pass] = {}
+        self._sent: _Pass | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, once; it has nothing to do yet."""
+        with self._changed:
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
+            self._thread.start()
+
+    def request(self) -> None:
+        """Something is missing: send it, but not sooner than after the last failure."""
+        with self._changed:
+            if self._due is None:
+                self._due = time.monotonic() + self._again_s
+                self._changed.notify_all()
+
+    def now(self, explicit: bool = True) -> None:
+        """Send what is missing at once; `explicit`: a person asks for it, so also what was cancelled. The jobs are
+        listed when this returns, so that nobody who looks for them next takes the resync for done."""
+        with self._changed:
+            if explicit:
+                self._left_alone.clear()
+            self._announce_locked(self._disks)
+            self._asked = True
+            self._changed.notify_all()
+
+    def complete(self, timeout_s: float) -> bool:
+        """Send what is missing at once, also what was cancelled, and wait for it, `timeout_s` seconds at most; whether
+        a whole pass has ended.
+
+        A second one follows if the secondary took all, and something is missing still: it may have told that it lacks a
+        write before its refusal of that write was heard here, which marks the grain behind the pass that has sent it.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._left_alone.clear()
+            for _ in range(_COMPLETE_PASSES):
+                pass_ended = self._begun + 1
+                self._asked = True
+                self._changed.notify_all()
+                left_s = max(0.0, deadline - time.monotonic())
+                self._changed.wait_for(partial(self._has_ended, pass_ended), left_s)
+                if self._ended < pass_ended or not self._overtaken:
+                    break
+            return self._ended >= pass_ended
+
+    def _has_ended(self, pass_: int) -> bool:
+        return self._ended >= pass_ or self._closing
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait_pass():
+            failed = [work.disk for work in self._works() if self._send(work)]
+            self._pass_ended()
+            with self._changed:
+                self._ended = self._begun
+                self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if failed else _AGAIN_MIN_S
+                if any(disk.forwarder.up for disk in failed):
+                    # Also instead of what was requested meanwhile: the failures of this very pass ask for the next.
+                    self._due = time.monotonic() + self._again_s
+                self._changed.notify_all()
+        for work in self._announced.values():
+            work.finish()
+            self._jobs.conclude(work.job, self._obstacle(work))
+
+    def _wait_pass(self) -> bool:
+        """Wait for the next pass and begin it; False at the end."""
+        with self._changed:
+            while not self._closing and not self._asked and (self._due is None or self._due > time.monotonic()):
+                self._changed.wait(_IDLE_S if self._due is None else max(0.0, self._due - time.monotonic()))
+            self._asked = False
+            self._due = None
+            self._overtaken = False
+            self._begun += not self._closing
+            return not self._closing
+
+    def _has_work_locked(self, disk: PrimaryDisk) -> bool:
+        """An export that only forwards has nothing from which it could send again."""
+        if disk.name in self._left_alone:
+            return False
+        return disk.local is not None and disk.forwarder.up and disk.changes.missing
+
+    def _works(self) -> Iterator[_Pass]:
+        """What there is to do in this pass, disk after disk."""
+        with self._changed:
+            # All of them: there is no moment without a job between two disks.
+            self._announce_locked(self._disks)
+        for disk in self._disks:
+            with self._changed:
+                self._announce_locked([disk])  # what is missing only now
+                work = self._sent = self._announced.pop(disk.name, None)
+            if work is not None:
+                yield work
+
+    def _announce_locked(self, disks: Sequence[PrimaryDisk]) -> None:
+        """Put a pass of each of these disks that has work into `_announced`, and its job into the list."""
+        for disk in disks:
+            if not self._closing and disk.name not in self._announced and self._has_work_locked(disk):
+                work = _Pass(disk)
+                work.job.cancel = partial(self._cancel, work)
+                self._announced[disk.name] = work
+                self._jobs.add(work.job)
+
+    def _send(self, work: _Pass) -> bool:
+        """One disk; whether something is still missing that may be tried again."""
+        disk = work.disk
+        try:
+            failure = self._send_missing(work)
+        except DiskError as error:
+            self._unreadable(disk, error)
+            failure = str(error)
+        overtaken = False
+        if failure is None and not disk.finish_barrier(disk.begin_barrier()):
+            failure = self._obstacle(work)
+            overtaken = failure is None and disk.changes.missing
+            failure = failure or "the secondary did not take all of it"
+        with self._changed:
+            work.finish()
+            self._overtaken |= overtaken
+            if failure is None:
+                self._left_alone.discard(disk.name)  # cancelled too late
+        self._jobs.conclude(work.job, failure)
+        if failure is not None:
+            log(f"disk '{disk.name}': what the secondary lacks was not sent: {failure}")
+        return failure is not None and not work.cancelled
+
+    def _cancel(self, work: _Pass) -> None:
+        """job-cancel; too late for a job that has just come to its end by itself."""
+        with self._changed:
+            if work.over:
+                return
+            work.cancelled = True
+            if self._sent is not None and self._sent.disk is work.disk:
+                self._sent.cancelled = True  # the job of the next pass has taken its place in the list
+            self._left_alone.add(work.disk.name)
+            self._changed.notify_all()
+
+    def _send_missing(self, work: _Pass) -> str | None:
+        """All that is missing; why not, if it could not be sent. Looked through again for what was marked behind the
+        first look (a write that had found no link just before there was one). DiskError."""
+        for _ in range(_LOOKS):
+            for offset, length in work.disk.changes.missing_ranges():
+                failure = self._send_run(work, offset, offset + length)
+                if failure is not None:
+                    return failure
+        return None
+
+    def _send_run(self, work: _Pass, at: int, stop: int) -> str | None:
+        disk = work.disk
+        assert disk.local is not None
+        while at < stop:
+            # Without the range lock: it only says how to go on. resend() makes sure of zeroes.
+            seen = look(disk.local, at, stop - at)
+            until = at + seen.length
+            while at < until:
+                obstacle = self._wait_turn(work)
+                if obstacle is not None:
+                    return obstacle
+                length = until - at if seen.zero else min(until - at, self._pace.piece_max)
+                entries = disk.resend(at, length, work.ended, seen.zero)
+                if not entries:
+                    return self._obstacle(work) or "the link was lost"
+                self._pace.spend(entries)
+                at += work.queued(entries)
+        return None
+
+    def _wait_turn(self, work: _Pass) -> str | None:
+        """Wait until the rate allows another piece; why the pass has to end, if it has."""
+        with self._changed:
+            while True:
+                wait_s = self._pace.wait_s(time.monotonic())
+                obstacle = self._obstacle(work)
+                if obstacle is not None or not wait_s:
+                    return obstacle
+                self._changed.wait(min(wait_s, _LINK_S))
+
+    def _obstacle(self, work: _Pass) -> str | None:
+        if self._closing or work.disk.stage is not Stage.RUNNING:
+            return "replication was stopped"
+        if work.cancelled:
+            return "the resync was cancelled"
+        return None if work.disk.forwarder.up else "the link was lost"

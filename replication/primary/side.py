@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The primary half: its disks, the link to their secondary, barriers and checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from replication.disk.face import Disk
+from replication.disk.open import open_disk
+from replication.errors import CommandError, ConfigError, DiskError
+from replication.fault import Case, Fault
+from replication.log import log
+from replication.options import check_uri
+from replication.order.pause import pause
+from replication.primary.backlog import Budget, Entry
+from replication.primary.dial import ANSWER_S, Refusal
+from replication.primary.disk import PrimaryDisk
+from replication.primary.epochs import Epochs, Lacking
+from replication.primary.forward import Forwarder
+from replication.primary.link import Link
+from replication.primary.resync import Resync
+from replication.record.changes import ChangeMap
+from replication.record.state import StateError
+from replication.secondary.disk import SecondaryDisk, closed_face
+from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
+from replication.stage import Mode, Stage
+
+_RESYNC_S = 30.0
+"""Longest wait of a barrier for what is still missing."""
+
+_REPAIRED_BY_RESYNC = (Case.FORWARD, Case.LINK, Case.PRIMARY_DISK)
+"""Errors that end when nothing is missing any more; of case 1 only a resync latches one."""
+
+_STOP_S = 3.0
+"""At the end of the process the queue is sent for at most this long; what is left is in the change map."""
+
+
+class PrimarySide(Side):
+    """All disks of a primary."""
+
+    mode = Mode.PRIMARY
+
+    def __init__(self, setting: Setting) -> None:
+        self._set = setting
+        self.disks: list[PrimaryDisk] = []
+        self._ancestry = setting.ancestry
+        self._budget = Budget(setting.options.queue_limit)
+        self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._pass_ended, setting.options.resync_rate)
+        self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
+        self._epochs = Epochs(setting, self.disks, self._link)
+        # Protects the size of an export that only forwards. Held while connecting for it, by intent.
+        self._sizing = threading.Lock()
+
+    @property
+    def _uri(self) -> str | None:
+        return self._set.record.secondary or self._set.options.secondary
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        options, state, record = self._set.options, self._set.state, self._set.record
+        locals_: list[Disk | None] = []
+        try:
+            for disk in options.disks:
+                locals_.append(None if disk.location is None else open_disk(disk.name, disk.location, options.tls))
+            sizes = {
+                disk.name: record.disks.get(disk.name, 0) if local is None else local.size
+                for disk, local in zip(options.disks, locals_, strict=True)
+            }
+            if record.disks and record.disks != sizes:
+                raise ConfigError(
+                    f"the state folder {options.state} is of the disks {disk_list(record.disks)}, "
+                    f"but these are {disk_list(sizes)}"
+                )
+            record.disks = {name: size for name, size in sizes.items() if size}
+            for disk, local in zip(options.disks, locals_, strict=True):
+                # The maps last: a start that is refused because of a disk has made none.
+                kept = sizes[disk.name] > 0 and (local is not None or record.stage is not Stage.NONE)
+                changes = ChangeMap(state.map_file(disk.name, "changes") if kept else None, max(sizes[disk.name], 1))
+                self._add(disk.name, disk.top_id, local, changes, sizes[disk.name])
+                if record.cut_off or (local is not None and record.stage is Stage.NONE and state.cut_off):
+                    changes.mark_all()  # neither what it said nor what the disk had not flushed is known any more
+        except BaseException:
+            for local in locals_[len(self.disks) :]:
+                if local is not None:
+                    local.close()
+            self._let_go()
+            raise
+
+    def adopt(self, promoted: Sequence[SecondaryDisk]) -> None:
+        """Instead of `open`: go on with the disks of a promoted secondary, and with what it knows of their changes."""
+        for disk in promoted:
+            self._add(disk.name, disk.top_id, disk.disk, disk.changes, disk.size)
+
+    def _add(self, name: str, top_id: str | None, local: Disk | None, changes: ChangeMap, size: int) -> None:
+        forwarder = Forwarder(
+            name,
+            self._budget,
+            self._set.options.timeout_s,
+            partial(self._forward_failed, name),
+            self._link.lost,
+        )
+        disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
+        disk.left_behind = self._left_behind
+        disk.size = size
+        disk.top_id = top_id
+        self.disks.append(disk)
+
+    def launch(self) -> None:
+        self._set.state.open_until_closed()
+        self._resync.start()
+        self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
+
+    def show_stage(self, stage: Stage) -> None:
+        for disk in self.disks:
+            disk.stage = stage
+
+    def size_of(self, disk: PrimaryDisk) -> int:
+        """The size that the export has; asked of the secondary where there is no local disk. DiskError when it
+        cannot be reached."""
+        if not disk.size:
+            with self._sizing:
+                if not disk.size:
+                    self._learn_size(disk, self._link.dialler.size_of(disk, self._uri))
+        return disk.size
+
+    def _learn_size(self, disk: PrimaryDisk, size: int) -> None:
+        if not disk.size:
+            disk.changes.close()
+            disk.changes = ChangeMap(None, size)
+            disk.size = size
+            self._set.record.disks[disk.name] = size
+
+    def _keep_map(self, disk: PrimaryDisk) -> None:
+        """An export that only forwards is about to: what the secondary lacks must outlive this process, too, because
+        nobody can send it again. Before, there is nothing to keep, and the size may be another one. DiskError."""
+        try:
+            changes = ChangeMap(self._set.state.map_file(disk.name, "changes"), disk.size)
+        except ConfigError as error:
+            raise DiskError(str(error)) from error
+        disk.changes.close()
+        disk.changes = changes
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def start(self, secondary: str | None, sync: str) -> None:
+        if sync == "full" and any(disk.local is None for disk in self.disks):
+            raise CommandError("Parameter 'sync' does not accept value 'full': there is no local disk to send")
+        if secondary is not None:
+            try:
+                check_uri(secondary, len(self.disks))
+            except ConfigError as error:
+                raise CommandError(f"Parameter 'secondary': {error}") from error
+        if not self._link.wait_unattempted(ANSWER_S):
+            raise CommandError("cannot start: an attempt to reach the former secondary has not ended yet; try again")
+        if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self.disks):
+            raise CommandError("cannot start: what the former link had in flight has not come back yet; try again")
+        try:
+            agreement = self._link.dialler.dial(secondary or self._uri, sync, None)
+        except (DiskError, Refusal) as error:
+            raise CommandError(f"cannot start: {error}") from error
+        record = self._set.record
+        former = (record.secondary, record.partner)
+        try:
+            pause("start.connected")
+            # Before the stage is saved: a process killed in between must not forget what is to be sent.
+            self._link.dialler.settle(agreement, sync)
+            pause("start.settled")
+            with self._set.gate.closed():
+                record.secondary, record.partner = secondary or former[0], agreement.node
+                for disk, connection in zip(self.disks, agreement.connections, strict=True):
+                    self._learn_size(disk, agreement.disk_size(connection))
+                    if disk.local is None:
+                        self._keep_map(disk)
+                self._set.enter(Stage.RUNNING)
+                # The start counts as a checkpoint, as it does on the secondary, so that both count alike.
+                self._set.state.count_epoch(0.0, agreement.epoch, joins=agreement.running)
+                pause("start.entered")
+                self._set.faults.clear()
+                for disk in self.disks:
+                    # Only after the stage is saved: a process killed in between sends some grains for nothing, the
+                    # other way round it would forget what it has recorded.
+                    if sync == "none" or disk.local is None:
+                        disk.changes.clear()
+        except BaseException as error:
+            record.secondary, record.partner = former
+            agreement.close()
+            if isinstance(error, DiskError | Refusal):
+                raise CommandError(f"cannot start: {error}") from error
+            raise
+        self._resync.start()
+        self._link.launch(resume=False)
+        self._link.establish(agreement, begin=True)
+
+    def checkpoint(self) -> None:
+        """With a secondary that takes checkpoints, one of the pair (epochs.py); else a barrier: every write answered
+        before it is on the secondary's disk when it returns."""
+        if self._set.record.stage is not Stage.RUNNING:
+            raise CommandError("Block replication is not running")
+        self._link.wait_connected(self._set.options.timeout_s)
+        agreement = self._link.agreement
+        if agreement is not None and agreement.peer is None:
+            self._plain_checkpoint()
+            return
+        try:
+            self._epochs.checkpoint()
+        except Lacking:
+            # Something was refused a while ago, or a resync is under way.
+            self._resync.complete(_RESYNC_S)
+            with self._lacking_explained():
+                self._epochs.checkpoint()
+        except CommandError as error:
+            if agreement is None and any(disk.changes.marked_bytes for disk in self.disks):
+                raise CommandError(self._why_incomplete()) from error
+            raise
+        self._set.faults.clear(self._is_repaired)
+
+    def _is_repaired(self, fault: Fault) -> bool:
+        return fault.case in _REPAIRED_BY_RESYNC and all(
+            disk.forwarder.up and not disk.changes.missing for disk in self.disks
+        )
+
+    @contextmanager
+    def _lacking_explained(self) -> Iterator[None]:
+        """What the secondary lacks, as the control client is told."""
+        try:
+            yield
+        except Lacking as error:
+            raise CommandError(self._why_incomplete()) from error
+
+    def _plain_checkpoint(self) -> None:
+        begun = time.monotonic()
+        complete = self._barrier()
+        if not complete and any(disk.forwarder.up and disk.local is not None for disk in self.disks):
+            self._resync.complete(_RESYNC_S)
+            complete = self._barrier()
+        if not complete:
+            raise CommandError(self._why_incomplete())
+        self._set.state.count_epoch(time.monotonic() - begun)
+        self._set.faults.clear(self._is_repaired)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a checkpoint can be expected to succeed, without waiting for a resync."""
+        return self._link.ready and self._epochs.held is None
+
+    def hold(self) -> int:
+        """replication-checkpoint with `hold`: the number of the epoch that was cut."""
+        if self._set.record.stage is not Stage.RUNNING:
+            raise CommandError("Block replication is not running")
+        agreement = self._link.agreement
+        if agreement is not None and agreement.peer is None:
+            raise CommandError("Parameter 'hold' needs a secondary that takes checkpoints, not a plain NBD server")
+        with self._lacking_explained():
+            return self._epochs.hold()
+
+    def commit(self, epoch: int) -> None:
+        """replication-checkpoint-commit."""
+        with self._lacking_explained():
+            self._epochs.commit(epoch)
+
+    def abort(self, epoch: int) -> None:
+        """replication-checkpoint-abort."""
+        self._epochs.abort(epoch)
+
+    def admit(self, face: str, token: str | None) -> None:
+        """Whoever opens it: the target face of a promoted secondary is closed by itself."""
+
+    def discard(self) -> None:
+        raise CommandError(
+            "This is a primary: run discard on the node whose changes are to be thrown away, as a secondary"
+        )
+
+    def _pass_ended(self) -> None:
+        """A pass of the resync has ended."""
+        self._link.synchronized()
+
+        def over(fault: Fault) -> bool:
+            # The loss of a link ends with the next checkpoint: until then the secondary's is as old as the loss.
+            agreement = self._link.agreement
+            plain = agreement is not None and agreement.peer is None
+            return (plain or fault.case != Case.LINK) and self._is_repaired(fault)
+
+        self._set.faults.clear(over)
+
+    def _barrier(self) -> bool:
+        """Wait for all that was answered; whether the secondaries' disks have it."""
+        with self._set.gate.closed():
+            # The gate makes it one instant for all disks; the waiting happens outside.
+            barriers = [disk.begin_barrier() for disk in self.disks]
+        arrived = [disk.finish_barrier(barrier) for disk, barrier in zip(self.disks, barriers, strict=True)]
+        return all(arrived)  # all of them are awaited, whatever the first one says
+
+    def _why_incomplete(self) -> str:
+        fault = self._set.faults.fault
+        cause = "the link is not up" if fault is None else fault.desc
+        if fault is None and all(disk.forwarder.up for disk in self.disks):
+            cause = "it is being sent"
+        lacking = next((disk for disk in self.disks if disk.changes.marked_bytes), self.disks[0])
+        return (
+            f"The secondary lacks {lacking.changes.marked_bytes} bytes of disk '{lacking.name}' ({cause}); "
+            "a resync is needed"
+        )
+
+    def stop(self, failover: bool, force: bool) -> None:
+        self._epochs.drop()  # first: writes of protocol=sync that wait for the end of a hold are in the gate
+        with self._set.gate.closed():
+            whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
+            self._set.enter(Stage.DONE)
+        self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
+
+    def retry(self, force: bool) -> None:
+        raise AssertionError("a primary is never in stage failover-failed")
+
+    def query_failover(self) -> dict[str, Any]:
+        raise CommandError("This is a primary: failover is a matter of its secondary")
+
+    # -- link ----------------------------------------------------------------------------------------------
+
+    def _forward_failed(self, name: str, entry: Entry, error: DiskError) -> None:
+        if entry.length:
+            # Noted before it is told, so that a resync which ends at this moment does not take it for repaired.
+            next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
+            self._link.desynchronized()
+        self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
+        if error.errno != errno.ESHUTDOWN:
+            self._resync.request()
+        elif self._link.paired:
+            # It has failed over, or has another primary: it says so to who tries to pair.
+            self._link.lost(None, error)
+
+    def _left_behind(self) -> None:
+        """A write has found no link, and there is one now: whoever looked for what is missing when it came up may have
+        looked before that write was marked."""
+        self._link.desynchronized()
+        self._resync.now(explicit=False)
+
+    def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
+        self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def query(self) -> dict[str, Any]:
+        return {
+            "consistent": True,
+            "held-epoch": self._epochs.held,
+            "link": {"state": self._link.state.value, "secondary": self._uri, "reason": self._link.reason},
+            "disks": [
+                {
+                    "name": disk.name,
+                    "size": disk.size,
+                    "forward-queue-bytes": disk.forwarder.queue_bytes,
+                    "out-of-sync-bytes": disk.changes.marked_bytes,
+                    "totals": {
+                        "read": disk.bytes_read,
+                        "written": disk.bytes_written,
+                        "forwarded": disk.forwarder.bytes_forwarded,
+                    },
+                }
+                for disk in self.disks
+            ],
+        }
+
+    @property
+    def bytes_served(self) -> int:
+        return sum(disk.bytes_read + disk.bytes_written for disk in self.disks)
+
+    def faces(self) -> dict[str, Face]:
+        shown = {}
+        for disk in self.disks:
+            what = GUEST_DISK if disk.local is not None else GUEST_WRITES
+            face = Face(what, partial(self.size_of, disk), disk.read, disk.write, disk.zero, disk.flush, disk.extents)
+            if self._set.record.promoted and disk.top_id is not None:
+                # The guest goes on over the export that it has. The other one stays closed: the old primary knows it.
+                shown[disk.top_id] = face
+                shown[disk.name] = closed_face(disk.name, disk.size)
+            else:
+                shown[disk.name] = face
+        return shown
+
+    @property
+    def default(self) -> str:
+        return "" if self._set.record.promoted and self.disks[0].top_id is not None else self.disks[0].name
+
+    def close(self) -> None:
+        deadline = time.monotonic() + _STOP_S
+        self._epochs.drop()
+        self._resync.stop(max(0.0, deadline - time.monotonic()))
+        self._link.close(max(0.0, deadline - time.monotonic()))
+        try:
+            for disk in self.disks:
+                if disk.local is not None:
+                    disk.local.flush()
+                disk.changes.flush()
+            if self._set.record.stage is not Stage.NONE:
+                self._set.record.clean = True
+                self._set.save()
+            self._set.state.closed_well()
+        except (DiskError, StateError) as error:
+            log(f"not everything is on stable storage: {error}")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for disk in self.disks:
+            disk.close()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""This node's lineage (lineage.py), and how it outlives the process.
+
+Invariants
+* Before a guest's write that the other node will not get changes a disk, the node is at a generation of its own
+  (`part`). That costs the guest no I/O: the next generation's id stands in the record beforehand, and one store into a
+  mapped word says that it counts.
+* A guest's flush makes that word stable (`flush`), so a power cut never leaves a flushed write without its generation.
+* Everything else that changes the lineage is saved before anybody acts on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from replication.errors import DiskError
+from replication.record.lineage import Lineage, new_id
+from replication.record.state import Record, StateError, StateFolder
+
+
+class Ancestry:
+    """The lineage of one node."""
+
+    def __init__(self, state: StateFolder, record: Record, save: Callable[[], None]) -> None:
+        """`save()` makes the record last; StateError."""
+        self._state = state
+        self._record = record
+        self._save = save
+        # Protects the lineage. Held across the save of the record (it is in the lock order above StateFolder._saving);
+        # a guest's write waits for it only when it is the first one after the nodes have parted.
+        self._lock = threading.Lock()
+        self._lineage = Lineage() if record.lineage is None else Lineage.from_json(record.lineage)
+        record.next_generation = record.next_generation or new_id()
+        # What a killed process has begun may be in memory only, and the guest's next flush is for its writes, too.
+        self._unstable = state.moved_to == record.next_generation
+        if self._unstable:
+            self._note(self._lineage.moved(record.next_generation))
+        self.shared = self._lineage.shared
+        """Whether the next write that the other node does not get begins a new generation."""
+
+    @property
+    def lineage(self) -> Lineage:
+        """As it is now."""
+        with self._lock:
+            return self._lineage
+
+    @property
+    def known(self) -> bool:
+        """Whether the content has ever been part of a pair. Without a lock: for requests."""
+        return bool(self._lineage.current or self._lineage.incoming)
+
+    def part(self) -> None:
+        """The guest is about to write what the other node will not get. Called from requests, before the disk
+        changes; costs a comparison unless it is the first such write."""
+        if not self.shared:
+            return
+        with self._lock:
+            if self.shared:
+                self._state.move_to(self._record.next_generation)
+                self._unstable = True
+                self._lineage = self._lineage.moved(self._record.next_generation)
+                self.shared = False
+
+    def flush(self) -> None:
+        """Make `part` stable; called with every flush of the guest. DiskError."""
+        if not self._unstable:
+            return
+        with self._lock:
+            try:
+                self._state.flush_page()
+            except StateError as error:
+                raise DiskError(str(error)) from error
+            self._unstable = False
+
+    def become(self, change: Callable[[Lineage], Lineage]) -> Lineage:
+        """Replace the lineage by `change(lineage)` and make it last; StateError, with nothing changed."""
+        with self._lock:
+            former = (self._lineage, self._record.lineage, self._record.next_generation)
+            changed = change(self._lineage)
+            if changed == self._lineage:
+                return changed
+            self._note(changed)
+            try:
+                self._save()
+            except BaseException:
+                self._lineage, self._record.lineage, self._record.next_generation = former
+                raise
+            self.shared = changed.shared
+            self._unstable = False
+            return changed
+
+    def note(self, change: Callable[[Lineage], Lineage]) -> Callable[[], None]:
+        """As `become`, for a caller that saves the record itself, with more in it, before anybody acts on it. Returns
+        what takes it back, should that save fail."""
+        with self._lock:
+            former = (self._lineage, self._record.lineage, self._record.next_generation, self.shared)
+            self._note(change(self._lineage))
+            self.shared = self._lineage.shared
+
+        def take_back() -> None:
+            with self._lock:
+                self._lineage, self._record.lineage, self._record.next_generation, self.shared = former
+
+        return take_back
+
+    def _note(self, lineage: Lineage) -> None:
+        """Fold what `part` has done into the record: with another next id, the mapped word says nothing any more."""
+        if self._state.moved_to == self._record.next_generation:
+            self._record.next_generation = new_id()
+        self._lineage = lineage
+        self._record.lineage = lineage.to_json()

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The state folder: everything that outlives the process.
+
+    lock            held by the process that uses the folder
+    state.json      the Record below, replaced as a whole
+    epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
+                    generation that this node's own writes have begun (ancestry.py), and the boot of the host in which
+                    a primary has opened the folder, until it closes it
+    NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
+    NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
+    *.qcow2 *.data  default overlays
+
+Invariants
+* state.json is replaced by rename after it was synced: a reader finds the old or the new record, whole.
+* The epoch word is one aligned 64-bit store, epoch * 2 + (1 while overlays are being emptied): a kill leaves the
+  checkpoint either not begun, or to be finished by the next process before it serves anything. It cannot fail,
+  unlike a file operation, so a checkpoint never ends half done for want of space.
+* With `durability=power` (`durable`) the word is written and synced instead: begun before a bit goes from the images,
+  complete after all have gone from stable storage. Between the two a power cut leads to the new checkpoint.
+
+Without a folder (`state` not given) the same calls keep everything in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+import threading
+import time
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from replication.disk import files
+from replication.errors import ConfigError, ReplicationError
+from replication.fault import Fault
+from replication.record.boot import boot_id
+from replication.record.lineage import Lineage, check_id, new_id
+from replication.stage import Mode, Stage
+
+_FORMAT = 1
+_PAGE = 4096
+_FILE_MAX = 1 << 20
+_MOVED = 3
+"""Which word of the epoch page names the generation that has been begun."""
+_OPENED = 4
+"""Which word of the epoch page stands for the boot in which a primary has opened the folder and not yet closed it."""
+EPOCH_MAX = 1 << 62
+"""So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
+
+
+class StateError(ReplicationError):
+    """The record could not be made to last; nothing has changed."""
+
+
+@dataclass
+class Record:
+    """What a process must know when it is started again."""
+
+    mode: Mode
+    """The one it has now: a promoted secondary may have become a primary."""
+    stage: Stage = Stage.NONE
+    backup: str = "running"
+    """Copy-before-write: "running", or why it has ended ("cancelled", "failed")."""
+    secondary: str | None = None
+    """URI of the secondary, when a command has replaced the one of the command line."""
+    fault: dict[str, Any] | None = None
+    disks: dict[str, int] = field(default_factory=dict)
+    """Name and size of every disk; the next process must have the same."""
+    promoted: bool = False
+    """A primary that was a secondary, and whose command line says so."""
+    boot: str | None = None
+    """The host's boot in which the process ran (boot.py)."""
+    durability: str = "process"
+    """The key of that name with which the process ran."""
+    clean: bool = False
+    """The process has ended in good order, with everything on stable storage."""
+    inconsistent: str | None = None
+    """Why a secondary has no valid checkpoint, None when it has."""
+    commit_rate: float | None = None
+    """Bytes a second of the last commit."""
+    node: str = field(default_factory=new_id)
+    """Names this node to the others."""
+    lineage: dict[str, Any] | None = None
+    """Who wrote what since when (lineage.py)."""
+    next_generation: str = ""
+    """The id of the generation that the node's own next write begins (ancestry.py)."""
+    partner: str | None = None
+    """The node id of a running primary's secondary."""
+    paired: bool = False
+    """A primary writes to this secondary, or its link was lost in the midst of an epoch."""
+    led: bool = False
+    """A secondary that was started by its primary's checkpoint: the start of its own operator is still to come."""
+    resync: bool = False
+    """The secondary's disk lacks something of its primary's, which a resync is sending."""
+
+    def as_secondary(self) -> Record:
+        """An owner of disks that comes back as a secondary: what it knows of its content stays."""
+        return replace(
+            self,
+            mode=Mode.SECONDARY,
+            stage=Stage.NONE,
+            backup="running",
+            fault=None,
+            secondary=None,
+            partner=None,
+            promoted=False,
+            inconsistent=None,
+            paired=False,
+            led=False,
+            resync=False,
+        )
+
+    def take(self, other: Record) -> None:
+        """Become equal to another one, in place."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(other, item.name))
+
+    def as_primary(self) -> Record:
+        """A promoted secondary whose command line says now what it is."""
+        return replace(self, mode=Mode.PRIMARY, promoted=False)
+
+    @property
+    def cut_off(self) -> bool:
+        """The host was restarted, and the process had not ended in good order before: what was not synced is gone."""
+        return self.boot not in (None, boot_id()) and not self.clean
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {"format": _FORMAT, **shown, "mode": self.mode.value, "stage": self.stage.value}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Record:
+        """Raises KeyError, TypeError or ValueError for anything that `to_json` has not written."""
+        written = saved.pop("format")
+        if written != _FORMAT:
+            raise ValueError(f"it has format {str(written)[:20]}, this version knows {_FORMAT}")
+        record = cls(**{**saved, "mode": Mode(saved["mode"]), "stage": Stage(saved["stage"])})
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(record, name), kind):
+                raise TypeError(f"{name} is of another type")
+        if record.fault is not None:
+            Fault.from_json(record.fault)
+        if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
+            raise TypeError("disks is not a table of sizes")
+        check_id("node", record.node)
+        if record.next_generation:
+            check_id("next_generation", record.next_generation)
+        if record.lineage is not None:
+            Lineage.from_json(record.lineage)
+        json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
+        return record
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("backup", "durability", "node", "next_generation"), str),
+    **dict.fromkeys(("secondary", "boot", "inconsistent", "partner"), str | None),
+    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync"), bool),
+    "commit_rate": float | None,
+}
+
+
+class StateFolder:
+    """One process's state, in a folder or, without one, in memory."""
+
+    def __init__(self, path: str | None, durable: bool = False) -> None:
+        """Create the folder if need be and claim it; ConfigError when another process has it. `durable`: checkpoints
+        are on stable storage."""
+        self.path = path
+        self._durable = durable
+        self._lock_fd = -1
+        self._epoch_fd = -1
+        # Serializes saving. Held across the write of the state file, which no request waits for except one that
+        # reports the first fault.
+        self._saving = threading.Lock()
+        if path is None:
+            self._page = mmap.mmap(-1, _PAGE)
+        else:
+            try:
+                os.makedirs(path, mode=0o700, exist_ok=True)
+                self._lock_fd = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._page = self._map_page()
+                if durable:
+                    # What a killed process has written may be in memory only, and counts as stable from here on.
+                    files.fdatasync(self._epoch_fd)
+            except BlockingIOError as error:
+                self.close()
+                raise ConfigError(f"the state folder {path} is in use by another process") from error
+            except OSError as error:
+                self.close()
+                raise ConfigError(f"cannot use the state folder {path}: {error.strerror}") from error
+        self._words = memoryview(self._page).cast("Q")
+        if self.epoch > EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
+            self.close()
+            raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
+
+    def _map_page(self) -> mmap.mmap:
+        self._epoch_fd = os.open(self.file("epoch"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Written, not only truncated to size: a mapped hole on a full disk would kill the process.
+        if os.fstat(self._epoch_fd).st_size != _PAGE:
+            os.pwrite(self._epoch_fd, bytes(_PAGE), 0)
+            os.fsync(self._epoch_fd)
+        return mmap.mmap(self._epoch_fd, _PAGE)
+
+    def file(self, name: str) -> str:
+        """The path of a file in the folder."""
+        assert self.path is not None
+        return os.path.join(self.path, name)
+
+    def map_file(self, disk_name: str, kind: str) -> str | None:
+        """The path of a map of a disk (changes.py), None without a folder."""
+        return None if self.path is None else self.file(f"{disk_name}.{kind}")
+
+    # -- record --------------------------------------------------------------------------------------------
+
+    def load(self) -> Record | None:
+        """The former process's record, None if there is none; ConfigError when it cannot be understood."""
+        if self.path is None:
+            return None
+        path = self.file("state.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                return Record.from_json(json.loads(file.read(_FILE_MAX)))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} is not a state file of this program ({error}); move it away to start anew"
+            ) from error
+
+    def save(self, record: Record) -> None:
+        """Make the record last, also over a power cut; StateError when it cannot."""
+        if self.path is None:
+            return
+        path = self.file("state.json")
+        with self._saving:
+            try:
+                files.replace(path, json.dumps(record.to_json(), indent=1).encode())
+            except OSError as error:
+                raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    # -- epoch ---------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Number of the last checkpoint, begun or complete; 0 before the first."""
+        return self._words[0] >> 1
+
+    @property
+    def emptying(self) -> bool:
+        """Whether that checkpoint is still to be finished."""
+        return bool(self._words[0] & 1)
+
+    def begin_epoch(self, number: int = 0) -> None:
+        """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
+        the same one again. It gets the primary's `number`, if that is a later one than its own would be. StateError,
+        with nothing changed, only when `durable`."""
+        if not self.emptying:
+            self._store(0, max(self.epoch + 1, number) << 1 | 1)
+
+    def end_epoch(self, duration_s: float) -> None:
+        """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""
+        self._store(1, *_clock(duration_s))
+        self._store(0, self.epoch << 1)
+
+    def count_epoch(self, duration_s: float, number: int = 0, joins: bool = False) -> None:
+        """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
+        the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
+        self._words[1], self._words[2] = _clock(duration_s)
+        self._words[0] = max(self.epoch + (not joins), number) << 1
+
+    def count_from(self, number: int) -> None:
+        """The next epoch comes after `number`, too: the other node has got so far."""
+        if number > self.epoch and not self.emptying:
+            self._store(0, number << 1)
+
+    # -- a primary's host ----------------------------------------------------------------------------------
+
+    @property
+    def cut_off(self) -> bool:
+        """The host was restarted while a primary had the folder open: what was not synced is gone. Unlike the record's,
+        this is known of stage none as well, in which no record need have been saved."""
+        return self._words[_OPENED] not in (0, _boot_word())
+
+    def open_until_closed(self) -> None:
+        """A primary begins to use its disks. StateError."""
+        self._words[_OPENED] = _boot_word()
+        self.flush_page()
+
+    def closed_well(self) -> None:
+        """All of its maps and disks are on stable storage. StateError: it counts as cut off then."""
+        self._words[_OPENED] = 0
+        self.flush_page()
+
+    # -- generation ----------------------------------------------------------------------------------------
+
+    @property
+    def moved_to(self) -> str:
+        """The generation that this node's own writes have begun, as `move_to` has noted it last."""
+        return f"{self._words[_MOVED]:016x}"
+
+    def move_to(self, generation: str) -> None:
+        """Note it: one store, which a kill does not undo."""
+        self._words[_MOVED] = int(generation, 16)
+
+    def flush_page(self) -> None:
+        """Make `move_to`, say, stable; StateError."""
+        if self._epoch_fd >= 0:
+            try:
+                files.fdatasync(self._epoch_fd)
+            except OSError as error:
+                raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
+
+    def _store(self, index: int, *values: int) -> None:
+        if self._epoch_fd < 0 or not self._durable:
+            for at, value in enumerate(values, index):
+                self._words[at] = value
+            return
+        former = self._words[index : index + len(values)].tobytes()
+        try:
+            files.pwritev(self._epoch_fd, [struct.pack(f"{len(values)}Q", *values)], 8 * index)
+            files.fdatasync(self._epoch_fd)
+        except OSError as error:
+            self._words.cast("B")[8 * index : 8 * index + len(former)] = former
+            raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
+
+    @property
+    def checkpoint(self) -> dict[str, float | None]:
+        """Time (seconds since 1970), duration and age (seconds) of the last complete checkpoint."""
+        moment, duration_s = struct.unpack("dd", struct.pack("QQ", self._words[1], self._words[2]))
+        age_s = max(0.0, time.time() - moment) if moment else None
+        return {"time": moment or None, "duration": duration_s if moment else None, "age": age_s}
+
+    def close(self) -> None:
+        """Let the folder go."""
+        for fd in (self._epoch_fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._epoch_fd = self._lock_fd = -1
+
+
+def _boot_word() -> int:
+    return int.from_bytes(hashlib.blake2b(boot_id().encode(), digest_size=8).digest(), "little") | 1
+
+
+def _clock(duration_s: float) -> tuple[int, int]:
+    """Now and a duration, both in seconds, as words."""
+    moment, duration = struct.unpack("QQ", struct.pack("dd", time.time(), duration_s))
+    return moment, duration

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One disk of a secondary and its two faces: what the primary writes to, and what the secondary's guest sees.
+
+The stage decides what a request does (README, Stages); which of two requests on one block goes first is
+decided in image/stack.py. Who learns of a failure (README, Failures): on the guest face the guest; on the target face
+the primary, and a write that failed is latched, because the secondary disk now lacks it.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from replication.batch import Write
+from replication.disk.face import Disk, Extent
+from replication.errors import DiskError
+from replication.fault import Case, FaultLatch
+from replication.image.layer import Layer, LayerError
+from replication.image.stack import Stack
+from replication.record.ancestry import Ancestry
+from replication.record.changes import GRAIN, ChangeMap
+from replication.side import CHANGING_FACE, GUEST_FACE, TARGET_FACE, Face
+from replication.stage import Stage
+
+_TARGET_CASES = {
+    Layer.HIDDEN: Case.COPY_BEFORE_WRITE,
+    Layer.SECONDARY: Case.SECONDARY_DISK,
+    Layer.ACTIVE: Case.ACTIVE_DISK,
+}
+
+SLOW_S = 1e-3
+"""Seconds that a write of a batch may take before the disk counts as slow: a hundred times what it takes in the page
+cache, a fifth of what a disk with heads needs to read the old content."""
+_SLOW_BATCHES, _PACE_COUNT = 3, 4
+"""So many batches in a row, of so many writes at least, must have been slow: one may have been held up by chance."""
+SLOW_AGAIN_S = 30.0
+"""So long batches are refused then."""
+
+
+class SecondaryDisk:
+    """The two faces of one disk. `stack` is None until the overlays are open (stage none, with images that `start`
+    will refuse)."""
+
+    lost: ChangeMap
+    """What the disk lacks of the primary's writes, because they failed."""
+    changes: ChangeMap
+    """From failover, or a planned stop, on: what has changed since the pair was parted."""
+
+    def __init__(self, name: str, top_id: str, disk: Disk, faults: FaultLatch, ancestry: Ancestry) -> None:
+        """`open_maps` must follow before the first request."""
+        self.name = name
+        self.top_id = top_id
+        self.disk = disk
+        self.size = disk.size
+        self.stack: Stack | None = None
+        self.stage = Stage.NONE
+        """Set by the node while the gate is closed."""
+        self.inconsistent: str | None = None
+        """Why there is nothing that the guest may see; set by the node while the gate is closed."""
+        self.from_stranger: Callable[[], bool] = lambda: False
+        """Whether who writes to the target face now is not the primary that this node knows."""
+        self.accepts_writes = True
+        """False once copy-before-write has ended for good."""
+        self.backup_failed: Callable[[LayerError], None] = _nobody
+        """Called when copy-before-write of a target write has failed."""
+        self.repaired: Callable[[], None] = _nobody
+        """Called when a target write has made `lost` empty."""
+        self._faults = faults
+        self._ancestry = ancestry
+        self._slow_batches = 0
+        # Until when batches are refused.
+        self._slow_until = 0.0
+        self.totals = {"guest-read": 0, "guest-written": 0, "target-read": 0, "target-written": 0}
+
+    def open_maps(self, open_map: Callable[[str], ChangeMap]) -> None:
+        """Open what is known of the other side: `open_map(kind)` opens the map of that kind ("lost", "changes")."""
+        self.lost = open_map("lost")
+        self.changes = open_map("changes")
+
+    # -- guest face ----------------------------------------------------------------------------------------
+
+    def guest_face(self) -> Face:
+        """What the secondary's guest sees."""
+        return Face(
+            GUEST_FACE,
+            lambda: self.size,
+            self.guest_read,
+            self.guest_write,
+            self.guest_zero,
+            self.guest_flush,
+            self.guest_extents,
+        )
+
+    def guest_read(self, buffer: memoryview, offset: int) -> None:
+        """The last checkpoint plus the guest's own writes; once done, the disk."""
+        stack = self._for_guest()
+        try:
+            (self.disk if stack is None else stack).read(buffer, offset)
+        except DiskError as error:
+            self._tell_guest("read", offset, len(buffer), error)
+            raise
+        self.totals["guest-read"] += len(buffer)
+
+    def guest_write(self, data: memoryview, offset: int, fua: bool) -> None:
+        """Into active while replication runs."""
+        stack = self._for_guest()
+        try:
+            if stack is None:
+                self._note(offset, len(data), fua)
+                self.disk.write([data], offset, fua)
+            elif self.stage is Stage.RUNNING:
+                stack.write_top(data, offset)
+            else:
+                self._note(offset, len(data), fua)
+                stack.write_over(data, offset, shelter=self.stage is Stage.FAILOVER)
+            if fua and stack is not None:
+                stack.flush_top()
+        except DiskError as error:
+            self._tell_guest("write", offset, len(data), error)
+            raise
+        self.totals["guest-written"] += len(data)
+
+    def guest_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """Zeroes, and trims, which read as zeroes afterwards."""
+        stack = self._for_guest()
+        try:
+            if stack is None:
+                self._note(offset, length, fua)
+                self.disk.zero(offset, length, may_trim, fua)
+            elif self.stage is Stage.RUNNING:
+                stack.zero_top(offset, length)
+            else:
+                self._note(offset, length, fua)
+                stack.zero_over(offset, length, may_trim, shelter=self.stage is Stage.FAILOVER)
+            if fua and stack is not None:
+                stack.flush_top()
+        except DiskError as error:
+            self._tell_guest("zero", offset, length, error)
+            raise
+        self.totals["guest-written"] += length
+
+    def _note(self, offset: int, length: int, fua: bool) -> None:
+        """The disk is about to become another than what the old primary has."""
+        self.changes.mark(offset, length)
+        self._ancestry.part()
+        if fua:
+            self._ancestry.flush()
+
+    def guest_flush(self) -> None:
+        """Make stable what the guest was answered for."""
+        stack = self._for_guest()
+        self._ancestry.flush()
+        try:
+            if stack is None:
+                self.disk.flush()
+            else:
+                stack.flush_top()
+        except DiskError as error:
+            self._tell_guest("flush", 0, 0, error)
+            raise
+
+    def guest_extents(self, offset: int, length: int) -> list[Extent]:
+        """What is known of the content."""
+        stack = self._for_guest()
+        return (self.disk if stack is None else stack).extents(offset, length)
+
+    def _for_guest(self) -> Stack | None:
+        """The stack while the overlays count; None once the disk alone does."""
+        if self.stage is Stage.DONE:
+            return None
+        if self.stage is Stage.NONE or self.stack is None:
+            raise DiskError(
+                f"disk '{self.name}' has no content for the guest yet: replication is not running", errno.EIO
+            )
+        if self.inconsistent is not None:
+            raise DiskError(f"disk '{self.name}' has no valid checkpoint: {self.inconsistent}", errno.EIO)
+        return self.stack
+
+    def _tell_guest(self, operation: str, offset: int, length: int, error: DiskError) -> None:
+        """A failure here is the guest's to know, whichever image it was on; nothing is latched."""
+        below = self.stage is Stage.DONE or (isinstance(error, LayerError) and error.layer is Layer.SECONDARY)
+        case = Case.SECONDARY_DISK if below else Case.ACTIVE_DISK
+        self._faults.tell(case, self.name, operation, offset, length, error)
+
+    # -- target face ---------------------------------------------------------------------------------------
+
+    def target_face(self) -> Face:
+        """What the primary writes to."""
+        return Face(
+            TARGET_FACE,
+            lambda: self.size,
+            self.target_read,
+            self.target_write,
+            self.target_zero,
+            self.target_flush,
+            self.target_extents,
+            self.target_write_batch,
+        )
+
+    def target_read(self, buffer: memoryview, offset: int) -> None:
+        """What the primary has written: the secondary disk itself."""
+        self._for_target()
+        self.disk.read(buffer, offset)
+        self.totals["target-read"] += len(buffer)
+
+    def target_write(self, data: memoryview, offset: int, fua: bool) -> None:
+        """Copy-before-write, then through; before start, straight to the disk (first copy)."""
+        stack = self._for_target_write(offset, len(data))
+        if self.from_stranger():
+            self.changes.mark(offset, len(data))
+        if stack is None:
+            self.disk.write([data], offset, fua)
+        else:
+            lacked = self.lost.missing
+            try:
+                stack.target.write(data, offset, fua)
+            except DiskError as error:
+                self._target_failed("write", offset, len(data), error)
+                raise
+            if lacked and not self.lost.missing:
+                self.repaired()
+        self.totals["target-written"] += len(data)
+
+    def target_write_batch(self, writes: Sequence[Write]) -> None:
+        """Do what `target_write` does for each, in their order, at half the cost for small ones
+        (TargetWrites.write_all). When some fail the others are done all the same; DiskError for the first."""
+        self._for_target()
+        begun_s = time.monotonic()
+        if begun_s < self._slow_until:
+            raise DiskError(f"disk '{self.name}' is slow: its writes should come one by one", errno.EBUSY)
+        stack = self.stack
+        failures: list[DiskError] = []
+        if self.stage is Stage.NONE or stack is None or not self.accepts_writes:
+            for offset, data in writes:
+                try:
+                    self.target_write(data, offset, False)
+                except DiskError as error:
+                    failures.append(error)
+        else:
+            if self.from_stranger():
+                for offset, data in writes:
+                    self.changes.mark(offset, len(data))
+            lacked = self.lost.missing
+            self.totals["target-written"] += sum([len(data) for _, data in writes])
+            for index, failure in stack.target.write_all(writes):
+                offset, data = writes[index]
+                self._target_failed("write", offset, len(data), failure)
+                self.totals["target-written"] -= len(data)
+                failures.append(failure)
+            if lacked and not self.lost.missing:
+                self.repaired()
+        self._learn_pace(len(writes), time.monotonic() - begun_s)
+        if failures:
+            raise failures[0]
+
+    def _learn_pace(self, count: int, seconds: float) -> None:
+        """A batch has taken so long. Writes that wait for the disk should do so side by side."""
+        if count < _PACE_COUNT or seconds < count * SLOW_S:
+            self._slow_batches = 0
+            return
+        self._slow_batches += 1  # several threads may be here; to miss one is nothing
+        if self._slow_batches >= _SLOW_BATCHES:
+            self._slow_until = time.monotonic() + SLOW_AGAIN_S
+
+    def target_zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """Zeroes and trims of the primary; they destroy data, so they are copied before like writes."""
+        stack = self._for_target_write(offset, length)
+        if self.from_stranger():
+            self.changes.mark(offset, length)
+        if stack is None:
+            self.disk.zero(offset, length, may_trim, fua)
+        else:
+            self._target("zero", offset, length, lambda: stack.target.zero(offset, length, may_trim, fua))
+        self.totals["target-written"] += length
+
+    def target_flush(self) -> None:
+        """Make stable what the primary was answered for."""
+        self._for_target()
+        if self.stage is Stage.NONE or self.stack is None:
+            self.disk.flush()
+        else:
+            self._target("flush", 0, 0, self.stack.target.flush)
+
+    def target_extents(self, offset: int, length: int) -> list[Extent]:
+        """What is known of the secondary disk's content."""
+        self._for_target()
+        return self.disk.extents(offset, length)
+
+    def _for_target(self) -> None:
+        """From the first instant of failover on the old primary is kept out."""
+        if self.stage not in (Stage.NONE, Stage.RUNNING):
+            raise kept_out(self.name)
+
+    def _for_target_write(self, offset: int, length: int) -> Stack | None:
+        self._for_target()
+        if self.stage is Stage.NONE:
+            return None
+        if not self.accepts_writes:
+            self.lost.mark(offset, length)
+            error = DiskError(f"disk '{self.name}' takes no writes: copy-before-write has ended")
+            self._faults.report(Case.COPY_BEFORE_WRITE, self.name, "write", offset, length, error)
+            raise error
+        return self.stack
+
+    def _target(self, operation: str, offset: int, length: int, action: Callable[[], None]) -> None:
+        """A write in `running`. What fails is the primary's to know, and latched: the disk lacks it now."""
+        lacked = self.lost.missing
+        try:
+            action()
+        except DiskError as error:
+            self._target_failed(operation, offset, length, error)
+            raise
+        if lacked and not self.lost.missing:
+            self.repaired()
+
+    def _target_failed(self, operation: str, offset: int, length: int, error: DiskError) -> None:
+        case = Case.SECONDARY_DISK
+        if isinstance(error, LayerError):
+            case = _TARGET_CASES[error.layer]
+            operation, offset, length = error.operation, error.offset, error.length
+        self._faults.report(case, self.name, operation, offset, length, error)
+        if case is Case.COPY_BEFORE_WRITE and isinstance(error, LayerError):
+            self.backup_failed(error)
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def mark_rollback(self) -> None:
+        """Failover: what the overlays hold is about to come down, so the disk becomes another than the old primary's
+        there. `changes` has what was written here before the pair, if it was not overwritten since."""
+        assert self.stack is not None
+        for offset, length in self.stack.descent.held_grains(GRAIN):
+            self.changes.mark(offset, length)
+
+    def let_go(self) -> None:
+        """Close the overlays: the stage is done, and the disk and its changes are in other hands."""
+        if self.stack is not None:
+            self.stack.close()
+            self.stack = None
+        if hasattr(self, "lost"):
+            self.lost.close()
+
+    def close(self) -> None:
+        """Let go of everything that is open."""
+        self.let_go()
+        if hasattr(self, "changes"):
+            self.changes.close()
+        self.disk.close()
+
+
+def kept_out(name: str) -> DiskError:
+    """What an old primary is told."""
+    return DiskError(f"disk '{name}' takes nothing from its old primary any more", errno.ESHUTDOWN)
+
+
+def closed_face(name: str, size: int) -> Face:
+    """The target face of a disk that has been promoted: nothing, for good."""
+
+    return _refusing("target face: closed", size, lambda: kept_out(name))
+
+
+def changing_face(name: str, size: int) -> Face:
+    """Any face of a disk while its process takes another role."""
+    return _refusing(CHANGING_FACE, size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+
+
+def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Face:
+    def refuse(*_arguments: object) -> NoReturn:
+        raise error()
+
+    return Face(description, lambda: size, refuse, refuse, refuse, refuse, refuse, refuse)
+
+
+def _nobody(*_arguments: object) -> None:
+    """Nobody has asked to be told."""

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""After failover: the commit of all disks, the stage in which it ends, and what it would cost beforehand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from replication.errors import DiskError
+from replication.fault import Case
+from replication.image.layer import LayerError
+from replication.log import log
+from replication.order.gate import GateStuck
+from replication.record.state import StateError
+from replication.secondary.commit import Commit, CommitThread
+from replication.secondary.disk import SecondaryDisk
+from replication.side import Setting
+from replication.stage import Stage
+
+COMMIT_RATE = 400e6
+"""Bytes a second that a commit is taken to do before one has been measured: half of what page cache and tmpfs do
+here."""
+
+_RATE_FROM = 16 << 20
+"""Bytes of a commit from which on its speed says something."""
+
+_SETTLE_RETRY_S = 1.0
+
+
+class Failover:
+    """The commits of one node."""
+
+    def __init__(self, setting: Setting, disks: Sequence[SecondaryDisk], done: Callable[[], None]) -> None:
+        """`done()` is called when the stage is done."""
+        self._set = setting
+        self._disks = disks
+        self._done = done
+        self._commit: CommitThread | None = None
+        self._begun = 0.0
+        self._closing = threading.Event()
+
+    def preflight(self) -> dict[str, Any]:
+        """What query-failover returns."""
+        record = self._set.record
+        refusal = None
+        if record.stage is Stage.NONE:
+            refusal = "Block replication is not running"
+        elif record.stage is not Stage.RUNNING:
+            refusal = f"The secondary has failed over already: its stage is {record.stage.value}"
+        elif record.inconsistent is not None:
+            refusal = f"Failover is refused: {forceful(record.inconsistent)}"
+        to_commit = 0
+        if record.stage is not Stage.DONE and record.inconsistent is None:
+            stacks = [disk.stack for disk in self._disks]
+            to_commit = sum(stack.descent.held_bytes() for stack in stacks if stack is not None)
+        rate = record.commit_rate or COMMIT_RATE
+        return {
+            "allowed": refusal is None,
+            **({} if refusal is None else {"reason": refusal}),
+            "force": record.inconsistent is not None,
+            "stage": record.stage.value,
+            "epoch": self._set.state.epoch,
+            "checkpoint-age": self._set.state.checkpoint["age"],
+            "bytes-to-commit": to_commit,
+            "predicted-seconds": to_commit / rate,
+            "commit-rate": rate,
+        }
+
+    def begin(self) -> None:
+        """Commit in the background, until the stage is done or failover-failed. The stage is failover."""
+        commits = []
+        for disk in self._disks:
+            assert disk.stack is not None
+            disk.mark_rollback()  # before anything comes down; a process killed before the end of this does it again
+            commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
+        self._begun = time.monotonic()
+        self._commit = CommitThread(commits, self._closing, self._committed, self._failed)
+        try:
+            self._commit.start()
+        except RuntimeError as error:  # no more threads
+            self._commit = None
+            failure = DiskError(f"the commit has no thread: {error}")
+            for commit in commits:
+                commit.conclude(str(failure))
+            self._failed(commits[0], failure)
+
+    def _committed(self) -> bool:
+        """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
+
+        def all_down() -> bool:
+            return not any(disk.stack is not None and any(disk.stack.descent.portions()) for disk in self._disks)
+
+        self._note_rate()
+        if all_down():
+            # Before the stage: a process killed in between has no error left over from a commit that has gone well.
+            self._set.faults.clear()
+        if not self._settle(Stage.DONE, all_down):
+            return False
+        self._done()
+        return True
+
+    def _note_rate(self) -> None:
+        """For the next prediction."""
+        assert self._commit is not None
+        if self._commit.bytes_done >= _RATE_FROM:
+            self._set.record.commit_rate = self._commit.bytes_done / (time.monotonic() - self._begun)
+
+    def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
+        """Enter the stage in which a commit has ended, if `still()` with the gate closed. There is nobody to give a
+        failure to, so it is tried again until it works or the process ends."""
+        while not self._closing.is_set():
+            try:
+                with self._set.gate.closed():
+                    if not still():
+                        return False
+                    self._set.enter(stage)
+                    return True
+            except (StateError, GateStuck) as error:
+                log(f"the commit has ended, but stage {stage.value} cannot be entered yet: {error}")
+            self._closing.wait(_SETTLE_RETRY_S)
+        return False
+
+    def _failed(self, commit: Commit, error: DiskError) -> None:
+        if self._closing.is_set():
+            return  # the next process goes on with it
+        offset, length = (error.offset, error.length) if isinstance(error, LayerError) else (0, 0)
+        # Before the stage, which must not be there without its cause.
+        self._set.faults.report(Case.COMMIT, commit.disk_name, "commit", offset, length, error)
+        self._settle(Stage.FAILOVER_FAILED)
+
+    def end(self, timeout_s: float) -> bool:
+        """The process ends: the next one goes on. Waits for the thread, `timeout_s` seconds at most; whether it has
+        ended."""
+        self._closing.set()
+        return self._commit is None or self._commit.join(timeout_s)
+
+
+def forceful(why: str) -> str:
+    """Why something is refused for want of a checkpoint, and what to do."""
+    return f"there is no valid checkpoint ({why}); resync from the primary, or use force to take the disks as they are"

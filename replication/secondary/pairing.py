@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The secondary's half of a pair: which primary may write, since when, and whether the disks are complete.
+
+A primary opens the control export and pairs (dial.py has the steps). That begins a session, with a token that its data
+connections name. The session ends with the control connection, or with the next one; it ends in good order when the
+primary has said before that the secondary has everything.
+
+Who decides
+-----------
+two primaries
+    The one that is paired. Another one is refused until nothing has been heard of the first for as long as its own
+    timeout allows, twice over.
+a primary and its own former connections
+    The token. A new session begins with the gate closed, so what the former connections had in flight is on the disk
+    before the new one sends anything, and what is still in their sockets (this process was stopped for a while, say)
+    is refused: an old write never comes after a newer one.
+a primary and any other NBD client on the target face
+    While a session is there, only it may write; reading is free.
+a checkpoint and a resync, or a link that was lost
+    The disks are complete when the primary has said so, and from then on as long as the session lasts or was ended in
+    good order. Otherwise they may have a later write and lack an earlier one, and no checkpoint is taken of that.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from replication.errors import CommandError, DiskError
+from replication.order.pause import pause
+from replication.record.ancestry import Ancestry
+from replication.record.lineage import Lineage, Verdict, decide
+from replication.secondary.disk import SecondaryDisk
+from replication.side import Setting
+from replication.stage import Mode, Stage
+
+RANGES_MAX = 4096
+"""Of a change map, in one message."""
+
+_PATIENCE, _PATIENCE_MIN_S = 2.0, 2.0
+"""Times the primary's timeout, and at least so many seconds, after which a silent one counts as lost."""
+
+NOBODYS = "it has failed over or was promoted: it is nobody's secondary"
+FIRST_COPY = "a full resync from the primary is not complete"
+
+
+class Channel:
+    """A control connection of a primary."""
+
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
+        self.closed = False
+
+    def note(self) -> None:
+        """It has said something."""
+        self.heard = time.monotonic()
+
+
+class Session:
+    """A primary that may write. It says something four times a second."""
+
+    def __init__(self, channel: Channel, node: str, patience_s: float) -> None:
+        self.channel = channel
+        self.node = node
+        self.patience_s = patience_s
+        self.token = secrets.token_hex(16)
+        self.agreed = False
+        """The primary has said what it is going to send. Before, the disks are what the former session has left."""
+
+    @property
+    def silent_s(self) -> float:
+        """How long nothing has been heard of it, in seconds."""
+        return time.monotonic() - self.channel.heard
+
+    @property
+    def lost(self) -> bool:
+        """Whether that is too long; its connection may stay open for much longer."""
+        return self.silent_s > self.patience_s
+
+
+class Pairing:
+    """Who is the primary of one secondary. Commands come one at a time (Node._command)."""
+
+    def __init__(self, setting: Setting, ancestry: Ancestry, disks: Sequence[SecondaryDisk]) -> None:
+        self._set = setting
+        self._ancestry = ancestry
+        self._disks = disks
+        # Protects `_session`. Never held across I/O.
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        # What the primary has offered with "complete": generation and history, until a checkpoint adopts it.
+        self._offered: tuple[str, tuple[str, ...]] | None = None
+
+    # -- what others see -----------------------------------------------------------------------------------
+
+    @property
+    def primary(self) -> str | None:
+        """The node id of the primary that is paired, if one is."""
+        session = self._session
+        return None if session is None else session.node
+
+    @property
+    def incomplete(self) -> str | None:
+        """Why the disks are not what the primary had at one instant, None if they are (but for what is in flight)."""
+        record = self._set.record
+        session = self._session
+        if record.resync:
+            return "a resync is under way" if session else "a resync was interrupted"
+        if record.paired and (session is None or not session.agreed):
+            return "the link to the primary was lost in the midst of an epoch"
+        if session is not None and session.lost:
+            return f"nothing was heard of the primary for {session.silent_s:.0f} s"
+        return None
+
+    @property
+    def link(self) -> dict[str, Any]:
+        """As query-replication shows it."""
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            return {"state": "disconnected", "primary": None, "reason": None}  # whoever is still connected
+        session = self._session
+        if session is None:
+            state = "lost" if self._set.record.paired else "disconnected"
+        elif session.lost:
+            state = "lost"
+        elif not session.agreed:
+            state = "connecting"
+        else:
+            state = "synchronizing" if self._set.record.resync else "in-sync"
+        return {"state": state, "primary": self.primary, "reason": self.incomplete}
+
+    def admit(self, token: str | None) -> None:
+        """DiskError unless a client with that token (None: any client) may write now. Called from requests, inside the
+        gate."""
+        session = self._session
+        if token == (None if session is None else session.token):
+            return
+        record = self._set.record
+        if record.mode is not Mode.SECONDARY or record.stage not in (Stage.NONE, Stage.RUNNING):
+            return  # nobody may write any more, whoever it is: the face itself says so (ESHUTDOWN)
+        if token is not None:
+            raise DiskError("this connection of the primary was replaced or has lost its control link", errno.ESHUTDOWN)
+        assert session is not None
+        raise DiskError(f"only the primary (node {session.node}) may write here while it is connected", errno.EPERM)
+
+    def has_stranger(self) -> bool:
+        """Whether what is written to the disks now comes from somebody else than the primary that they are known to:
+        it will have to send that again."""
+        return self._session is None and self._ancestry.known
+
+    # -- commands of the primary ---------------------------------------------------------------------------
+
+    def pair(self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], timeout_s: float) -> str:
+        """Begin a session; its token. CommandError when this is not the secondary for that primary."""
+        self._check_stage()
+        self._check_disks(disks)
+        former = self._session
+        if former is not None and former.node != node and not former.lost:
+            raise CommandError(
+                f"it has a primary already (node {former.node}), which was heard of {former.silent_s:.1f} s ago"
+            )
+        decision = decide(lineage, self._ancestry.lineage)
+        if decision.verdict is Verdict.REFUSED:
+            raise CommandError(decision.reason)
+        session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
+        with self._set.gate.closed(), self._lock:
+            if channel.closed:
+                # It was given up while it waited here, and may have been followed by another one already.
+                raise CommandError("the control connection was closed")
+            self._session = session
+        self._offered = None
+        pause("pairing.begun")
+        return session.token
+
+    def _check_disks(self, disks: dict[str, int]) -> None:
+        own = {disk.name: disk.size for disk in self._disks}
+        if disks.keys() != own.keys():
+            theirs = ", ".join(f"'{name[:80]}'" for name in disks)
+            mine = ", ".join(f"'{name}'" for name in own)
+            raise CommandError(f"the disks are {theirs} there, but {mine} here")
+        for name, size in disks.items():
+            if size not in (0, own[name]):  # 0: an export that only forwards does not know
+                raise CommandError(f"disk '{name}' has {size} bytes there, but {own[name]} here")
+
+    def _check_stage(self) -> None:
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            raise CommandError(NOBODYS)
+
+    def map_part(self, token: str, name: str, start: int) -> dict[str, Any]:
+        """What a disk has changed by itself since it was parted from its primary, or lacks of what it was sent."""
+        self.check_token(token)
+        disk = next((disk for disk in self._disks if disk.name == name), None)
+        if disk is None:
+            raise CommandError(f"there is no disk '{name[:80]}'")
+        parts = [chosen.ranges_marked(start, RANGES_MAX) for chosen in (disk.lost, disk.changes)]
+        nexts = [further for _, further in parts if further is not None]
+        stop = min(nexts, default=None)
+        ranges = [list(part) for found, _ in parts for part in found if stop is None or part[0] < stop]
+        return {"ranges": ranges, "next": stop}
+
+    def sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
+        """What is going to be sent, or (`complete`) that it has been. `marked`: disks that are taken as equal are so
+        but for what the primary's change map marks.
+
+        Until it is complete nothing counts, also when nothing seemed to be missing: the primary's guest may write
+        between this and the moment from which its writes are forwarded.
+        """
+        session = self.check_token(token)
+        # It may have failed over since it was paired: its lineage and its change map are its own from then on.
+        self._check_stage()
+        pause("pairing.sync")
+        if verdict == "complete":
+            self._complete(generation, history)
+        elif verdict == Verdict.FULL.value:
+            self._begin_full(generation)
+        elif verdict == Verdict.EQUAL.value and marked:
+            self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
+        elif verdict == Verdict.EQUAL.value:
+            self._become(lambda lineage: lineage.paired_as_equal(generation), True)
+            for disk in self._disks:
+                disk.changes.clear()
+        elif self._ancestry.lineage.current == generation:
+            self._become(lambda lineage: lineage, True)
+        else:
+            self._become(lambda lineage: lineage.receiving(generation, keep=True), True)
+        session.agreed = True
+
+    def _complete(self, generation: str, history: tuple[str, ...]) -> None:
+        self._offered = (generation, history)
+        if self._set.record.resync:
+            self._become(lambda lineage: lineage, False)
+
+    def _begin_full(self, generation: str) -> None:
+        """Nothing here is a state of that primary's disks, so there is no checkpoint to keep meanwhile."""
+        record = self._set.record
+        former = record.inconsistent
+        if record.stage is Stage.RUNNING:
+            record.inconsistent = record.inconsistent or FIRST_COPY
+        try:
+            self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
+        except BaseException:
+            record.inconsistent = former
+            raise
+        if record.stage is Stage.RUNNING:
+            with self._set.gate.closed():
+                self._set.show()
+
+    def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:
+        record = self._set.record
+        former, lineage = (record.resync, record.paired), self._ancestry.lineage
+        if former == (resync, True) and change(lineage) == lineage:
+            return
+        record.resync, record.paired = resync, True
+        take_back = self._ancestry.note(change)
+        try:
+            self._set.save()
+        except BaseException:
+            record.resync, record.paired = former
+            take_back()
+            raise
+
+    def end(self, token: str) -> None:
+        """The primary has sent everything, and leaves."""
+        self.check_token(token)
+        self._set.record.paired = False
+        try:
+            self._set.save()
+        except BaseException:
+            self._set.record.paired = True
+            raise
+        with self._lock:
+            self._session = None
+
+    def closed(self, channel: Channel) -> None:
+        """A control connection has ended; if it was the primary's, so has its session."""
+        with self._lock:
+            channel.closed = True
+            if self._session is not None and self._session.channel is channel:
+                self._session = None
+
+    def check_token(self, token: str) -> Session:
+        """The session, if it has that token; CommandError."""
+        session = self._session
+        if session is None or session.token != token:
+            raise CommandError("this is not the session of the primary any more")
+        return session
+
+    # -- what the secondary does ---------------------------------------------------------------------------
+
+    def adopt(self) -> Callable[[], None] | None:
+        """A checkpoint is taken of what the primary has offered: note it in the record, which the caller saves. What
+        takes that back; None when there is nothing new."""
+        offered, lineage = self._offered, self._ancestry.lineage
+        if offered is None or (lineage.current == offered[0] and not lineage.incoming):
+            return None
+        return self._ancestry.note(lambda lineage: lineage.adopted(*offered))
+
+    def adopted(self) -> None:
+        """That is saved: what this node had written by itself is of no interest any more."""
+        for disk in self._disks:
+            disk.changes.clear()
+
+    def discard(self) -> None:
+        """A person gives up what was written here; CommandError."""
+        if self._session is not None:
+            raise CommandError("There is nothing to discard: a primary is connected")
+        if not self._ancestry.lineage.current:
+            raise CommandError("There is nothing to discard: this node has not been part of a pair")
+        self._ancestry.become(lambda lineage: lineage.discarding())

@@ -1,0 +1,584 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The secondary half: all its disks, their overlays, checkpoint, planned stop and failover."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from replication.disk.face import Disk
+from replication.disk.file import FileDisk
+from replication.disk.open import open_disk
+from replication.errors import CommandError, ConfigError, DiskError
+from replication.fault import Case
+from replication.image.layer import LayerError
+from replication.log import log
+from replication.options import DATA_EXPORT, DiskOptions, Durability
+from replication.order.pause import pause
+from replication.record.changes import ChangeMap
+from replication.record.lineage import new_id
+from replication.record.state import StateError
+from replication.secondary.backup import RUNNING, Backup
+from replication.secondary.disk import SecondaryDisk
+from replication.secondary.failover import Failover, forceful
+from replication.secondary.fill import FillWatch
+from replication.secondary.images import Found, open_images
+from replication.secondary.pairing import NOBODYS, Pairing
+from replication.secondary.reclaim import Reclaimer
+from replication.side import Face, Setting, Side, disk_list
+from replication.stage import Mode, Stage
+
+BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
+
+_CLOSE_S = 3.0
+"""Longest wait, at the end of the process, for its threads (a commit copies 1 MiB between two looks) and for the disks
+to be flushed."""
+
+
+class SecondarySide(Side):
+    """All disks of a secondary."""
+
+    mode = Mode.SECONDARY
+
+    def __init__(self, setting: Setting) -> None:
+        self._set = setting
+        self.disks: list[SecondaryDisk] = []
+        self._targets: frozenset[str] = frozenset()
+        # Why `start` is refused, by disk name: images that a former start would have refused, too.
+        self._refusals: dict[str, str] = {}
+        self._backup = Backup(setting, self.disks)
+        self._unflushed = False
+        self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
+        self._failover = Failover(setting, self.disks, self._reclaimer.wake)
+        self.pairing = Pairing(setting, setting.ancestry, self.disks)
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        record, state = self._set.record, self._set.state
+        try:
+            self._open_disks()
+            if record.stage is Stage.DONE:
+                for disk in self.disks:
+                    self._open_maps(disk)
+            else:
+                # The maps after the images: a start that is refused because of an image has made none.
+                found = open_images(self.disks, self._set.options, record, self._open_maps)
+                self._refusals = found.refusals
+                self._note_restart(found)
+            self._claim_own_writes()
+            if record.cut_off:
+                for disk in self.disks:
+                    disk.changes.mark_all()  # it was not synced
+        except BaseException:
+            self._let_go()
+            raise
+        for disk in self.disks:
+            disk.backup_failed = self._copy_failed
+            disk.repaired = self._backup.repaired
+            disk.from_stranger = self.pairing.has_stranger
+            if disk.stack is not None:
+                disk.stack.room.scarce = self._give_back
+        stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
+        FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
+        if self._set.options.durability is Durability.POWER:
+            self._settle_images()
+        if state.emptying:
+            # A process was killed in the midst of a checkpoint (or a planned stop): it counts as taken.
+            try:
+                failure = self._empty_all()
+            except CommandError as error:
+                failure = error
+            if failure is not None:
+                self._let_go()
+                raise ConfigError(str(failure)) from failure
+        if record.stage is Stage.RUNNING:
+            self._backup.begin()
+
+    def _claim_own_writes(self) -> None:
+        """An owner that never was part of a pair comes back as a secondary: what it has written is no other node's, so
+        its disks are not equal to those of a new primary, and nobody has allowed that they are overwritten."""
+        ancestry = self._set.ancestry
+        known = ancestry.lineage.current or ancestry.lineage.incoming
+        if self._set.record.stage is Stage.NONE and not known and any(disk.changes.marked_bytes for disk in self.disks):
+            ancestry.note(lambda lineage: lineage.diverged(new_id()))  # the same again, should nobody save it
+
+    def _settle_images(self) -> None:
+        """A process that was killed in this boot may have left in memory what counts as stable from here on."""
+        record = self._set.record
+        changed = record.durability != Durability.POWER.value
+        if record.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and not changed:
+            return  # what a commit has let go of may be published only after the disk was flushed; its end does both
+        try:
+            for disk in self.disks:
+                if disk.stack is not None:
+                    disk.stack.settle(disk=changed)
+        except DiskError as error:
+            self._let_go()
+            raise ConfigError(str(error)) from error
+
+    def _give_back(self) -> None:
+        """An overlay's file system is full: what a checkpoint has left behind in one disk's overlays is room for
+        another's. Called from requests."""
+        for disk in self.disks:
+            if disk.stack is not None:
+                disk.stack.room.give_back()
+
+    def _open_disks(self) -> None:
+        record = self._set.record
+        located: list[tuple[DiskOptions, Disk]] = []
+        try:
+            for options in self._set.options.disks:
+                assert options.location is not None
+                located.append((options, open_disk(options.name, options.location, self._set.options.tls)))
+            sizes = {options.name: disk.size for options, disk in located}
+            if record.disks and record.disks != sizes:
+                raise ConfigError(
+                    f"the state folder {self._set.options.state} is of the disks {disk_list(record.disks)}, "
+                    f"but these are {disk_list(sizes)}"
+                )
+            record.disks = sizes
+            for options, disk in located:
+                assert options.top_id is not None
+                secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
+                self.disks.append(secondary_disk)
+            self._targets = frozenset(sizes)
+        except BaseException:
+            for _, disk in located[len(self.disks) :]:
+                disk.close()
+            raise
+
+    def _open_maps(self, disk: SecondaryDisk) -> None:
+        disk.open_maps(lambda kind: ChangeMap(self._set.state.map_file(disk.name, kind), disk.size))
+
+    def _note_restart(self, found: Found) -> None:
+        """What a restart of the host has done to a checkpoint outlives this process, too."""
+        record = self._set.record
+        if found.lost is not None:
+            record.inconsistent = found.lost
+            record.backup = RUNNING
+            if record.stage is Stage.FAILOVER:
+                # Nobody may see what the commit would leave behind, unless a person says so.
+                record.stage = Stage.FAILOVER_FAILED
+        if found.lost is not None or found.unflushed:
+            for disk in self.disks:
+                disk.lost.mark_all()
+        self._unflushed = found.unflushed
+
+    def launch(self) -> None:
+        record = self._set.record
+        if record.inconsistent is not None and self._set.faults.fault is None:
+            case = Case.COPY_BEFORE_WRITE if record.stage is Stage.RUNNING else Case.COMMIT
+            self._report_restart(case, f"the last checkpoint is lost: {record.inconsistent}")
+        if self._unflushed:
+            why = "the host was restarted: what the primary wrote after the last flush may be missing"
+            self._report_restart(Case.SECONDARY_DISK, why)
+        if record.stage is Stage.FAILOVER:
+            self._failover.begin()
+        self._reclaimer.start([disk.stack for disk in self.disks if disk.stack is not None])
+
+    def _report_restart(self, case: Case, why: str) -> None:
+        for disk in self.disks:
+            self._set.faults.report(case, disk.name, "open", 0, disk.size, DiskError(why))
+
+    def show_stage(self, stage: Stage) -> None:
+        for disk in self.disks:
+            disk.stage = stage
+            disk.inconsistent = self._set.record.inconsistent
+            disk.accepts_writes = self._backup.accepts_writes
+            if disk.stack is not None:
+                disk.stack.committing = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
+                disk.stack.target.preserving = disk.inconsistent is None
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def start(self, secondary: str | None, sync: str) -> None:
+        if secondary is not None:
+            raise CommandError("Parameter 'secondary' is for the primary; this is a secondary")
+        if self._set.record.stage is Stage.DONE:
+            raise CommandError("Block replication is running or done")
+        if sync == "full":
+            raise CommandError("Parameter 'sync' is for the primary; this is a secondary")
+        self._check_start()
+        self._start(0)
+
+    def _check_start(self) -> None:
+        for disk in self.disks:
+            refusal = self._refusals.get(disk.name)
+            if refusal is not None and "length" not in refusal and "make_empty" not in refusal:
+                raise CommandError(refusal)
+            if not disk.disk.reachable():
+                raise CommandError("The secondary disk doesn't have block backend")
+            if refusal is not None:
+                raise CommandError(refusal)
+            if disk.top_id == disk.name:
+                raise CommandError("No top_bs or it is invalid")
+
+    def _start(self, number: int, led: bool = False) -> None:
+        """The first checkpoint. `number`: the primary's for it, `led`: who has asked for it."""
+        self._prepare_emptying()
+        with self._set.gate.closed():
+            self._set.record.backup = RUNNING
+            for disk in self.disks:
+                disk.lost.clear()
+            # Empty before the stage is saved: what the overlays hold in stage none is of no use, but a process killed
+            # in between must not come back as running with it.
+            failure = self._empty_all(number)
+            if failure is not None:
+                raise failure
+            pause("start.emptied")
+            self._set.record.led = led
+            # What a resync has not completed is no state of any disk, so there is nothing to keep.
+            self._enter_with(Stage.RUNNING, self.pairing.incomplete)
+        self._backup.begin()
+        self._reclaimer.wake()
+
+    def checkpoint(self) -> None:
+        if self._set.record.stage is not Stage.RUNNING:
+            raise CommandError(BACKUP_CANCELLED)
+        self._checkpoint(0)
+
+    def checkpoint_of_primary(self, token: str, number: int) -> None:
+        """As its primary asks for it, in stage none as well; `number` is that of its epoch. CommandError."""
+        self.pairing.check_token(token)
+        stage = self._set.record.stage
+        if stage is Stage.NONE:
+            if self.pairing.incomplete is not None:
+                raise CommandError(self._why_incomplete())
+            self._check_start()
+            self._start(number, led=True)
+        elif stage is Stage.RUNNING:
+            self._checkpoint(number)
+        else:
+            raise CommandError(NOBODYS)
+
+    def prepare_checkpoint(self, token: str) -> None:
+        """The primary is about to cut an epoch: what takes time is done before, while it forwards."""
+        self.pairing.check_token(token)
+        if self._set.record.stage is Stage.RUNNING:
+            self._prepare_emptying()
+
+    def _checkpoint(self, number: int) -> None:
+        self._check_complete()
+        self._prepare_emptying()
+        with self._set.gate.closed():
+            # Again: a target write may have failed since.
+            self._check_complete()
+            failure = self._empty_all(number)
+            self._settle_checkpoint()
+        if failure is not None:
+            # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
+            # one with these disks. get-error and the next checkpoint tell the rest.
+            log(f"the checkpoint is taken all the same: {failure}")
+        self._reclaimer.wake()
+
+    def _check_complete(self) -> None:
+        """CommandError when the disks are not what the primary has written."""
+        if self.pairing.incomplete is not None:
+            raise CommandError(self._why_incomplete())
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and any(disk.lost.missing for disk in self.disks):
+            raise CommandError(
+                f"The last checkpoint is lost ({inconsistent}): a full resync from the primary is needed"
+            )
+        if not self._backup.running:
+            raise CommandError(BACKUP_CANCELLED)
+        for disk in self.disks:
+            if disk.lost.missing:
+                fault = self._set.faults.fault
+                raise CommandError(
+                    f"The secondary disk of '{disk.name}' lacks a write of the primary "
+                    f"({'see query-replication' if fault is None else fault.desc}); "
+                    "the last checkpoint stays valid until a resync"
+                )
+
+    def _why_incomplete(self) -> str:
+        inconsistent = self._set.record.inconsistent
+        why = f"The secondary lacks something of its primary's ({self.pairing.incomplete}): "
+        if inconsistent is not None:
+            return f"{why}there is no valid checkpoint before a full resync ({inconsistent})"
+        return f"{why}the last checkpoint stays valid"
+
+    def _settle_checkpoint(self) -> None:
+        """What else a checkpoint means after a resync: it is of the primary's generation, and, if there was none, there
+        is a valid one again. A process killed before this is a node in the midst of a resync, until its primary has
+        paired with it again. The gate is closed."""
+        record = self._set.record
+        former, record.inconsistent = record.inconsistent, None
+        take_back = self.pairing.adopt()
+        if take_back is None and former is None:
+            return
+        try:
+            self._set.save()
+        except BaseException:
+            record.inconsistent = former
+            if take_back is not None:
+                take_back()
+            raise
+        if take_back is not None:
+            self.pairing.adopted()
+        if former is not None:
+            self._set.show()
+            self._backup.repaired()  # what a restart has reported of it is over as well
+            self._backup.begin()
+
+    def stop(self, failover: bool, force: bool) -> None:
+        if failover:
+            self._fail_over(force)
+            return
+        self._check_complete()
+        self._prepare_emptying(flush=True)
+        with self._set.gate.closed():
+            self._check_complete()
+            for disk in self.disks:
+                self._flush_disk(disk)
+            # The stage first: in done nobody looks at the overlays any more, so a process killed in between has
+            # dropped them all the same, and one that cannot save the stage has dropped nothing.
+            self._enter_with(Stage.DONE, None)
+            for disk in self.disks:
+                disk.changes.clear()  # not sooner: they may be of use if nothing comes of it
+            pause("stop.entered")
+            try:
+                failure = self._empty_all()
+            except CommandError as error:
+                failure = error
+            if failure is not None:
+                log(f"the stage is done all the same: {failure}")
+        self._backup.conclude(None)
+        self._reclaimer.wake()
+
+    def _fail_over(self, force: bool) -> None:
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and not force:
+            raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
+        with self._set.gate.closed():
+            if inconsistent is not None:
+                if self._empty_all() is not None:
+                    raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
+                for disk in self.disks:
+                    disk.changes.mark_all()
+            take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
+            self._enter(Stage.FAILOVER, None, take_back)
+        self._backup.conclude(None)
+        pause("failover.entered")
+        self._failover.begin()
+
+    def retry(self, force: bool) -> None:
+        inconsistent = self._set.record.inconsistent
+        if inconsistent is not None and not force:
+            raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}")
+        with self._set.gate.closed():
+            self._enter(Stage.FAILOVER, None)
+        self._failover.begin()
+
+    def _enter_with(self, stage: Stage, inconsistent: str | None) -> None:
+        """Enter a stage in which the disks count as the primary has offered them; `inconsistent`: or why not."""
+        take_back = self.pairing.adopt() if inconsistent is None else None
+        adopted = take_back is not None
+        if take_back is None and stage is Stage.DONE:
+            take_back = self._set.ancestry.note(lambda lineage: lineage.kept())
+        self._enter(stage, inconsistent, take_back)
+        if adopted:
+            self.pairing.adopted()
+
+    def _enter(self, stage: Stage, inconsistent: str | None, take_back: Callable[[], None] | None = None) -> None:
+        """Enter a stage, with why there is no valid checkpoint; if that fails, `take_back` what was noted for it."""
+        record = self._set.record
+        former, record.inconsistent = record.inconsistent, inconsistent
+        try:
+            self._set.enter(stage)
+        except BaseException:
+            record.inconsistent = former
+            if take_back is not None:
+                take_back()
+            raise
+
+    def discard(self) -> None:
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            raise CommandError(
+                f"This node is the owner of its disks (stage {self._set.record.stage.value}): make it a secondary first"
+            )
+        self.pairing.discard()
+
+    def face_of(self, export: str) -> tuple[str, str | None]:
+        prefix, _, rest = export.partition(":")
+        token, colon, name = rest.partition(":")
+        if prefix == DATA_EXPORT and colon and name in self._targets:
+            return name, token
+        return export, None
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether a primary should send small writes together: one thread does them, one after the other, which is
+        quick in a file, but not on a disk behind a network. (A file may be slow as well: SecondaryDisk finds that
+        out.)"""
+        return all(isinstance(disk.disk, FileDisk) for disk in self.disks)
+
+    def admit(self, face: str, token: str | None) -> None:
+        if face in self._targets:
+            self.pairing.admit(token)
+
+    def query_failover(self) -> dict[str, Any]:
+        return self._failover.preflight()
+
+    # -- checkpoint ----------------------------------------------------------------------------------------
+
+    def _prepare_emptying(self, flush: bool = False) -> None:
+        """All that may fail, before anything is emptied (case 6), and most of what takes time, before the gate is
+        closed. `flush`: the disks as well, which durability=power needs anyway."""
+        for disk in self.disks:
+            assert disk.stack is not None
+            try:
+                disk.stack.check_images()
+            except LayerError as error:
+                raise self._cannot_empty(disk, error) from error
+            if flush or disk.stack.power:
+                self._flush_disk(disk)
+
+    def _flush_disk(self, disk: SecondaryDisk) -> None:
+        """What the primary has written becomes stable, so that it may count as a checkpoint."""
+        assert disk.stack is not None
+        try:
+            disk.stack.target.flush()
+        except DiskError as error:
+            self._set.faults.report(Case.SECONDARY_DISK, disk.name, "flush", 0, 0, error)
+            raise CommandError(f"cannot flush the secondary disk '{disk.name}': {error}") from error
+
+    def _cannot_empty(self, disk: SecondaryDisk, error: DiskError) -> CommandError:
+        operation, offset, length = "make-empty", 0, disk.size
+        if isinstance(error, LayerError):
+            operation, offset, length = error.operation, error.offset, error.length
+        self._set.faults.report(Case.EMPTYING, disk.name, operation, offset, length, error)
+        return CommandError(f"cannot empty the overlays of disk '{disk.name}': {error}")
+
+    def _empty_all(self, number: int = 0) -> CommandError | None:
+        """Empty the overlays of every disk, as one step for whoever looks, now or after a kill. The gate is
+        closed, or nothing is served yet. `number`: the primary's for this checkpoint.
+
+        Fails only with durability=power. CommandError: nothing has changed. A CommandError that is returned: all are
+        empty, and would be after a power cut, since the epoch says so; but nothing can be made stable any more, so no
+        target write and no flush is accepted from here on.
+        """
+        begun = time.monotonic()
+        for disk in self.disks:
+            if disk.stack is not None and disk.stack.power:
+                self._flush_disk(disk)
+        at = self.disks[0]
+        try:
+            self._set.state.begin_epoch(number)
+        except StateError as error:
+            raise self._end_stability(at, DiskError(str(error))) from error
+        for disk in self.disks:
+            pause("checkpoint.begun")
+            if disk.stack is not None:
+                disk.stack.empty()
+        pause("checkpoint.emptied")
+        try:
+            for disk in self.disks:
+                at = disk
+                if disk.stack is not None:
+                    disk.stack.publish_emptied()
+            self._set.state.end_epoch(time.monotonic() - begun)
+        except DiskError as error:
+            return self._end_stability(at, error)
+        except StateError as error:
+            return self._end_stability(at, DiskError(str(error)))
+        return None
+
+    def _end_stability(self, disk: SecondaryDisk, error: DiskError) -> CommandError:
+        """It is not known what a power cut would find; whatever it finds shall be right."""
+        for each in self.disks:
+            if each.stack is not None:
+                each.stack.fail(error)
+        self._backup.end(str(error))
+        return self._cannot_empty(disk, error)
+
+    # -- copy-before-write ---------------------------------------------------------------------------------
+
+    def _copy_failed(self, error: LayerError) -> None:
+        if error.operation == "sync":
+            self._backup.end(str(error))
+        else:
+            self._backup.failed(str(error))
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def query(self) -> dict[str, Any]:
+        return {
+            "consistent": self._set.record.inconsistent is None,
+            "link": self.pairing.link,
+            "disks": [
+                {
+                    "name": disk.name,
+                    "top-id": disk.top_id,
+                    "size": disk.size,
+                    "active-bytes": stack.active.bytes_held if stack else 0,
+                    "hidden-bytes": stack.hidden.bytes_held if stack else 0,
+                    "out-of-sync-bytes": disk.lost.marked_bytes,
+                    "totals": dict(disk.totals),
+                }
+                # The stack is looked up once: a role change takes it away meanwhile.
+                for disk, stack in [(disk, disk.stack) for disk in self.disks]
+            ],
+        }
+
+    @property
+    def bytes_served(self) -> int:
+        return sum(sum(disk.totals.values()) for disk in self.disks)
+
+    def faces(self) -> dict[str, Face]:
+        shown = {}
+        for disk in self.disks:
+            shown[disk.name] = disk.target_face()
+            shown.setdefault(disk.top_id, disk.guest_face())
+        return shown
+
+    @property
+    def default(self) -> str:
+        return ""
+
+    def retire(self) -> None:
+        """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back
+        space may be waiting before it."""
+        self._failover.end(_CLOSE_S)
+        self._reclaimer.stop(_CLOSE_S)
+        for disk in self.disks:
+            disk.let_go()
+
+    def close(self) -> None:
+        deadline = time.monotonic() + _CLOSE_S
+        ended = self._failover.end(_CLOSE_S)
+        self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
+        # Not with a portion of a commit still under way: it changes disk and overlays after they were flushed.
+        if ended and self._end_clean(deadline):
+            self._let_go()
+
+    def _end_clean(self, deadline: float) -> bool:
+        """Make everything stable and say so, for a restart of the host; False when that is still going on at the
+        deadline: the process ends all the same, and another one of this boot finds everything in place."""
+        if self._set.record.stage is Stage.NONE:
+            return True
+        flusher = threading.Thread(target=self._flush_everything, name="flush", daemon=True)
+        flusher.start()
+        flusher.join(max(0.0, deadline - time.monotonic()))
+        return not flusher.is_alive()
+
+    def _flush_everything(self) -> None:
+        try:
+            for disk in self.disks:
+                if disk.stack is not None and disk.stage is not Stage.DONE:
+                    disk.stack.flush_all()
+                else:
+                    disk.disk.flush()
+                disk.lost.flush()
+                disk.changes.flush()
+            self._set.record.clean = True
+            self._set.save()
+        except (DiskError, StateError) as error:
+            log(f"not everything is on stable storage: {error}")
+
+    def _let_go(self) -> None:
+        for disk in self.disks:
+            disk.close()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ending the process although clients are connected.
+
+nbdkit 1.32 ends on SIGTERM only when every client has gone (its connection threads sit in recv, seen with its own
+memory plugin): a guest that stays attached, or a primary linked to this secondary, would hold it up for ever. So the
+process hears the signal as well, and closes the receiving half of the clients' connections: requests in flight are
+answered, then nbdkit's threads see the end of the stream and go.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from replication.log import log
+from replication.server.clients import sockets
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_AGAIN_S = 0.5
+
+_GRACE_S = 2.0
+"""How long nbdkit may take to end by itself when it waits for threads that sleep for good (hangup.py)."""
+
+END_S = 4.0
+"""How long the process may take to end in good order: a queue is sent for 3 s of it (primary/side.py). Then it ends as
+if killed, which costs no answered write: whoever is still waiting waits for a dead disk, peer or client (a client
+that does not read its answers would hold nbdkit up for ever)."""
+
+
+class Disconnector:
+    """Hears the signals that end the process, and sends its NBD clients away."""
+
+    def __init__(
+        self,
+        shutdown: Callable[[], None],
+        control_path: str | None,
+        unended: Callable[[], bool],
+        cleanup: Callable[[], None],
+    ) -> None:
+        """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients. `unended()` is asked
+        while nbdkit is ending: True when no request is in flight and nbdkit would wait in vain; then the process is
+        ended from here, after `cleanup`."""
+        self._shutdown = shutdown
+        self._control_path = control_path
+        self._unended = unended
+        self._cleanup = cleanup
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def start(self) -> None:
+        """Take the signals over; in the main thread, after nbdkit has set its own handlers and has forked."""
+        os.set_blocking(self._read, True)
+        for number in _SIGNALS:
+            signal.signal(number, _ignore)
+        # The main thread sits in nbdkit and never runs a Python handler, but this is written by the C handler.
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, name="disconnect", daemon=True).start()
+
+    def end(self) -> None:
+        """End the process in good order, as a signal would; for the control command `quit`."""
+        os.write(self._write, b"\0")
+
+    def _wait(self) -> None:
+        os.read(self._read, 1)
+        threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
+        self._shutdown()
+        # A client that nbdkit was just accepting is found the next time round.
+        again = threading.Event()
+        deadline = time.monotonic() + _GRACE_S
+        while True:
+            if time.monotonic() > deadline and self._unended():
+                self._cleanup()
+                os._exit(0)
+            for connection in self._clients():
+                try:
+                    connection.shutdown(socket.SHUT_RD)
+                except OSError as error:
+                    log(f"a client had gone before it was sent away: {error.strerror}")
+                finally:
+                    connection.close()
+            again.wait(_AGAIN_S)
+
+    @staticmethod
+    def _end_late() -> None:
+        """End the process if it has not ended in time. A thread of its own, since `cleanup` may be what takes long."""
+        time.sleep(END_S)
+        log(f"something did not end within {END_S:g} s of the signal; the process ends without it")
+        os._exit(0)
+
+    def _clients(self) -> Iterator[socket.socket]:
+        """Duplicates of the connections that nbdkit has accepted: sockets with a peer and a listener's address."""
+        listeners: set[object] = set()
+        connected: list[socket.socket] = []
+        for found in sockets():
+            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                listeners.add(_address(found))
+                found.close()
+            else:
+                connected.append(found)
+        listeners.discard(self._control_path)
+        for found in connected:
+            if _address(found) in listeners and _has_peer(found):
+                yield found
+            else:
+                found.close()
+
+
+def _ignore(number: int, frame: object) -> None:
+    """The wake-up descriptor has told the thread."""
+
+
+def _address(found: socket.socket) -> object:
+    """The path or the port by which a connection and its listener know each other."""
+    name = found.getsockname()
+    return name[1] if isinstance(name, tuple) and len(name) > 1 else name
+
+
+def _has_peer(found: socket.socket) -> bool:
+    try:
+        found.getpeername()
+    except OSError:
+        return False
+    return True

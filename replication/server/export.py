@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exports: which name leads to which face, and the gate before every request.
+
+What is behind a name may change while clients are connected (a promoted secondary becomes a primary), and so may who
+is allowed to write there. So an export looks its face up, and asks the side at work, for every request, inside the
+gate, with which such a change is alone.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from replication.batch import SPACE, unpack
+from replication.control.inband import ControlExport
+from replication.disk.face import Extent
+from replication.errors import DiskError
+from replication.node import Node
+from replication.options import CONTROL_EXPORT
+from replication.server.clients import Client
+from replication.side import FOR_GUESTS, GUEST_WRITES
+from replication.stage import Mode
+
+
+class Export:
+    """One export as one client sees it. Every method may be called by several threads at once; they raise DiskError."""
+
+    def __init__(self, node: Node, name: str, token: str | None = None) -> None:
+        """`token`: what a primary's connection has been given."""
+        self._node = node
+        self._gate = node.gate
+        self._faces = node.faces
+        self._name = name
+        self._token = token
+        face = node.faces[name]
+        self.size = face.size()
+        self.description = face.description
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from `offset`."""
+        with self._gate:
+            self._faces[self._name].read(buffer, offset)
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        """Write the data at `offset`."""
+        with self._gate:
+            self._node.side.admit(self._name, self._token)
+            self._faces[self._name].write(data, offset, fua)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """Make a range read as zeroes."""
+        with self._gate:
+            self._node.side.admit(self._name, self._token)
+            self._faces[self._name].zero(offset, length, may_trim, fua)
+
+    def flush(self) -> None:
+        """Make stable what was answered."""
+        with self._gate:
+            self._faces[self._name].flush()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Extents from `offset` on."""
+        with self._gate:
+            return self._faces[self._name].extents(offset, length)
+
+    def close(self) -> None:
+        """The client has gone."""
+
+
+class DataExport(Export):
+    """The target face for a primary: larger than the disk by the room for batches (batch.py)."""
+
+    def __init__(self, node: Node, name: str, token: str) -> None:
+        super().__init__(node, name, token)
+        self._disk_size = self.size
+        self.size += SPACE
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self._check(offset, len(buffer))
+        super().read(buffer, offset)
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        if offset != self._disk_size:
+            self._check(offset, len(data))
+            super().write(data, offset, fua)
+            return
+        if fua:
+            raise DiskError("a batch of writes cannot be forced to stable storage: flush", errno.EINVAL)
+        writes = unpack(data, self._disk_size)
+        with self._gate:
+            self._node.side.admit(self._name, self._token)
+            self._gate.count(len(writes) - 1)
+            self._faces[self._name].write_batch(writes)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        self._check(offset, length)
+        super().zero(offset, length, may_trim, fua)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        self._check(offset, length)
+        return super().extents(offset, length)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset + length > self._disk_size:
+            raise DiskError(f"{length} bytes at {offset} are behind the disk's end", errno.EINVAL)
+
+
+class Exports:
+    """The exports of a node, by name."""
+
+    def __init__(self, node: Node, control: Callable[[], ControlExport], guests_local: bool) -> None:
+        """`control()` makes the export over which a primary talks to this node. With `guests_local`, what belongs to a
+        guest is only for clients on this host."""
+        self._node = node
+        self._guests_local = guests_local
+        self._control = control
+
+    def names(self) -> list[tuple[str, str]]:
+        """(name, description) of all exports."""
+        return [(name, face.description) for name, face in self._node.faces.items()]
+
+    def default(self) -> str:
+        """What the empty export name stands for: the first disk of a primary; nothing on a secondary, where a
+        mistaken primary must not write into the guest face."""
+        return self._node.side.default
+
+    def open(self, name: str, client: Client) -> Export | ControlExport:
+        """An export by name; DiskError names the valid ones, or says that it is not for this client."""
+        if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
+            return self._control()
+        wanted, token = self._node.side.face_of(name or self.default())
+        if wanted not in self._node.faces:
+            valid = ", ".join(f"'{known}'" for known in self._node.faces)
+            raise DiskError(f"there is no export '{name[:255]}': the exports are {valid}")
+        description = self._node.faces[wanted].description
+        for_guest = description in FOR_GUESTS or description == GUEST_WRITES
+        if self._guests_local and for_guest and not client.local:
+            raise DiskError(
+                f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
+            )
+        return Export(self._node, wanted) if token is None else DataExport(self._node, wanted, token)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""gate.py: many requests inside at a time, or one command alone; every wait of it has an end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lab import DEADLINE_S, wait_until
+from replication.errors import DiskError
+from replication.order import gate as gate_module
+from replication.order.gate import Gate, GateStuck
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads of this test; their waits are bounded by the gate's own constants."""
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+class Guest:
+    """A request that stays inside the gate until it is told to leave."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.inside = threading.Event()
+        self.leave = threading.Event()
+
+    def run(self) -> None:
+        with self._gate:
+            self.inside.set()
+            assert self.leave.wait(DEADLINE_S)
+
+
+def closing(gate: Gate) -> None:
+    """Wait until a command has begun to close the gate."""
+    wait_until(lambda: gate._shut, "a command closes the gate")
+
+
+def test_many_requests_are_inside_at_one_time(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    guests = [Guest(gate) for _ in range(8)]
+    ends = [pool.submit(guest.run) for guest in guests]
+    for guest in guests:
+        assert guest.inside.wait(DEADLINE_S)
+    for guest in guests:
+        guest.leave.set()
+    for end in ends:
+        end.result(DEADLINE_S)
+
+
+def test_a_command_waits_for_the_requests_inside_and_newcomers_wait_for_the_command(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    order: list[str] = []
+    early, late = Guest(gate), threading.Event()
+
+    def command() -> None:
+        with gate.closed():
+            order.append("command in")
+            # The newcomer is at the gate before this ends, so it had every chance to slip in.
+            assert late.wait(DEADLINE_S)
+            order.append("command out")
+
+    def newcomer() -> None:
+        late.set()
+        with gate:
+            order.append("newcomer")
+
+    ends = [pool.submit(early.run)]
+    assert early.inside.wait(DEADLINE_S)
+    ends.append(pool.submit(command))
+    closing(gate)
+    ends.append(pool.submit(newcomer))
+    assert late.wait(DEADLINE_S)
+    assert order == []
+    early.leave.set()
+    for end in ends:
+        end.result(DEADLINE_S)
+    assert order == ["command in", "command out", "newcomer"]
+
+
+def test_a_request_that_comes_while_the_command_waits_for_others_does_not_get_in(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    early = Guest(gate)
+    end = pool.submit(early.run)
+    assert early.inside.wait(DEADLINE_S)
+
+    def close() -> None:
+        with gate.closed():
+            pass
+
+    command = pool.submit(close)
+    closing(gate)
+    monkeypatch.setattr(gate_module, "ENTER_S", 0.05)
+    with pytest.raises(DiskError, match="kept requests waiting"), gate:
+        pass
+    assert not command.done()
+    early.leave.set()
+    end.result(DEADLINE_S)
+    command.result(DEADLINE_S)
+
+
+def test_a_command_that_cannot_get_the_requests_out_fails_and_leaves_the_gate_open(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    stuck, waiting = Guest(gate), Guest(gate)
+    ends = [pool.submit(stuck.run)]
+    assert stuck.inside.wait(DEADLINE_S)
+    monkeypatch.setattr(gate_module, "DRAIN_S", 1.0)
+
+    def close() -> None:
+        with gate.closed():
+            raise AssertionError("alone with a request inside")
+
+    command = pool.submit(close)
+    closing(gate)
+    ends.append(pool.submit(waiting.run))
+    with pytest.raises(GateStuck, match="1 requests in flight did not end"):
+        command.result(DEADLINE_S)
+    # The one that waited meanwhile gets in although the stuck one never left.
+    assert waiting.inside.wait(DEADLINE_S)
+    for guest in (stuck, waiting):
+        guest.leave.set()
+    for end in ends:
+        end.result(DEADLINE_S)
+
+
+def test_a_request_that_gave_up_is_not_counted_as_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    monkeypatch.setattr(gate_module, "ENTER_S", 0.05)
+    with gate.closed(), pytest.raises(DiskError), gate:
+        pass
+    monkeypatch.setattr(gate_module, "DRAIN_S", 0.05)
+    with gate.closed():
+        pass
+
+
+def test_of_two_commands_the_second_waits_and_then_gives_up(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+
+    def close() -> None:
+        with gate.closed():
+            pass
+
+    with gate.closed():
+        monkeypatch.setattr(gate_module, "DRAIN_S", 0.05)
+        with pytest.raises(GateStuck, match="another command"):
+            pool.submit(close).result(DEADLINE_S)
+        monkeypatch.setattr(gate_module, "DRAIN_S", DEADLINE_S)
+        second = pool.submit(close)
+    second.result(DEADLINE_S)
+
+
+def test_a_failure_inside_leaves_the_gate_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    monkeypatch.setattr(gate_module, "DRAIN_S", 0.05)
+    monkeypatch.setattr(gate_module, "ENTER_S", 0.05)
+    with pytest.raises(KeyError), gate:
+        raise KeyError
+    with pytest.raises(KeyError), gate.closed():
+        raise KeyError
+    with gate:
+        pass
+    with gate.closed():
+        pass
+
+
+def test_under_load_no_request_is_ever_inside_together_with_a_command(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    inside = [0] * 6
+    alone = [0, 0]
+    seen: list[tuple[list[int], list[int]]] = []
+    stop = threading.Event()
+
+    counts = [0] * len(inside)
+
+    def request(number: int) -> None:
+        while not stop.is_set():
+            with gate:
+                inside[number] = 1
+                if any(alone):
+                    seen.append((list(inside), list(alone)))
+                inside[number] = 0
+                counts[number] += 1
+
+    def command(number: int) -> None:
+        for _ in range(150):
+            with gate.closed():
+                alone[number] = 1
+                if any(inside) or sum(alone) > 1:
+                    seen.append((list(inside), list(alone)))
+                alone[number] = 0
+
+    requests = [pool.submit(request, number) for number in range(len(inside))]
+    try:
+        for end in [pool.submit(command, number) for number in range(len(alone))]:
+            end.result(DEADLINE_S)
+        # The commands may be through before each of those threads has had its turn with the processor.
+        wait_until(lambda: all(counts), "no request is locked out")
+    finally:
+        stop.set()
+    for ended in requests:
+        ended.result(DEADLINE_S)
+    assert seen == []
