@@ -119,6 +119,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         files.py                the system calls that change files, as a seam
     options.py                  the command line and the TOML file
     tls.py                      certificates and keys of our own connections, and why a handshake fails
+    uri.py                      NBD URIs as libnbd reads them
     jobs.py fault.py            what query-jobs and get-error report
     order/                      who waits for whom
         gate.py rangelock.py    the gate before all requests; ranges, first come first served

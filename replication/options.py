@@ -9,11 +9,11 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from urllib.parse import unquote, urlsplit
 
 from replication.errors import ConfigError
 from replication.stage import Mode
-from replication.tls import Tls, is_tls
+from replication.tls import Tls
+from replication.uri import absolute, export_of, is_tls, is_uri
 
 DEFAULT_DISK = "disk0"
 CONTROL_EXPORT = ".control"
@@ -38,24 +38,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}\Z")
 _EXPORT_MAX = 4096  # NBD specification: longest string
 _SIZE = re.compile(r"([0-9]{1,15})([kKMGT]?)\Z")
 _SCALE = {"": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40}
-_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "on", "y", "t"), True),
     **dict.fromkeys(("false", "0", "no", "off", "n", "f"), False),
 }
-
-
-def is_uri(location: str) -> bool:
-    """Whether libnbd, not open(2), opens it."""
-    return _URI.match(location) is not None
-
-
-def export_of(uri: str) -> str:
-    """The export name in an NBD URI, empty if it has none (NBD URI specification)."""
-    try:
-        return unquote(urlsplit(uri).path.removeprefix("/"))
-    except ValueError as error:
-        raise ConfigError(f"'{uri}' is not an NBD URI: {error}") from error
 
 
 def check_uri(uri: str, disks: int) -> None:
@@ -108,6 +94,8 @@ class Options:
     """Whether guests' exports are only for clients on this host."""
     placement: bool = True
     """Whether the process chooses the cores of its threads (placement.py)."""
+    folder: str = field(default_factory=os.getcwd)
+    """Where nbdkit was started: relative paths count from there, also those that a command brings later on."""
 
 
 @dataclass
@@ -206,6 +194,7 @@ class OptionParser:
         if options.secondary is not None:
             try:
                 check_uri(options.secondary, len(options.disks))
+                options.secondary = absolute(options.secondary, options.folder)
             except ConfigError as error:
                 raise ConfigError(f"secondary={error}") from error
         _check_tls(options)
@@ -314,7 +303,12 @@ def _split_disk(value: str) -> _Disk:
 def _location(location: str) -> str:
     if not location or "\0" in location:
         raise ConfigError("disk= needs a path or an NBD URI")
-    return location if is_uri(location) else os.path.abspath(location)
+    if not is_uri(location):
+        return os.path.abspath(location)
+    try:
+        return absolute(location, os.getcwd())
+    except ConfigError as error:
+        raise ConfigError(f"disk={location}: {error}") from error
 
 
 def _path(value: str | None, key: str) -> str | None:

@@ -19,13 +19,13 @@ import ssl
 import struct
 import time
 from dataclasses import dataclass
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import nbd
 
 from replication.errors import ConfigError
+from replication.uri import is_tls, parameters
 
-_TLS_URI = re.compile(r"nbds(\+unix|\+vsock)?://")
 _PSK_FILE_MAX = 1 << 20
 _PORT = 10809
 
@@ -38,11 +38,6 @@ _REPLY_ACK = struct.pack(">I", 1)
 
 _UNKNOWN_CA = (2, 18, 19, 20, 21)
 """OpenSSL's X509_V_ERR_ of an issuer that it does not have, or of one that vouches for itself."""
-
-
-def is_tls(uri: str) -> bool:
-    """Whether the URI demands TLS."""
-    return _TLS_URI.match(uri) is not None
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Tls:
         default = default or cls()
         try:
             parts = urlsplit(uri)
-            said = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            said = parameters(uri)
             username = default.username if parts.username is None else unquote(parts.username)
         except ValueError as error:
             raise ConfigError(f"'{uri}' is not an NBD URI: {error}") from error

@@ -7,8 +7,8 @@ from replication.disk.endpoint import NbdDisk
 from replication.disk.face import Disk
 from replication.disk.file import FileDisk
 from replication.errors import ConfigError
-from replication.options import is_uri
 from replication.tls import Tls
+from replication.uri import is_uri
 
 
 def open_disk(name: str, location: str, tls: Tls | None = None) -> Disk:

@@ -24,7 +24,7 @@ from typing import Any
 from replication.batch import SPACE
 from replication.disk.connection import Connection
 from replication.errors import DiskError, ReplicationError
-from replication.options import DATA_EXPORT, Durability, export_of
+from replication.options import DATA_EXPORT, Durability
 from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.record.ancestry import Ancestry
@@ -32,6 +32,7 @@ from replication.record.lineage import Lineage, Verdict, check_id, decide, new_i
 from replication.record.state import EPOCH_MAX
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
 from replication.stage import Stage
+from replication.uri import export_of
 
 ANSWER_S = 30.0
 """Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four

@@ -30,6 +30,7 @@ from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
 from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
+from replication.uri import absolute
 
 _RESYNC_S = 30.0
 """Longest wait of a barrier for what is still missing."""
@@ -155,6 +156,7 @@ class PrimarySide(Side):
         if secondary is not None:
             try:
                 check_uri(secondary, len(self.disks))
+                secondary = absolute(secondary, self._set.options.folder)
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
         if not self._link.wait_unattempted(ANSWER_S):

@@ -23,11 +23,12 @@ from replication.image.qcow2 import Layout, create, image_size, read_layout, rem
 from replication.image.stack import Stack
 from replication.image.table import remove_live
 from replication.log import log
-from replication.options import DiskOptions, Durability, Options, is_uri
+from replication.options import DiskOptions, Durability, Options
 from replication.record.boot import boot_id
 from replication.record.state import Record
 from replication.secondary.disk import SecondaryDisk
 from replication.stage import Stage
+from replication.uri import absolute, is_uri
 
 _MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
 
@@ -137,7 +138,7 @@ class _Opening:
             read_layout(path) if overlay is None else overlay.layout
             for overlay, path in ((active, _known(options.active)), (hidden, _known(options.hidden)))
         ]
-        refusal = _refusal(layouts[0], layouts[1], disk, options)
+        refusal = _refusal(layouts[0], layouts[1], disk, options, self._options.folder)
         if refusal is None and active is not None and hidden is not None:
             return active, hidden
         refusal = refusal or "Active disk or hidden disk doesn't support make_empty"
@@ -150,7 +151,7 @@ class _Opening:
         return None
 
 
-def _refusal(active: Layout, hidden: Layout, disk: SecondaryDisk, options: DiskOptions) -> str | None:
+def _refusal(active: Layout, hidden: Layout, disk: SecondaryDisk, options: DiskOptions, folder: str) -> str | None:
     """What start says to these images (QEMU's texts, in QEMU's order), None if it accepts them. A wrong backing
     file, which QEMU cannot see, is a ConfigError: writing over it would destroy data."""
     if active.backing is None:
@@ -164,11 +165,18 @@ def _refusal(active: Layout, hidden: Layout, disk: SecondaryDisk, options: DiskO
         found = layout.backing
         assert expected is not None
         assert found is not None
-        if found != expected and (is_uri(expected) or os.path.realpath(found) != os.path.realpath(expected)):
+        if not _same_place(found, expected, folder):
             raise ConfigError(f"{path} of disk '{disk.name}' has the backing file {found}, not {expected}")
     if not active.size == hidden.size == image_size(disk.size):
         return "Active disk, hidden disk, secondary disk's length are not the same"
     return None
+
+
+def _same_place(found: str, expected: str, folder: str) -> bool:
+    """Whether an image's backing file is what the options say; relative paths in URIs count from `folder`."""
+    if is_uri(expected):
+        return is_uri(found) and absolute(found, folder) == expected
+    return os.path.realpath(found) == os.path.realpath(expected)
 
 
 def _refuse_memory(role: str, disk: SecondaryDisk, path: str) -> None:

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replication.errors import ConfigError
-from replication.options import ALL_KEYS, DISK_KEYS, KEYS, Durability, OptionParser, Options, export_of, is_uri
+from replication.options import ALL_KEYS, DISK_KEYS, KEYS, Durability, OptionParser, Options
 from replication.stage import Mode
+from replication.uri import export_of, is_uri
 
 PRIMARY = ["mode=primary", "state=/s"]
 SECONDARY = ["mode=secondary", "state=/s"]
@@ -573,3 +574,27 @@ def test_any_config_file_gives_options_or_one_config_error(tmp_path: Path, conte
     except ConfigError:
         return
     assert options.disks
+
+
+# -- relative paths in URIs --------------------------------------------------------------------------------------
+
+
+def test_relative_paths_in_uris_count_from_the_folder_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = parse(*PRIMARY, "disk=nbd+unix:///a+b?socket=d.sock", "secondary=nbd+unix:///?socket=b%20b.sock")
+    assert options.disks[0].location == f"nbd+unix:///a+b?socket={tmp_path}/d.sock"
+    assert options.secondary == f"nbd+unix:///?socket={tmp_path}/b%20b.sock"
+    assert options.folder == str(tmp_path)
+
+
+def test_a_socket_path_of_a_uri_that_becomes_too_long_names_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("a" * 108)
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    uri = "nbd+unix:///?socket=b.sock"
+    assert refusal(*PRIMARY, "disk=/d", f"secondary={uri}").startswith(f"secondary={folder}/b.sock is too long")
+    assert refusal(*PRIMARY, f"disk={uri}").startswith(f"disk={uri}: {folder}/b.sock is too long")

@@ -12,7 +12,8 @@ import pytest
 from certificates import Authority, psk_file
 from replication.errors import ConfigError
 from replication.options import OptionParser, Options
-from replication.tls import Tls, is_tls
+from replication.tls import Tls
+from replication.uri import is_tls
 
 PRIMARY = [("mode", "primary"), ("disk", "/d"), ("state", "/s")]
 SECONDARY = [("mode", "secondary"), ("disk", "/d"), ("top-id", "top"), ("state", "/s")]
