@@ -242,3 +242,14 @@ class Commands:
 
 TABLE = Commands.TABLE
 """The commands by name, in the order in which query-commands lists them."""
+
+_QUERIES = tuple(name for name in TABLE if name.startswith("query-"))
+URGENT = (*_QUERIES, "x-colo-lost-heartbeat", "quit", "replication-get-error")
+"""Commands that must get through whoever else is connected; so must a stop that is a failover (`is_urgent`)."""
+
+
+def is_urgent(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a command is one that an operator must be able to give at all times. Each of them ends soon."""
+    if name in URGENT:
+        return True
+    return name in ("replication-stop", "xen-set-replication") and arguments.get("failover") is True

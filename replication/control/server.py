@@ -8,6 +8,9 @@ Invariants:
    client its connection.
 2. The socket's name appears in the file system only with mode 0600 and with a process already listening behind it.
 3. Only a socket that nobody listens on is ever replaced, by one process at a time; at the end only our own is removed.
+4. Failover, stop by a lost heartbeat, the queries and `quit` always get in. When all places are taken, a client that is
+   idle makes room (`_choose`), and where every client has a command at work, RESERVED more are served, for these
+   commands alone.
 
 Threads: one accepts; per client one reads, runs the commands and queues the answers, and one writes the
 queue out. All are daemons (nbdkit could not exit otherwise) and start after nbdkit has forked. A command runs in its
@@ -23,17 +26,26 @@ import secrets
 import select
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from replication.control import qmp
-from replication.errors import ConfigError
+from replication.control.commands import is_urgent
+from replication.control.qmp import Answer
+from replication.errors import CommandError, ConfigError
 from replication.events import Event, EventHub
 
 CLIENTS_MAX = 16
+# Beyond these, for who has something urgent to say (commands.URGENT).
+RESERVED = 4
+# A client that has said nothing for so many seconds may lose its place to a newcomer: long enough for a program that
+# has just connected, and short for an operator who waits for that place.
+IDLE_S = 2.0
 # sizeof(sockaddr_un.sun_path) less its terminating zero (unix(7)).
 PATH_BYTES_MAX = 107
 # About the events of a long resync, and far more than a client that reads at all ever has waiting.
@@ -51,6 +63,10 @@ _LOCK_RETRY_S = 0.005
 # After a failure to accept (no file descriptors left, say): often enough for a person, too rare to burn a CPU.
 _ACCEPT_RETRY_S = 0.5
 _RECEIVE_BYTES = 64 << 10
+_PEER = struct.Struct("=iII")
+"""struct ucred: the process id first."""
+_FULL = f"Too many clients: this socket serves at most {CLIENTS_MAX} at a time"
+_EVICTED = "This connection was idle and has made room for another client: all places were taken"
 
 
 class _Outbox:
@@ -118,12 +134,22 @@ class _Client:
         self,
         connection: socket.socket,
         number: int,
-        execute: qmp.Execute,
+        execute: Callable[[_Client, str, dict[str, Any]], Answer],
         hub: EventHub,
         ended: Callable[[_Client], None],
     ) -> None:
+        """`execute(client, command, arguments)` runs a command of this client."""
         self._connection = connection
-        self._session = qmp.Session(execute)
+        self._session = qmp.Session(lambda name, arguments: execute(self, name, arguments))
+        self.process = _process_of(connection)
+        """The process that has connected."""
+        self.reserved = False
+        """Whether it has one of the RESERVED places. The server's lock protects it."""
+        # Protects the three below, which say whether its place may be given to another; never held across I/O.
+        self._place = threading.Lock()
+        self._working = False
+        self._idle_since = time.monotonic()
+        self._evicted = False
         self._hub = hub
         self._ended = ended
         self._outbox = _Outbox()
@@ -151,6 +177,25 @@ class _Client:
         # Wakes both threads; the descriptor is closed by the reader, so its number is not reused under the writer.
         with contextlib.suppress(OSError):  # the peer may have gone first
             self._connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def idle_s(self) -> float:
+        """For how many seconds it has said nothing and no command of its was at work; 0 while one is."""
+        with self._place:
+            return 0.0 if self._working or self._evicted else time.monotonic() - self._idle_since
+
+    def evict(self) -> bool:
+        """Tell it that its place is another's and end the connection, unless it has something at work by now; whether
+        it was. Returns at once."""
+        with self._place:
+            if self._working or self._evicted:
+                return False
+            self._evicted = True
+        self._outbox.put(qmp.encode(qmp.error_message(_EVICTED)))
+        self.finish()
+        with contextlib.suppress(OSError):  # the peer may have gone first
+            self._connection.shutdown(socket.SHUT_RD)
+        return True
 
     def join_writer(self, deadline: float) -> bool:
         """Wait until all that was queued is written, up to time.monotonic() `deadline`; whether it is."""
@@ -185,7 +230,7 @@ class _Client:
 
     def _serve(self) -> None:
         subscribed = False
-        while data := self._connection.recv(_RECEIVE_BYTES):
+        while (data := self._connection.recv(_RECEIVE_BYTES)) and self._turn(working=True):
             with contextlib.closing(self._session.feed(data)) as messages:
                 for message in messages:
                     if not self._outbox.put(message, DRAIN_S):
@@ -195,6 +240,14 @@ class _Client:
                     if self._session.negotiated and not subscribed:
                         subscribed = True
                         self._hub.subscribe(self._on_event)
+            self._turn(working=False)
+
+    def _turn(self, working: bool) -> bool:
+        """Note whether commands are at work; False when the place is another's."""
+        with self._place:
+            self._working = working
+            self._idle_since = time.monotonic()
+            return not self._evicted
 
     def _write(self) -> None:
         try:
@@ -217,7 +270,8 @@ class ControlServer:
         self._acceptor: threading.Thread | None = None
         self._wake_read: int | None = None
         self._wake_write: int | None = None
-        # Protects the two below; last in the lock order, never held across I/O.
+        # Protects the two below and who has a reserved place; last in the lock order but for _Client._place, and never
+        # held across I/O.
         self._lock = threading.Lock()
         self._clients: list[_Client] = []
         self._stopping = False
@@ -376,13 +430,9 @@ class ControlServer:
 
     def _admit(self, connection: socket.socket, number: int) -> None:
         connection.setblocking(True)
-        client = _Client(connection, number, self._execute, self._hub, self._forget)
-        with self._lock:
-            full = len(self._clients) >= CLIENTS_MAX
-            if not full:
-                self._clients.append(client)
-        if full:
-            _turn_away(connection, f"Too many clients: this socket serves at most {CLIENTS_MAX} at a time")
+        client = _Client(connection, number, self._execute_for, self._hub, self._forget)
+        if not self._find_place(client):
+            _turn_away(connection, _FULL)
             return
         try:
             client.start()
@@ -390,6 +440,42 @@ class ControlServer:
             _log(f"cannot serve a control client: {error}")
             self._forget(client)
             _turn_away(connection, f"Cannot serve this client: {error}")
+
+    def _find_place(self, client: _Client) -> bool:
+        """Put a newcomer among the clients; False when there is no place, not even a reserved one."""
+        while True:
+            with self._lock:
+                seated = sum(not other.reserved for other in self._clients)
+                leaving = self._choose(IDLE_S) if seated >= CLIENTS_MAX else None
+                if leaving is None:
+                    client.reserved = seated >= CLIENTS_MAX
+                    if len(self._clients) >= CLIENTS_MAX + RESERVED:
+                        leaving = self._choose(0.0)
+                    if leaving is None:
+                        full = len(self._clients) >= CLIENTS_MAX + RESERVED
+                        self._clients += [] if full else [client]
+                        return not full
+            if leaving.evict():
+                self._forget(leaving)  # its threads may need a moment yet
+                _log("all places of the control socket were taken: a client that was idle has lost its own")
+
+    def _choose(self, idle_s: float) -> _Client | None:
+        """Who has to make room, with the lock held: of those who have been idle for more than `idle_s` seconds the one
+        who has been so longest, of the process that has most connections. So who leaks connections loses them, and not
+        the program that has held its one connection for the longest time."""
+        held = Counter(other.process for other in self._clients)
+        idle = [(held[other.process], other.idle_s, other) for other in self._clients]
+        most = max((entry for entry in idle if entry[1] > idle_s), key=lambda entry: entry[:2], default=None)
+        return None if most is None else most[2]
+
+    def _execute_for(self, client: _Client, name: str, arguments: dict[str, Any]) -> Answer:
+        """Run a command of a client; one that has a reserved place gives urgent ones, until there is a free one."""
+        if client.reserved and not is_urgent(name, arguments):
+            with self._lock:
+                client.reserved = sum(not other.reserved for other in self._clients) >= CLIENTS_MAX
+            if client.reserved:
+                raise CommandError(_FULL)
+        return self._execute(name, arguments)
 
     def _forget(self, client: _Client) -> None:
         with self._lock:
@@ -446,6 +532,14 @@ def _holds(lock: int, folder: int, name: str) -> bool:
         return os.path.samestat(os.fstat(lock), os.stat(name, dir_fd=folder, follow_symlinks=False))
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def _process_of(connection: socket.socket) -> int:
+    """The id of the process at the other end (unix(7), SO_PEERCRED), or its own where the system does not tell."""
+    try:
+        return int(_PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0])
+    except OSError:
+        return os.getpid()
 
 
 def _turn_away(connection: socket.socket, desc: str) -> None:

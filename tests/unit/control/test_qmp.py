@@ -422,12 +422,14 @@ class Stage:
         self.server = ControlServer(str(self.path), self.execute, self.hub)
 
     def execute(self, name: str, arguments: dict[str, Any]) -> Answer:
-        if name == "hold":
+        if name == "hold" or "hold" in arguments:
             self.entered.set()
             assert self.release.wait(DEADLINE_S)
             return Answer({"held": True})
         if name == "big":
             return Answer("x" * arguments["size"])
+        if name.startswith(("query-", "replication-", "x-", "xen-", "quit")):
+            return Answer(arguments)
         return echo(name, arguments)
 
     def clients(self) -> int:
@@ -435,7 +437,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    monkeypatch.setattr(server, "IDLE_S", 1000.0)  # who is idle is what a test says
     stage = Stage(tmp_path)
     stage.server.bind()
     stage.server.start()
@@ -568,18 +571,84 @@ def test_client_that_reads_late_gets_every_answer(stage: Stage) -> None:
         sender.join(DEADLINE_S)
 
 
-def test_seventeenth_client_is_told_and_a_free_place_can_be_taken(stage: Stage) -> None:
+def test_client_too_many_gets_urgent_answers_only_and_a_free_place_can_be_taken(stage: Stage) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(stage.path)) for _ in range(server.CLIENTS_MAX)]
+        with Client(stage.path) as reserved:
+            assert reserved.call("echo") == failure("Too many clients: this socket serves at most 16 at a time")
+            for name, arguments in (
+                ("query-replication", {}),
+                ("query-failover", {}),
+                ("x-colo-lost-heartbeat", {}),
+                ("replication-stop", {"failover": True, "force": True}),
+                ("xen-set-replication", {"enable": False, "primary": False, "failover": True}),
+                ("quit", {}),
+            ):
+                assert reserved.call(name, **arguments) == {"return": arguments}
+            for name in ("replication-stop", "xen-set-replication", "replication-checkpoint"):
+                assert "Too many clients" in reserved.call(name)["error"]["desc"]
+            assert all(client.call("echo") == NOTHING for client in clients)
+            clients[0].close()
+            wait_until(lambda: stage.clients() == server.CLIENTS_MAX)
+            assert reserved.call("echo") == NOTHING
+
+
+def idle_for_long(*clients: server._Client) -> None:
+    """As if these had said nothing for long."""
+    for client in clients:
+        client._idle_since -= 2 * server.IDLE_S
+
+
+def test_idle_client_makes_room_and_is_told(stage: Stage) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(stage.path)) for _ in range(server.CLIENTS_MAX)]
+        assert all(client.call("echo") == NOTHING for client in clients)
+        idle_for_long(stage.server._clients[3])
+        with Client(stage.path) as late:
+            assert late.call("echo") == NOTHING
+            assert clients[3].receive() == failure(server._EVICTED)
+            assert clients[3].receive() is None
+        assert all(client.call("echo") == NOTHING for client in clients if client is not clients[3])
+
+
+def test_who_leaks_connections_loses_them(stage: Stage) -> None:
+    """Of the idle the one goes whose process holds most connections, however long others have been idle."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(stage.path)) for _ in range(server.CLIENTS_MAX)]
+        assert all(client.call("echo") == NOTHING for client in clients)
+        served = list(stage.server._clients)
+        served[0].process += 1  # a monitor that waits for events
+        idle_for_long(*served[:2], served[0])
+        with Client(stage.path) as late:
+            assert late.call("echo") == NOTHING
+            assert clients[1].receive() == failure(server._EVICTED)
+        assert clients[0].call("echo") == NOTHING
+
+
+def test_client_whose_command_is_at_work_keeps_its_place(stage: Stage) -> None:
+    """All places are taken by commands that do not end: who wants to fail over gets in, again and again."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(stage.path)) for _ in range(server.CLIENTS_MAX)]
+        for client in clients:
+            client.send(b'{"execute": "hold"}')
+        wait_until(lambda: all(client._working for client in stage.server._clients))
+        idle_for_long(*stage.server._clients)
+        silent: list[Client] = []
+        for _ in range(3 * server.RESERVED):
+            client = stack.enter_context(Client(stage.path))
+            assert client.call("replication-stop", failover=True) == {"return": {"failover": True}}
+            silent.append(client)
+            assert stage.clients() <= server.CLIENTS_MAX + server.RESERVED
+        assert silent[0].receive() == failure(server._EVICTED)
+        for client in silent[-server.RESERVED :]:
+            client.send(b'{"execute": "quit", "arguments": {"hold": true}}')
+        wait_until(lambda: all(client._working for client in stage.server._clients))
         with Client(stage.path, negotiate=False) as refused:
             assert refused.first == failure("Too many clients: this socket serves at most 16 at a time")
             assert refused.receive() is None
+        stage.release.set()
         for client in clients:
-            assert client.call("echo") == NOTHING
-        clients[0].close()
-        wait_until(lambda: stage.clients() == server.CLIENTS_MAX - 1)
-        with Client(stage.path) as late:
-            assert late.call("echo") == NOTHING
+            assert client.receive() == {"return": {"held": True}}
 
 
 def test_system_without_threads_costs_one_client_not_the_server(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
