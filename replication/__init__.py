@@ -53,6 +53,15 @@ Source and compiled
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    client/                     the other end of a control socket: what replctl calls, nothing of the plugin
+        commands.py             replctl's commands
+        switchover.py           the planned move of a disk
+        progress.py             jobs as bars
+        status.py               query-replication as lines and a table
+        values.py               one value of an answer, as a person reads it
+        session.py              the conversation with one node
+        qmp.py                  the QMP client
+        lines.py                JSON objects, one a line, with deadlines
     server/                     what nbdkit asks of us, and what we do about nbdkit and Python
         threads.py              nbdkit's threads, as Python sees them
         hangup.py               a client that dies must not end the process

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "replication"
+CLIENT = f"{PACKAGE}/client"
 NO_NOUNS = frozenset({"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"})
 
 
@@ -123,6 +124,17 @@ def nbdkit_complaints(root: Path) -> list[str]:
     ]
 
 
+def client_complaints(root: Path) -> list[str]:
+    """Imports by which the client of a control socket would need more of the plugin than the client."""
+    return [
+        f"{path}:{line} imports {target}, which is not in {CLIENT}"
+        for path in modules(root)
+        if path.startswith(f"{CLIENT}/")
+        for line, target in own_imports(root, path)
+        if not target.startswith(f"{CLIENT}/")
+    ]
+
+
 def name_complaints(root: Path) -> list[str]:
     """Modules and packages whose name says nothing about what is in them."""
     return [path for path in modules(root) if NO_NOUNS.intersection(dotted(path).split("."))]
@@ -149,7 +161,14 @@ def wing_complaints(root: Path) -> list[str]:
     return complaints
 
 
-CHECKS = (table_complaints, direction_complaints, nbdkit_complaints, name_complaints, wing_complaints)
+CHECKS = (
+    table_complaints,
+    direction_complaints,
+    nbdkit_complaints,
+    client_complaints,
+    name_complaints,
+    wing_complaints,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -231,6 +250,13 @@ def test_row_without_a_module_is_found(tree: Path, name: str) -> None:
 def test_nbdkit_in_the_package_is_found(tree: Path, text: str) -> None:
     (tree / PACKAGE / "image" / "a.py").write_text(text + "\n")
     assert len(nbdkit_complaints(tree)) == 1
+
+
+def test_client_that_needs_the_plugin_is_found(tree: Path) -> None:
+    (tree / CLIENT).mkdir()
+    (tree / CLIENT / "session.py").write_text("from ..stage import Stage\nfrom .qmp import Qmp\n")
+    (tree / CLIENT / "qmp.py").write_text("import json\n")
+    assert client_complaints(tree) == [f"{CLIENT}/session.py:1 imports replication/stage.py, which is not in {CLIENT}"]
 
 
 @pytest.mark.parametrize("name", ["util.py", "image/helpers.py", "common/disk.py"])

@@ -26,7 +26,7 @@ from replication.errors import CommandError
 from replication.events import EventHub
 from replication.stage import Mode
 
-REPLCTL = Path(__file__).resolve().parents[2] / "scripts" / "replctl"
+REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 DEADLINE_S = 30.0
 
 STATUS: dict[str, Any] = {

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The commands of replctl: each asks something of one node, and prints what has come of it.
+
+What cannot be done is Refused, by the node or here, or Unusable; scripts/replctl makes exit codes of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from .progress import job_progress, show_jobs, watch_jobs
+from .qmp import Refused
+from .session import Session, Unusable
+from .status import console, event_line, status_view
+from .switchover import primary_and_secondary, switch_over
+from .values import human_bytes, human_seconds, human_value, printable
+
+# rich is imported where it draws: failover has to work on a host that lacks it.
+# ruff: noqa: PLC0415
+
+FAILOVER_TEXT = """\
+Failover makes this secondary the owner of the disk. From that instant on nothing that the primary
+writes is accepted any more, and what it has written since the last checkpoint is lost. It cannot be undone:
+the two sides go separate ways until one is resynchronised from the other.
+Do this only if the primary is dead, or will never write again."""
+
+SWITCHOVER_TEXT = """\
+Switch-over makes the secondary the owner of the disk, with all that the primary has written. Its own guest's writes are
+dropped. Stop the guest on the primary first, and start it on the secondary afterwards."""
+
+DISCARD_TEXT = """\
+Discard allows the primary that connects next to overwrite what has been written to this node's disks since the two
+parted. It cannot be undone. Copy what you need of it first."""
+
+DEMOTE_TEXT = """\
+Demotion makes the owner of the disks a secondary again. Its guest must have been moved away: what it still writes is
+lost."""
+
+
+def status(client: Session, options: argparse.Namespace) -> None:
+    """Show what the node says of itself, once or again and again."""
+    if options.json:
+        while True:
+            answer = client.call("query-replication")
+            print(json.dumps(answer, indent=None if options.watch else 2), flush=True)
+            if options.watch is None:
+                return
+            time.sleep(options.watch)
+    screen = console()
+    view = status_view(client.call("query-replication"))
+    if options.watch is None or not screen.is_terminal:
+        screen.print(view)
+        while options.watch is not None:
+            time.sleep(options.watch)
+            screen.print(status_view(client.call("query-replication")))
+            sys.stdout.flush()
+        return
+    from rich.live import Live
+
+    with Live(view, console=screen, auto_refresh=False) as live:
+        while True:
+            time.sleep(options.watch)
+            live.update(status_view(client.call("query-replication")), refresh=True)
+
+
+def start(client: Session, options: argparse.Namespace) -> None:
+    """Start replication."""
+    given = {name: getattr(options, name) for name in ("mode", "secondary", "sync")}
+    client.call("replication-start", **{name: value for name, value in given.items() if value is not None})
+    stage = end_reached(client)
+    if stage is None:
+        print("replication started")
+    else:
+        print(f"nothing to do: the stage is {stage}; in done, `start --mode primary --secondary URI` makes a new pair")
+
+
+def checkpoint(client: Session, _options: argparse.Namespace) -> None:
+    """Take a checkpoint."""
+    answer = client.call("replication-checkpoint")
+    stage = end_reached(client)
+    if stage is not None:
+        print(f"nothing to do: the stage is {stage}")
+    else:
+        print(f"checkpoint {human_value(answer.get('epoch'))} took {human_seconds(answer.get('duration'))}")
+
+
+def end_reached(client: Session) -> str | None:
+    """The stage, if it is one in which the node takes start and checkpoint and does nothing, as QEMU's does."""
+    stage = client.call("query-replication").get("stage")
+    return stage if stage in ("failover", "done") else None
+
+
+def retry(client: Session, options: argparse.Namespace) -> None:
+    """Have a failed commit go on."""
+    client.call("replication-retry", **forced(options))
+    print("the commit goes on; `replctl jobs --watch` shows it")
+
+
+def discard(client: Session, options: argparse.Namespace) -> None:
+    """Allow the next primary to overwrite what was written here."""
+    if not options.yes:
+        confirm(DISCARD_TEXT, "discard")
+    client.call("replication-discard")
+    print("what was written here may be overwritten by the primary that connects next")
+
+
+def demote(client: Session, options: argparse.Namespace) -> None:
+    """Make the owner of the disks a secondary again."""
+    if not options.yes:
+        confirm(DEMOTE_TEXT, "demotion")
+    client.call("replication-demote")
+    print("this is a secondary again, and runs; now start the primary with it")
+
+
+def stop(client: Session, _options: argparse.Namespace) -> None:
+    """Stop replication as planned."""
+    client.call("replication-stop")
+    print("replication stopped")
+
+
+def forced(options: argparse.Namespace) -> dict[str, bool]:
+    """The argument `force`, if it was given."""
+    return {"force": True} if options.force else {}
+
+
+def confirm(text: str, what: str) -> None:
+    """Ask the person; raises Unusable unless the answer is yes."""
+    print(text)
+    try:
+        agreed = input("Type yes to go on: ").strip() == "yes"
+    except EOFError:
+        agreed = False
+    if not agreed:
+        raise Unusable(f"{what} was not confirmed, nothing done")
+
+
+def preflight_lines(answer: dict[str, Any]) -> Iterator[str]:
+    """What query-failover says, for a person who is about to decide."""
+    allowed = human_value(answer.get("allowed"))
+    reason = f": {printable(answer['reason'])}" if answer.get("reason") else ""
+    yield f"failover allowed   {allowed}{reason}"
+    age = answer.get("checkpoint-age")
+    lost = (
+        "there is no checkpoint" if age is None else f"{human_seconds(age)} old: what the primary wrote since is lost"
+    )
+    if answer.get("force"):
+        lost = "which is not valid any more"
+    yield f"last checkpoint    number {human_value(answer.get('epoch'))}, {lost}"
+    to_commit, seconds = human_bytes(answer.get("bytes-to-commit")), human_seconds(answer.get("predicted-seconds"))
+    yield f"to commit          {to_commit}, about {seconds}; the guest need not wait for it"
+
+
+def failover(client: Session, options: argparse.Namespace) -> None:
+    """Show what a failover costs; unless it is only to be shown, fail over."""
+    answer = client.call("query-failover")
+    print("\n".join(preflight_lines(answer)))
+    if answer.get("stage") in ("failover", "done"):
+        print("nothing to do")
+        return
+    if not answer.get("allowed") and not (options.force and answer.get("force")):
+        raise Refused(str(answer.get("reason", "failover is not allowed")))
+    if options.check:
+        return
+    if not options.yes:
+        confirm(FAILOVER_TEXT, "failover")
+    client.call("replication-stop", failover=True, **forced(options))
+    print("failed over; `replctl jobs --watch` shows the commit")
+
+
+def switchover(client: Session, options: argparse.Namespace) -> None:
+    """Move the disk to the secondary, with all that the primary has written."""
+    with Session(options.peer, options.timeout) as peer:
+        sides = {"this side": client, "the peer": peer}
+        states = {name: side.call("query-replication") for name, side in sides.items()}
+        primary, secondary = primary_and_secondary(states)
+        if not options.yes:
+            confirm(SWITCHOVER_TEXT, "switch-over")
+        switch_over(sides[primary], sides[secondary], states[primary])
+    print(f"switched over: {secondary} owns the disk now; start the guest there, on the export of its guest face")
+
+
+def jobs(client: Session, options: argparse.Namespace) -> None:
+    """Show the jobs, once or until none is left that will end; Refused if one has failed."""
+    if not options.watch:
+        jobs = client.call("query-jobs")
+        if options.json:
+            print(json.dumps(jobs, indent=2))
+        elif jobs:
+            screen = console()
+            with job_progress(screen) as progress:
+                show_jobs(progress, jobs, {})
+        else:
+            print("no jobs")
+        return
+    failed: dict[str, str] = {}
+    if options.json:
+        watch_jobs(client, failed, lambda jobs: print(json.dumps(jobs), flush=True))
+    else:
+        tasks: dict[str, Any] = {}
+        with job_progress(console()) as progress:
+            watch_jobs(client, failed, lambda jobs: show_jobs(progress, jobs, tasks))
+    if failed:
+        raise Refused("; ".join(f"job {printable(name)}: {printable(desc)}" for name, desc in failed.items()))
+
+
+def cancel(client: Session, options: argparse.Namespace) -> None:
+    """Cancel a job."""
+    client.call("job-cancel", id=options.job)
+    print(f"job {printable(options.job)} cancelled")
+
+
+def events(client: Session, options: argparse.Namespace) -> None:
+    """Print events for as long as the node lives."""
+    for event in client.events():
+        print(json.dumps(event) if options.json else event_line(event), flush=True)
+
+
+def error(client: Session, _options: argparse.Namespace) -> None:
+    """Refused with the error of replication if there is one."""
+    client.call("replication-get-error")
+    print("no error")

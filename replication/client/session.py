@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A conversation with one node, for a person: what goes wrong is said in one line.
+
+Refused (qmp.py)   the node has answered with an error
+Unusable           nothing could be asked of a node as things are
+ +- Unreachable    there is no node at the socket, or it has stopped talking
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+from .lines import Late, Lines, Nonsense, Step, Trouble
+from .qmp import Malformed, Qmp, Unwelcome
+
+
+class Unusable(Exception):
+    """Nothing could be asked of a node as things are; the text says what to change."""
+
+
+class Unreachable(Unusable):
+    """There is no node at the socket, or it has stopped talking; the text names the socket."""
+
+
+class Session:
+    """A conversation with one node; raises Unreachable when it breaks, Refused when the node says no."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        """Connect and negotiate, each step within `timeout_s`."""
+        self._path = path
+        self._timeout_s = timeout_s
+        with self._broken(""):
+            lines = Lines(path, self._deadline())
+        self._qmp = Qmp(lines)
+        try:
+            with self._broken("greeting"):
+                self._qmp.greet(self._deadline())
+            self.call("qmp_capabilities")
+        except BaseException:
+            self._qmp.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._qmp.close()
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        """Run one command and return its result; events that come meanwhile are kept for `events`."""
+        with self._broken(f"answer to {command}", command):
+            return self._qmp.execute(command, arguments, self._deadline())
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Every event from now on, for as long as the node lives."""
+        while True:
+            # A quiet node has nothing to say for days: only a broken connection ends this.
+            with self._broken("event"):
+                event = self._qmp.next_event(None)
+            yield event
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_s
+
+    @contextlib.contextmanager
+    def _broken(self, awaited: str, command: str = "") -> Iterator[None]:
+        """Trouble becomes Unreachable."""
+        try:
+            yield
+        except Trouble as error:
+            raise Unreachable(f"{self._path}: {self._text(error, awaited, command)}") from None
+
+    def _text(self, error: Trouble, awaited: str, command: str) -> str:
+        within = f"within {self._timeout_s:g} s"
+        match error:
+            case Unwelcome():
+                return error.desc
+            case Malformed():
+                return f"an {awaited} that is not QMP"
+            case Nonsense():
+                return "what listens there does not speak QMP"
+            case Late():
+                late = {
+                    Step.CONNECT: f"no connection {within}",
+                    Step.SEND: f"{command} could not be sent {within}",
+                    Step.RECEIVE: f"no {awaited} {within}",
+                }
+                return late[error.step]
+            case _ if error.cause is None:
+                return "the node closed the connection"
+            case _:
+                gone = {Step.CONNECT: "cannot connect", Step.SEND: f"cannot send {command}"}
+                return f"{gone.get(error.step, 'connection lost')}: {error.reason}"
