@@ -4,8 +4,8 @@
     lock            held by the process that uses the folder
     state.json      the Record below, replaced as a whole
     epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
-                    generation that this node's own writes have begun (ancestry.py), and the boot of the host in which
-                    a primary has opened the folder, until it closes it
+                    generation that this node's own writes have begun (ancestry.py), the boot of the host in which
+                    a primary has opened the folder, until it closes it, and the boot-time clock of that checkpoint
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     *.qcow2 *.data  default overlays
@@ -38,7 +38,7 @@ from typing import Any
 from replication.disk import files
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
-from replication.record.boot import boot_id
+from replication.record.boot import boot_clock_s, boot_id
 from replication.record.lineage import Lineage, check_id, new_id
 from replication.stage import Mode, Stage
 
@@ -49,6 +49,8 @@ _MOVED = 3
 """Which word of the epoch page names the generation that has been begun."""
 _OPENED = 4
 """Which word of the epoch page stands for the boot in which a primary has opened the folder and not yet closed it."""
+_TAKEN = 5
+"""Which words of the epoch page have the boot-time clock of the last checkpoint, and the boot in which it ran."""
 EPOCH_MAX = 1 << 62
 """So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
 
@@ -267,12 +269,14 @@ class StateFolder:
 
     def end_epoch(self, duration_s: float) -> None:
         """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""
+        self._note_taken()
         self._store(1, *_clock(duration_s))
         self._store(0, self.epoch << 1)
 
     def count_epoch(self, duration_s: float, number: int = 0, joins: bool = False) -> None:
         """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
         the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
+        self._note_taken()
         self._words[1], self._words[2] = _clock(duration_s)
         self._words[0] = max(self.epoch + (not joins), number) << 1
 
@@ -333,10 +337,24 @@ class StateFolder:
 
     @property
     def checkpoint(self) -> dict[str, float | None]:
-        """Time (seconds since 1970), duration and age (seconds) of the last complete checkpoint."""
+        """Time (seconds since 1970), duration and age (seconds) of the last complete checkpoint. The age is not the
+        time's distance from now when the wall clock was set meanwhile (`_age_s`)."""
         moment, duration_s = struct.unpack("dd", struct.pack("QQ", self._words[1], self._words[2]))
-        age_s = max(0.0, time.time() - moment) if moment else None
+        age_s = self._age_s(moment) if moment else None
         return {"time": moment or None, "duration": duration_s if moment else None, "age": age_s}
+
+    def _note_taken(self) -> None:
+        """Never synced: in another boot nobody looks at it."""
+        (self._words[_TAKEN],) = struct.unpack("Q", struct.pack("d", boot_clock_s()))
+        self._words[_TAKEN + 1] = _boot_word()
+
+    def _age_s(self, moment: float) -> float:
+        """How old the checkpoint of `moment` (seconds since 1970) is: within a boot by the clock that nobody sets,
+        after another boot, of which only the wall clock tells anything, by that."""
+        if self._words[_TAKEN + 1] == _boot_word():
+            (taken,) = struct.unpack("d", struct.pack("Q", self._words[_TAKEN]))
+            return max(0.0, boot_clock_s() - float(taken))
+        return max(0.0, time.time() - moment)
 
     def close(self) -> None:
         """Let the folder go."""

@@ -22,6 +22,7 @@ from replication.disk import files
 from replication.errors import ConfigError
 from replication.fault import Fault
 from replication.record import state
+from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
 from replication.record.state import Record, StateError, StateFolder
 from replication.stage import Mode, Stage
@@ -51,9 +52,9 @@ NEW = Record(
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[StateFolder]:
+def opened(path: Path, durable: bool = False) -> Iterator[StateFolder]:
     """A state folder of this process."""
-    folder = StateFolder(str(path))
+    folder = StateFolder(str(path), durable)
     try:
         yield folder
     finally:
@@ -513,16 +514,48 @@ def test_a_begun_generation_is_made_stable_and_a_failure_is_said(
             folder.flush_page()
 
 
-def test_the_last_checkpoint_gets_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(state.time, "time", lambda: now)
-    with opened(tmp_path / "s") as folder:
+class Clocks:
+    """The wall clock and the boot-time clock of a host, as a test sets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = 1000.0
+        self.boot = 50.0
+        monkeypatch.setattr(state.time, "time", lambda: self.wall)
+        monkeypatch.setattr(state, "boot_clock_s", lambda: self.boot)
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("step_s", [-3600.0, 0.0, 3600.0])
+def test_age_of_the_last_checkpoint_does_not_believe_the_wall_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, step_s: float
+) -> None:
+    clocks = Clocks(monkeypatch)
+    with opened(tmp_path / "s", durable) as folder:
         assert folder.checkpoint["age"] is None
-        folder.count_epoch(0.25)
-        now = 1012.5
+        folder.begin_epoch()
+        folder.end_epoch(0.25)
+        clocks.wall += 12.5 + step_s
+        clocks.boot += 12.5
         assert folder.checkpoint == {"time": 1000.0, "duration": 0.25, "age": 12.5}
-        now = 900.0
-        assert folder.checkpoint["age"] == 0.0, "the host's clock was set back"
+    with opened(tmp_path / "s", durable) as following:
+        assert following.checkpoint["age"] == 12.5, "another process of this boot"
+        clocks.boot += 1.0
+        assert following.checkpoint["age"] == 13.5
+        following.count_epoch(0.5)
+        assert following.checkpoint["age"] == 0.0
+
+
+def test_age_over_a_boot_is_what_the_wall_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    with opened(tmp_path / "s") as folder:
+        folder.count_epoch(0.25)
+    monkeypatch.setenv(BOOT_ID_ENVIRONMENT, "second")
+    clocks.boot = 3.0
+    with opened(tmp_path / "s") as folder:
+        clocks.wall = 1012.5
+        assert folder.checkpoint["age"] == 12.5
+        clocks.wall = 900.0
+        assert folder.checkpoint["age"] == 0.0, "set back while the host was down"
 
 
 def test_maps_of_a_disk_are_in_the_folder_or_in_memory(tmp_path: Path) -> None:
