@@ -27,6 +27,7 @@ PYTHON := .venv/bin/python
 PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
 
 LIBRARY := $(PREFIX)/lib/nbdkit-replication
+VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '*.so' 2>/dev/null)
@@ -34,7 +35,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo bench compile test test-compiled test-vm torture power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-compiled test-vm torture power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -51,6 +52,16 @@ ifeq ($(TESTS),)
 else
 	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
 endif
+
+# NAME.SECTION of each page; its source is man/NAME.pod.
+MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8
+MANDIR    := $(PREFIX)/share/man
+
+man: ## Make the manual pages, in build/man
+	@command -v pod2man >/dev/null || scripts/setup man
+	@mkdir -p build/man
+	@for page in $(MAN_PAGES); do pod2man --errors=die --center=nbdkit-replication --release='$(VERSION)' \
+	    --section="$${page##*.}" "man/$${page%.*}.pod" "build/man/$$page" || exit 1; done
 
 compile: ## Make build/compiled/plugin.py, the same with its inner modules compiled: quicker with small requests
 	@scripts/setup compile
@@ -96,7 +107,7 @@ format: ## Lay the Python files out as lint wants them
 
 # nbdkit runs an executable nbdkit-NAME-plugin in its plugin folder by its first line, so `nbdkit replication` runs
 # plugin.py; plugin.py follows the symbolic link to find replication/ beside itself.
-install: $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DESTDIR, COMPILED=1)
+install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdkit replication KEY=VALUE...` works (PREFIX, DESTDIR, COMPILED=1)
 	@test -n "$(PLUGINDIR)" || { echo "install: nbdkit is missing: run scripts/setup runtime" >&2; exit 1; }
 	rm -rf "$(DESTDIR)$(LIBRARY)" # modules of an older version
 	for module in $(MODULES); do install -D -m 644 "$(FROM)/$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
@@ -104,12 +115,15 @@ install: $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdkit r
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	install -D -m 755 scripts/replctl "$(DESTDIR)$(PREFIX)/bin/replctl"
+	for page in $(MAN_PAGES); do install -D -m 644 "build/man/$$page" \
+	    "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 
 uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
 	rm -f "$(DESTDIR)$(PREFIX)/bin/replctl"
+	for page in $(MAN_PAGES); do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 
 clean: ## Remove everything that is not source, .venv included
 	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache build

@@ -1,6 +1,6 @@
 #!/usr/bin/nbdkit python
 # SPDX-License-Identifier: BSD-3-Clause
-"""nbdkit plugin: continuous disk replication behind NBD. See README.md.
+"""nbdkit plugin: continuous disk replication behind NBD. See README.md and man/.
 
 Only nbdkit's callbacks are here; what they do is in the package `replication`, whose docstring says where to start.
 Errors leave through one place, `_boundary`: those raised on purpose become one line and an errno, anything else a

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What went wrong, for get-error, query-replication and the event.
 
-The cases are those of the README (Failures). Cases 1 and 5 are the guest's to know, so they are told by an event but
+The cases are those of docs/failures.md. Cases 1 and 5 are the guest's to know, so they are told by an event but
 not latched; the others stay until a resync has repaired them (or a commit that failed succeeds). Failures of one case
 and disk are counted together; the event comes at most once a second for each and says how many there were.
 """
@@ -24,7 +24,7 @@ _EVENT_EVERY_S = 1.0
 
 
 class Case(IntEnum):
-    """The failures, numbered as in the README."""
+    """The failures, numbered as in docs/failures.md."""
 
     PRIMARY_DISK = 1
     FORWARD = 2

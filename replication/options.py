@@ -17,7 +17,7 @@ from replication.uri import absolute, export_of, is_tls, is_uri
 
 DEFAULT_DISK = "disk0"
 CONTROL_EXPORT = ".control"
-"""Reserved export name (README, Exports)."""
+"""Reserved export name (nbdkit-replication-plugin(1), Exports)."""
 
 DATA_EXPORT = ".data"
 """`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (secondary/pairing.py)."""

@@ -74,7 +74,7 @@ def _kvm_works() -> bool:
 
 
 def nbd_node(node: str, server: NbdProcess, export: str, **more: Any) -> dict[str, Any]:
-    """The -blockdev of an export, as README says to attach one."""
+    """The -blockdev of an export, as docs/operating/everyday.md says to attach one."""
     address = {"type": "unix", "path": str(server.socket_path)}
     return {"driver": "nbd", "node-name": node, "server": address, "export": export, **more}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The one qcow2 layout that active and hidden disks have (README, Where the overlays go), made by qemu-img and
+"""The one qcow2 layout that active and hidden disks have (the manual page), made by qemu-img and
 checked here.
 
 What the layout gives, and what `open_layout` therefore insists on (field offsets: qcow2 specification,

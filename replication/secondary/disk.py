@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One disk of a secondary and its two faces: what the primary writes to, and what the secondary's guest sees.
 
-The stage decides what a request does (README, Stages); which of two requests on one block goes first is
-decided in image/stack.py. Who learns of a failure (README, Failures): on the guest face the guest; on the target face
+The stage decides what a request does (the manual page); which of two requests on one block goes first is
+decided in image/stack.py. Who learns of a failure (docs/failures.md): on the guest face the guest; on the target face
 the primary, and a write that failed is latched, because the secondary disk now lacks it.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The failure table of the README, row by row: what fails, who learns of it, and who does not.
+"""The table of docs/failures.md, row by row: what fails, who learns of it, and who does not.
 
 Disks fail behind an NBD endpoint (nbdkit's error filter, or its death), overlays on a small tmpfs that is filled up,
 the link by SIGKILL and SIGSTOP of the secondary.

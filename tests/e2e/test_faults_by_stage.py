@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Faults by stage: every image of a pair fails in every stage, and exactly those learn of it whom the README names.
+"""Faults by stage: every image of a pair fails in every stage, and exactly those learn whom docs/failures.md names.
 
 Three ways to fail:
 * the system calls on files (replication/disk/files.py): an errno, a short transfer, a transfer of nothing, and an

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The link of a pair over a network that fails, under load: case 8 of the README (Failures), and coming back by itself.
+"""The link of a pair over a network that fails, under load: case 8 of docs/failures.md, and coming back by itself.
 
 Two hosts and a relay (wire.py), a guest that writes all the time and knows what its disk must hold (netpair.py). After
 each fault: how long the guest has waited, both disks, what the secondary's guest sees, how much was sent again, and

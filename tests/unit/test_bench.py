@@ -430,7 +430,7 @@ def test_disks_that_do_not_fit_are_refused_before_anything_is_made(tmp_path: Pat
 
 
 def test_room_for_disks_counts_two_disks_and_two_overlays_of_each_pair() -> None:
-    # Stated in the README, and what check_room relies on.
+    # Stated in docs/benchmark.md, and what check_room relies on.
     done = bench("--only", "guest-read-4k-1", "--size", "900000G", "--skip", "qemu", "--folder", "/tmp")
     needed = float(done.stderr.split("the disks need ")[1].split(":")[0])
     assert needed == pytest.approx((1 + 1 + 4) * 900_000 + 512 * MIB / GIB, rel=1e-6)

@@ -64,7 +64,7 @@ def test_greeting_is_qemus() -> None:
         "QMP": {
             "version": {
                 "qemu": {"major": 7, "minor": 2, "micro": 0},
-                "package": "nbdkit-replication 0.1.0",
+                "package": "nbdkit-replication 0.2.0",
             },
             "capabilities": [],
         }
