@@ -77,6 +77,7 @@ class Process:
     disconnector: Disconnector
     hangup_guard = HangupGuard()
     placement: Placement | None = None
+    host_watch = clients.HostWatch()
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -198,6 +199,7 @@ def after_fork() -> None:
     assert Process.node is not None
     Process.hangup_guard.install()
     Process.disconnector.start()
+    Process.host_watch.start()
     Process.node.launch()
     if Process.control is not None:
         Process.control.start()
@@ -208,6 +210,7 @@ def after_fork() -> None:
 
 def cleanup() -> None:
     """No request is in flight any more, and none will come."""
+    Process.host_watch.stop()
     if Process.placement is not None:
         Process.placement.stop()
     if Process.control is not None:

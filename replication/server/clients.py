@@ -3,22 +3,38 @@
 
 nbdkit sets no deadline on its clients' sockets: without the one set here, a client whose host has vanished without a
 word would keep a thread and a socket for ever, and a secondary its place taken.
+
+A client that is idle is probed by the kernel (`watch`). One that owes us an acknowledgement is given up by HostWatch,
+not by Linux's TCP_USER_TIMEOUT: that counts from the first probe of a shut window, although every probe is answered, so
+it cuts a client that reads its answers slowly, or stands still for a while.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import os
 import socket
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from replication.log import log
 
 IDLE_S = 10
 """A client that says nothing for so long is asked for a sign of life, PROBES times, INTERVAL_S apart."""
 INTERVAL_S = 5
 PROBES = 3
+
+DEAD_S = 25.0
+"""A client whose host has acknowledged nothing for so long although it owes that: as long as an idle one is probed."""
+_LOOK_S = 5.0
+
+_TCP_INFO = struct.Struct("=3xB20xI16xI8xI")
+"""Of struct tcp_info (linux/tcp.h): tcpi_probes, tcpi_unacked, tcpi_last_data_sent and tcpi_last_ack_recv."""
 
 _SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _FAMILY = struct.Struct("=H")
@@ -68,7 +84,7 @@ def _tcp_client(host: str, port: int) -> Client:
 
 
 def watch(client: Client) -> None:
-    """Let the kernel end the connection of a TCP client whose host no longer answers."""
+    """Let the kernel end the connection of an idle TCP client whose host no longer answers."""
     if client.address is None:
         return
     for found in sockets():
@@ -77,9 +93,74 @@ def watch(client: Client) -> None:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_S)
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
-                user_timeout_ms = 1000 * (IDLE_S + PROBES * INTERVAL_S)
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+class HostWatch:
+    """Ends the connections of TCP clients whose host has vanished while something was on its way to it, by a thread of
+    its own. The kernel does that too, but only after 15 minutes of sending again.
+
+    A window that is shut is no sign of that: the kernel probes it, or sends again what did not fit, less and less
+    often, and a host that is there answers each time. So a host counts as gone when at every look for DEAD_S seconds
+    something was sent to which it has not answered, and no answer has come in between.
+    """
+
+    def __init__(self) -> None:
+        self._closing = threading.Event()
+        self._owing: dict[tuple[str, int], float] = {}
+        self._thread = threading.Thread(target=self._run, name="watch-hosts", daemon=True)
+
+    def start(self) -> None:
+        """Begin; after nbdkit has forked."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, without waiting: a look takes no time."""
+        self._closing.set()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_LOOK_S):
+            with contextlib.suppress(OSError):  # no descriptors left, say: the next look may find some
+                self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """Look at all TCP connections once; `now` is a monotonic clock's, in seconds."""
+        owing: dict[tuple[str, int], float] = {}
+        for found in sockets():
+            with found:
+                peer = _peer(found)
+                if peer is None or not _is_watched(found):
+                    continue
+                silent_s = _silent_s(found)
+                if silent_s is None:
+                    continue
+                # What was acknowledged since the last look makes it a new debt.
+                owing[peer] = since = max(self._owing.get(peer, now), now - silent_s)
+                if now - since > DEAD_S:
+                    log(f"the client at {peer[0]} port {peer[1]} has acknowledged nothing for {now - since:.0f} s")
+                    with contextlib.suppress(OSError):  # it has gone meanwhile
+                        found.shutdown(socket.SHUT_RDWR)
+        self._owing = owing
+
+
+def _is_watched(found: socket.socket) -> bool:
+    """Whether `watch` has seen it: what this process has connected itself has deadlines of its own."""
+    return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == IDLE_S and (
+        found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == PROBES
+    )
+
+
+def _silent_s(found: socket.socket) -> float | None:
+    """For how many seconds nothing has come from a host that owes an answer to what was sent last; None if it has
+    answered that."""
+    try:
+        info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:
+        return None
+    if len(info) < _TCP_INFO.size:
+        return None
+    probes, unacknowledged, sent_ms, heard_ms = _TCP_INFO.unpack(info)
+    return heard_ms / 1000 if probes or (unacknowledged and sent_ms < heard_ms) else None
 
 
 def _peer(found: socket.socket) -> tuple[str, int] | None:

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
+import time
+from collections.abc import Iterator
 
 import pytest
 
-from replication.server.clients import IDLE_S, INTERVAL_S, PROBES, Client, client_at, sockets, watch
+from replication.server import clients
+from replication.server.clients import (
+    DEAD_S,
+    IDLE_S,
+    INTERVAL_S,
+    PROBES,
+    Client,
+    HostWatch,
+    client_at,
+    sockets,
+    watch,
+)
 
 
 def inet(address: str, port: int = 1000) -> bytes:
@@ -76,8 +90,7 @@ def test_the_kernel_watches_this_client_and_no_other(family: socket.AddressFamil
         before = deadlines(other_far)
         address = near.getsockname()
         watch(client_at(inet(*address) if family is socket.AF_INET else inet6(f"::ffff:{address[0]}", address[1])))
-        user_timeout_ms = 1000 * (IDLE_S + INTERVAL_S * PROBES)
-        assert deadlines(far) == (1, IDLE_S, INTERVAL_S, PROBES, user_timeout_ms)
+        assert deadlines(far) == (1, IDLE_S, INTERVAL_S, PROBES, 0), "TCP_USER_TIMEOUT cuts who reads slowly"
         assert before[0] == 0
         assert deadlines(other_far) == deadlines(near) == deadlines(other_near) == before
         for both in ends:
@@ -96,3 +109,83 @@ def test_all_sockets_are_found_and_none_is_left_open() -> None:
         assert set(os.listdir("/proc/self/fd")) == before
         watch(Client("a client on the Unix socket", True))
         assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def accepted() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client that does not read, and its connection here, into which nothing more goes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+        with near, far:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+            far.setblocking(False)
+            watch(client_at(inet(*near.getsockname())))
+            with contextlib.suppress(BlockingIOError):
+                while far.send(bytes(4096)):
+                    pass
+            yield near, far
+
+
+def test_client_that_does_not_read_is_not_taken_for_dead(
+    accepted: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel answers each probe of the shut window; they come further and further apart."""
+    near, _ = accepted
+    monkeypatch.setattr(clients, "DEAD_S", 0.2)
+    watcher = HostWatch()
+    begun = time.monotonic()
+    while time.monotonic() < begun + 2.0:
+        watcher.look(time.monotonic())
+        time.sleep(0.01)
+    got = 0
+    with contextlib.suppress(TimeoutError):
+        near.settimeout(0.5)
+        while piece := near.recv(1 << 16):
+            got += len(piece)
+        pytest.fail("it was cut off")
+    assert got
+
+
+def test_host_that_acknowledges_nothing_is_given_up(
+    accepted: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near, _ = accepted
+    silent_s: dict[str, float | None] = {"now": 0.0}
+    monkeypatch.setattr(clients, "_silent_s", lambda _found: silent_s["now"])
+    watcher = HostWatch()
+
+    def look(at: float, silent: float | None) -> None:
+        silent_s["now"] = silent
+        watcher.look(1000.0 + at)
+
+    look(0.0, 100.0)  # a probe of a window that has been shut for long, about to be answered
+    look(DEAD_S, 5.0)  # it was
+    look(2 * DEAD_S, None)
+    look(3 * DEAD_S, 3 * DEAD_S)  # and again
+    look(4 * DEAD_S - 1.0, 4 * DEAD_S - 1.0)
+    near.settimeout(0.0)
+    while True:
+        try:
+            assert near.recv(1 << 16), "it is still there"
+        except BlockingIOError:
+            break
+    assert not capsys.readouterr().err
+    look(4 * DEAD_S + 1.0, 4 * DEAD_S + 1.0)
+    near.settimeout(10.0)
+    while near.recv(1 << 16):
+        pass
+    assert "has acknowledged nothing for" in capsys.readouterr().err
+
+
+def test_what_the_process_has_connected_itself_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "_silent_s", lambda _found: 1000.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+        with near, far:
+            watcher = HostWatch()
+            watcher.look(0.0)
+            watcher.look(10 * DEAD_S)
+            near.sendall(b"x")
+            assert far.recv(1) == b"x"
