@@ -81,6 +81,8 @@ class Link:
         self._losing = False
         self._closing = False
         self._reason: str | None = None
+        # The reason that the log has, since the link was up last.
+        self._told: str | None = None
         # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
         self._leaving: list[Agreement] = []
         self._thread: threading.Thread | None = None
@@ -128,11 +130,13 @@ class Link:
         """Forward from now on; False, with the agreement closed, when nobody wants that any more. The stage is
         running. `begin`: by a start, which wants it."""
         left: list[Connection] = []
+        told = None
         with self._changed:
             taken = not self._closing and self._agreement is None and (begin or self._wanted)
             if taken:
                 self._wanted = True
                 self._reason = None
+                told, self._told = self._told, None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
                     try:
                         disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
@@ -147,6 +151,8 @@ class Link:
         if not taken:
             agreement.close()
             return False
+        if told is not None:
+            log("the link to the secondary is up again")
         for connection in left:
             connection.close()
         if agreement.broken is not None:  # before it was this link's
@@ -217,10 +223,14 @@ class Link:
         latched = False
         with self._changed:
             self._losing = False
-            if self._wanted and self._agreement is None:
+            news = self._wanted and self._agreement is None
+            if news:
                 latched = self._tell_lost_locked(self._disks[at].name, error)
             self._leaving.append(agreement)
             self._changed.notify_all()
+        if news:
+            log(f"the link to the secondary is lost: {error}")
+            self._told = str(error)
         if latched:
             self._set.faults.keep()
 
@@ -350,7 +360,8 @@ class Link:
         with self._changed:
             if not self._wanted:
                 return
-            news = tell and (self._reason != str(error) or self._state is not LinkState.LOST)
+            # What was not to be told yet (`tell`) is still to be told when it goes on.
+            news = tell and (self._told != str(error) or self._state is not LinkState.LOST)
             self._reason = str(error)
             latched = False
             if news:
@@ -358,5 +369,6 @@ class Link:
                 latched = self._tell_lost_locked(self._disks[0].name, failure)
         if news:
             log(f"no link to the secondary: {error}")
+            self._told = str(error)
         if latched:
             self._set.faults.keep()

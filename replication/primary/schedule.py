@@ -58,8 +58,8 @@ class AutomaticCheckpoints(Ticker):
         except CommandError as error:
             # The last one stays valid, and the next is tried after the interval. The same reason is said once.
             if str(error) != self._said:
-                self._said = str(error)
                 log(f"automatic checkpoint: {error}")
+                self._said = str(error)
         else:
             self._said = ""
 

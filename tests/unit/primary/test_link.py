@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""link.py: what becomes of a link that only some of the disks could take."""
+"""link.py: what becomes of a link that only some of the disks could take, and what the log says of one that is lost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, make_raw, wait_until
+from replication.errors import ReplicationError
 from replication.events import Event, EventHub
 from replication.node import Node
 from replication.options import DiskOptions, Options
@@ -96,4 +97,61 @@ def test_a_write_that_found_no_link_is_sent_although_it_is_marked_when_all_seems
     guest.join(30)
     wait_until(lambda: not disk.changes.marked_bytes, "it was sent")
     wait_until(lambda: node.query()["link"]["state"] == "in-sync", "the link is in sync again")
+    node.close()
+
+
+def test_what_was_too_early_to_be_told_is_told_when_it_goes_on(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a start the secondary may still be starting, too: in the first `timeout` seconds nothing is said of it."""
+    said: list[str] = []
+    monkeypatch.setattr("replication.primary.link.log", said.append)
+    server = lab.endpoint(size=SIZE)
+    disks = [DiskOptions("disk0", str(make_raw(tmp_path / "disk0", SIZE)), None)]
+    options = Options(Mode.PRIMARY, disks, str(tmp_path / "state"), None, timeout_s=1.0)
+    node = Node(options, EventHub(), StateFolder(options.state))
+    node.launch()
+    node.start(Mode.PRIMARY, server.uri(), "none")
+    wait_until(lambda: node.query()["link"]["state"] == "in-sync", "the link is up")
+    server.kill()
+    wait_until(lambda: node.query()["link"]["state"] == "lost", "the link is lost")
+    wait_until(lambda: len(said) == 2, "both are told: that it is lost, and why it does not come back")
+    assert said[0].startswith("the link to the secondary is lost: ")
+    assert said[1].startswith(f"no link to the secondary: cannot connect to {server.uri()}")
+    server.start()
+    wait_until(lambda: node.query()["link"]["state"] == "in-sync", "the link is up again")
+    assert said[2:] == ["the link to the secondary is up again"]
+    node.close()
+
+
+def test_a_secondary_that_is_not_there_after_a_restart_is_told_once(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = lab.endpoint(size=SIZE)
+    disks = [DiskOptions("disk0", str(make_raw(tmp_path / "disk0", SIZE)), None)]
+    options = Options(Mode.PRIMARY, disks, str(tmp_path / "state"), None, timeout_s=1.0)
+    node = Node(options, EventHub(), StateFolder(options.state))
+    node.launch()
+    node.start(Mode.PRIMARY, server.uri(), "none")
+    node.close()
+    server.kill()
+    said: list[str] = []
+    monkeypatch.setattr("replication.primary.link.log", said.append)
+    node = Node(options, EventHub(), StateFolder(options.state))
+    attempts = threading.Semaphore(0)
+    failed = node.side._link._failed  # type: ignore[attr-defined]
+
+    def counted(error: ReplicationError, tell: bool) -> None:
+        failed(error, tell)
+        attempts.release()
+
+    monkeypatch.setattr(node.side._link, "_failed", counted)  # type: ignore[attr-defined]
+    node.launch()
+    assert attempts.acquire(timeout=30)
+    assert said == []
+    wait_until(lambda: said, "it is told")
+    for _ in range(2):
+        assert attempts.acquire(timeout=30)
+    assert [line for line in said if not line.startswith("no link to the secondary: cannot connect")] == []
+    assert len(said) == 1
     node.close()
