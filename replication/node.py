@@ -99,7 +99,11 @@ class Node:
         if self._options.mode is Mode.SECONDARY:
             # A promoted one has become a primary since it was started by this command line, and stays it. A former
             # primary comes back as a secondary: what may happen to its content is decided by its lineage.
-            return record if record.promoted else record.as_secondary()
+            if record.promoted:
+                log("mode=secondary: it was promoted and became a primary since, and stays it until it is demoted")
+                return record
+            log(f"mode=secondary: the state folder is of a primary in stage {record.stage.value}, which begins anew so")
+            return record.as_secondary()
         if record.stage is Stage.DONE:
             return record.as_primary()
         raise ConfigError(
@@ -139,6 +143,8 @@ class Node:
             )
         for ticker in self._tickers:
             ticker.start()
+        if self._options.autostart and self.stage is Stage.DONE:
+            log("autostart=true starts nothing in stage done: a person says who owns the disks now")
         if self._options.autostart and self.stage is Stage.NONE:
             failure = self._autostarted("")
             if failure:

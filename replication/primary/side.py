@@ -64,7 +64,25 @@ class PrimarySide(Side):
 
     # -- opening -------------------------------------------------------------------------------------------
 
+    def _choose_secondary(self) -> None:
+        """The later word counts: the command's, or a command line that has changed since."""
+        record, given = self._set.record, self._set.options.secondary
+        if record.secondary is None:
+            return
+        record.secondary = absolute(record.secondary, self._set.options.folder)
+        if given is None or given == record.secondary:
+            return
+        if record.replaced in ("", given):
+            log(
+                f"secondary={given} is not used: an earlier start has given {record.secondary}, which counts until the "
+                "command line or a start names another one"
+            )
+        else:
+            log(f"secondary={given} is new and counts from now on, not {record.secondary} of an earlier start")
+            record.secondary = None
+
     def open(self) -> None:
+        self._choose_secondary()
         options, state, record = self._set.options, self._set.state, self._set.record
         locals_: list[Disk | None] = []
         try:
@@ -168,14 +186,16 @@ class PrimarySide(Side):
         except (DiskError, Refusal) as error:
             raise CommandError(f"cannot start: {error}") from error
         record = self._set.record
-        former = (record.secondary, record.partner)
+        former = (record.secondary, record.replaced, record.partner)
         try:
             pause("start.connected")
             # Before the stage is saved: a process killed in between must not forget what is to be sent.
             self._link.dialler.settle(agreement, sync)
             pause("start.settled")
             with self._set.gate.closed():
-                record.secondary, record.partner = secondary or former[0], agreement.node
+                if secondary is not None:
+                    record.secondary, record.replaced = secondary, self._set.options.secondary
+                record.partner = agreement.node
                 for disk, connection in zip(self.disks, agreement.connections, strict=True):
                     self._learn_size(disk, agreement.disk_size(connection))
                     if disk.local is None:
@@ -191,7 +211,7 @@ class PrimarySide(Side):
                     if sync == "none" or disk.local is None:
                         disk.changes.clear()
         except BaseException as error:
-            record.secondary, record.partner = former
+            record.secondary, record.replaced, record.partner = former
             agreement.close()
             if isinstance(error, DiskError | Refusal):
                 raise CommandError(f"cannot start: {error}") from error

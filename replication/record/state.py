@@ -99,6 +99,9 @@ class Record:
     """A secondary that was started by its primary's checkpoint: the start of its own operator is still to come."""
     resync: bool = False
     """The secondary's disk lacks something of its primary's, which a resync is sending."""
+    replaced: str | None = ""
+    """What the command line said when a command gave `secondary`, empty if that is not known: one that says something
+    else now is newer than the command."""
 
     def as_secondary(self) -> Record:
         """An owner of disks that comes back as a secondary: what it knows of its content stays."""
@@ -109,6 +112,7 @@ class Record:
             backup="running",
             fault=None,
             secondary=None,
+            replaced="",
             partner=None,
             promoted=False,
             inconsistent=None,
@@ -160,7 +164,7 @@ class Record:
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("backup", "durability", "node", "next_generation"), str),
-    **dict.fromkeys(("secondary", "boot", "inconsistent", "partner"), str | None),
+    **dict.fromkeys(("secondary", "replaced", "boot", "inconsistent", "partner"), str | None),
     **dict.fromkeys(("promoted", "clean", "paired", "led", "resync"), bool),
     "commit_rate": float | None,
 }
