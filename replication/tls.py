@@ -23,11 +23,11 @@ from urllib.parse import unquote, urlsplit
 
 import nbd
 
+from replication.addresses import connect
 from replication.errors import ConfigError
-from replication.uri import is_tls, parameters
+from replication.uri import PORT, is_tls, parameters
 
 _PSK_FILE_MAX = 1 << 20
-_PORT = 10809
 
 _OPTION_MAGIC = b"IHAVEOPT"
 _GREETING = b"NBDMAGIC" + _OPTION_MAGIC
@@ -169,7 +169,7 @@ def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
     authority = os.path.join(tls.certificates, "ca-cert.pem")
     try:
         context = ssl.create_default_context(cafile=authority)
-        with socket.create_connection((parts.hostname, parts.port or _PORT), _left_s(deadline)) as link:
+        with connect(parts.hostname, parts.port or PORT, deadline) as link:
             _start_tls(link, deadline)
             link.settimeout(_left_s(deadline))
             context.wrap_socket(link, server_hostname=parts.hostname).close()

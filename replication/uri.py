@@ -45,6 +45,21 @@ def export_of(uri: str) -> str:
         raise ConfigError(f"'{uri}' is not an NBD URI: {error}") from error
 
 
+PORT = 10809
+"""Where NBD servers listen (IANA)."""
+
+
+def host_of(uri: str) -> tuple[str, int] | None:
+    """Name and port of a server that is reached over TCP; None for the other kinds."""
+    if not re.match(r"nbds?://", uri):
+        return None
+    try:
+        parts = urlsplit(uri)
+        return None if parts.hostname is None else (parts.hostname, parts.port or PORT)
+    except ValueError:
+        return None  # libnbd says what is wrong
+
+
 def parameters(uri: str) -> dict[str, str]:
     """The query, decoded: paths as os.fsencode takes them."""
     return {name: _decoded(value) for _, name, value, _ in _spelled(_parts(uri)[1]) if name}

@@ -32,9 +32,11 @@ from typing import Any
 
 import nbd
 
+from replication.addresses import HEAD_START_S, Rivals, take_place
 from replication.disk.direct import DirectCalls
 from replication.errors import ConfigError, DiskError
 from replication.tls import Tls, explain
+from replication.uri import host_of
 
 CHUNK = 32 << 20
 """Most bytes that one NBD request may carry everywhere (NBD specification, default maximum payload)."""
@@ -208,6 +210,7 @@ class Connection:
             if self._tls is not None:
                 self._tls.put_on(handle)
             handle.aio_connect_uri(self.uri)
+            self._reach(deadline)
             self._until(deadline, handle.aio_is_negotiating)
             if export is not None:
                 handle.set_export_name(export)
@@ -248,6 +251,49 @@ class Connection:
             name = handle.get_export_name()
             text = f"the server at {self.uri} refuses the export '{name}': {os.strerror(failures[0])}"
             raise ExportRefused(text, failures[0])
+
+    def _reach(self, deadline: float) -> None:
+        """Drive the handle until it has a connection, where the server's name has several addresses perhaps one that
+        libnbd would not come to in time (addresses.py). What goes wrong shows when it is driven further."""
+        host = host_of(self.uri)
+        if host is None:
+            return
+        handle = self.handle
+        alone_until = time.monotonic() + HEAD_START_S
+        rivals: Rivals | None = None
+        try:
+            while (left_s := deadline - time.monotonic()) > 0 and self._is_unconnected():
+                poll = select.poll()
+                poll.register(handle.aio_get_fd(), self._wanted())
+                if rivals is None:
+                    left_s = min(left_s, max(0.0, alone_until - time.monotonic()))
+                else:
+                    rivals.register(poll)
+                ready = poll.poll(left_s * 1000)
+                winner = None if rivals is None else rivals.winner()
+                if winner is not None:
+                    take_place(winner, handle.aio_get_fd())
+                    return
+                for descriptor, events in ready:
+                    if descriptor == handle.aio_get_fd():
+                        self._notify(events)
+                if rivals is None and time.monotonic() >= alone_until:
+                    rivals = Rivals(*host)
+        finally:
+            if rivals is not None:
+                rivals.close()
+
+    def _is_unconnected(self) -> bool:
+        """Whether libnbd still waits for a connection."""
+        handle = self.handle
+        if not handle.aio_is_connecting():
+            return False
+        with socket.socket(fileno=os.dup(handle.aio_get_fd())) as found:
+            try:
+                found.getpeername()
+            except OSError:
+                return True
+            return False
 
     def _until(self, deadline: float, ready: Callable[[], bool]) -> None:
         """Drive the handle while it connects."""
