@@ -16,6 +16,9 @@ SEED    ?=
 KILLS   ?=
 HISTORY ?=
 
+# For `make test-debian`: the release, by its name.
+RELEASE ?=
+
 # For `make install`: 1 installs the modules compiled.
 COMPILED ?=
 
@@ -35,7 +38,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo bench man compile test test-compiled test-vm torture power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-compiled test-debian test-vm torture power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -71,6 +74,12 @@ test-compiled: compile ## Run the tests that start the plugin with the compiled 
 	@scripts/setup test
 	@REPLICATION_PLUGIN='$(CURDIR)/build/compiled/plugin.py' $(PYTHON) -m pytest -q --durations=5 -n $(WORKERS) \
 	    --dist worksteal -m 'not alone' $(or $(TESTS),tests/torture tests/e2e tests/model)
+
+test-debian: ## Run the tests on another Debian, in a root under build/ (RELEASE=trixie, bookworm; TESTS= picks some)
+	@test -n '$(RELEASE)' || { echo "test-debian: say which, for example: make test-debian RELEASE=trixie" >&2; exit 2; }
+	@scripts/setup debian
+	@scripts/debian '$(RELEASE)' scripts/setup test
+	@scripts/debian '$(RELEASE)' make test TESTS='$(TESTS)' WORKERS='$(WORKERS)'
 
 test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
 	@scripts/setup test vm
