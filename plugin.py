@@ -38,6 +38,7 @@ from replication.order import gate
 from replication.record.state import StateFolder
 from replication.secondary.pairing import Channel
 from replication.server import clients
+from replication.server.abilities import Abilities
 from replication.server.disconnect import Disconnector
 from replication.server.export import Export, Exports
 from replication.server.hangup import HangupGuard
@@ -68,6 +69,7 @@ MAX_BLOCK = 32 << 20
 class Process:
     """This process's half of the pair, from the first option to the end."""
 
+    abilities = Abilities(nbdkit)
     parser = OptionParser()
     options: Options
     node: Node | None = None
@@ -197,7 +199,8 @@ def _unended() -> bool:
 def after_fork() -> None:
     """Start threads, which do not survive a fork."""
     assert Process.node is not None
-    Process.hangup_guard.install()
+    if not Process.abilities.survives_hangups:
+        Process.hangup_guard.install()
     Process.disconnector.start()
     Process.host_watch.start()
     Process.node.launch()
@@ -235,9 +238,11 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 @_boundary
 def open(readonly: bool) -> Handle:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
-    client = clients.current()
+    client = clients.current(Process.abilities)
     clients.watch(client)
-    return Handle(Process.exports.open(nbdkit.export_name(), client))
+    name = nbdkit.export_name()
+    nbdkit.debug(f"export {name!r}: {client.details}")
+    return Handle(Process.exports.open(name, client))
 
 
 def close(h: Handle) -> None:

@@ -64,11 +64,12 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         lines.py                JSON objects, one a line, with deadlines
     server/                     what nbdkit asks of us, and what we do about nbdkit and Python
         threads.py              nbdkit's threads, as Python sees them
-        hangup.py               a client that dies must not end the process
+        hangup.py               a client that dies must not end the process (Debian 12 only)
         disconnect.py           ending the process although clients are connected
         placement.py            on which core the threads run
         export.py               export name -> Face
         clients.py              who is at the other end of an NBD connection
+        abilities.py            what the nbdkit that runs us can do
     control/                    QMP, on a Unix socket and in-band
         paircommands.py         the QMP commands of a primary, over the control export
         inband.py               QMP over NBD: the export .control of a secondary

@@ -21,6 +21,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -533,6 +534,23 @@ def _nbdkit(socket_path: Path) -> list[str]:
     if threading.current_thread() is threading.main_thread():
         command.append("--exit-with-parent")
     return command
+
+
+def nbdkit_has(function: str) -> bool:
+    """Whether the Python module of the nbdkit here has this function."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(f"import nbdkit\nprint('has', hasattr(nbdkit, {function!r}), flush=True)\n")
+        script.flush()
+        said = subprocess.run(
+            ["nbdkit", "python", script.name, "--dump-plugin"],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,  # it is no plugin
+        )
+    found = re.search(r"^has (True|False)$", said.stdout, re.MULTILINE)
+    assert found is not None, said
+    return found[1] == "True"
 
 
 def _stands_still(pid: int) -> bool:

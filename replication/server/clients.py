@@ -12,7 +12,6 @@ it cuts a client that reads its answers slowly, or stands still for a while.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
 import os
 import socket
@@ -20,9 +19,10 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from replication.log import log
+from replication.server.abilities import Abilities, Credentials
 
 IDLE_S = 10
 """A client that says nothing for so long is asked for a sign of life, PROBES times, INTERVAL_S apart."""
@@ -36,7 +36,6 @@ _LOOK_S = 5.0
 _TCP_INFO = struct.Struct("=3xB20xI16xI8xI")
 """Of struct tcp_info (linux/tcp.h): tcpi_probes, tcpi_unacked, tcpi_last_data_sent and tcpi_last_ack_recv."""
 
-_SOCKADDR_BYTES = 128  # struct sockaddr_storage
 _FAMILY = struct.Struct("=H")
 _INET = struct.Struct("!2xH4s")
 _INET6 = struct.Struct("!2xH4x16s")
@@ -49,22 +48,46 @@ class Client(NamedTuple):
     local: bool
     address: tuple[str, int] | None = None
     """Of a TCP client: host and port."""
+    credentials: Credentials | None = None
+    """Of a client on the Unix socket."""
+    tls: bool = False
+    tls_dn: str | None = None
+    """The distinguished name in the certificate that a TLS client has shown, empty without one; None if nbdkit does not
+    tell."""
+
+    @property
+    def details(self) -> str:
+        """All that is known, for the debug log. Not for other clients."""
+        known = [self.name]
+        if self.credentials is not None:
+            known.append("process {}, user {}, group {}".format(*self.credentials))
+        if self.tls:
+            known.append(f"TLS as {self.tls_dn!r}" if self.tls_dn else "TLS")
+        return ", ".join(known)
 
 
-def current() -> Client:
+def current(abilities: Abilities) -> Client:
     """The client whose request the calling thread serves; only in nbdkit's callbacks. One that cannot be told, a pipe
     for example (nbdkit -s), is not local."""
-    ask: Any = ctypes.CDLL(None).nbdkit_peer_name
-    address = ctypes.create_string_buffer(_SOCKADDR_BYTES)
-    length = ctypes.c_uint32(_SOCKADDR_BYTES)
-    if ask(address, ctypes.byref(length)) == -1:
-        return Client("a client of unknown address", False)
-    return client_at(address.raw[: length.value])
+    sockaddr = abilities.peer_name()
+    client = Client("a client of unknown address", False) if sockaddr is None else client_at(sockaddr)
+    on_unix_socket = sockaddr is not None and _family(sockaddr) == socket.AF_UNIX
+    tls = abilities.is_tls()
+    return client._replace(
+        credentials=abilities.peer_credentials() if on_unix_socket else None,
+        tls=tls,
+        tls_dn=abilities.peer_tls_dn() if tls else None,
+    )
+
+
+def _family(sockaddr: bytes) -> int:
+    (family,) = _FAMILY.unpack_from(sockaddr) if len(sockaddr) >= _FAMILY.size else (socket.AF_UNSPEC,)
+    return int(family)
 
 
 def client_at(sockaddr: bytes) -> Client:
     """The client behind a `struct sockaddr`."""
-    (family,) = _FAMILY.unpack_from(sockaddr) if len(sockaddr) >= _FAMILY.size else (socket.AF_UNSPEC,)
+    family = _family(sockaddr)
     if family == socket.AF_UNIX:
         return Client("a client on the Unix socket", True)
     if family == socket.AF_INET and len(sockaddr) >= _INET.size:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A client that hangs up in mid-request must not take the process with it.
+"""A client that hangs up in mid-request must not take the process with it. For nbdkit 1.32 only, that is for Debian 12:
+this file, `Abilities.survives_hangups` and `_unended` in plugin.py can go with it.
 
-nbdkit 1.32 has a race: when a client dies with several requests in flight, the first reply that cannot be sent
+nbdkit before 1.34 has a race: when a client dies with several requests in flight, the first reply that cannot be sent
 closes the sending side, and a second thread that is just about to send finds it closed and ends the process:
 `connections.c:402: raw_send_socket: Assertion `sock >= 0' failed`. Killing a client with 64 writes in flight did
-this to a secondary in 37 of 400 tries, and a primary that dies is the very case that this project is for. (Upstream has
-mended it in 1.35: "Don't assert on send if client hangs up early".)
+this to a secondary in 37 of 400 tries, and a primary that dies is the very case that this project is for. nbdkit 1.34
+has mended it ("Don't assert on send if client hangs up early"), and there nothing is installed.
 
 A failed assertion raises SIGABRT in the thread that it concerns. The handler here lets every abort go on but this one:
 that thread is put to sleep for good. It belongs to a connection that is dead, and holds a lock that only this

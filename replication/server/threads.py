@@ -11,6 +11,11 @@ So a thread keeps its state from its first request on, by holding one more refer
 states of one client are let go when the client has gone: nbdkit has joined its request threads by then, and calls
 `close` in the one thread that is left, which has served the requests itself if nbdkit was told to use one thread
 (`-t 1`).
+
+The state of an ended thread is deleted by a thread that Python has started itself, and that ends with it. Since Python
+3.12 a deletion also clears the deleting thread's own entry in the table of threads that came from outside (pystate.c:
+unbind_gilstate_tstate), and nbdkit, which looks its thread up there when the callback ends, would end the process.
+A thread of Python's own is never looked up there.
 """
 
 from __future__ import annotations
@@ -60,6 +65,7 @@ class ThreadStates:
     def let_go(self) -> None:
         """The client has gone, and no thread serves it any more but the calling one."""
         own = _api.PyThreadState_Get()
+        ended = []
         with _lock:
             states = [*self._states, *_left]
             _left.clear()
@@ -72,5 +78,21 @@ class ThreadStates:
                     # nbdkit's filter multi-conn calls one client's handle from another one's threads.
                     _left.append((thread, state))
                 else:
-                    _api.PyThreadState_Clear(state)
-                    _api.PyThreadState_Delete(state)
+                    ended.append((thread, state))
+        if ended:
+            deleting = threading.Thread(target=_delete, args=(ended,), name="client-gone")
+            try:
+                deleting.start()
+            except RuntimeError:
+                # There are no more threads to be had: when the next client goes.
+                with _lock:
+                    _left.extend(ended)
+                return
+            deleting.join()
+
+
+def _delete(ended: list[tuple[int, int]]) -> None:
+    """Delete the states of threads that are no more."""
+    for _, state in ended:
+        _api.PyThreadState_Clear(state)
+        _api.PyThreadState_Delete(state)

@@ -254,3 +254,31 @@ def test_the_state_of_a_thread_that_lives_on_stays_until_it_has_ended() -> None:
     assert seen[0] not in states()
     assert threads._left == []
     wait_until(lambda: states() == before, "nothing is left")
+
+
+def test_states_that_no_thread_can_be_had_to_delete_are_deleted_with_the_next_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, first, second = states(), ThreadStates(), ThreadStates()
+    Foreign(first.keep).run()
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        first.let_go()
+    assert len(states() - before) == 1
+    second.let_go()
+    assert states() == before
+
+
+def test_a_thread_from_outside_may_let_go_of_the_states_of_others_and_go_on() -> None:
+    """Since Python 3.12 a deletion takes the entry of the deleting thread, which ended the process when its call
+    returned."""
+    before, kept = states(), ThreadStates()
+    for _ in range(3):
+        Foreign(kept.keep).run()
+    seen = Foreign(kept.let_go, lambda: None, kept.keep, kept.let_go).run()
+    assert len(seen) == CALLS
+    assert states() == before
