@@ -80,6 +80,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     primary/                    the primary's half of the pair
         schedule.py             automatic checkpoints, and the warning when the last one gets old
         side.py                 all disks of a process as a primary, also one that was a secondary
+        watch.py                what the secondary says of itself while the link is up
         epochs.py               the primary's checkpoints: cut, brought over, taken
         link.py                 the link's states, its loss, and its coming back
         dial.py                 how a primary comes to an agreement with its secondary
@@ -95,6 +96,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         backup.py               copy-before-write as a job, and what its failure means
         fill.py                 warns when the overlays' file system fills up
         pairing.py              which primary may write to a secondary, and whether its disks are complete
+        hindrance.py            why no checkpoint is taken, and when that is over
         failover.py             the commit of all disks, and what it would cost
         commit.py               the job that commits the overlays down after failover
         disk.py                 the guest face and the target face

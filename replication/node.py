@@ -395,10 +395,10 @@ class Node:
         with self._commanding():
             self._secondary().prepare_checkpoint(token)
 
-    def pair_map(self, token: str, disk: str, start: int) -> dict[str, Any]:
+    def pair_map(self, token: str, disk: str, start: int, lost: bool) -> dict[str, Any]:
         """replication-pair-map."""
         with self._commanding():
-            return self._secondary().pairing.map_part(token, disk, start)
+            return self._secondary().pairing.map_part(token, disk, start, lost)
 
     def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """replication-pair-sync."""

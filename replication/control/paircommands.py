@@ -41,8 +41,8 @@ class Paired(Protocol):
     ) -> dict[str, Any]:
         """Begin a session of a primary."""
 
-    def pair_map(self, token: str, disk: str, start: int) -> dict[str, Any]:
-        """Part of what a disk has changed or lacks."""
+    def pair_map(self, token: str, disk: str, start: int, lost: bool) -> dict[str, Any]:
+        """Part of what a disk lacks, and (not with `lost`) of what it has changed."""
 
     def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """What is going to be sent, or has been."""
@@ -98,7 +98,8 @@ class PairCommands:
     def _pair_map(self, arguments: Mapping[str, Any]) -> Any:
         if not 0 <= arguments["start"] < 1 << 62:
             raise CommandError("Parameter 'start' expects an offset")
-        return self._node.pair_map(arguments["token"], arguments["disk"], arguments["start"])
+        lost = arguments.get("lost", False)
+        return self._node.pair_map(arguments["token"], arguments["disk"], arguments["start"], lost)
 
     def _pair_sync(self, arguments: Mapping[str, Any]) -> Any:
         generation, history = arguments["generation"], arguments.get("history", [])
@@ -140,6 +141,7 @@ class PairCommands:
                 "token": Argument("string", required=True),
                 "disk": Argument("string", required=True),
                 "start": Argument("integer", required=True),
+                "lost": Argument("boolean"),
             },
         ),
         "replication-pair-sync": (

@@ -67,6 +67,8 @@ class Agreement:
     """Requests that the secondary has refused; what was refused is missing there."""
     completed: bool = False
     """The secondary knows that it has had everything at some time since."""
+    settled: bool = False
+    """It has everything, and knows it: nothing was refused since it was told."""
     broken: DiskError | None = None
     """Set when the peer channel is lost."""
 
@@ -213,11 +215,13 @@ class Dialler:
                     "local disk to send them from: stop, copy the disk, then start again"
                 )
 
-    def _take_map(self, agreement: Agreement, peer: Peer, disk: PrimaryDisk, name: str) -> None:
-        """What the secondary's disk has changed by itself, or lacks."""
+    def _take_map(self, agreement: Agreement, peer: Peer, disk: PrimaryDisk, name: str, *, lost: bool = False) -> None:
+        """What the secondary's disk lacks, or (not with `lost`) has changed by itself."""
         start: int | None = 0
+        only = {"lost": True} if lost else {}
         while start is not None:
-            answer = self._ask(peer, "replication-pair-map", {"token": agreement.token, "disk": name, "start": start})
+            arguments = {"token": agreement.token, "disk": name, "start": start, **only}
+            answer = self._ask(peer, "replication-pair-map", arguments)
             try:
                 disk.changes.mark_ranges(answer["ranges"])
                 further = answer["next"]
@@ -226,6 +230,18 @@ class Dialler:
                 start = further
             except (KeyError, TypeError, ValueError) as error:
                 raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
+
+    def take_lost(self, agreement: Agreement) -> bool:
+        """Mark what the secondary has lost of what it was sent; whether that was anything. PeerError, DiskError,
+        Refusal."""
+        assert agreement.peer is not None
+        for disk in self._disks:
+            name = export_of(agreement.uri) or disk.name
+            self._take_map(agreement, agreement.peer, disk, name, lost=True)
+        taken = any(disk.changes.missing for disk in self._disks)
+        if taken:
+            self._ancestry.part()  # as for a write that was refused
+        return taken
 
     def _ask(self, peer: Peer, command: str, arguments: dict[str, Any]) -> Any:
         self._check_interrupted()

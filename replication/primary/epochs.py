@@ -178,6 +178,7 @@ class Epochs:
             number = self._ask(epoch)
         finally:
             self._finish(epoch)
+        self._link.obstructed(epoch.agreement, None)
         self._set.state.count_epoch(time.monotonic() - epoch.begun, number)
 
     def _ask(self, epoch: Epoch) -> int:
@@ -214,6 +215,8 @@ class Epochs:
             mode, stage = status.get("mode"), status.get("stage")
             if mode != Mode.SECONDARY.value or stage not in (Stage.NONE.value, Stage.RUNNING.value):
                 self._link.broken(agreement, DiskError(f"the secondary has become a {mode} in stage {stage}"))
+        # Until it says otherwise (watch.py), or takes one.
+        self._link.obstructed(agreement, f"the secondary takes no checkpoint: {error}")
         return CommandError(f"The secondary has not taken the checkpoint: {error}")
 
     @property

@@ -3,8 +3,9 @@
 
     disconnected    replication does not run
     connecting      the secondary is being reached, or has been and an agreement is sought (dial.py)
-    synchronizing   writes are forwarded, and a resync sends what the secondary lacks besides
-    in-sync         the secondary has everything but what is in the queue
+    synchronizing   writes are forwarded, and a resync sends what the secondary lacks besides; or it lacks nothing, and
+                    takes no checkpoint, or could not be told (`reason`; watch.py)
+    in-sync         the secondary has everything but what is in the queue, and would take a checkpoint
     lost            nothing is forwarded; what the secondary lacks is recorded, and the thread here tries again
 
 Who notices a loss: a forwarder, whose connection has gone or makes no progress for `timeout` seconds; the peer channel,
@@ -40,6 +41,9 @@ _AGAIN_MIN_S, _AGAIN_MAX_S = 0.1, 5.0
 """Between two attempts to connect: a cut of a second is mended within one more, and a host that is gone for a day costs
 one attempt in five seconds."""
 _IDLE_S = 3600.0
+
+_OFFER, _CHECKPOINT = "offer", "checkpoint"
+"""Operations of the faults of a secondary that has everything, and cannot be told or takes no checkpoint."""
 
 
 class LinkState(Enum):
@@ -83,6 +87,9 @@ class Link:
         self._reason: str | None = None
         # The reason that the log has, since the link was up last.
         self._told: str | None = None
+        # Of the agreement: why the secondary takes no checkpoint, and why it was not told that it has everything.
+        self._obstacle: str | None = None
+        self._untold: str | None = None
         # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
         self._leaving: list[Agreement] = []
         self._thread: threading.Thread | None = None
@@ -99,8 +106,13 @@ class Link:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not up, None when it is."""
-        return self._reason
+        """Why it is not up, or not in sync although nothing is missing; None when there is nothing to say."""
+        return self._reason or self._untold or self._obstacle
+
+    @property
+    def untold(self) -> bool:
+        """Whether the secondary has everything and could not be told so."""
+        return self._untold is not None
 
     @property
     def agreement(self) -> Agreement | None:
@@ -115,8 +127,11 @@ class Link:
 
     @property
     def ready(self) -> bool:
-        """Whether it is in sync."""
-        return self._state is LinkState.IN_SYNC and self._agreement is not None
+        """Whether a checkpoint can be asked for: it is in sync, or all that is known to be in the way is that the
+        secondary has refused one, which may be over."""
+        obstructed = self._state is LinkState.SYNCHRONIZING and self._obstacle is not None and self._untold is None
+        missing = any(disk.changes.missing for disk in self._disks)
+        return self._agreement is not None and (self._state is LinkState.IN_SYNC or (obstructed and not missing))
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for the first attempts after a restart, `timeout_s` seconds at most; whether the link is up."""
@@ -135,7 +150,7 @@ class Link:
             taken = not self._closing and self._agreement is None and (begin or self._wanted)
             if taken:
                 self._wanted = True
-                self._reason = None
+                self._reason = self._obstacle = self._untold = None
                 told, self._told = self._told, None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
                     try:
@@ -177,6 +192,7 @@ class Link:
         agreement = self._agreement
         if agreement is None or any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
             return
+        refused = agreement.refused
         pause("link.synchronized")
         try:
             if agreement.peer is not None:
@@ -185,18 +201,58 @@ class Link:
             self.broken(agreement, error)
             return
         except (StateError, PeerError) as error:
-            log(f"the secondary cannot be told that it has everything: {error}")
+            self._could_not_tell(agreement, f"the secondary cannot be told that it has everything: {error}")
             return
         with self._changed:
-            missing = any(disk.changes.missing for disk in self._disks)  # something may have been refused meanwhile
-            if self._agreement is agreement and self._state is LinkState.SYNCHRONIZING and not missing:
-                self._show_locked(LinkState.IN_SYNC)
+            agreement.settled = agreement.refused == refused
+            told_late, self._untold = self._untold is not None, None
+            self._show_synchronized_locked(agreement)
+        if told_late:
+            self._set.faults.clear(lambda fault: fault.case == Case.LINK and fault.operation == _OFFER)
+
+    def _show_synchronized_locked(self, agreement: Agreement) -> None:
+        """In sync, if nothing is in the way."""
+        missing = any(disk.changes.missing for disk in self._disks)  # something may have been refused meanwhile
+        synchronizing = self._agreement is agreement and self._state is LinkState.SYNCHRONIZING
+        if synchronizing and agreement.settled and not missing and self._obstacle is None:
+            self._show_locked(LinkState.IN_SYNC)
+
+    def _could_not_tell(self, agreement: Agreement, why: str) -> None:
+        """It will be tried again (watch.py)."""
+        with self._changed:
+            if self._agreement is not agreement:
+                return
+            news, self._untold = self._untold != why, why
+            latched = self._set.faults.latch(Case.LINK, self._disks[0].name, _OFFER, 0, 0, DiskError(why))
+        if news:
+            log(why)
+        if latched:
+            self._set.faults.keep()
+
+    def obstructed(self, agreement: Agreement, why: str | None) -> None:
+        """Why the secondary takes no checkpoint; None when it does, or says that it would."""
+        latched = False
+        with self._changed:
+            if self._agreement is not agreement:
+                return
+            former, self._obstacle = self._obstacle, why
+            if why is not None and why != former:
+                latched = self._set.faults.latch(Case.EMPTYING, self._disks[0].name, _CHECKPOINT, 0, 0, DiskError(why))
+                if self._state is LinkState.IN_SYNC:
+                    self._show_locked(LinkState.SYNCHRONIZING)
+            elif why is None and former is not None:
+                self._show_synchronized_locked(agreement)
+        if latched:
+            self._set.faults.keep()
+        if why is None:
+            self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING and fault.operation == _CHECKPOINT)
 
     def desynchronized(self) -> None:
         """Something is missing on the secondary: it has refused it, or it was not sent."""
         with self._changed:
             if self._agreement is not None:
                 self._agreement.refused += 1
+                self._agreement.settled = False
             if self._state is LinkState.IN_SYNC:
                 self._show_locked(LinkState.SYNCHRONIZING)
 

@@ -25,6 +25,7 @@ from replication.primary.epochs import Epochs, Lacking
 from replication.primary.forward import Forwarder
 from replication.primary.link import Link
 from replication.primary.resync import Resync
+from replication.primary.watch import Watch
 from replication.record.changes import ChangeMap
 from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
@@ -55,6 +56,7 @@ class PrimarySide(Side):
         self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._pass_ended, setting.options.resync_rate)
         self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
         self._epochs = Epochs(setting, self.disks, self._link)
+        self._watch = Watch(setting, self.disks, self._link, self._left_behind)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -134,6 +136,7 @@ class PrimarySide(Side):
     def launch(self) -> None:
         self._set.state.open_until_closed()
         self._resync.start()
+        self._watch.start()
         self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
 
     def show_stage(self, stage: Stage) -> None:
@@ -217,6 +220,7 @@ class PrimarySide(Side):
                 raise CommandError(f"cannot start: {error}") from error
             raise
         self._resync.start()
+        self._watch.start()
         self._link.launch(resume=False)
         self._link.establish(agreement, begin=True)
 
@@ -241,7 +245,7 @@ class PrimarySide(Side):
             if agreement is None and any(disk.changes.marked_bytes for disk in self.disks):
                 raise CommandError(self._why_incomplete()) from error
             raise
-        self._set.faults.clear(self._is_repaired)
+        self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING or self._is_repaired(fault))
 
     def _is_repaired(self, fault: Fault) -> bool:
         return fault.case in _REPAIRED_BY_RESYNC and all(
@@ -286,6 +290,7 @@ class PrimarySide(Side):
         """replication-checkpoint-commit."""
         with self._lacking_explained():
             self._epochs.commit(epoch)
+        self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING)
 
     def abort(self, epoch: int) -> None:
         """replication-checkpoint-abort."""
@@ -415,6 +420,7 @@ class PrimarySide(Side):
         self._epochs.drop()
         self._resync.stop(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
+        self._watch.stop(max(0.0, deadline - time.monotonic()))
         try:
             for disk in self.disks:
                 if disk.local is not None:

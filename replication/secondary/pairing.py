@@ -189,13 +189,16 @@ class Pairing:
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
             raise CommandError(NOBODYS)
 
-    def map_part(self, token: str, name: str, start: int) -> dict[str, Any]:
-        """What a disk has changed by itself since it was parted from its primary, or lacks of what it was sent."""
+    def map_part(self, token: str, name: str, start: int, lost: bool) -> dict[str, Any]:
+        """What a disk lacks of what it was sent (`lost`: that alone), or has changed by itself since it was parted from
+        its primary."""
         self.check_token(token)
         disk = next((disk for disk in self._disks if disk.name == name), None)
         if disk is None:
             raise CommandError(f"there is no disk '{name[:80]}'")
-        parts = [chosen.ranges_marked(start, RANGES_MAX) for chosen in (disk.lost, disk.changes)]
+        parts = [
+            chosen.ranges_marked(start, RANGES_MAX) for chosen in ((disk.lost,) if lost else (disk.lost, disk.changes))
+        ]
         nexts = [further for _, further in parts if further is not None]
         stop = min(nexts, default=None)
         ranges = [list(part) for found, _ in parts for part in found if stop is None or part[0] < stop]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from replication.disk.face import Disk
@@ -16,6 +17,7 @@ from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
+from replication.order.gate import GateStuck
 from replication.order.pause import pause
 from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
@@ -24,6 +26,7 @@ from replication.secondary.backup import RUNNING, Backup
 from replication.secondary.disk import SecondaryDisk
 from replication.secondary.failover import Failover, forceful
 from replication.secondary.fill import FillWatch
+from replication.secondary.hindrance import Hindrance
 from replication.secondary.images import Found, open_images
 from replication.secondary.pairing import NOBODYS, Pairing
 from replication.secondary.reclaim import Reclaimer
@@ -53,6 +56,7 @@ class SecondarySide(Side):
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
         self._failover = Failover(setting, self.disks, self._reclaimer.wake)
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
+        self._hindrance = Hindrance(self._try_checkpoint)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -232,6 +236,7 @@ class SecondarySide(Side):
             self._set.record.led = led
             # What a resync has not completed is no state of any disk, so there is nothing to keep.
             self._enter_with(Stage.RUNNING, self.pairing.incomplete)
+        self._hindrance.over()
         self._backup.begin()
         self._reclaimer.wake()
 
@@ -248,7 +253,8 @@ class SecondarySide(Side):
             if self.pairing.incomplete is not None:
                 raise CommandError(self._why_incomplete())
             self._check_start()
-            self._start(number, led=True)
+            with self._noting_refusal():
+                self._start(number, led=True)
         elif stage is Stage.RUNNING:
             self._checkpoint(number)
         else:
@@ -258,21 +264,65 @@ class SecondarySide(Side):
         """The primary is about to cut an epoch: what takes time is done before, while it forwards."""
         self.pairing.check_token(token)
         if self._set.record.stage is Stage.RUNNING:
-            self._prepare_emptying()
+            with self._noting_refusal():
+                self._prepare_emptying()
 
     def _checkpoint(self, number: int) -> None:
         self._check_complete()
-        self._prepare_emptying()
-        with self._set.gate.closed():
-            # Again: a target write may have failed since.
-            self._check_complete()
-            failure = self._empty_all(number)
-            self._settle_checkpoint()
+        with self._noting_refusal():
+            self._prepare_emptying()
+            with self._set.gate.closed():
+                # Again: a target write may have failed since.
+                self._check_complete()
+                failure = self._empty_all(number)
+                self._settle_checkpoint()
         if failure is not None:
             # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
             # one with these disks. get-error and the next checkpoint tell the rest.
             log(f"the checkpoint is taken all the same: {failure}")
+        self._hindrance.over()
         self._reclaimer.wake()
+
+    @contextmanager
+    def _noting_refusal(self) -> Iterator[None]:
+        """A checkpoint, or a part of one. What the primary has to send first is no hindrance of ours."""
+        try:
+            yield
+        except (CommandError, StateError, GateStuck) as error:
+            if self.pairing.incomplete is None and not any(disk.lost.missing for disk in self.disks):
+                self._hindrance.note(str(error))
+            raise
+
+    def _try_checkpoint(self) -> None:
+        """What a checkpoint needs, without taking one; ReplicationError."""
+        for disk in self.disks:
+            if (stack := disk.stack) is not None:
+                stack.check_images()
+        self._set.save()
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why a checkpoint would be refused although the primary has sent everything, None if nothing is known to
+        be in its way."""
+        if self._set.record.stage is Stage.NONE:
+            refusal = next(iter(self._refusals.values()), None)
+            named_alike = any(disk.top_id == disk.name for disk in self.disks)
+            return refusal or ("No top_bs or it is invalid" if named_alike else self._hindrance.why)
+        if self._set.record.stage is not Stage.RUNNING:
+            return None  # the stage says it
+        if not self._backup.accepts_writes:
+            return f"{BACKUP_CANCELLED} ({self._set.record.backup})"
+        return self._hindrance.why or self._damage()
+
+    def _damage(self) -> str | None:
+        """What has become of an overlay since it was opened."""
+        try:
+            for disk in self.disks:
+                if (stack := disk.stack) is not None:
+                    stack.check_images()
+        except (DiskError, OSError) as error:  # OSError: another side has just taken the disks
+            return str(error)
+        return None
 
     def _check_complete(self) -> None:
         """CommandError when the disks are not what the primary has written."""
@@ -508,6 +558,7 @@ class SecondarySide(Side):
     def query(self) -> dict[str, Any]:
         return {
             "consistent": self._set.record.inconsistent is None,
+            "checkpoint-obstacle": self.obstacle,
             "link": self.pairing.link,
             "disks": [
                 {
@@ -542,6 +593,7 @@ class SecondarySide(Side):
     def retire(self) -> None:
         """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back
         space may be waiting before it."""
+        self._hindrance.end(_CLOSE_S)
         self._failover.end(_CLOSE_S)
         self._reclaimer.stop(_CLOSE_S)
         for disk in self.disks:
@@ -549,6 +601,7 @@ class SecondarySide(Side):
 
     def close(self) -> None:
         deadline = time.monotonic() + _CLOSE_S
+        self._hindrance.end(0.0)
         ended = self._failover.end(_CLOSE_S)
         self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
         # Not with a portion of a commit still under way: it changes disk and overlays after they were flushed.

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the secondary says of itself while the link is up, and what the primary makes of it.
+
+Twice a second, over the peer channel, also on an idle link. Asked for (query-replication), not told by events: what is
+asked for is the state as it is, so nothing can have been missed, and a secondary of an older version answers as well.
+
+    it is no secondary any more, or of another primary      the link is lost
+    it lacks something that nobody here knows of             it goes into the change map, and is sent
+    it would refuse a checkpoint                             the link is not in sync, and why stands in its reason
+    it has lost its checkpoint                               an error, until the next one is taken
+    it could not be told that it has everything              it is told again, later and later
+
+What was found stays until the secondary says otherwise or a checkpoint succeeds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from replication.errors import DiskError, ReplicationError
+from replication.fault import Case
+from replication.log import log
+from replication.primary.dial import ANSWER_S, Agreement
+from replication.primary.disk import PrimaryDisk
+from replication.primary.link import Link
+from replication.primary.peer import PeerError
+from replication.side import Setting
+from replication.stage import Mode, Stage
+
+WATCH_S = 0.4
+"""Between two looks: what happens to the secondary shows here within a second."""
+
+_AGAIN_MIN_S, _AGAIN_MAX_S = 0.4, 5.0
+"""Between two attempts to tell it that it has everything."""
+
+
+class Watch:
+    """Looks after the secondary of one primary."""
+
+    def __init__(self, setting: Setting, disks: Sequence[PrimaryDisk], link: Link, lacking: Callable[[], None]) -> None:
+        """`lacking()` is called when something was marked that the secondary says it lacks."""
+        self._set = setting
+        self._disks = disks
+        self._link = link
+        self._lacking = lacking
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        # Of the thread alone.
+        self._watched: Agreement | None = None
+        self._consistent = False
+        self._again_s = _AGAIN_MIN_S
+        self._again_at = 0.0
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End it, within `timeout_s` seconds if the secondary answers."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._closing.wait(WATCH_S):
+            agreement = self._link.agreement
+            if agreement is None or agreement.peer is None:
+                continue
+            try:
+                self._look(agreement)
+            except ReplicationError as error:
+                # A lost link shows by itself. One that is busy (a checkpoint is being made stable) is asked again.
+                if self._link.agreement is agreement and not isinstance(error, DiskError):
+                    log(f"the secondary does not say how it is: {error}")
+            except Exception as defect:  # noqa: BLE001 (what a peer sends must not end this thread)
+                self._link.broken(agreement, DiskError.from_defect(defect))
+
+    def _look(self, agreement: Agreement) -> None:
+        assert agreement.peer is not None
+        if agreement is not self._watched:
+            self._watched, self._consistent = agreement, False
+            self._again_s, self._again_at = _AGAIN_MIN_S, 0.0
+        refused = agreement.refused
+        status = agreement.peer.call("query-replication", {}, ANSWER_S)
+        if not isinstance(status, dict):
+            raise PeerError("it answers with something else")
+        parted = self._parted(status)
+        if parted is not None:
+            self._link.broken(agreement, DiskError(parted))
+            return
+        if agreement.refused == refused and self._lacks(status) and self._take_lost(agreement):
+            lacking = next((disk for disk in self._disks if disk.changes.missing), self._disks[0])
+            error = DiskError("the secondary has lost writes that it had answered: they are sent again")
+            self._set.faults.report(Case.FORWARD, lacking.name, "write", 0, 0, error)
+            self._lacking()
+        self._note_checkpoint(status)
+        if "checkpoint-obstacle" in status:
+            obstacle = status["checkpoint-obstacle"]
+            self._link.obstructed(
+                agreement, None if obstacle is None else f"the secondary takes no checkpoint: {str(obstacle)[:1000]}"
+            )
+        if self._link.untold and time.monotonic() >= self._again_at:
+            self._link.synchronized()
+            self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if self._link.untold else _AGAIN_MIN_S
+            self._again_at = time.monotonic() + self._again_s
+
+    def _parted(self, status: dict[str, Any]) -> str | None:
+        """Why it is this node's secondary no longer, None if it is."""
+        mode, stage = str(status.get("mode"))[:20], str(status.get("stage"))[:20]
+        if mode != Mode.SECONDARY.value or stage not in (Stage.NONE.value, Stage.RUNNING.value):
+            return f"the secondary has become a {mode} in stage {stage}"
+        link = status.get("link")
+        primary = link.get("primary") if isinstance(link, dict) else None
+        if primary != self._set.record.node:
+            return f"the secondary has no session of this primary any more (its primary: {str(primary)[:16]})"
+        return None
+
+    def _lacks(self, status: dict[str, Any]) -> bool:
+        """Whether it lacks something although nothing is known here to be missing."""
+        if any(disk.changes.missing or not disk.forwarder.up for disk in self._disks):
+            return False
+        disks = status.get("disks")
+        return isinstance(disks, list) and any(
+            isinstance(disk, dict) and disk.get("out-of-sync-bytes") for disk in disks
+        )
+
+    def _take_lost(self, agreement: Agreement) -> bool:
+        """Put what it lacks into the change maps; whether that was anything."""
+        try:
+            return self._link.dialler.take_lost(agreement)
+        except PeerError as error:
+            # An older one. With the next pairing it tells all.
+            self._link.broken(agreement, DiskError(f"the secondary lacks something: {error}"))
+            return False
+
+    def _note_checkpoint(self, status: dict[str, Any]) -> None:
+        consistent = status.get("consistent") is True
+        if self._consistent and not consistent:
+            error = DiskError("the secondary has lost its last checkpoint: it has none until the next one is taken")
+            self._set.faults.report(Case.EMPTYING, self._disks[0].name, "keep", 0, 0, error)
+        self._consistent = consistent

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a secondary tells its primary while the link is up and idle: no guest writes, no checkpoint is asked for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from lab import KIB, MIB, Lab, Pair, Primary, QmpError, Secondary, Server, pattern, wait_until
+
+SOON_S = 5.0
+"""It should be one second; a loaded machine may need more. What only a write or a checkpoint finds out never comes."""
+
+
+def link_of(server: Server) -> dict[str, Any]:
+    link: dict[str, Any] = server.status()["link"]
+    return link
+
+
+def in_sync(primary: Server) -> None:
+    wait_until(lambda: link_of(primary)["state"] == "in-sync", "the link is in sync")
+
+
+@pytest.fixture
+def pair(lab: Lab) -> Pair:
+    """In sync and idle, with a first checkpoint of the secondary."""
+    made = lab.pair()
+    made.start_replication()
+    in_sync(made.primary)
+    made.primary.checkpoint()
+    return made
+
+
+@pytest.mark.parametrize("how", ["failover", "stop", "stop-demote"])
+def test_a_primary_learns_that_its_secondary_has_left(pair: Pair, how: str) -> None:
+    if how == "failover":
+        pair.secondary.failover()
+    else:
+        pair.secondary.execute("replication-stop")
+    if how == "stop-demote":
+        pair.secondary.execute("replication-demote")
+
+    status = wait_until(
+        lambda: (found := pair.primary.status())["link"]["state"] != "in-sync" and found, "it is not in sync", SOON_S
+    )
+    assert status["error"]["case"] == 8
+    if how != "stop-demote":
+        assert "has become a secondary in stage" in status["error"]["desc"]
+
+
+def test_in_sync_is_not_said_of_a_secondary_that_takes_no_checkpoint(pair: Pair) -> None:
+    job = next(job for job in pair.secondary.execute("query-jobs") if job["type"] == "backup")
+    pair.secondary.execute("job-cancel", id=job["id"])
+
+    status = wait_until(
+        lambda: (found := pair.primary.status())["link"]["state"] != "in-sync" and found, "it is not in sync", SOON_S
+    )
+    assert "Backup job was cancelled" in status["link"]["reason"]
+    assert status["error"]["case"] == 6
+    time.sleep(1.5)  # looks and passes since, none of which may take it for repaired
+    assert link_of(pair.primary)["state"] == "synchronizing"
+
+
+def test_a_removed_overlay_shows_on_the_primary(pair: Pair) -> None:
+    pair.secondary.overlay("hidden").unlink()
+    wait_until(lambda: link_of(pair.primary)["state"] == "synchronizing", "it is not in sync", SOON_S)
+    assert "was removed while in use" in link_of(pair.primary)["reason"]
+
+
+def test_checkpoints_go_on_when_the_secondary_has_room_again(lab: Lab) -> None:
+    """Its state folder is full: the checkpoint that adopts is refused; no person asks for another one."""
+    small = lab.small_folder(8 * MIB)
+    secondary = lab.start(Secondary(small.folder, overlays=lab.folder))
+    primary = lab.start(Primary(lab.folder, secondary.uri()))
+    secondary.start_replication()
+    primary.start_replication()
+    in_sync(primary)
+    primary.checkpoint()
+    secondary.kill()
+    primary.connect("disk0").pwrite(pattern(1, 64 * KIB), 0)
+    wait_until(lambda: link_of(primary)["state"] == "lost", "the link is lost")
+    secondary.start()
+    in_sync(primary)
+
+    small.fill()
+    with pytest.raises(QmpError, match="No space left"):
+        primary.checkpoint()
+    status = primary.status()
+    assert (status["link"]["state"], "No space left" in status["link"]["reason"]) == ("synchronizing", True)
+    time.sleep(1.5)
+    assert link_of(primary)["state"] == "synchronizing"
+    small.make_room()
+    wait_until(lambda: link_of(primary)["state"] == "in-sync", "it has found out by itself", 30)
+    assert primary.checkpoint()["epoch"] > 0
+    assert primary.status()["error"] is None
+
+
+def test_a_secondary_is_told_that_it_has_everything_when_there_is_room_again(lab: Lab) -> None:
+    """The primary's state folder is full when the resync has ended: the offer is repeated until it is saved."""
+    small = lab.small_folder(8 * MIB)
+    secondary = lab.start(Secondary(lab.folder))
+    primary = lab.start(Primary(small.folder, secondary.uri()))
+    secondary.start_replication()
+    primary.start_replication()
+    in_sync(primary)
+    guest = primary.connect("disk0")
+    guest.pwrite(pattern(0, 64 * KIB), 0)  # the disk is in that folder, too, and has its space from here on
+    primary.checkpoint()
+    small.fill()
+    secondary.kill()
+    guest.pwrite(pattern(1, 64 * KIB), 0)
+    wait_until(lambda: link_of(primary)["state"] == "lost", "the link is lost")
+    secondary.start()
+
+    wait_until(lambda: "cannot be told" in (link_of(primary)["reason"] or ""), "why it is not in sync")
+    assert link_of(primary)["state"] == "synchronizing"
+    small.make_room()
+    wait_until(lambda: link_of(primary)["state"] == "in-sync", "it was told again", 30)
