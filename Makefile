@@ -31,6 +31,8 @@ PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
 
 LIBRARY := $(PREFIX)/lib/nbdkit-replication
 VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
+# For administrators. They find the library by their own place: ../lib/nbdkit-replication.
+INSTALLED_SCRIPTS := replctl ft-agent
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '*.so' 2>/dev/null)
@@ -123,7 +125,7 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
-	install -D -m 755 scripts/replctl "$(DESTDIR)$(PREFIX)/bin/replctl"
+	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
 	for page in $(MAN_PAGES); do install -D -m 644 "build/man/$$page" \
 	    "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 
@@ -131,7 +133,7 @@ uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
-	rm -f "$(DESTDIR)$(PREFIX)/bin/replctl"
+	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
 	for page in $(MAN_PAGES); do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 
 clean: ## Remove everything that is not source, .venv included

@@ -53,6 +53,15 @@ Source and compiled
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    machine/                    protects a virtual machine together with its disk: what ft-agent calls
+        protection.py           an epoch every interval
+        agent.py                one epoch, on host A
+        takeover.py             host B goes on
+        receiver.py             host B takes states
+        remote.py               host A's connection to the receiver
+        store.py                the states on host B, and which of them belongs to the disk
+        monitor.py              QMP with the errors and limits of this wing
+        pauses.py               how long the guest stood still
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         commands.py             replctl's commands
         switchover.py           the planned move of a disk

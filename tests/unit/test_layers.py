@@ -135,6 +135,30 @@ def client_complaints(root: Path) -> list[str]:
     ]
 
 
+def backward_complaints(root: Path) -> list[str]:
+    """Files that are installed and import from the tests, which are not."""
+    of_tests = {"tests", *(path.stem for path in (root / "tests").glob("*.py"))}
+    of_tests |= {path.name for path in (root / "tests").glob("*/") if not path.name.startswith((".", "__"))}
+    scripts = [f"scripts/{name}" for name in installed_scripts(root)]
+    complaints = []
+    for path in [*modules(root), *scripts]:
+        if not (root / path).is_file():
+            continue  # table_complaints names it
+        complaints += [
+            f"{path}:{line} imports {name}, which is the tests'"
+            for line, name in imported_names(root, path)
+            if name.split(".")[0] in of_tests
+        ]
+    return complaints
+
+
+def installed_scripts(root: Path) -> list[str]:
+    """The scripts that `make install` installs."""
+    found = re.search(r"^INSTALLED_SCRIPTS := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert found, "the Makefile does not name the scripts that are installed"
+    return found[1].split()
+
+
 def name_complaints(root: Path) -> list[str]:
     """Modules and packages whose name says nothing about what is in them."""
     return [path for path in modules(root) if NO_NOUNS.intersection(dotted(path).split("."))]
@@ -166,6 +190,7 @@ CHECKS = (
     direction_complaints,
     nbdkit_complaints,
     client_complaints,
+    backward_complaints,
     name_complaints,
     wing_complaints,
 )
@@ -196,6 +221,11 @@ def tree(tmp_path: Path) -> Path:
         "replication/image/a.py": "from ..stage import Stage\n",
         "replication/image/b.py": "import stage_of_others\nfrom replication.stage import Stage\n",
         "replication/stage.py": "import enum\n",
+        "scripts/ctl": "import sys\nfrom replication.stage import Stage\n",
+        "scripts/check": "import lab\n",
+        "tests/lab.py": "from replication.node import Node\n",
+        "tests/power/verify.py": "import lab\n",
+        "Makefile": "INSTALLED_SCRIPTS := ctl\n",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -250,6 +280,14 @@ def test_row_without_a_module_is_found(tree: Path, name: str) -> None:
 def test_nbdkit_in_the_package_is_found(tree: Path, text: str) -> None:
     (tree / PACKAGE / "image" / "a.py").write_text(text + "\n")
     assert len(nbdkit_complaints(tree)) == 1
+
+
+@pytest.mark.parametrize("path", ["scripts/ctl", "replication/stage.py", "plugin.py"])
+@pytest.mark.parametrize("text", ["import lab", "from power.verify import V", "def f():\n    from tests import lab"])
+def test_installed_file_that_imports_from_the_tests_is_found(tree: Path, path: str, text: str) -> None:
+    (tree / path).write_text(text + "\n")
+    (complaint,) = backward_complaints(tree)
+    assert complaint.startswith(f"{path}:{text.count(chr(10)) + 1} imports ")
 
 
 def test_client_that_needs_the_plugin_is_found(tree: Path) -> None:

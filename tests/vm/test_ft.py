@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from filesystem import inspect
-from ftstore import Store
 from guest import Guest, nbd_node
 from hosts import Hosts
 from lab import DEADLINE_S, MIB, REPOSITORY, Lab, PausePoints, Process, silent, top_id, wait_until
+from replication.machine.store import Store
 
 FT_AGENT = REPOSITORY / "scripts/ft-agent"
 INTERVAL_S = 0.5

@@ -11,7 +11,7 @@ One epoch; the guest stands still between STOP and RESUME only:
     commit         the disk of B takes checkpoint N: from this instant on unit N is the one that B would go on with
     mark           B's record says so, and the state before is removed
 
-ftstore.py says why in this order. Where QEMU has no `pause-before-switchover` it is `stop`, cut, `migrate`, `cont`, and
+store.py says why in this order. Where QEMU has no `pause-before-switchover` it is `stop`, cut, `migrate`, `cont`, and
 the guest stands still while all of its memory goes over.
 
 Invariants
@@ -21,32 +21,19 @@ Invariants
   taken it, neither is, and B asks its disk before the next one begins.
 * Nobody else takes checkpoints of the pair: no `checkpoint-interval`, no `replctl checkpoint`. B's disk would be ahead
   of every state of the machine, until the next epoch.
-
-    Pauses      how long the guest stood still for one epoch, and for what
-    Agent       the epochs of one machine
-    take_over   host B goes on: failover of the disk, then the state that belongs to it
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import shlex
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from ftmonitor import FtError, Gone, Late, Monitor, Refused, stamp_s
-from ftstore import Remote, Store, Unit, checkpoint_of
-from replication.order.pause import pause
-
-Say = Callable[[str], None]
+from ..order.pause import pause
+from .monitor import FtError, Gone, Late, Limits, Monitor, Refused, stamp_s
+from .pauses import Pauses
+from .remote import Remote
 
 BANDWIDTH = 1 << 40
 """Bytes a second: no limit. QEMU's own is 128 MiB/s."""
@@ -59,88 +46,12 @@ class Skipped(FtError):
     """There is no point in an epoch now."""
 
 
-@dataclass(frozen=True)
-class Pauses:
-    """One epoch that was committed; times in milliseconds."""
-
-    epoch: int
-    state_bytes: int
-    pause_ms: float
-    """From STOP to RESUME, as QEMU says: the guest stood still for so long. The next four are its parts."""
-    flush_ms: float
-    """From STOP until QEMU tells that it waits for us: the disks are drained and flushed."""
-    cut_ms: float
-    """The disk's epoch."""
-    rest_ms: float
-    """Memory that was still to be sent, and the devices (all of the memory, where it is stop and migrate)."""
-    resume_ms: float
-    """`cont`."""
-    send_ms: float
-    """From `migrate` to STOP: the guest runs."""
-    safe_ms: float
-    """From RESUME until B would go on with this unit."""
-
-
-PARTS = {field.name: field.name.removesuffix("_ms") for field in fields(Pauses) if field.name.endswith("_ms")}
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
-
-
-def summary(epochs: Sequence[Pauses]) -> dict[str, Any]:
-    """Median, 99th percentile and largest of each time; for the JSON, and for `table`."""
-    if not epochs:
-        return {"epochs": 0}
-    found: dict[str, Any] = {"epochs": len(epochs)}
-    for name in (*PARTS, "state_bytes"):
-        values = [float(getattr(epoch, name)) for epoch in epochs]
-        found[name] = {"median": statistics.median(values), "p99": percentile(values, 99), "max": max(values)}
-    return found
-
-
-def table(epochs: Sequence[Pauses]) -> Table:
-    """For a person."""
-    titles = {
-        "pause_ms": "the guest stands still",
-        "flush_ms": "  disks drained and flushed",
-        "cut_ms": "  the disk's epoch cut",
-        "rest_ms": "  rest of the state",
-        "resume_ms": "  resumed",
-        "send_ms": "memory sent before",
-        "safe_ms": "from resumed to committed",
-    }
-    found = summary(epochs)
-    shown = Table(title=f"{len(epochs)} epochs, ms")
-    for column in ("", "median", "p99", "max"):
-        shown.add_column(column, justify="right" if column else "left")
-    for name, title in titles.items():
-        if epochs:
-            shown.add_row(title, *(f"{found[name][column]:.1f}" for column in ("median", "p99", "max")))
-    if epochs:
-        sizes = (f"{found['state_bytes'][column] / 1e6:.1f}" for column in ("median", "p99", "max"))
-        shown.add_row("state, MB", *sizes)
-    return shown
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Longest waits, in seconds."""
-
-    answer_s: float = 5.0
-    """For what should take milliseconds."""
-    epoch_s: float = 20.0
-    """For an epoch in all."""
-
-
 class Agent:
     """Protects one machine. `qmp` is a monitor of its QEMU that nobody else uses, `control` the control socket of A's
     nbdkit, `receiver` the socket of B's receiver as QEMU and this process reach it."""
 
     def __init__(
-        self, qmp: Path, control: Path, receiver: Path, limits: Limits, say: Say, *, live: bool = True
+        self, qmp: Path, control: Path, receiver: Path, limits: Limits, say: Callable[[str], None], *, live: bool = True
     ) -> None:
         self._control_path = control
         self._receiver_path = receiver
@@ -346,76 +257,3 @@ def _parts(began: float, stopped: float, waiting: float, cut: float, sent: float
         "resume_ms": (resumed - sent) * 1e3,
         "send_ms": (stopped - began) * 1e3,
     }
-
-
-# -- host B ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TakenOver:
-    """What a take-over has come to; times in milliseconds from its beginning."""
-
-    epoch: int
-    fenced_ms: float
-    """The disk is B's."""
-    loaded_ms: float
-    """The state is in QEMU."""
-    running_ms: float
-    """The guest runs."""
-
-    def to_json(self) -> str:
-        """For a program."""
-        return json.dumps(asdict(self))
-
-
-def unit_of(store: Store, control: Monitor) -> Unit:
-    """The state that belongs to the last checkpoint of B's disk; FtError if there is none."""
-    epoch, taken = checkpoint_of(control)
-    record = store.load()
-    unit = record.of(epoch, taken)
-    if unit is None:
-        known = [str(each.epoch) for each in (record.committed, record.prepared) if each is not None]
-        raise FtError(
-            f"no state belongs to checkpoint {epoch} of the disk, only to {' and '.join(known) or 'none'}: "
-            "boot the guest from the guest face instead"
-        )
-    if not (store.folder / unit.file).exists():
-        raise FtError(f"the state of checkpoint {epoch} is gone: {store.folder / unit.file}")
-    return unit
-
-
-@contextlib.contextmanager
-def _monitors(control: Path, qmp: Path, timeout_s: float) -> Iterator[tuple[Monitor, Monitor]]:
-    nbdkit = Monitor(control, "nbdkit of B", timeout_s)
-    with contextlib.closing(nbdkit), contextlib.closing(Monitor(qmp, "QEMU of B", timeout_s)) as qemu:
-        yield nbdkit, qemu
-
-
-def take_over(store: Store, control: Path, qmp: Path, limits: Limits, say: Say) -> TakenOver:
-    """Host A is dead: the guest goes on here. `qmp` is the monitor of a QEMU that was started with `-incoming defer` on
-    the guest face. FtError; nothing has changed if what is needed was not there."""
-    with _monitors(control, qmp, limits.answer_s) as (nbdkit, qemu):
-        state = qemu.execute("query-status")["status"]
-        if state != "inmigrate":
-            raise FtError(f"QEMU of B does not wait for a state (-incoming defer), it is {state}")
-        begun = time.monotonic()
-        preflight = nbdkit.execute("query-failover")
-        if preflight["stage"] == "running":
-            if not preflight["allowed"]:
-                raise FtError(str(preflight["reason"]))
-            unit_of(store, nbdkit)
-            nbdkit.execute("replication-stop", {"failover": True}, timeout_s=limits.epoch_s)
-        fenced_ms = (time.monotonic() - begun) * 1e3
-        # Only now: A may have had a checkpoint on its way, and cannot any more.
-        unit = unit_of(store, nbdkit)
-        say(f"the disk is at checkpoint {unit.epoch}, {unit.bytes / 1e6:.0f} MB of state belong to it")
-        qemu.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
-        qemu.execute("migrate-incoming", {"uri": f"exec:exec cat {shlex.quote(str(store.folder / unit.file))}"})
-        ends = ("completed", "failed")
-        deadline = time.monotonic() + limits.epoch_s
-        event = qemu.wait_event("MIGRATION", deadline, lambda data: data["status"] in ends)
-        if event["data"]["status"] != "completed":
-            raise FtError("QEMU of B cannot load the state: see what it has printed")
-        loaded_ms = (time.monotonic() - begun) * 1e3
-        qemu.execute("cont")
-        return TakenOver(unit.epoch, fenced_ms, loaded_ms, (time.monotonic() - begun) * 1e3)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ftmonitor import FtError, Gone, Late, Lines, Monitor, Refused, stamp_s
 from lab import DEADLINE_S, begin
+from replication.machine.monitor import Gone, Late, Monitor, Refused, stamp_s
 
 SOON_S = 0.05
 
@@ -112,17 +112,26 @@ def test_a_monitor_that_has_gone_is_noticed_at_once(ends: tuple[Monitor, Qemu]) 
 
 
 def test_a_socket_on_which_nobody_listens_is_told_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(Gone, match=str(tmp_path / "none")):
-        Lines(tmp_path / "none", "QEMU", DEADLINE_S)
+    with pytest.raises(Gone, match=f"cannot connect to QEMU on {tmp_path / 'none'}: No such file"):
+        Monitor(tmp_path / "none", "QEMU", DEADLINE_S)
 
 
-def test_something_else_than_qmp_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "error", "text"),
+    [
+        (b"SSH-2.0\n", Gone, "QEMU talks nonsense: b'SSH-2.0'"),
+        (b"NBDMAGICIHAVEOPT\0\3", Gone, "QEMU talks nonsense"),
+        (b'{"error": {"class": "GenericError", "desc": "Too many clients"}}\n', Gone, "Too many clients"),
+        (b"", Late, "QEMU does not answer"),
+    ],
+    ids=["text", "no line", "refusal", "nothing"],
+)
+def test_something_else_than_qmp_is_an_error(tmp_path: Path, said: bytes, error: type[Exception], text: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "qmp"))
         listener.listen()
-        lines = Lines(tmp_path / "qmp", "QEMU", DEADLINE_S)
+        made = begin(Monitor, tmp_path / "qmp", "QEMU", DEADLINE_S if said else SOON_S)
         connection = listener.accept()[0]
-        connection.sendall(b"SSH-2.0\n")
-        with connection, pytest.raises(FtError, match="talks nonsense"):
-            lines.receive(time.monotonic() + DEADLINE_S)
-        lines.close()
+        connection.sendall(said)
+        with connection, pytest.raises(error, match=text):
+            made.result(DEADLINE_S)

@@ -1,49 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Host B's half: the states of a virtual machine, and which of them belongs to its disk.
+"""Host B's end of the connection: takes states and commands from host A on a Unix socket.
 
-A *unit* is the state of the machine and the checkpoint of its disk at one moment. They lie in two places, this store
-and the plugin's overlays, and host A may die between any two steps. What decides is the number of the disk's last
-checkpoint on B: one word, which the plugin changes in one store. So the order is
-
-    1. state N is complete here, and the record names it as prepared; the state before is still there
-    2. the disk takes checkpoint N: from this instant on unit N counts
-    3. the record names state N as committed, and the state before is removed
-
-    A dies before 2    the disk is at N-1, and so is the state that is committed
-    A dies after 2     the disk is at N, and so is the state that is prepared, or committed by now
-
-The other order would be as good for the choice, but with it a record could say of a unit that it is committed while it
-is none. `Record.of` is the choice. It is made after the failover of the disk: then no checkpoint can be added.
-
-A prepared state counts only if the disk's checkpoint came soon after it. A number that was given up may be used again,
-by a checkpoint of somebody else, when nbdkit of A was started again meanwhile.
-
-    Record      what is there, in one small file that is replaced by rename
-    Store       the folder: the record and the files it names, nothing else outlives a start; at most two states
-    Receiver    takes states and commands from host A on a Unix socket
-    Remote      host A's connection to it
-
-The record and the states outlive every process, not a power cut of B: for that A would have to be dead, too.
+Stream      one state on its way here
+Receiver    expects, takes, and names them in the store
+receive     a receiver on a socket of its own, until the process ends
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import threading
-import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftmonitor import FtError, Lines, Monitor, Refused
+from .monitor import FtError, Monitor, checkpoint_of
+from .store import Store
 
-SOON_S = 60.0
-"""From a prepared state to the disk's checkpoint: `timeout` (30 s at most) until a hold is given up, and 30 s that the
-secondary may take."""
 CHUNK_BYTES = 1 << 20
 PIECE_S = 30.0
 """Longest silence on a stream: a machine that is migrated is never silent for long, except before its switch-over."""
@@ -51,121 +27,6 @@ DESCRIPTION_BYTES_MAX = 1 << 20
 """Of the devices, at the end of a state: 20 KiB for a small machine."""
 MAGIC = b"Q"
 """QEMU's stream begins with QEVM, a command with a brace."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One state."""
-
-    epoch: int
-    file: str
-    bytes: int
-    prepared: float
-    """When it was complete, in seconds since 1970, by B's clock."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is there."""
-
-    committed: Unit | None = None
-    prepared: Unit | None = None
-
-    def of(self, epoch: int, taken: float | None) -> Unit | None:
-        """The state that belongs to the disk's checkpoint `epoch`, which it took at `taken` (seconds since 1970)."""
-        if self.committed is not None and self.committed.epoch == epoch:
-            return self.committed
-        unit = self.prepared
-        if unit is None or unit.epoch != epoch or taken is None:
-            return None
-        return unit if unit.prepared <= taken <= unit.prepared + SOON_S else None
-
-    @property
-    def files(self) -> set[str]:
-        """The names of all states."""
-        return {unit.file for unit in (self.committed, self.prepared) if unit is not None}
-
-    @classmethod
-    def from_json(cls, text: str) -> Record:
-        """FtError if it is none."""
-        try:
-            values = json.loads(text)
-            units = {name: None if values[name] is None else Unit(**values[name]) for name in ("committed", "prepared")}
-            if any(unit is not None and Path(unit.file).name != unit.file for unit in units.values()):
-                raise ValueError("a state outside the folder")
-            return cls(**units)
-        except (ValueError, KeyError, TypeError) as error:
-            raise FtError(f"the record of states cannot be read: {error}") from error
-
-
-class Store:
-    """The folder of one machine's states. One process at a time writes (`lock`); any may read `load`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._path = folder / "units.json"
-
-    def lock(self) -> int:
-        """Be the only one who writes, until the file descriptor that is returned is closed; FtError if there is one
-        already. What an interrupted process has left half done is removed."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise FtError(f"another ft-agent uses {self.folder}") from None
-        self.sweep()
-        return descriptor
-
-    def sweep(self) -> None:
-        """Remove the states that the record does not name."""
-        named = self.load().files
-        for path in self.folder.glob("*.state"):
-            if path.name not in named:
-                path.unlink()
-
-    def load(self) -> Record:
-        """The record; FtError if it cannot be read."""
-        try:
-            return Record.from_json(self._path.read_text())
-        except FileNotFoundError:
-            return Record()
-
-    def save(self, record: Record) -> None:
-        """Replace the record at one instant, and remove the states that it does not name any more."""
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(record)))
-        partial.chmod(0o600)
-        partial.replace(self._path)
-        self.sweep()
-
-    def prepare(self, epoch: int, file: str, length: int) -> None:
-        """Name a complete state as the one of the checkpoint that the disk is about to take."""
-        self.save(replace(self.load(), prepared=Unit(epoch, file, length, time.time())))
-
-    def commit(self, epoch: int) -> None:
-        """The disk has taken it; FtError if the state is not there."""
-        record = self.load()
-        if record.prepared is None or record.prepared.epoch != epoch:
-            raise FtError(f"state {epoch} is not prepared here")
-        self.save(Record(committed=record.prepared))
-
-    def abort(self) -> None:
-        """What is prepared will never be committed: no checkpoint of the disk can get its number any more."""
-        self.save(replace(self.load(), prepared=None))
-
-    def settle(self, epoch: int, taken: float | None) -> None:
-        """The disk's last checkpoint is known, and no other is on its way: what belongs to it is committed."""
-        self.save(Record(committed=self.load().of(epoch, taken)))
-
-
-def checkpoint_of(control: Monitor) -> tuple[int, float | None]:
-    """Number and time (seconds since 1970) of the last checkpoint that a secondary has taken; FtError."""
-    status = control.execute("query-replication")
-    if status["mode"] != "secondary":
-        raise FtError(f"{control.name} is a {status['mode']}")
-    return int(status["epoch"]), status["checkpoint"]["time"]
 
 
 def is_whole(path: Path) -> bool:
@@ -346,26 +207,20 @@ class Receiver:
             self._stream = None
 
 
-class Remote:
-    """Host A's connection to the receiver."""
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        """Connect; FtError."""
-        self._lines = Lines(path, "the receiver on B", timeout_s)
-
-    def call(self, command: str, timeout_s: float, epoch: int = 0) -> dict[str, Any]:
-        """Give a command: what it answers. FtError; the connection is closed after anything but Refused."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            self._lines.send({"do": command, "epoch": epoch}, deadline)
-            answer = self._lines.receive(deadline)
-        except FtError:
-            self._lines.close()  # the answer may still come, and would be taken for that of the next command
-            raise
-        if "error" in answer:
-            raise Refused(f"the receiver on B: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._lines.close()
+def receive(receiver: Receiver, store: Store, listen: Path, say: Callable[[str], None]) -> None:
+    """Serve on the Unix socket `listen`, which is made for it, until a signal comes; FtError if the store is in use."""
+    lock = store.lock()
+    try:
+        # The lock says that nobody listens on what is left of it, unless it is somebody else's file.
+        if listen.is_socket():
+            listen.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            mask = os.umask(0o177)
+            listener.bind(str(listen))
+            os.umask(mask)
+            listener.listen(8)
+            say(f"receiving on {listen}")
+            receiver.serve(listener)
+    finally:
+        listen.unlink(missing_ok=True)
+        os.close(lock)

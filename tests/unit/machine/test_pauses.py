@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ft import Pauses, percentile, summary, table
 from lab import DEADLINE_S, REPOSITORY
+from replication.machine.pauses import Pauses, percentile, summary, table
 
 
 def pauses(epoch: int, pause_ms: float) -> Pauses:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`make install` and `make uninstall`, into a folder of the test's: what is installed works from there alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lab import DEADLINE_S, REPOSITORY, Lab
+
+PREFIX = "/usr/local"
+PLUGINS = "/usr/lib/nbdkit/plugins"
+SCRIPTS = ("replctl", "ft-agent")
+
+
+@dataclass
+class Installed:
+    """What `make install` has made, below `root`."""
+
+    root: Path
+
+    def make(self, target: str) -> None:
+        command = [
+            "make",
+            "-s",
+            target,
+            f"DESTDIR={self.root}",
+            f"PREFIX={PREFIX}",
+            f"PLUGINDIR={PLUGINS}",
+            "COMPILED=",
+        ]
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=DEADLINE_S)
+
+    @property
+    def bin(self) -> Path:
+        return self.root / PREFIX.lstrip("/") / "bin"
+
+    def files(self) -> list[Path]:
+        return [path for path in self.root.rglob("*") if not path.is_dir()]
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    made = Installed(tmp_path / "root")
+    made.make("install")
+    return made
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """In another folder than the sources, and without the tests' own paths."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    return subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def test_installed_scripts_find_their_library_also_by_a_symbolic_link(installed: Installed, tmp_path: Path) -> None:
+    for name in SCRIPTS:
+        link, chain = tmp_path / f"{name}-link", tmp_path / f"{name}-chain"
+        link.symlink_to(installed.bin / name)
+        chain.symlink_to(link)
+        for path in (installed.bin / name, link, chain, REPOSITORY / "scripts" / name):
+            done = run(path, "--help")
+            assert (done.returncode, done.stderr) == (0, ""), path
+            assert done.stdout.startswith(f"usage: {name}")
+
+
+def test_installed_replctl_asks_a_node(installed: Installed, lab: Lab) -> None:
+    secondary = lab.secondary()
+    done = run(installed.bin / "replctl", "--state", secondary.state, "status")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:2] == ["mode", "secondary"]
+
+
+def test_installed_agent_gets_as_far_as_qemu(installed: Installed, tmp_path: Path) -> None:
+    done = run(installed.bin / "ft-agent", "protect", "--control", "c", "--qmp", tmp_path / "none", "--receiver", "r")
+    assert done.returncode == 1
+    assert done.stderr == f"ft-agent: cannot connect to QEMU on {tmp_path / 'none'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_without_its_library_says_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "bin").mkdir()
+    shutil.copy(REPOSITORY / "scripts" / name, tmp_path / "bin" / name)
+    done = run(tmp_path / "bin" / name, "--help")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{name}: No module named 'replication': it needs the library that is installed with it\n"
+
+
+def test_nothing_of_the_tests_is_installed_and_uninstall_leaves_nothing(installed: Installed) -> None:
+    names = {path.relative_to(installed.root).parts for path in installed.files()}
+    assert not any("tests" in parts for parts in names)
+    assert (PREFIX.lstrip("/") + "/lib/nbdkit-replication/replication/machine/agent.py") in map("/".join, names)
+    installed.make("uninstall")
+    assert installed.files() == []
