@@ -145,6 +145,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     jobs.py fault.py            what query-jobs and get-error report
     order/                      who waits for whom
         gate.py rangelock.py    the gate before all requests; ranges, first come first served
+        urgency.py              who gives way to a failover
         ended.py                how who waits for an answer learns of it
         pause.py                where a test can hold a thread
     events.py log.py stage.py errors.py

@@ -38,6 +38,9 @@ from replication.stage import TRANSITIONS, Mode, Stage
 COMMAND_S = 120.0
 """Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""
 
+URGENT_S = 1.0
+"""The same for a failover, which others give way to: it answers within 2 seconds."""
+
 _AUTOSTART_RETRY_S = 1.0
 
 _TICKER_S = 0.2
@@ -221,9 +224,15 @@ class Node:
             log(str(error))
 
     @contextmanager
-    def _commanding(self) -> Iterator[None]:
-        """One command at a time, and failures as the control client sees them."""
-        if not self._command.acquire(timeout=COMMAND_S):
+    def _commanding(self, urgent: bool = False) -> Iterator[None]:
+        """One command at a time, and failures as the control client sees them. Who holds up an `urgent` one gives way
+        to it, and it waits for URGENT_S seconds only: then what has no end is not a wait for a disk that others had to
+        give up."""
+        if urgent:
+            with self.gate.urgency.asking():
+                if not self._command.acquire(timeout=URGENT_S):
+                    raise CommandError("another command is at a step that cannot be interrupted: try again")
+        elif not self._command.acquire(timeout=COMMAND_S):
             raise CommandError(f"another command has been at work for {COMMAND_S:.0f} s")
         try:
             yield
@@ -428,12 +437,19 @@ class Node:
 
     def stop(self, failover: bool, force: bool = False) -> None:
         """replication-stop."""
-        with self._commanding():
-            if self.stage in (Stage.FAILOVER, Stage.DONE):
-                return
-            if self.stage is not Stage.RUNNING:
-                raise CommandError("Block replication is not running")
-            self.side.stop(failover, force)
+        if failover and not self._check_running():
+            return  # without waiting for whoever is at work
+        with self._commanding(urgent=failover):
+            if self._check_running():
+                self.side.stop(failover, force)
+
+    def _check_running(self) -> bool:
+        """Whether a stop has anything to do; CommandError when replication has not begun."""
+        if self.stage in (Stage.FAILOVER, Stage.DONE):
+            return False
+        if self.stage is not Stage.RUNNING:
+            raise CommandError("Block replication is not running")
+        return True
 
     def retry(self, force: bool = False) -> None:
         """replication-retry: go on with a commit that has failed."""

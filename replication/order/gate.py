@@ -4,7 +4,8 @@
 Invariants
 * While `closed()` is held nobody is inside, and nobody enters until it is left.
 * Closing keeps newcomers out at once, so a stream of requests cannot starve a checkpoint.
-* A command that cannot get the requests out in time opens the gate again and fails; nothing has changed.
+* A command that cannot get the requests out in time opens the gate again and fails; nothing has changed. So does one
+  that still waits for them when a failover comes (urgency.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from replication.errors import DiskError, ReplicationError
+from replication.order.urgency import GIVES_WAY, Urgency
 
 ENTER_S = 60.0
 """Longest wait of a request before a closed gate; a command closes it for milliseconds, and at worst for
@@ -34,6 +36,8 @@ class Gate:
     """`with gate:` around every request; `with gate.closed():` around what needs them all out."""
 
     def __init__(self) -> None:
+        self.urgency = Urgency()
+        self.urgency.wake = self._look_again
         # Protects the three fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -72,17 +76,32 @@ class Gate:
         if not self._changed.wait_for(lambda: not self._shut, ENTER_S):
             raise DiskError(f"a control command kept requests waiting for {ENTER_S:.0f} s")
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Work alone. Raises GateStuck when requests inside do not end within DRAIN_S seconds."""
-        deadline = time.monotonic() + DRAIN_S
+    def _look_again(self) -> None:
         with self._lock:
-            if not self._changed.wait_for(lambda: not self._shut, DRAIN_S):
+            self._changed.notify_all()
+
+    @contextmanager
+    def closed(self, wait_s: float | None = None) -> Iterator[None]:
+        """Work alone. Raises GateStuck when the requests inside do not end within `wait_s` seconds (DRAIN_S, if nothing
+        is said), or when a failover asks for the way meanwhile."""
+        if wait_s is None:
+            wait_s = DRAIN_S
+        deadline = time.monotonic() + wait_s
+        urgency = self.urgency
+        with self._lock:
+            if not self._changed.wait_for(lambda: not self._shut or urgency.asked, wait_s):
                 raise GateStuck("another command is still at work")
-            self._shut = True
-            if not self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic())):
-                self._open_locked()
-                raise GateStuck(f"{self._inside} requests in flight did not end within {DRAIN_S:.0f} s")
+            if not self._shut:
+                self._shut = True
+                left_s = max(0.0, deadline - time.monotonic())
+                self._changed.wait_for(lambda: not self._inside or urgency.asked, left_s)
+                if self._inside:
+                    self._open_locked()
+                    if not urgency.asked:
+                        raise GateStuck(f"{self._inside} requests in flight did not end within {wait_s:g} s")
+                    raise GateStuck(f"{self._inside} requests are in flight still: {GIVES_WAY}")
+            else:
+                raise GateStuck(f"another command is still at work: {GIVES_WAY}")
         try:
             yield
         finally:

@@ -57,6 +57,8 @@ class SecondaryDisk:
         self.stack: Stack | None = None
         self.stage = Stage.NONE
         """Set by the node while the gate is closed."""
+        self.fenced = False
+        """Whether the old primary is kept out: from the first instant of failover on, at which the gate may be open."""
         self.inconsistent: str | None = None
         """Why there is nothing that the guest may see; set by the node while the gate is closed."""
         self.from_stranger: Callable[[], bool] = lambda: False
@@ -290,7 +292,7 @@ class SecondaryDisk:
 
     def _for_target(self) -> None:
         """From the first instant of failover on the old primary is kept out."""
-        if self.stage not in (Stage.NONE, Stage.RUNNING):
+        if self.fenced or self.stage not in (Stage.NONE, Stage.RUNNING):
             raise kept_out(self.name)
 
     def _for_target_write(self, offset: int, length: int) -> Stack | None:

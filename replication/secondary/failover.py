@@ -12,7 +12,7 @@ from replication.errors import DiskError
 from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.log import log
-from replication.order.gate import GateStuck
+from replication.order.gate import DRAIN_S, GateStuck
 from replication.record.state import StateError
 from replication.secondary.commit import Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
@@ -28,6 +28,10 @@ _RATE_FROM = 16 << 20
 
 _SETTLE_RETRY_S = 1.0
 
+_DRAIN_MIN_S = 0.25
+"""First wait with the gate closed for requests that do not end, after which it is open for as long; then twice as long,
+up to DRAIN_S. So the guest goes on while a disk hangs, and requests that follow each other closely end all the same."""
+
 
 class Failover:
     """The commits of one node."""
@@ -38,6 +42,7 @@ class Failover:
         self._disks = disks
         self._done = done
         self._commit: CommitThread | None = None
+        self._drainer: threading.Thread | None = None
         self._begun = 0.0
         self._closing = threading.Event()
 
@@ -67,6 +72,34 @@ class Failover:
             "predicted-seconds": to_commit / rate,
             "commit-rate": rate,
         }
+
+    def begin_drained(self, drained: Callable[[], None]) -> None:
+        """As `begin`, in the background, as soon as no request is in flight any more that has begun before this: then
+        `drained()` is called with the gate closed."""
+
+        def drain() -> None:
+            if self._alone(drained):
+                self.begin()
+
+        self._drainer = threading.Thread(target=drain, name="drain", daemon=True)
+        try:
+            self._drainer.start()
+        except RuntimeError as error:  # no more threads
+            self._drainer = None
+            log(f"failover: nobody waits for the requests in flight ({error}), so the commit waits for a restart")
+
+    def _alone(self, action: Callable[[], None]) -> bool:
+        """Call `action()` with the gate closed, however long that takes; False when the process ends before."""
+        wait_s = _DRAIN_MIN_S
+        while not self._closing.is_set():
+            try:
+                with self._set.gate.closed(wait_s):
+                    action()
+                    return True
+            except GateStuck:
+                self._closing.wait(wait_s)
+                wait_s = min(2 * wait_s, DRAIN_S)
+        return False
 
     def begin(self) -> None:
         """Commit in the background, until the stage is done or failover-failed. The stage is failover."""
@@ -110,16 +143,19 @@ class Failover:
     def _settle(self, stage: Stage, still: Callable[[], bool] = lambda: True) -> bool:
         """Enter the stage in which a commit has ended, if `still()` with the gate closed. There is nobody to give a
         failure to, so it is tried again until it works or the process ends."""
+        wait_s = _DRAIN_MIN_S
         while not self._closing.is_set():
             try:
-                with self._set.gate.closed():
+                with self._set.gate.closed(wait_s):
                     if not still():
                         return False
                     self._set.enter(stage)
                     return True
             except (StateError, GateStuck) as error:
-                log(f"the commit has ended, but stage {stage.value} cannot be entered yet: {error}")
-            self._closing.wait(_SETTLE_RETRY_S)
+                if isinstance(error, StateError) or wait_s >= DRAIN_S:
+                    log(f"the commit has ended, but stage {stage.value} cannot be entered yet: {error}")
+                wait_s = min(2 * wait_s, DRAIN_S)
+            self._closing.wait(max(wait_s, _SETTLE_RETRY_S))
         return False
 
     def _failed(self, commit: Commit, error: DiskError) -> None:
@@ -133,8 +169,13 @@ class Failover:
     def end(self, timeout_s: float) -> bool:
         """The process ends: the next one goes on. Waits for the thread, `timeout_s` seconds at most; whether it has
         ended."""
+        deadline = time.monotonic() + timeout_s
         self._closing.set()
-        return self._commit is None or self._commit.join(timeout_s)
+        if self._drainer is not None:
+            self._drainer.join(timeout_s)
+            if self._drainer.is_alive():
+                return False
+        return self._commit is None or self._commit.join(max(0.0, deadline - time.monotonic()))
 
 
 def forceful(why: str) -> str:

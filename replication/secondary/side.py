@@ -33,6 +33,9 @@ from replication.secondary.reclaim import Reclaimer
 from replication.side import Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
 
+_FAILOVER_S = 0.5
+"""Longest wait of a failover for the requests in flight; with the wait for another command it answers within 2 s."""
+
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
 _CLOSE_S = 3.0
@@ -55,6 +58,9 @@ class SecondarySide(Side):
         self._unflushed = False
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
         self._failover = Failover(setting, self.disks, self._reclaimer.wake)
+        # The stage is failover and the old primary kept out, but requests that had begun before are still inside the
+        # gate: until they have left, the guest's requests do what they do in stage running.
+        self._draining = False
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
 
@@ -189,6 +195,9 @@ class SecondarySide(Side):
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:
+            disk.fenced = stage not in (Stage.NONE, Stage.RUNNING)
+            if self._draining:
+                continue
             disk.stage = stage
             disk.inconsistent = self._set.record.inconsistent
             disk.accepts_writes = self._backup.accepts_writes
@@ -403,17 +412,51 @@ class SecondarySide(Side):
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
             raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
-        with self._set.gate.closed():
+        try:
+            with self._set.gate.closed(_FAILOVER_S):
+                if inconsistent is not None:
+                    if self._empty_all() is not None:
+                        raise CommandError(
+                            f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied"
+                        )
+                    for disk in self.disks:
+                        disk.changes.mark_all()
+                self._enter_failover()
+        except GateStuck as error:
             if inconsistent is not None:
-                if self._empty_all() is not None:
-                    raise CommandError(f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied")
-                for disk in self.disks:
-                    disk.changes.mark_all()
-            take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
-            self._enter(Stage.FAILOVER, None, take_back)
+                raise  # what the guest sees from then on is another content, so its requests must be out
+            self._fail_over_around(error)
+            return
         self._backup.conclude(None)
         pause("failover.entered")
         self._failover.begin()
+
+    def _enter_failover(self) -> None:
+        take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
+        self._enter(Stage.FAILOVER, None, take_back)
+
+    def _fail_over_around(self, stuck: GateStuck) -> None:
+        """Fail over although some requests do not end: their disk is slow, or hangs. The old primary is kept out at
+        once; what was in flight of it goes on as in stage running, so what it overwrites is preserved, and the guest's
+        writes go to active. When these requests have left, the commit begins."""
+        self._draining = True
+        try:
+            for disk in self.disks:
+                disk.fenced = True
+            self._enter_failover()
+        except BaseException:
+            self._draining = False
+            self.show_stage(self._set.record.stage)
+            raise
+        log(f"failover: {stuck}; the commit begins when they have")
+        self._backup.conclude(None)
+        pause("failover.entered")
+        self._failover.begin_drained(self._drained)
+
+    def _drained(self) -> None:
+        """All requests that had begun before the failover have left. The gate is closed."""
+        self._draining = False
+        self._set.show()
 
     def retry(self, force: bool) -> None:
         inconsistent = self._set.record.inconsistent
@@ -491,7 +534,7 @@ class SecondarySide(Side):
         """What the primary has written becomes stable, so that it may count as a checkpoint."""
         assert disk.stack is not None
         try:
-            disk.stack.target.flush()
+            self._set.gate.urgency.run(disk.stack.target.flush)
         except DiskError as error:
             self._set.faults.report(Case.SECONDARY_DISK, disk.name, "flush", 0, 0, error)
             raise CommandError(f"cannot flush the secondary disk '{disk.name}': {error}") from error

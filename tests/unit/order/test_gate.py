@@ -132,6 +132,32 @@ def test_a_command_that_cannot_get_the_requests_out_fails_and_leaves_the_gate_op
         end.result(DEADLINE_S)
 
 
+def test_a_command_that_waits_gives_way_to_a_failover(pool: ThreadPoolExecutor) -> None:
+    """Both who waits for requests, and who waits for another command; the failover itself has its own time."""
+    gate = Gate()
+    stuck = Guest(gate)
+    end = pool.submit(stuck.run)
+    assert stuck.inside.wait(DEADLINE_S)
+
+    def close() -> None:
+        with gate.closed():
+            raise AssertionError("alone with a request inside")
+
+    commands = [pool.submit(close)]
+    closing(gate)
+    commands.append(pool.submit(close))
+    with gate.urgency.asking():
+        for command in commands:
+            with pytest.raises(GateStuck, match="a failover has come first"):
+                command.result(DEADLINE_S)
+    with pytest.raises(GateStuck, match=r"did not end within 0.05 s"), gate.closed(0.05):
+        pass
+    stuck.leave.set()
+    end.result(DEADLINE_S)
+    with gate.closed(0.05):
+        pass
+
+
 def test_a_request_that_gave_up_is_not_counted_as_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     monkeypatch.setattr(gate_module, "ENTER_S", 0.05)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A failover does not wait for another command's disk: who may take long gives way to it.
+
+Two kinds of wait give way. A command that waits before the gate for requests to end (Gate.closed), and one that flushes
+a disk (`run`): the flush goes on in a thread that nobody waits for any more, since no system call can be taken back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from replication.errors import CommandError
+
+GIVES_WAY = "a failover has come first"
+
+
+class Urgency:
+    """Whether a failover waits. One for each node."""
+
+    def __init__(self) -> None:
+        # Protects the number. Never held across I/O, nor while somebody else's lock is taken.
+        self._changed = threading.Condition()
+        self._asking = 0
+        self.wake: Callable[[], None] = _nobody
+        """Called when somebody asks, without locks: who waits elsewhere looks at `asked`."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether others have to give way."""
+        return self._asking > 0
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Have everybody give way while this is held."""
+        with self._changed:
+            self._asking += 1
+            self._changed.notify_all()
+        try:
+            self.wake()
+            yield
+        finally:
+            with self._changed:
+                self._asking -= 1
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Do `action()`, which may take long, and raise what it raises. CommandError as soon as others have to give
+        way: then it goes on by itself, and what it raises is nobody's."""
+        ended = False
+        failure: BaseException | None = None
+
+        def work() -> None:
+            nonlocal ended, failure
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 (it is raised below)
+                failure = error
+            with self._changed:
+                ended = True
+                self._changed.notify_all()
+
+        try:
+            threading.Thread(target=work, name="flush", daemon=True).start()
+        except RuntimeError:  # no more threads: then nobody can be let go first
+            action()
+            return
+        with self._changed:
+            # The action's own deadlines bound this: the kernel's for a disk, the connection's for an endpoint.
+            self._changed.wait_for(lambda: ended or self._asking > 0)
+            if not ended:
+                raise CommandError(f"This command was given up: {GIVES_WAY}")
+        if failure is not None:
+            raise failure
+
+
+def _nobody() -> None:
+    """Nobody waits elsewhere."""
