@@ -351,5 +351,5 @@ def extents(h: AnyExport, count: int, offset: int, flags: int) -> list[tuple[int
     """Block status."""
     return [
         (item.offset, item.length, nbdkit.EXTENT_ZERO * item.zero | nbdkit.EXTENT_HOLE * item.hole)
-        for item in h.extents(offset, count)
+        for item in h.extents(offset, count, bool(flags & nbdkit.FLAG_REQ_ONE))
     ]

@@ -54,8 +54,8 @@ class Face(NamedTuple):
     trimmed block reads must be the same on both sides."""
     flush: Callable[[], None]
     """Make stable what was answered, on any connection: that is what multi-conn promises."""
-    extents: Callable[[int, int], list[Extent]]
-    """`extents(offset, length)`: extents from `offset` on."""
+    extents: Callable[[int, int, int], list[Extent]]
+    """`extents(offset, length, count)`: at most `count` extents from `offset` on."""
     write_batch: Callable[[Sequence[Write]], None] = _no_batches
     """`write_batch(writes)`: writes of a primary, as if one after the other (batch.py)."""
 

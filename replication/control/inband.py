@@ -118,7 +118,7 @@ class ControlExport:
     def flush(self) -> None:
         """Nothing here is ever stable."""
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         """All is data."""
         return [Extent(offset, length, False, False)]
 

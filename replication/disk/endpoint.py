@@ -22,7 +22,7 @@ from functools import partial
 import nbd
 
 from replication.disk.connection import CHUNK, Completion, Connection, Issue
-from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.files import Buffer
 from replication.errors import ConfigError, DiskError
 from replication.order.rangelock import RangeLock
@@ -116,23 +116,24 @@ class NbdDisk(Disk):
             self._run(lambda handle, done: handle.aio_flush(done))
         self._flushed = covered
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
             return [Extent(offset, length, False, False)]
         found: list[Extent] = []
 
         def got(context: str, at: int, entries: list[int], _error: object) -> int:
             if context == "base:allocation":
-                for count, flags in zip(entries[::2], entries[1::2], strict=True):
-                    inside = min(count, offset + length - at)
-                    if inside > 0:
+                for size, flags in zip(entries[::2], entries[1::2], strict=True):
+                    inside = min(size, offset + length - at)
+                    if inside > 0 and len(found) < count:
                         zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
                         found.append(Extent(at, inside, zero, hole))
                         at += inside
             return 0
 
-        count = min(length, _EXTENT_CHUNK)
-        self._run(lambda handle, done: handle.aio_block_status(count, offset, got, done))
+        asked = min(length, _EXTENT_CHUNK)
+        only = nbd.CMD_FLAG_REQ_ONE if count == 1 else 0
+        self._run(lambda handle, done: handle.aio_block_status(asked, offset, got, done, only))
         return found or [Extent(offset, length, False, False)]
 
     def reachable(self) -> bool:

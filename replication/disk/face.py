@@ -16,6 +16,9 @@ from replication.disk.files import Buffer
 ZEROES = memoryview(bytes(1 << 20))
 """A megabyte of zeroes, to write and to compare with."""
 
+EXTENTS_MAX = 1024
+"""Most extents that a disk is asked for at once: a request that looks for more would hold up whoever waits for it."""
+
 
 class Extent(NamedTuple):
     """A range whose content is known without reading it: zeroes, or anything."""
@@ -51,12 +54,12 @@ class Disk(ABC):
         """Make everything written before this call stable."""
 
     @abstractmethod
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """Extents from `offset` on, without gaps, covering at least one byte and at most the range."""
+    def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
+        """At most `count` extents from `offset` on, without gaps, covering at least one byte and at most the range."""
 
     def hole(self, offset: int, length: int) -> int:
         """For how many bytes of the range, from `offset` on, it is known without reading that they are zeroes."""
-        first = self.extents(offset, length)[0]
+        first = self.extents(offset, length, 1)[0]
         return first.length if first.zero else 0
 
     def begin_flush(self, offset: int, length: int) -> None:

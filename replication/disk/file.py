@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 
 from replication.disk import files
-from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.files import Buffer
 from replication.disk.lock import lock_for_writing
 from replication.errors import ConfigError, DiskError
@@ -129,17 +129,17 @@ class FileDisk(Disk):
         except OSError as error:
             raise DiskError.from_os(f"flushing {self.location}", error) from error
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         stop = offset + length
         if not self._maps_holes:
             return [Extent(offset, length, False, False)]
         found: list[Extent] = []
         at = offset
-        while at < stop and len(found) < 1024:
+        while at < stop and len(found) < count:
             data = min(self._seek(at, os.SEEK_DATA, stop), stop)
             if data > at:
                 found.append(Extent(at, data - at, True, True))
-            if data < stop:
+            if data < stop and len(found) < count:
                 hole = min(self._seek(data, os.SEEK_HOLE, stop), stop)
                 found.append(Extent(data, hole - data, False, False))
                 data = hole

@@ -57,7 +57,7 @@ import errno
 import threading
 from collections.abc import Iterator, Sequence
 
-from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
@@ -77,8 +77,10 @@ _SPARE = 16 * COPY_CHUNK
 the others map, clear and fault in a buffer for each write. 256k writes of the target face at depth 16 (tmpfs): 5.3k a
 second with 4 MiB in buffers of one, 5.8 to 6.3k so; 64k writes 17k and 18.5k."""
 
-EXTENTS_MAX = 1 << 30
+EXTENTS_RANGE_MAX = 1 << 30
 """Longest range of one extents answer; the client asks again for the rest."""
+_ONE_RANGE_MAX = 16 << 20
+"""The same where one extent is asked for: all images are looked through, and for each extent anew."""
 
 
 class Stack:
@@ -201,39 +203,47 @@ class Stack:
             source = name if held is Held.DATA else Source.ZERO if held is Held.ZERO else Source.DISK
             yield max(start, first * BLOCK), min(stop, last * BLOCK), source
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """What the guest face knows about its content; as true as a read at the same moment."""
-        stop = offset + min(length, EXTENTS_MAX)
+    def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
+        """What the guest face knows about its content, at most `count` extents; as true as a read at the same
+        moment."""
+        stop = offset + min(length, EXTENTS_RANGE_MAX if count > 1 else _ONE_RANGE_MAX)
         found: list[Extent] = []
         for start, end, source in self._visible(offset, stop):
-            if source is Source.DISK:
-                found += self._disk_extents(start, end)
-            else:
+            if source is not Source.DISK:
                 zero = source is Source.ZERO
                 found.append(Extent(start, end - start, zero, zero))
-        return found
+            else:
+                found += self._disk_extents(start, end, count - len(found))
+                if found[-1].offset + found[-1].length < end:
+                    break  # the disk has not told more
+            if len(found) >= count:
+                break
+        return found[:count]
 
-    def _disk_extents(self, start: int, stop: int) -> Iterator[Extent]:
-        at = start
-        below: list[Extent] = []
-        while at < stop:
-            with on_layer(Layer.SECONDARY, "extents", at, stop - at):
-                below += self.disk.extents(at, stop - at)
-            at = below[-1].offset + below[-1].length
+    def _disk_extents(self, start: int, stop: int, count: int) -> Iterator[Extent]:
+        """What the disk says about the beginning of a range, in about `count` extents."""
+        with on_layer(Layer.SECONDARY, "extents", start, stop - start):
+            below = self.disk.extents(start, stop - start, count)
+        stop = below[-1].offset + below[-1].length
         # As in _read_disk: what hidden holds by now may have been overwritten below.
         kept = list(self._layers_of(self.hidden, Source.HIDDEN, start, stop))
         if all(source is Source.DISK for _, _, source in kept):
             yield from below
             return
+        at = 0
         for first, last, source in kept:
-            if source is Source.DISK:
-                for extent in below:
-                    begin, end = max(first, extent.offset), min(last, extent.offset + extent.length)
-                    if begin < end:
-                        yield extent._replace(offset=begin, length=end - begin)
-            else:
+            if source is not Source.DISK:
                 zero = source is Source.ZERO
                 yield Extent(first, last - first, zero, zero)
+                continue
+            while at < len(below) and below[at].offset + below[at].length <= first:
+                at += 1
+            index = at
+            while index < len(below) and below[index].offset < last:
+                extent = below[index]
+                begin, end = max(first, extent.offset), min(last, extent.offset + extent.length)
+                yield extent._replace(offset=begin, length=end - begin)
+                index += 1
 
     # -- guest face: writing -------------------------------------------------------------------------------
 

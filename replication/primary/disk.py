@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from replication.disk.face import Disk, Extent
+from replication.disk.face import EXTENTS_MAX, Disk, Extent
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.buffers import Buffers
@@ -55,9 +55,10 @@ is being filled. (With 4 MiB a third of 256k writes found none.)"""
 
 
 class Barrier(NamedTuple):
-    """A flush in the queue, None without a link, and whether the secondary lacked something when it was queued."""
+    """A flush in the queue, which without a link has ended already, and whether the secondary lacked something when it
+    was queued."""
 
-    entry: Entry | None
+    entry: Entry
     lacking: bool
 
 
@@ -106,9 +107,9 @@ class PrimaryDisk:
         self._tell("read", offset, len(buffer), lambda: local.read(buffer, offset))
         self.bytes_read += len(buffer)
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         """What the local disk knows about its content."""
-        return self._readable().extents(offset, length)
+        return self._readable().extents(offset, length, count)
 
     def _readable(self) -> Disk:
         if self.local is None:
@@ -266,10 +267,10 @@ class PrimaryDisk:
     # -- barrier, cut and resync ---------------------------------------------------------------------------
 
     def begin_barrier(self) -> Barrier:
-        """Queue a flush behind everything answered so far."""
+        """Queue a flush behind everything answered so far. Never waits."""
         entry = Entry(Kind.FLUSH, waited_for=True)
-        if not self.forwarder.reserve(entry.cost):
-            return Barrier(None, True)
+        # Whoever asks for it waits, so there are few; to wait for room as well would be to do it with the gate closed.
+        entry.cost = 0
         with self._order:
             lacking = self.changes.missing
             self.forwarder.put(entry)
@@ -277,7 +278,7 @@ class PrimaryDisk:
 
     def finish_barrier(self, barrier: Barrier) -> bool:
         """Wait for a barrier; whether everything that was answered before it is on the secondary's disk."""
-        arrived = barrier.entry is not None and self.forwarder.await_end(barrier.entry)
+        arrived = self.forwarder.await_end(barrier.entry)
         return arrived and not barrier.lacking and not self.changes.missing
 
     @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from replication.batch import Write
-from replication.disk.face import Disk, Extent
+from replication.disk.face import EXTENTS_MAX, Disk, Extent
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.layer import Layer, LayerError
@@ -163,10 +163,10 @@ class SecondaryDisk:
             self._tell_guest("flush", 0, 0, error)
             raise
 
-    def guest_extents(self, offset: int, length: int) -> list[Extent]:
+    def guest_extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         """What is known of the content."""
         stack = self._for_guest()
-        return (self.disk if stack is None else stack).extents(offset, length)
+        return (self.disk if stack is None else stack).extents(offset, length, count)
 
     def _for_guest(self) -> Stack | None:
         """The stack while the overlays count; None once the disk alone does."""
@@ -285,10 +285,10 @@ class SecondaryDisk:
         else:
             self._target("flush", 0, 0, self.stack.target.flush)
 
-    def target_extents(self, offset: int, length: int) -> list[Extent]:
+    def target_extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         """What is known of the secondary disk's content."""
         self._for_target()
-        return self.disk.extents(offset, length)
+        return self.disk.extents(offset, length, count)
 
     def _for_target(self) -> None:
         """From the first instant of failover on the old primary is kept out."""

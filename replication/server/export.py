@@ -13,13 +13,17 @@ from collections.abc import Callable
 
 from replication.batch import SPACE, unpack
 from replication.control.inband import ControlExport
-from replication.disk.face import Extent
+from replication.disk.face import EXTENTS_MAX, Extent
 from replication.errors import DiskError
 from replication.node import Node
 from replication.options import CONTROL_EXPORT
 from replication.server.clients import Client
 from replication.side import FOR_GUESTS, GUEST_WRITES
 from replication.stage import Mode
+
+ZERO_MAX = 16 << 20
+"""Bytes of zeroes that are made inside the gate at a time: a request may have 4 GiB, all of which has to be copied
+before it goes."""
 
 
 class Export:
@@ -48,20 +52,27 @@ class Export:
             self._faces[self._name].write(data, offset, fua)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
-        """Make a range read as zeroes."""
-        with self._gate:
-            self._node.side.admit(self._name, self._token)
-            self._faces[self._name].zero(offset, length, may_trim, fua)
+        """Make a range read as zeroes: a long one in steps, between which a command finds the gate empty."""
+        at, stop = offset, offset + length
+        stable = fua and length > ZERO_MAX
+        while at < stop:
+            end = min(stop, (at // ZERO_MAX + 1) * ZERO_MAX)
+            with self._gate:
+                self._node.side.admit(self._name, self._token)
+                self._faces[self._name].zero(at, end - at, may_trim, fua and not stable)
+            at = end
+        if stable:
+            self.flush()  # once, which covers all steps
 
     def flush(self) -> None:
         """Make stable what was answered."""
         with self._gate:
             self._faces[self._name].flush()
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """Extents from `offset` on."""
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
+        """Extents from `offset` on; `one`: the first, for a client that asks for no more (NBD_CMD_FLAG_REQ_ONE)."""
         with self._gate:
-            return self._faces[self._name].extents(offset, length)
+            return self._faces[self._name].extents(offset, length, 1 if one else EXTENTS_MAX)
 
     def close(self) -> None:
         """The client has gone."""
@@ -96,9 +107,9 @@ class DataExport(Export):
         self._check(offset, length)
         super().zero(offset, length, may_trim, fua)
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         self._check(offset, length)
-        return super().extents(offset, length)
+        return super().extents(offset, length, one)
 
     def _check(self, offset: int, length: int) -> None:
         if offset + length > self._disk_size:

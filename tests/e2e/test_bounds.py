@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import KIB, MIB, Lab, NbdProcess, Pair, Secondary, Server, disk_name, make_raw, pattern, top_id
+from lab import KIB, MIB, Lab, NbdProcess, Pair, Secondary, Server, disk_name, make_raw, pattern, qemu_img, top_id
 
 pytestmark = pytest.mark.alone
 
@@ -241,3 +241,24 @@ def test_a_pair_of_1_tib_disks_runs_within_5_seconds(lab: Lab, memory_folder: Pa
         return duration_s
 
     assert best(measure, lambda duration_s: duration_s < START_S_MAX, "start of 1 TiB", "s") < START_S_MAX
+
+
+def test_a_map_of_an_image_in_small_pieces_ends(lab: Lab, memory_folder: Path) -> None:
+    """qemu-img asks for one extent at a time (NBD_CMD_FLAG_REQ_ONE), and all of a long range was looked through for
+    each."""
+    size = 64 * MIB
+    secondary = lab.start(Secondary(memory_folder, [size], contents=[b"\xaa" * size]))
+    secondary.start_replication()
+    block = 4 * KIB
+    target, guest = secondary.connect(disk_name(0)), secondary.connect(top_id(0))
+    for at in range(0, size, 2 * block):
+        target.pwrite(b"\x55" * block, at)
+        if at % (4 * block):
+            guest.zero(block, at)
+    begun = time.monotonic()
+    said = qemu_img("map", "--output=json", "-f", "raw", secondary.uri(top_id(0)))
+    took_s = time.monotonic() - begun
+    found = json.loads(said)
+    print(f"{len(found)} extents in {took_s:.1f} s")
+    assert len(found) >= size // (4 * block) * 2
+    assert took_s < 20.0

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lab import DEADLINE_S, make_raw, pattern, wait_until
 from replication.disk import files
+from replication.disk.face import Extent
 from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError
@@ -244,6 +245,10 @@ class Histories(RuleBasedStateMachine):
             at += extent.length
             assert not extent.zero or not any(self.top[extent.offset : at])
         assert at == offset + length
+        (first,) = self.images.stack.extents(offset, length, 1)
+        assert first.offset == offset
+        assert 0 < first.length <= length
+        assert not first.zero or not any(self.top[offset : offset + first.length])
 
     @invariant()
     def both_sides_are_as_the_model(self) -> None:
@@ -253,6 +258,30 @@ class Histories(RuleBasedStateMachine):
 
 Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
 TestHistories = Histories.TestCase
+
+
+def test_extents_are_bounded_however_the_images_alternate(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate stands open for whoever waits behind such a request, so it ends after so many extents; who asks for one
+    gets one, for next to nothing."""
+    asked: list[int] = []
+    real = images.stack.disk.extents
+
+    def extents(offset: int, length: int, count: int = 1024) -> list[Extent]:
+        asked.append(count)
+        return real(offset, length, count)
+
+    monkeypatch.setattr(images.stack.disk, "extents", extents)
+    blocks = images.stack.size // BLOCK
+    for block in range(0, blocks, 2):
+        images.stack.zero_top(block * BLOCK, BLOCK)
+    assert images.stack.extents(0, images.stack.size, 1) == [Extent(0, BLOCK, True, True)]
+    assert not asked
+    assert len(images.stack.extents(BLOCK, images.stack.size - BLOCK, 1)) == 1
+    assert asked == [1]
+    seen = images.stack.extents(0, images.stack.size, 7)
+    assert len(seen) == 7
+    assert seen[0] == Extent(0, BLOCK, True, True)
+    assert len(asked) <= 1 + 4
 
 
 # -- two requests on one block -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -666,8 +666,8 @@ def test_a_barrier_fails_without_a_link(make: Make, when: str) -> None:
     bench = make()
     bench.link.up = when == "after"
     barrier = bench.disk.begin_barrier()
-    assert (barrier.entry is None) == (when == "before")
-    if barrier.entry is not None:
+    assert barrier.entry.has_ended == (when == "before")
+    if when == "after":
         bench.link.answer(barrier.entry, arrived=False)
     assert bench.disk.finish_barrier(barrier) is False
     assert bench.link.reserved == 0
@@ -679,7 +679,6 @@ def test_a_barrier_fails_when_the_secondary_lacks_something(make: Make, when: st
     if when == "before":
         bench.changes.mark(0, 1)
     barrier = bench.disk.begin_barrier()
-    assert barrier.entry is not None
     if when == "before":
         # It is sent behind the barrier's flush: that says nothing of it.
         assert done(resend(bench, []))
@@ -703,10 +702,8 @@ def test_a_barrier_finds_a_range_missing_or_its_data_before_the_flush(make: Make
     sending = resend(bench, [])
     hold.wait()
     assert not bench.changes.missing
-    asked = threading.Event()
-    bench.link.reserve = _then(asked.set, bench.link.reserve)  # type: ignore[method-assign]
     barrier = bench.pool.submit(bench.disk.begin_barrier)
-    assert asked.wait(DEADLINE_S)
+    assert not wait([barrier], 0.1).done
     assert [kind for kind, _, _ in bench.link.shown] == []
     hold.release()
     assert done(sending)
@@ -714,15 +711,18 @@ def test_a_barrier_finds_a_range_missing_or_its_data_before_the_flush(make: Make
     assert [kind for kind, _, _ in bench.link.shown] == [Kind.WRITE, Kind.FLUSH]
 
 
-def _then(action: Callable[[], object], real: Callable[..., Any]) -> Callable[..., Any]:
-    """`real`, and `action` behind it."""
+def test_a_barrier_does_not_wait_for_room(make: Make) -> None:
+    """It is begun with the gate closed: whoever waits before that would wait for the link."""
+    bench = make()
 
-    def both(*arguments: Any) -> Any:
-        result = real(*arguments)
-        action()
-        return result
+    def reserve(_size: int) -> bool:
+        raise AssertionError("waits for room")
 
-    return both
+    bench.link.reserve = reserve  # type: ignore[method-assign]
+    barrier = bench.disk.begin_barrier()
+    bench.link.answer(barrier.entry)
+    assert bench.disk.finish_barrier(barrier) is True
+    assert bench.link.reserved == 0
 
 
 @both_protocols

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""export.py: what a request does inside the gate at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from replication.disk.face import Extent
+from replication.order.gate import Gate
+from replication.server.export import ZERO_MAX, Export
+from replication.side import Face
+
+SIZE = 1 << 40
+MIB = 1 << 20
+
+
+class Node:
+    """As much of a node as an export needs; notes what its face is asked."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.side = Mock()
+        self.asked: list[tuple[Any, ...]] = []
+        self.faces = {
+            "disk": Face(
+                "",
+                lambda: SIZE,
+                Mock(),
+                Mock(),
+                lambda *arguments: self.note("zero", *arguments),
+                lambda: self.note("flush"),
+                self.extents,
+            )
+        }
+
+    def note(self, *what: Any) -> None:
+        self.asked.append((self.gate.passed, *what))
+
+    def extents(self, offset: int, length: int, count: int) -> list[Extent]:
+        return [Extent(offset, count, False, False)]
+
+
+@pytest.mark.parametrize("fua", [False, True], ids=["", "fua"])
+@pytest.mark.parametrize("offset", [0, 1, ZERO_MAX - 4096, 3 * MIB])
+@pytest.mark.parametrize("length", [1, ZERO_MAX, ZERO_MAX + 1, 64 * MIB, (4 << 30) - 4096])
+def test_zeroes_are_made_in_steps_each_with_the_gate_of_its_own(offset: int, length: int, fua: bool) -> None:
+    node = Node()
+    Export(node, "disk").zero(offset, length, True, fua)  # type: ignore[arg-type]
+    steps = [what[2:] for what in node.asked if what[1] == "zero"]
+    assert [what[0] for what in node.asked] == list(range(1, len(node.asked) + 1)), "each has entered by itself"
+    assert node.side.admit.call_count == len(steps), "and was let in by itself"
+    at = offset
+    for start, size, may_trim, forced in steps:
+        assert (start, may_trim) == (at, True)
+        assert 0 < size <= ZERO_MAX
+        assert forced is (fua and length <= ZERO_MAX)
+        at += size
+        assert at % ZERO_MAX == 0 or at == offset + length, "no block is cut in two"
+    assert at == offset + length
+    assert (node.asked[-1][1:] == ("flush",)) is (fua and length > ZERO_MAX), "one flush covers all steps"
+
+
+def test_who_asks_for_one_extent_gets_one() -> None:
+    export = Export(Node(), "disk")  # type: ignore[arg-type]
+    assert export.extents(0, SIZE, True)[0].length == 1
+    assert export.extents(0, SIZE)[0].length == 1024
