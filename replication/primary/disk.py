@@ -43,7 +43,7 @@ from replication.image.qcow2 import BLOCK
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
 from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Entry, Kind, cost
-from replication.primary.content import ZERO_RUN_MAX, known_zeroes, what_is_read
+from replication.primary.content import ZERO_RUN_MAX, known_zeroes, what_can_be_read, what_is_read
 from replication.primary.forward import Forwarder
 from replication.record.ancestry import Ancestry
 from replication.record.changes import ChangeMap
@@ -295,10 +295,24 @@ class PrimaryDisk:
         Returns what was queued: up to DATA_MAX bytes, or with `zeroes` (just seen) up to ZERO_RUN_MAX bytes
         of zeroes if they still are; nothing without a link, or when replication is stopped. The range is whole grains,
         the disk's last may be short. `on_end(entry)` is called when an entry has ended, before the change map has it.
-        DiskError when the local disk cannot be read.
+        Unreadable when the local disk cannot be read.
         """
         known = self._resend(offset, min(length, ZERO_RUN_MAX), on_end, known_zeroes) if zeroes else ()
         return known or self._resend(offset, min(length, DATA_MAX), on_end, what_is_read)
+
+    def resend_readable(
+        self, offset: int, length: int, on_end: Callable[[Entry], None]
+    ) -> tuple[Sequence[Entry], Sequence[tuple[int, int, DiskError]]]:
+        """As `resend`, for a range that is Unreadable as a whole: queues what can be read of it. Its grains stay
+        marked: the secondary lacks the rest, which is (offset, length, why)."""
+        failures: list[tuple[int, int, DiskError]] = []
+
+        def readable(local: Disk, at: int, size: int) -> list[Entry]:
+            entries, found = what_can_be_read(local, at, size)
+            failures.extend(found)
+            return entries
+
+        return self._resend(offset, length, on_end, readable, repair=False), failures
 
     def _resend(
         self,
@@ -306,6 +320,7 @@ class PrimaryDisk:
         length: int,
         on_end: Callable[[Entry], None],
         entries_of: Callable[[Disk, int, int], list[Entry]],
+        repair: bool = True,
     ) -> Sequence[Entry]:
         assert self.local is not None
 
@@ -327,7 +342,7 @@ class PrimaryDisk:
                 return ()
             with self._order:
                 for entry in entries:
-                    self.changes.begin(entry.offset, entry.length, repair=True)
+                    self.changes.begin(entry.offset, entry.length, repair)
                 self.forwarder.put(*entries)
             return entries
         finally:

@@ -7,6 +7,7 @@ Invariants
   zeroes are sent as such (content.py).
 * One pass at a time. A pass that did not bring everything over is repeated, later and later, as long as the link is
   up; a secondary that is full or has a bad disk may have been helped meanwhile.
+* What the local disk cannot read stays marked; the rest is sent, up to UNREADABLE_MAX such grains in a pass.
 * A disk whose job was cancelled is left alone until somebody asks for what is missing: at a start or for a barrier.
 * All disks together send at most `rate` bytes a second, whoever waits for them. Guest writes are not counted.
 """
@@ -19,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from replication.errors import DiskError
+from replication.image.qcow2 import BLOCK
 from replication.jobs import Job, JobList
 from replication.log import log
 from replication.primary.backlog import DATA_MAX, Entry
-from replication.primary.content import look
+from replication.primary.content import Unreadable, look
 from replication.primary.disk import PrimaryDisk
 from replication.record.changes import GRAIN
 from replication.stage import Stage
@@ -38,6 +40,10 @@ _LINK_S = 0.1
 
 _ZEROES_COST = 4 << 10
 """What a request without data counts for the rate: it is some work for the secondary."""
+
+UNREADABLE_MAX = 64
+"""Grains that a pass finds unreadable, after which it ends: not a few sectors but the disk is broken, and each try of
+such a disk may take seconds."""
 
 _BURST_MAX = 1 << 20
 _PIECES_A_SECOND = 8
@@ -82,6 +88,8 @@ class _Pass:
         self.job = Job("resync", disk.name, self.total, self.current)
         self.cancelled = False
         self.over = False
+        self.unreadable: list[tuple[int, int]] = []
+        """Offset and length of what the local disk cannot read, the first of each grain."""
         # Protects the counters: entries end in the forwarder's thread and, without a link, in the one that puts them.
         self._lock = threading.Lock()
         self._queued = 0
@@ -135,11 +143,12 @@ class Resync:
         self,
         disks: Sequence[PrimaryDisk],
         jobs: JobList,
-        unreadable: Callable[[PrimaryDisk, DiskError], None],
+        unreadable: Callable[[PrimaryDisk, int, int, DiskError], None],
         pass_ended: Callable[[], None],
         rate: int | None = None,
     ) -> None:
-        """`unreadable(disk, error)` is called when the local disk cannot be read, `pass_ended()` after every pass.
+        """`unreadable(disk, offset, length, error)` is called when the local disk cannot be read, `pass_ended()` after
+        every pass.
         `rate`: bytes a second over all disks, None for no limit."""
         self._disks = disks
         self._jobs = jobs
@@ -282,9 +291,16 @@ class Resync:
         try:
             failure = self._send_missing(work)
         except DiskError as error:
-            self._unreadable(disk, error)
+            self._unreadable(disk, 0, 0, error)
             failure = str(error)
         overtaken = False
+        if work.unreadable and failure is None:
+            disk.finish_barrier(disk.begin_barrier())  # the rest is there when the job has ended
+            offset, length = work.unreadable[0]
+            failure = (
+                f"{len(work.unreadable)} grains of the disk cannot be read as a whole and stay marked, "
+                f"the first because of {length} bytes at {offset}"
+            )
         if failure is None and not disk.finish_barrier(disk.begin_barrier()):
             failure = self._obstacle(work)
             overtaken = failure is None and disk.changes.missing
@@ -318,6 +334,8 @@ class Resync:
                 failure = self._send_run(work, offset, offset + length)
                 if failure is not None:
                     return failure
+            if work.unreadable:
+                break  # it is missing still, and to look for what was marked behind is to try it again
         return None
 
     def _send_run(self, work: _Pass, at: int, stop: int) -> str | None:
@@ -332,11 +350,44 @@ class Resync:
                 if obstacle is not None:
                     return obstacle
                 length = until - at if seen.zero else min(until - at, self._pace.piece_max)
-                entries = disk.resend(at, length, work.ended, seen.zero)
+                try:
+                    entries = disk.resend(at, length, work.ended, seen.zero)
+                except Unreadable:
+                    failure = self._send_grains(work, at, min(at + length, until))
+                    at = min(at + length, until)
+                    if failure is not None:
+                        return failure
+                    continue
                 if not entries:
                     return self._obstacle(work) or "the link was lost"
                 self._pace.spend(entries)
                 at += work.queued(entries)
+        return None
+
+    def _send_grains(self, work: _Pass, start: int, stop: int) -> str | None:
+        """Send a part in which something cannot be read, grain by grain, and of a grain that cannot be read what can;
+        why that was all, if it was."""
+        disk = work.disk
+        for at in range(start, stop, GRAIN):
+            obstacle = self._wait_turn(work)
+            if obstacle is not None:
+                return obstacle
+            length = min(GRAIN, stop - at)
+            try:
+                entries = disk.resend(at, length, work.ended)
+            except Unreadable:
+                entries, failures = disk.resend_readable(at, length, work.ended)
+                for offset, size, error in failures[:1]:
+                    work.unreadable.append((offset, size))
+                    self._unreadable(disk, offset, size, error)
+                if len(work.unreadable) >= UNREADABLE_MAX:
+                    return f"the disk is broken: {len(work.unreadable)} grains of it cannot be read"
+                if len(failures) * BLOCK >= length:
+                    continue  # nothing of it
+            if not entries:
+                return self._obstacle(work) or "the link was lost"
+            self._pace.spend(entries)
+            work.queued(entries)
         return None
 
     def _wait_turn(self, work: _Pass) -> str | None:

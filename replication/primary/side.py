@@ -368,8 +368,8 @@ class PrimarySide(Side):
         self._link.desynchronized()
         self._resync.now(explicit=False)
 
-    def _unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
-        self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", 0, 0, error)
+    def _unreadable(self, disk: PrimaryDisk, offset: int, length: int, error: DiskError) -> None:
+        self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", offset, length, error)
 
     # -- the rest ------------------------------------------------------------------------------------------
 

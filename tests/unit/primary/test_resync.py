@@ -4,6 +4,7 @@ test, and the clock of the waiting is its own."""
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from lab import DEADLINE_S, MIB, make_raw, wait_until
+from lab import DEADLINE_S, MIB, make_raw, pattern, wait_until
 from replication.disk.face import Extent
 from replication.disk.file import FileDisk
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
+from replication.image.qcow2 import BLOCK
 from replication.jobs import JobList
 from replication.primary import resync as resync_module
 from replication.primary.backlog import DATA_MAX, Entry, Kind
@@ -95,7 +97,7 @@ class Bench:
         hub = EventHub()
         hub.subscribe(self.told.append)
         self.jobs = JobList(hub)
-        self.unreadable: list[tuple[str, str]] = []
+        self.unreadable: list[tuple[str, int, int, str]] = []
         self.disks = []
         self.links = []
         for name in ("disk0", "disk1"):
@@ -109,8 +111,8 @@ class Bench:
         self.resync = Resync(self.disks, self.jobs, self.note_unreadable, self.note_end, rate)
         self.resync.start()
 
-    def note_unreadable(self, disk: PrimaryDisk, error: DiskError) -> None:
-        self.unreadable.append((disk.name, str(error)))
+    def note_unreadable(self, disk: PrimaryDisk, offset: int, length: int, error: DiskError) -> None:
+        self.unreadable.append((disk.name, offset, length, str(error)))
 
     def note_end(self) -> None:
         self.told_ended += 1
@@ -372,9 +374,10 @@ def test_a_local_disk_that_cannot_be_read_is_reported_and_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(bench.disk.local, "read", broken)
         assert bench.resync.complete(DEADLINE_S)
-    assert bench.unreadable == [("disk0", "broken")]
+    assert bench.unreadable == [("disk0", 0, BLOCK, "broken")]
     assert bench.disk.changes.missing
-    assert bench.concluded == {"resync-disk0": "broken"}
+    assert "cannot be read as a whole" in bench.concluded["resync-disk0"]
+    assert bench.link.sent == []
     assert bench.due_s == 2.0
     bench.let_pass(2.0)
     bench.wait_passes(2)
@@ -478,7 +481,7 @@ class Sparse:
         self.changes = self.disk.changes
         self.unreadable: list[str] = []
         self.resync = Resync(
-            [self.disk], JobList(hub), lambda _, error: self.unreadable.append(str(error)), lambda: None
+            [self.disk], JobList(hub), lambda *what: self.unreadable.append(str(what[3])), lambda: None
         )
         self.resync.start()
 
@@ -594,6 +597,62 @@ def test_a_hole_that_is_written_after_it_was_seen_is_sent_as_data(
     setup.send_all()
     setup.check({2 * MIB + 5: fresh})
     assert setup.data_bytes == GRAIN
+
+
+BAD = 5 * GRAIN + 3 * BLOCK
+"""A sector of the local disk that cannot be read."""
+
+
+def with_bad_sectors(local: FileDisk, monkeypatch: pytest.MonkeyPatch, *sectors: int) -> None:
+    real = local.read
+
+    def read(buffer: memoryview, offset: int) -> None:
+        if any(offset <= at < offset + len(buffer) for at in sectors):
+            raise DiskError("no such sector", errno.EIO)
+        real(buffer, offset)
+
+    monkeypatch.setattr(local, "read", read)
+
+
+@pytest.mark.parametrize("where", [BAD, BAD + BLOCK - 1, 0, 4 * MIB - 1], ids=["within", "end", "first", "last"])
+def test_an_unreadable_sector_stays_marked_and_the_rest_is_sent(
+    sparse: MakeSparse, monkeypatch: pytest.MonkeyPatch, where: int
+) -> None:
+    setup = sparse(4 * MIB)
+    content = pattern(5, 4 * MIB)
+    setup.local.write([content], 0)
+    grain, block = where // GRAIN * GRAIN, where // BLOCK * BLOCK
+    with monkeypatch.context() as patch:
+        with_bad_sectors(setup.local, patch, where)
+        setup.changes.mark_all()
+        assert setup.resync.complete(DEADLINE_S)
+        assert list(setup.changes.missing_ranges()) == [(grain, GRAIN)], "nothing else is missing"
+        received = bytearray(4 * MIB)
+        for entry in setup.entries:
+            received[entry.offset : entry.offset + entry.length] = entry.data
+        assert received[:block] == content[:block]
+        assert received[block + BLOCK :] == content[block + BLOCK :]
+        assert not any(received[block : block + BLOCK])
+        assert setup.unreadable == ["no such sector"]
+        setup.entries.clear()
+        assert setup.resync.complete(DEADLINE_S)
+        assert sum(entry.length for entry in setup.entries) == GRAIN - BLOCK, "it is looked for again, and nothing else"
+    setup.entries.clear()
+    assert setup.resync.complete(DEADLINE_S)
+    assert not setup.changes.marked_bytes, "it can be read again"
+    assert b"".join(bytes(entry.data) for entry in setup.entries) == content[grain : grain + GRAIN]
+
+
+def test_a_disk_that_is_broken_is_not_tried_to_its_end(sparse: MakeSparse, monkeypatch: pytest.MonkeyPatch) -> None:
+    grains = resync_module.UNREADABLE_MAX + 10
+    setup = sparse(grains * GRAIN)
+    for at in range(0, grains * GRAIN, GRAIN):
+        setup.local.write([b"x"], at)
+    with_bad_sectors(setup.local, monkeypatch, *range(0, grains * GRAIN, BLOCK))
+    setup.changes.mark_all()
+    assert setup.resync.complete(DEADLINE_S)
+    assert len(setup.unreadable) == resync_module.UNREADABLE_MAX
+    assert setup.entries == []
 
 
 def test_a_disk_that_cannot_tell_its_extents_is_read(sparse: MakeSparse, monkeypatch: pytest.MonkeyPatch) -> None:
