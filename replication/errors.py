@@ -72,6 +72,13 @@ class DiskError(ReplicationError):
         return cls(f"internal error, see the log: {defect!r}")
 
 
+class StillWaiting(DiskError):
+    """What was waited for goes on still: nothing of it is known to have failed, and it may be tried again."""
+
+    def again(self) -> StillWaiting:
+        return StillWaiting(str(self), self.errno)
+
+
 class CommandError(ReplicationError):
     """A control command failed and changed nothing; the text is QMP's `desc`."""
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from replication.errors import CommandError, ConfigError
+from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
@@ -37,6 +37,9 @@ from replication.stage import TRANSITIONS, Mode, Stage
 
 COMMAND_S = 120.0
 """Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""
+
+ROLE_S = 600.0
+"""Longest wait for a side to let its disks go when another takes its place; at the end of the process it is shorter."""
 
 URGENT_S = 1.0
 """The same for a failover, which others give way to: it answers within 2 seconds."""
@@ -288,10 +291,17 @@ class Node:
     def _become_secondary(self) -> None:
         former, record = self.side, self._record
         kind, kept = type(former), replace(record)
+        try:
+            former.settle()  # what takes long, while the guest's face is still there
+        except DiskError as error:
+            raise CommandError(f"cannot become a secondary: {error}") from error
         with self.gate.closed():
             for name, face in list(self.faces.items()):
                 self.faces[name] = changing_face(name, face.size())
-        former.close()
+        if not former.close(ROLE_S):
+            with self.gate.closed():
+                self.faces.update(former.faces())
+            raise CommandError(f"cannot become a secondary: the disks could not be flushed within {ROLE_S:.0f} s")
         record.take(kept.as_secondary())
         side = SecondarySide(self._setting(lambda: side))
         try:
@@ -299,7 +309,7 @@ class Node:
             try:
                 side.start(None, "auto")
             except BaseException:
-                side.close()
+                side.close(ROLE_S)
                 raise
         except (ConfigError, CommandError, GateStuck, StateError) as error:
             record.take(kept)

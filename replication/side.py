@@ -154,8 +154,13 @@ class Side(ABC):
         """Read and written by clients since the side is there."""
 
     @abstractmethod
-    def close(self) -> None:
-        """End threads, within bounded time, and let go of disks."""
+    def settle(self) -> None:
+        """Make what was answered stable, however long that takes; DiskError."""
+
+    @abstractmethod
+    def close(self, wait_s: float | None = None) -> bool:
+        """End threads, and let go of disks when everything is on stable storage. False when that takes longer than
+        `wait_s` seconds (as long as the end of a process may take, if nothing is said): then it keeps the disks."""
 
 
 def disk_list(disks: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from replication.disk.face import Disk
-from replication.errors import DiskError
+from replication.errors import DiskError, StillWaiting
 
 
 class Layer(Enum):
@@ -29,6 +29,11 @@ class LayerError(DiskError):
         self.operation = operation
         self.offset = offset
         self.length = length
+
+    @property
+    def still_waiting(self) -> bool:
+        """Whether it was given up because something takes long (StillWaiting)."""
+        return isinstance(self._cause, StillWaiting)
 
     def again(self) -> LayerError:
         return LayerError(self._cause, self.layer, self.operation, self.offset, self.length)

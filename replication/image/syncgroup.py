@@ -4,16 +4,19 @@
 Invariants
 * `run` returns only after a sync that began after `run` was called.
 * One sync at a time; those who come meanwhile share the next one.
+* Who has waited for too long is told so (StillWaiting), and nothing else follows from it. But what it wanted to be
+  stable may not be: `settle` is for who would rely on that.
 * After a failed sync nobody knows what is stable (the kernel forgets the pages that it could not write), so every later
   `run` fails with the same cause until the process is restarted.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 
-from replication.errors import DiskError
+from replication.errors import DiskError, StillWaiting
 
 _WAIT_S = 60.0
 """Longest wait for the sync of another request; the kernel's own limit for a disk command is 30 s."""
@@ -28,6 +31,8 @@ class SyncGroup:
         self._changed = threading.Condition()
         self._begun = 0
         self._ended = 0
+        # The last one for which somebody did not wait to the end.
+        self._owed = 0
         self._failure: DiskError | None = None
 
     def run(self) -> None:
@@ -36,7 +41,8 @@ class SyncGroup:
             self.check()
             needed = self._begun + 1
             if not self._changed.wait_for(lambda: self._ended >= needed or self._begun == self._ended, _WAIT_S):
-                raise DiskError(f"a sync of another request has been at work for {_WAIT_S:.0f} s")
+                self._owed = max(self._owed, needed)
+                raise StillWaiting(f"a sync of another request has been at work for {_WAIT_S:.0f} s", errno.ETIMEDOUT)
             self.check()
             if self._ended >= needed:
                 return
@@ -53,6 +59,13 @@ class SyncGroup:
                 self._failure = self._failure or failure
                 self._ended = self._begun
                 self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Everything is stable for which `run` was called before this, also where it was not waited for to the end;
+        DiskError otherwise."""
+        self.check()
+        if self._ended < self._owed:
+            self.run()
 
     def check(self) -> None:
         """DiskError when a sync has failed."""

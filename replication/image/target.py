@@ -230,7 +230,8 @@ class TargetWrites:
             self._room.grown(self._hidden)
 
     def _stably(self, preserve: Callable[[], bool]) -> None:
-        copied = True  # in part perhaps, when it fails: nobody looks at these blocks again
+        # In part perhaps, when it fails: the blocks count as preserved from then on, so that must be made stable.
+        copied = True
         try:
             copied = preserve()
         finally:
@@ -238,7 +239,7 @@ class TargetWrites:
                 if copied:
                     self._hidden_sync.run()
                 else:
-                    self._hidden_sync.check()
+                    self._hidden_sync.settle()
 
     def _sync_hidden(self) -> None:
         words = self._hidden.unpublished()

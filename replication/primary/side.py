@@ -415,16 +415,20 @@ class PrimarySide(Side):
     def default(self) -> str:
         return "" if self._set.record.promoted and self.disks[0].top_id is not None else self.disks[0].name
 
-    def close(self) -> None:
+    def settle(self) -> None:
+        for disk in self.disks:
+            if disk.local is not None:
+                disk.local.flush()
+
+    def close(self, wait_s: float | None = None) -> bool:
         deadline = time.monotonic() + _STOP_S
         self._epochs.drop()
         self._resync.stop(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
         self._watch.stop(max(0.0, deadline - time.monotonic()))
         try:
+            self.settle()
             for disk in self.disks:
-                if disk.local is not None:
-                    disk.local.flush()
                 disk.changes.flush()
             if self._set.record.stage is not Stage.NONE:
                 self._set.record.clean = True
@@ -433,6 +437,7 @@ class PrimarySide(Side):
         except (DiskError, StateError) as error:
             log(f"not everything is on stable storage: {error}")
         self._let_go()
+        return True
 
     def _let_go(self) -> None:
         for disk in self.disks:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from replication.errors import DiskError
+from replication.image.layer import LayerError
 from replication.image.qcow2 import BLOCK
 from replication.image.stack import Stack
 from replication.jobs import Job, JobList
@@ -51,11 +52,22 @@ class Commit:
         try:
             while self._go_over():
                 pass
-            self._stack.flush_committed()
+            self._flush()
         except DiskError as error:
             if not self._closing.is_set():
                 self.conclude(str(error))
             raise
+
+    def _flush(self) -> None:
+        """Make stable what came down, however long that takes: a disk that is slow has not failed."""
+        while True:
+            try:
+                self._stack.flush_committed()
+            except LayerError as error:
+                if not error.still_waiting or self._closing.is_set() or self._cancelled.is_set():
+                    raise
+            else:
+                return
 
     def _go_over(self) -> bool:
         """Bring down what the overlays hold now; whether there was anything.

@@ -591,7 +591,7 @@ class SecondarySide(Side):
     # -- copy-before-write ---------------------------------------------------------------------------------
 
     def _copy_failed(self, error: LayerError) -> None:
-        if error.operation == "sync":
+        if error.operation == "sync" and not error.still_waiting:
             self._backup.end(str(error))
         else:
             self._backup.failed(str(error))
@@ -642,14 +642,24 @@ class SecondarySide(Side):
         for disk in self.disks:
             disk.let_go()
 
-    def close(self) -> None:
-        deadline = time.monotonic() + _CLOSE_S
+    def settle(self) -> None:
+        for disk in self.disks:
+            if disk.stack is not None and disk.stage is not Stage.DONE:
+                disk.stack.flush_all()
+            else:
+                disk.disk.flush()
+
+    def close(self, wait_s: float | None = None) -> bool:
+        wait_s = _CLOSE_S if wait_s is None else wait_s
+        deadline = time.monotonic() + wait_s
         self._hindrance.end(0.0)
-        ended = self._failover.end(_CLOSE_S)
+        ended = self._failover.end(wait_s)
         self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
         # Not with a portion of a commit still under way: it changes disk and overlays after they were flushed.
-        if ended and self._end_clean(deadline):
-            self._let_go()
+        if not (ended and self._end_clean(deadline)):
+            return False
+        self._let_go()
+        return True
 
     def _end_clean(self, deadline: float) -> bool:
         """Make everything stable and say so, for a restart of the host; False when that is still going on at the
@@ -663,11 +673,8 @@ class SecondarySide(Side):
 
     def _flush_everything(self) -> None:
         try:
+            self.settle()
             for disk in self.disks:
-                if disk.stack is not None and disk.stage is not Stage.DONE:
-                    disk.stack.flush_all()
-                else:
-                    disk.disk.flush()
                 disk.lost.flush()
                 disk.changes.flush()
             self._set.record.clean = True

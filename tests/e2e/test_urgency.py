@@ -179,3 +179,33 @@ def test_a_guest_s_flush_that_hangs_holds_up_no_failover(bench: Bench) -> None:
     bench.below.points.release("flush.before")
     flush.result(DEADLINE_S)
     bench.finish(0)
+
+
+def test_a_demote_waits_for_a_slow_flush_and_the_guest_goes_on_meanwhile(bench: Bench) -> None:
+    """Three seconds are what the end of a process has; a change of role has the time that it needs."""
+    bench.fail_over()
+    bench.secondary.wait_stage("done")
+    bench.guest.pwrite(GUESTS, 0)
+    demote = bench.hold("flush.before", lambda: bench.secondary.execute("replication-demote"))
+    assert not wait([demote], 4.0).done
+    assert bench.guest.pread(BLOCK, 0) == GUESTS
+    bench.below.points.release("flush.before")
+    demote.result(DEADLINE_S)
+    assert bench.secondary.status()["stage"] == "running"
+    assert bench.content[:BLOCK] == GUESTS
+
+
+def test_a_demote_whose_last_flush_is_slow_is_a_demote_all_the_same(bench: Bench) -> None:
+    """The flush behind the closed face: what was written since the first one may take long, too."""
+    bench.fail_over()
+    bench.secondary.wait_stage("done")
+    bench.guest.pwrite(GUESTS, 0)
+    demote = bench.hold("flush.before", lambda: bench.secondary.execute("replication-demote"))
+    bench.below.points.arm("flush.before")
+    bench.below.points.release("flush.before")
+    bench.below.points.wait_hit("flush.before")
+    assert not wait([demote], 4.0).done
+    bench.below.points.release("flush.before")
+    demote.result(DEADLINE_S)
+    assert bench.secondary.status()["stage"] == "running"
+    assert bench.content[:BLOCK] == GUESTS

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image import overlay as overlay_module
-from replication.image import qcow2
+from replication.image import qcow2, syncgroup
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
@@ -350,6 +351,45 @@ def test_the_old_block_is_in_hidden_before_the_disk_changes(images: Images) -> N
     images.disk.before = look
     images.stack.target.write(memoryview(bytes(2 * BLOCK)), 100, False)
     assert images.stack.hidden.holds_all(0, 3)
+
+
+def test_a_sync_that_takes_long_ends_nothing_and_nothing_is_overwritten_before_it(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability=power: a write that gave up waiting has left a copy that is not stable yet. The next one to its block
+    finds that copied, and must not change the disk before it is stable."""
+    images = Images(tmp_path, pattern(1, SIZE), power=True)
+    begun, release = threading.Semaphore(0), threading.Event()
+    synced: list[bool] = []
+    real = images.stack.hidden.data.flush
+
+    def flush() -> None:
+        begun.release()
+        assert release.wait(DEADLINE_S)
+        synced.append(True)
+        real()
+
+    monkeypatch.setattr(images.stack.hidden.data, "flush", flush)
+    new = memoryview(b"\xaa" * BLOCK)
+    first = pool.submit(images.stack.target.write, new, 0, False)
+    assert begun.acquire(timeout=DEADLINE_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(syncgroup, "_WAIT_S", 0.01)
+        with pytest.raises(LayerError) as refusal:
+            images.stack.target.write(new, 8 * BLOCK, False)
+        assert refusal.value.still_waiting
+        assert images.stack.hidden.holds_all(8, 9)
+        with pytest.raises(LayerError):
+            images.stack.target.write(new, 8 * BLOCK, False)
+    assert images.below(8 * BLOCK, BLOCK) == pattern(1, SIZE)[8 * BLOCK : 9 * BLOCK]
+    assert images.stack.target.lost.missing, "the primary has to send it again"
+    release.set()
+    first.result(DEADLINE_S)
+    count = len(synced)
+    images.stack.target.write(new, 8 * BLOCK, False)
+    assert len(synced) == count + 1
+    assert images.below(8 * BLOCK, BLOCK) == new
+    images.close()
 
 
 def test_a_guest_write_waits_for_the_commit_of_its_block_and_is_not_overwritten_by_it(

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from lab import DEADLINE_S, wait_until
-from replication.errors import DiskError
+from replication.errors import DiskError, StillWaiting
 from replication.image import syncgroup
 from replication.image.layer import Layer, LayerError, on_layer
 from replication.image.syncgroup import SyncGroup
@@ -51,6 +51,9 @@ class Bench:
         self.sync = Sync()
         self.group = SyncGroup(self.sync)
         self._pool = pool
+
+    def settle(self) -> Future[None]:
+        return self._pool.submit(self.group.settle)
 
     def run(self) -> Future[None]:
         """A request that is asking for a sync; returns when it waits or has begun one."""
@@ -182,11 +185,21 @@ def test_a_wait_for_a_sync_that_hangs_ends(bench: Bench, monkeypatch: pytest.Mon
     first = bench.run()
     bench.sync.wait_begun()
     monkeypatch.setattr(syncgroup, "_WAIT_S", 0.01)
-    with pytest.raises(DiskError, match="a sync of another request has been at work"):
+    with pytest.raises(StillWaiting, match="a sync of another request has been at work"):
         bench.group.run()
+    with pytest.raises(StillWaiting):
+        bench.group.settle()  # who relies on what that request has written
     bench.sync.end()
     first.result(DEADLINE_S)
     bench.group.check()
+    assert bench.sync.count == 1
+    owed = bench.settle()
+    bench.sync.wait_begun()
+    bench.sync.end()
+    owed.result(DEADLINE_S)
+    assert bench.sync.count == 2, "the sync that had begun before that request says nothing of it"
+    bench.group.settle()
+    assert bench.sync.count == 2
     request = bench.run()
     bench.sync.wait_begun()
     bench.sync.end()
