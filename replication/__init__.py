@@ -127,6 +127,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     record/                     what is known of whose content, and outlives the process
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
+        twin.py                 a document that is overwritten in place, crash-safe
         changes.py              the change map
         lineage.py              who has what: generations, and what two nodes that meet may do
         boot.py                 the boot of the host

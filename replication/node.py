@@ -81,6 +81,7 @@ class Node:
         self.faces: dict[str, Face] = self.side.faces()
         """What is behind the exports, by name. Changes only while the gate is closed."""
         self._note_process()
+        state.reserve(self._record)
 
     def _setting(self, side: Callable[[], Side]) -> Setting:
         """What a side works with; `side()` is that side, when it enters a stage."""

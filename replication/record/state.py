@@ -2,7 +2,7 @@
 """The state folder: everything that outlives the process.
 
     lock            held by the process that uses the folder
-    state.json      the Record below, replaced as a whole
+    state.json      the Record below; with state.json.twin it is overwritten in place (twin.py)
     epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
                     generation that this node's own writes have begun (ancestry.py), the boot of the host in which
                     a primary has opened the folder, until it closes it, and the boot-time clock of that checkpoint
@@ -11,7 +11,9 @@
     *.qcow2 *.data  default overlays
 
 Invariants
-* state.json is replaced by rename after it was synced: a reader finds the old or the new record, whole.
+* All that records a transition has its space from the start: the record, the epoch page and the maps. With every file
+  system of the host full a node that has started once starts, fails over, stops and goes on.
+* A process finds the old or the new record, whole.
 * The epoch word is one aligned 64-bit store, epoch * 2 + (1 while overlays are being emptied): a kill leaves the
   checkpoint either not begun, or to be finished by the next process before it serves anything. It cannot fail,
   unlike a file operation, so a checkpoint never ends half done for want of space.
@@ -38,13 +40,14 @@ from typing import Any
 from replication.disk import files
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
+from replication.log import log
 from replication.record.boot import boot_clock_s, boot_id
 from replication.record.lineage import Lineage, check_id, new_id
+from replication.record.twin import TwinFile
 from replication.stage import Mode, Stage
 
 _FORMAT = 1
 _PAGE = 4096
-_FILE_MAX = 1 << 20
 _MOVED = 3
 """Which word of the epoch page names the generation that has been begun."""
 _OPENED = 4
@@ -183,6 +186,7 @@ class StateFolder:
         # Serializes saving. Held across the write of the state file, which no request waits for except one that
         # reports the first fault.
         self._saving = threading.Lock()
+        self._file = None if path is None else TwinFile(self.file("state.json"))
         if path is None:
             self._page = mmap.mmap(-1, _PAGE)
         else:
@@ -226,14 +230,12 @@ class StateFolder:
 
     def load(self) -> Record | None:
         """The former process's record, None if there is none; ConfigError when it cannot be understood."""
-        if self.path is None:
+        if self._file is None:
             return None
-        path = self.file("state.json")
+        path = self._file.path
         try:
-            with open(path, encoding="utf-8") as file:
-                return Record.from_json(json.loads(file.read(_FILE_MAX)))
-        except FileNotFoundError:
-            return None
+            members = self._file.read()
+            return None if members is None else Record.from_json(members)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -241,16 +243,28 @@ class StateFolder:
                 f"{path} is not a state file of this program ({error}); move it away to start anew"
             ) from error
 
+    def reserve(self, record: Record) -> None:
+        """After `load`: take the room that `save` needs. Until the first one the file shows `record`. ConfigError when
+        there is no room; where there was a record, that is only logged: saving may work again by then."""
+        if self._file is None:
+            return
+        try:
+            self._file.reserve(record.to_json())
+        except OSError as error:
+            said = f"cannot take room for {self._file.path}: {error.strerror}"
+            if not self._file.found:
+                raise ConfigError(said) from error
+            log(f"{said}; the next change of stage needs it")
+
     def save(self, record: Record) -> None:
         """Make the record last, also over a power cut; StateError when it cannot."""
-        if self.path is None:
+        if self._file is None:
             return
-        path = self.file("state.json")
         with self._saving:
             try:
-                files.replace(path, json.dumps(record.to_json(), indent=1).encode())
+                self._file.write(record.to_json())
             except OSError as error:
-                raise StateError(f"cannot write {path}: {error.strerror}") from error
+                raise StateError(f"cannot write {self._file.path}: {error.strerror}") from error
 
     # -- epoch ---------------------------------------------------------------------------------------------
 
@@ -362,6 +376,8 @@ class StateFolder:
 
     def close(self) -> None:
         """Let the folder go."""
+        if self._file is not None:
+            self._file.close()
         for fd in (self._epoch_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -6,14 +6,17 @@ Each function breaks the product in this process, for good.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+from replication.disk import files
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
 from replication.image.target import TargetWrites
 from replication.record.state import StateFolder
+from replication.record.twin import TwinFile
 from replication.secondary.disk import SecondaryDisk
 
 _MEANWHILE_S = 0.01
@@ -105,6 +108,22 @@ def killed_process_is_trusted() -> None:
     _replace(Overlay, "settle", _nothing)
 
 
+def record_has_no_twin() -> None:
+    """The record is overwritten while nothing else says what it was."""
+
+    def write(file: TwinFile, sealed: bytes) -> None:
+        file._overwrite(file._fd, sealed)
+
+    _replace(TwinFile, "_write_in_place", write)
+
+
+def record_is_not_synced() -> None:
+    """A command is answered before its record is stable."""
+    _replace(
+        TwinFile, "_overwrite", lambda file, fd, sealed: files.pwritev(fd, [sealed.ljust(os.fstat(fd).st_size)], 0)
+    )
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -118,5 +137,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         done_before_the_disk_is_flushed,
         fua_is_a_write,
         killed_process_is_trusted,
+        record_has_no_twin,
+        record_is_not_synced,
     )
 }

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from power.recorder import NEVER, File, Killed, Recorder
+from power.recorder import NEVER, File, Killed, Recorder, Saved
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.node import Node
 from replication.options import DiskOptions, Durability, Options
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.state import StateFolder
-from replication.secondary.side import SecondarySide, reclaim
+from replication.secondary import reclaim
+from replication.secondary.side import SecondarySide
 from replication.stage import Mode, Stage
 
 KIB = 1024
@@ -75,7 +76,7 @@ class History:
     threads: int
     folder: str
     files: dict[str, File]
-    replaced: dict[str, list[tuple[int, int, bytes]]]
+    records: list[Saved]
     epochs: dict[int, int]
     requests: list[Request]
     commands: list[Command]
@@ -180,7 +181,8 @@ class Life:
                         file.write(self._random.randbytes(part) if self._random.random() < 0.8 else bytes(part))
         Process(self._folder, "boot-1").abandon()  # it makes the images
         state = self._folder / "state"
-        for path in (*self._folder.glob("disk*.raw"), *state.glob("*.qcow2"), *state.glob("*.data"), state / "epoch"):
+        written = ("*.qcow2", "*.data", "epoch", "state.json*")
+        for path in (*self._folder.glob("disk*.raw"), *(path for name in written for path in state.glob(name))):
             self._recorder.track(path)
         self._recorder.failing = self._failing
         mapped = {
@@ -206,7 +208,7 @@ class Life:
             *(request.ended for request in self._requests if request.data is None or request.fua),
             *(command.ended for command in self._commands),
             *(tick for file in recorder.files.values() for _, ended in file.syncs for tick in (ended - 1, ended)),
-            *(tick for items in recorder.replaced.values() for _, ended, _ in items for tick in (ended - 1, ended)),
+            *(tick for saved in recorder.records for tick in (saved.ended - 1, saved.ended)),
             *(tick + more for tick in recorder.epochs.values() for more in range(4)),
         ]
         return History(
@@ -214,7 +216,7 @@ class Life:
             self._threads,
             str(self._folder),
             recorder.files,
-            recorder.replaced,
+            recorder.records,
             recorder.epochs,
             self._requests,
             self._commands,

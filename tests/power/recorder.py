@@ -12,14 +12,12 @@ The model of the storage, by file:
                 if it was written with RWF_DSYNC)
     unstable    any other that had begun before the cut: lost or kept, each sector for itself. The page cache holds one
                 version of a page, so a sector has one of the versions that it had since the last stable one.
-    replaced    a file given new content as a whole (files.replace): the old or the new, the new one once it returned
     mapped      files that are only mapped (X.live, NAME.lost, NAME.changes): each sector as at the beginning or as at
                 the end of the history; X.live may also be missing
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -49,6 +47,15 @@ class Operation:
 
     begun: int
     stable_alone: bool
+    ended: int = NEVER
+
+
+@dataclass
+class Saved:
+    """The state.json of one save; it has ended when it is stable."""
+
+    begun: int
+    content: bytes
     ended: int = NEVER
 
 
@@ -139,8 +146,8 @@ class Recorder:
     def __init__(self, seed: int, restless: bool) -> None:
         """`restless`: threads are delayed here and there, so that they meet in more ways."""
         self.files: dict[str, File] = {}
-        self.replaced: dict[str, list[tuple[int, int, bytes]]] = {}
-        """(begun, ended, content) by path."""
+        self.records: list[Saved] = []
+        """What was written to state.json, in this order."""
         self.epochs: dict[int, int] = {}
         """When each checkpoint was begun."""
         self.now = 0
@@ -233,6 +240,8 @@ class Recorder:
             operation = self._begin_locked(path, offset, data, bool(flags & os.RWF_DSYNC))
             if path.endswith("/epoch") and offset == 0 and data[0] & 1:
                 self.epochs.setdefault(int.from_bytes(data[:8], "little") >> 1, operation.begun)
+            if path.endswith("/state.json"):
+                self.records.append(Saved(operation.begun, data))
             count = os.pwritev(fd, [data], offset)
         assert count == len(data), "a short write: the file system is full"
         self.delay()
@@ -261,15 +270,12 @@ class Recorder:
         with self._lock:
             self.now += 1
             self.files[path].syncs.append((begun, self.now))
+            if path.endswith("/state.json"):
+                for saved in self.records:
+                    saved.ended = min(saved.ended, self.now)
 
     def replace(self, path: str, content: bytes) -> None:
-        self._check_alive()
-        begun = self.tick()
-        self.delay()
-        replace_unsynced(path, content)
-        with self._lock:
-            self.now += 1
-            self.replaced.setdefault(path, []).append((begun, self.now, content))
+        raise AssertionError(f"{path} needed room, and was to have it from the start")
 
     def _begin_locked(self, path: str, offset: int, data: bytes, stable_alone: bool) -> Operation:
         self.now += 1
@@ -308,27 +314,16 @@ def _path(fd: int) -> str:
     return os.readlink(f"/proc/self/fd/{fd}")
 
 
-def replace_unsynced(path: str, content: bytes) -> None:
-    """files.replace without its syncs."""
-    temporary = path + ".new"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    # ext4 writes a file out that is renamed over another one, or truncated; nobody waits for a disk here.
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    os.rename(temporary, path)
-
-
 @contextmanager
 def without_syncs() -> Iterator[None]:
     """For the process after the cut: nothing cuts it again, so its syncs would only cost time."""
-    former = (files.pwritev, files.fdatasync, files.replace)
+    former = (files.pwritev, files.fdatasync)
 
     def pwritev(fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
         return os.pwritev(fd, buffers, offset)
 
-    files.pwritev, files.fdatasync, files.replace = pwritev, lambda fd: None, replace_unsynced
+    files.pwritev, files.fdatasync = pwritev, lambda fd: None
     try:
         yield
     finally:
-        files.pwritev, files.fdatasync, files.replace = former
+        files.pwritev, files.fdatasync = former

@@ -9,6 +9,7 @@ and what flush, FUA, checkpoint, planned stop and failover had promised must be 
 
 What it verifies
 * The process starts on every permitted state, in the stage that was last saved; an answered command was saved.
+  state.json, which is overwritten in place, is the record saved last or one that was being saved, whole.
 * The guest face is the last checkpoint, the same one on both disks and as a whole, plus the guest's writes: those
   flushed (or written with FUA) are there, those after it are there or not, sector by sector. Nothing else is.
 * Writes of the primary that it has flushed, or that a checkpoint has counted, are on the secondary disk.

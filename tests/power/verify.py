@@ -12,9 +12,10 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from power.history import ISLANDS, SIZES, History, Process, Request
 from power.recorder import NEVER, SECTOR, File, Recorder, without_syncs
 from replication.errors import CommandError, ReplicationError
+from replication.record.twin import TwinFile
 
 Bytes = npt.NDArray[np.uint8]
 Content = dict[int, bytes]
@@ -72,13 +74,11 @@ class Sample:
     def _restore(self, contents: dict[str, Content]) -> None:
         for path, content in contents.items():
             _write(path, content, self._history.files[path].size)
-        saved = self._history.replaced.get(self._state_file, [])
-        chosen = self._choose_record(saved, self._cut)
-        self._record_begun = NEVER if chosen is None else chosen[0]
-        record = {} if chosen is None else json.loads(chosen[2])
+        record, self._record_begun = self._find_record()
         self.stage = str(record.get("stage", "none"))
         # The stage was saved again, perhaps, by the processes that followed.
-        self._done_begun = next((begun for begun, _, content in saved if json.loads(content)["stage"] == "done"), NEVER)
+        saved = ((item.begun, _members(item.content)) for item in self._history.records)
+        self._done_begun = next((begun for begun, members in saved if members.get("stage") == "done"), NEVER)
         self.clean = bool(record.get("clean", False))
         for path, (first, last) in self._history.mapped.items():
             Path(path).unlink(missing_ok=True)
@@ -90,16 +90,23 @@ class Sample:
                     mixed[at : at + SECTOR] = last[at : at + SECTOR]
             Path(path).write_bytes(mixed)
 
-    def _choose_record(self, saved: Sequence[tuple[int, int, bytes]], cut: int) -> tuple[int, int, bytes] | None:
-        """Put the newest record there, or an older one if it may not be stable; None if there is none yet."""
-        found = [item for item in saved if item[0] <= cut]
-        while found and found[-1][1] > cut and self._choice.random() < 0.5:
-            found.pop()  # its rename is not stable yet
-        Path(self._state_file).unlink(missing_ok=True)
-        if not found:
-            return None
-        Path(self._state_file).write_bytes(found[-1][2])
-        return found[-1]
+    def _find_record(self) -> tuple[dict[str, Any], int]:
+        """What a process finds in state.json and its twin, {} where nothing has been saved, and when it was written:
+        the last one that was stable, or one that was begun after it."""
+        file = TwinFile(self._state_file)
+        try:
+            found = file.read() or {}
+        except (ValueError, TypeError) as error:
+            raise self._violation(f"the state file cannot be understood: {error}") from error
+        finally:
+            file.close()
+        begun = [item for item in self._history.records if item.begun <= self._cut]
+        stable = max((number for number, item in enumerate(begun, 1) if item.ended <= self._cut), default=0)
+        permitted = [({}, NEVER), *((_members(item.content), item.begun) for item in begun)][stable:]
+        for members, when in permitted:
+            if members == found:
+                return found, when
+        raise self._violation(f"the state file says {found.get('stage')}, which is not what was saved last")
 
     # -- what may be there ---------------------------------------------------------------------------------
 
@@ -188,7 +195,6 @@ class Sample:
         it has written nothing since, so it is exactly that."""
         recorder = Recorder(0, False)
         recorder.files = {path: File(self._history.files[path].size, content) for path, content in contents.items()}
-        recorder.replaced = {self._state_file: [(0, 0, Path(self._state_file).read_bytes())]}
         with recorder.installed():
             process = Process(self._folder, "boot-2")
             try:
@@ -202,7 +208,6 @@ class Sample:
         cut = self._choice.randint(0, recorder.now)
         for path, file in recorder.files.items():
             _write(path, file.cut(cut, self._choice), file.size)
-        self._choose_record(recorder.replaced[self._state_file], cut)
         with without_syncs():
             process = Process(self._folder, "boot-3")
             try:
@@ -282,6 +287,13 @@ class Sample:
             raise self._violation(f"qemu-img {' '.join(arguments)}: {done.stderr}{done.stdout}")
 
 
+def _members(content: bytes) -> dict[str, Any]:
+    """The record in a state.json, {} when it was not yet saved."""
+    members: dict[str, Any] = json.loads(content)
+    del members["checksum"]
+    return members if members.pop("serial") else {}
+
+
 def _wrong_sectors(
     found: Bytes, base: Bytes, island: int, writes: Iterable[tuple[Request, bool]], cut: int
 ) -> npt.NDArray[np.intp]:
@@ -340,7 +352,7 @@ def _read(path: str, offset: int, length: int) -> bytes:
 
 def _write(path: str, content: Content, size: int) -> None:
     """Make a file of these sectors; the rest are holes."""
-    Path(path).unlink(missing_ok=True)  # see replace_unsynced
+    Path(path).unlink(missing_ok=True)  # ext4 writes a file out that was truncated; nobody waits here
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     try:
         os.ftruncate(fd, size)

@@ -100,15 +100,12 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path, record: Record) -> 
         assert folder.load() == record
 
 
-@pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync"])
 def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def fails(*_: object, **__: object) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with opened(tmp_path / "s") as folder:
         folder.save(OLD)
         with monkeypatch.context() as broken:
-            broken.setattr(files if call == "pwritev" else os, call, fails)
+            broken.setattr(files, call, refuse_space)
             with pytest.raises(StateError, match=r"cannot write .*state\.json: No space left"):
                 folder.save(NEW)
         assert folder.load() == OLD
@@ -116,37 +113,41 @@ def test_a_save_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: py
         assert folder.load() == NEW
 
 
-def test_the_record_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[str] = []
-    real_fsync, real_rename = os.fsync, os.rename
-
-    def fsync(fd: int) -> None:
-        target = os.readlink(f"/proc/self/fd/{fd}")
-        steps.append("sync " + os.path.basename(target))
-        real_fsync(fd)
-
-    def rename(source: str, target: str) -> None:
-        assert Record.from_json(json.loads(Path(source).read_text())) == NEW
-        steps.append("rename")
-        real_rename(source, target)
-
+def test_a_folder_without_room_for_the_record_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path / "s") as folder, monkeypatch.context() as full:
+        full.setattr(files, "replace", refuse_space)
+        with pytest.raises(ConfigError, match=r"cannot take room for .*state\.json: No space left on device$"):
+            folder.reserve(OLD)
     with opened(tmp_path / "s") as folder:
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "rename", rename)
-        folder.save(NEW)
-    assert steps == ["sync state.json.new", "rename", "sync s"]
+        assert folder.load() is None
+        folder.reserve(OLD)
+        assert json.loads((tmp_path / "s" / "state.json").read_text())["stage"] == "running"
+        assert folder.load() is None, "it has not been saved"
 
 
-def test_what_a_killed_save_left_behind_is_of_no_consequence(tmp_path: Path) -> None:
+def test_a_record_of_the_first_version_starts_on_a_full_file_system_and_is_converted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "s"
-    with opened(path) as folder:
-        folder.save(OLD)
-    (path / "state.json.new").write_text('{"format": 1, "mo')
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps(OLD.to_json(), indent=1))
     with opened(path) as folder:
         assert folder.load() == OLD
+        with monkeypatch.context() as full:
+            full.setattr(files, "replace", refuse_space)
+            folder.reserve(OLD)
+            assert "cannot take room for" in capsys.readouterr().err
+            with pytest.raises(StateError, match="No space left"):
+                folder.save(NEW)
+        assert folder.load() == OLD
+        folder.reserve(OLD)
+        monkeypatch.setattr(files, "replace", refuse_space)
         folder.save(NEW)
         assert folder.load() == NEW
-    assert not (path / "state.json.new").exists()
+    with opened(path) as folder:
+        assert folder.load() == NEW
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_record(tmp_path: Path) -> None:
