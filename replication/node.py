@@ -107,9 +107,11 @@ class Node:
             # A promoted one has become a primary since it was started by this command line, and stays it. A former
             # primary comes back as a secondary: what may happen to its content is decided by its lineage.
             if record.promoted:
-                log("mode=secondary: it was promoted and became a primary since, and stays it until it is demoted")
+                log("mode=secondary: this node was promoted and is a primary now; it stays one until it is demoted")
                 return record
-            log(f"mode=secondary: the state folder is of a primary in stage {record.stage.value}, which begins anew so")
+            log(
+                f"mode=secondary: a primary in stage {record.stage.value} had this state folder; it starts again as a secondary"
+            )
             return record.as_secondary()
         if record.stage is Stage.DONE:
             return record.as_primary()

@@ -322,7 +322,7 @@ class Link:
             try:
                 agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
             except (DiskError, PeerError) as error:
-                log(f"the secondary cannot be told that this was all: {error}")
+                log(f"cannot tell the secondary that it has everything: {error}")
         if agreement.peer is not None:
             agreement.peer.close()
 

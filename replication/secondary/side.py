@@ -288,7 +288,7 @@ class SecondarySide(Side):
         if failure is not None:
             # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
             # one with these disks. get-error and the next checkpoint tell the rest.
-            log(f"the checkpoint is taken all the same: {failure}")
+            log(f"the checkpoint is complete nevertheless: {failure}")
         self._hindrance.over()
         self._reclaimer.wake()
 
@@ -404,7 +404,7 @@ class SecondarySide(Side):
             except CommandError as error:
                 failure = error
             if failure is not None:
-                log(f"the stage is done all the same: {failure}")
+                log(f"the stage is done nevertheless: {failure}")
         self._backup.conclude(None)
         self._reclaimer.wake()
 

@@ -78,7 +78,7 @@ class Disconnector:
                 try:
                     connection.shutdown(socket.SHUT_RD)
                 except OSError as error:
-                    log(f"a client had gone before it was sent away: {error.strerror}")
+                    log(f"a client had gone before it was disconnected: {error.strerror}")
                 finally:
                     connection.close()
             again.wait(_AGAIN_S)
