@@ -62,11 +62,14 @@ endif
 MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8
 MANDIR    := $(PREFIX)/share/man
 
-man: ## Make the manual pages, in build/man
+man: $(addprefix build/man/,$(MAN_PAGES)) ## Make the manual pages, in build/man
+
+# Renamed when it is whole: several installations may be made at once.
+build/man/%: $(wildcard man/*.pod) replication/__init__.py
 	@command -v pod2man >/dev/null || scripts/setup man
 	@mkdir -p build/man
-	@for page in $(MAN_PAGES); do pod2man --errors=die --center=nbdkit-replication --release='$(VERSION)' \
-	    --section="$${page##*.}" "man/$${page%.*}.pod" "build/man/$$page" || exit 1; done
+	@pod2man --errors=die --center=nbdkit-replication --release='$(VERSION)' --section='$(subst .,,$(suffix $*))' \
+	    'man/$(basename $*).pod' "$@.$$$$" && mv "$@.$$$$" '$@'
 
 compile: ## Make build/compiled/plugin.py, the same with its inner modules compiled: quicker with small requests
 	@scripts/setup compile

@@ -109,9 +109,7 @@ class Node:
             if record.promoted:
                 log("mode=secondary: this node was promoted and is a primary now; it stays one until it is demoted")
                 return record
-            log(
-                f"mode=secondary: a primary in stage {record.stage.value} had this state folder; it starts again as a secondary"
-            )
+            log(f"mode=secondary: the state folder of a primary in stage {record.stage.value}, now of a secondary")
             return record.as_secondary()
         if record.stage is Stage.DONE:
             return record.as_primary()

@@ -16,6 +16,7 @@ from lab import DEADLINE_S, REPOSITORY, Lab
 PREFIX = "/usr/local"
 PLUGINS = "/usr/lib/nbdkit/plugins"
 SCRIPTS = ("replctl", "ft-agent")
+PAGES = ("man1/nbdkit-replication-plugin.1", "man5/replication.toml.5", "man8/ft-agent.8", "man8/replctl.8")
 
 
 @dataclass
@@ -82,6 +83,14 @@ def test_installed_agent_gets_as_far_as_qemu(installed: Installed, tmp_path: Pat
     done = run(installed.bin / "ft-agent", "protect", "--control", "c", "--qmp", tmp_path / "none", "--receiver", "r")
     assert done.returncode == 1
     assert done.stderr == f"ft-agent: cannot connect to QEMU on {tmp_path / 'none'}: No such file or directory\n"
+
+
+def test_the_manual_pages_are_installed(installed: Installed) -> None:
+    folder = installed.root / PREFIX.lstrip("/") / "share/man"
+    assert sorted(str(path.relative_to(folder)) for path in folder.glob("*/*")) == sorted(PAGES)
+    for page in PAGES:
+        name, _, section = Path(page).name.rpartition(".")
+        assert f".TH {name.upper()} {section} " in (folder / page).read_text(encoding="utf-8").replace('"', "")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
