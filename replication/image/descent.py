@@ -3,6 +3,18 @@
 
 commit.py decides who takes which portion, and when it is over. Who decides when a portion meets a guest request stands
 in stack.py.
+
+What becomes of one block
+    held        by an overlay; the disk may be older
+    down        still held, and the disk has the same; a guest's write goes to both. After a kill it counts as held
+    let go      a flush that was sent after the block was down has succeeded, and nobody has written it since: the disk
+                alone has it
+
+    held --commit--> down --flush, let_go--> let go
+    down --the disk has refused a guest's write (`spoilt`)--> held
+    let go --a guest's write--> down (its copy in active stays until the next flush)
+
+So whatever a flush that fails has lost is in the overlays, and the next commit brings it down again.
 """
 
 from __future__ import annotations
@@ -62,10 +74,83 @@ class Descent:
         self._many = threading.Lock()
         # Whether the disk can share blocks of an overlay; None: not tried yet. After a failure all is copied.
         self._shares: dict[Source, bool | None] = {Source.ACTIVE: None, Source.HIDDEN: None}
+        # Portions that came down since the last flush. Protected by `_counting`, which is not held across I/O.
+        self._counting = threading.Lock()
+        self._down: list[tuple[int, int]] = []
+        # By cluster: the guest has written it since the latest flush was sent; the disk lacks such a write. Empty until
+        # the first commit. One store each, under the range of the block.
+        self._written = bytearray()
+        self._spoilt = bytearray()
+
+    def begin(self) -> None:
+        """A commit is going to go over everything that is held. The gate is closed."""
+        clusters = -(-self._size // CLUSTER)
+        with self._counting:
+            self._down.clear()
+        self._written = bytearray(clusters)
+        self._spoilt = bytearray(clusters)
+
+    def begin_flush(self) -> None:
+        """A flush of the disk is about to be sent: it covers what is down by now."""
+        self._written = bytearray(len(self._written))
+
+    def written(self, start: int, stop: int) -> None:
+        """The guest has written bytes [start, stop), to active or the disk or both. `top` is held."""
+        # Behind the write, so that it counts for a flush that was sent meanwhile.
+        written = self._written
+        for cluster in range(start // CLUSTER, -(-stop // CLUSTER)) if written else ():
+            written[cluster] = 1
+
+    def spoilt(self, start: int, stop: int) -> None:
+        """The disk may lack such a write, which is held, so it has to come down again. `top` is held."""
+        spoilt = self._spoilt
+        for cluster in range(start // CLUSTER, -(-stop // CLUSTER)) if spoilt else ():
+            spoilt[cluster] = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing that came down, or that a guest wrote afterwards, has to come down again."""
+        return 1 not in self._spoilt
+
+    def let_go(self) -> None:
+        """The flush has succeeded: let go of what was down when it was sent, and was not written since."""
+        with self._counting:
+            portions, self._down = self._down, []
+        while portions:
+            first, last = portions.pop()
+            start, stop = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
+            held = self._top.acquire(first * BLOCK, last * BLOCK)
+            try:
+                if 1 in self._written[start:stop] or 1 in self._spoilt[start:stop]:
+                    kept = np.frombuffer(bytes(self._written[start:stop]), np.uint8) > 0
+                    kept |= np.frombuffer(bytes(self._spoilt[start:stop]), np.uint8) > 0
+                    gone = np.repeat(~kept, BLOCKS_PER_CLUSTER)
+                    gone[: first - start * BLOCKS_PER_CLUSTER] = False
+                    if last < self._active.blocks:  # else to the end of the cluster, as in Overlay.forget
+                        gone[last - start * BLOCKS_PER_CLUSTER :] = False
+                    self._hidden.forget_chosen(start, gone)
+                    pause("commit.hidden-forgotten")
+                    self._active.forget_chosen(start, gone)
+                else:
+                    self._hidden.forget(first, last)
+                    pause("commit.hidden-forgotten")
+                    self._active.forget(first, last)
+            finally:
+                self._top.release(held)
 
     def commit(self, first: int, last: int) -> int:
-        """Bring blocks [first, last) down into the disk and let go of them; bytes written. Only what is held is locked:
-        a guest write between has nothing to wait for. Several threads may do this, each for blocks of its own."""
+        """Bring blocks [first, last) down into the disk; bytes written. Only what is held is locked: a guest write
+        between has nothing to wait for. Several threads may do this, each for blocks of its own."""
+        if self._spoilt:
+            # Before anything is looked at: a guest's write that is spoilt from here on comes down once more.
+            start, stop = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
+            self._spoilt[start:stop] = bytes(stop - start)
+        written = self._commit(first, last)
+        with self._counting:
+            self._down.append((first, last))
+        return written
+
+    def _commit(self, first: int, last: int) -> int:
         source = self._only_source(first, last)
         if source is not None:
             if self._shares[source]:
@@ -96,15 +181,12 @@ class Descent:
         return None
 
     def _commit_whole(self, first: int, last: int, source: Source) -> int:
-        """Bring down and let go of blocks that all have this source. `top` is held."""
+        """Bring down blocks that all have this source. `top` is held."""
         start, stop = first * BLOCK, min(last * BLOCK, self._size)
         with on_layer(Layer.SECONDARY, "commit", start, stop - start):
             if not self._share(start, stop, source):
                 self._bring_down(start, stop, source)
         pause("commit.written")
-        self._hidden.forget(first, last)
-        pause("commit.hidden-forgotten")
-        self._active.forget(first, last)
         return stop - start
 
     def _share(self, start: int, stop: int, source: Source) -> bool:
@@ -120,24 +202,22 @@ class Descent:
         return (self._active if source is Source.ACTIVE else self._hidden).data
 
     def _commit_runs(self, first: int, last: int) -> int:
-        """Bring down and let go of what is held of the blocks, in as many runs as it takes."""
+        """Bring down what is held of the blocks, in as many runs as it takes."""
         chosen = self._sources(first, last) != 0
         spans = [((first + start) * BLOCK, (first + stop) * BLOCK) for start, stop, held in _runs(chosen) if held]
         if not spans:
-            self._let_go(first, last, chosen)
             return 0
         at = end = written = 0
         held = self._top.acquire_all(spans)
         try:
             pause("commit.locked")
-            # Once more: some of it may have been let go, and what has come up elsewhere meanwhile is not locked.
+            # Once more: some of it may be held no longer, and what has come up elsewhere meanwhile is not locked.
             for start, stop, source in _runs(np.where(chosen, self._sources(first, last), 0)):
                 if source:
                     at, end = (first + start) * BLOCK, min((first + stop) * BLOCK, self._size)
                     self._bring_down(at, end, _SOURCES[source])
                     written += end - at
             pause("commit.written")
-            self._let_go(first, last, chosen)
         except LayerError:
             raise
         except DiskError as error:
@@ -145,18 +225,6 @@ class Descent:
         finally:
             self._top.release(held)
         return written
-
-    def _let_go(self, first: int, last: int, chosen: npt.NDArray[np.bool_]) -> None:
-        """Let go of those of the blocks [first, last) that are chosen."""
-        begin, end = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
-        gone = np.zeros((end - begin) * BLOCKS_PER_CLUSTER, np.bool_)
-        first -= begin * BLOCKS_PER_CLUSTER
-        gone[first : first + len(chosen)] = chosen
-        if last >= self._active.blocks:
-            gone[first + len(chosen) :] = True  # as in Overlay.forget
-        self._hidden.forget_chosen(begin, gone)
-        pause("commit.hidden-forgotten")
-        self._active.forget_chosen(begin, gone)
 
     def _sources(self, first: int, last: int) -> npt.NDArray[np.uint8]:
         """For every block where it is read from, as its place in _SOURCES. As Stack._visible, for many short runs in a

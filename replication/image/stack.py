@@ -23,14 +23,15 @@ guest write, target write
 guest read, guest write
     No lock. The bit is set after the data is there: the read gets the old or the new block.
 commit (descent.py), guest write
-    `top`: commit copies (or shares), then lets go, of exactly the blocks that it has locked; a guest write comes before
-    (and is copied) or after (finds the block let go, and goes to the disk itself). Which blocks to lock it finds
-    without the lock, and looks again with it. Commit lets go of hidden first, then active, so that a kill between them
-    never uncovers hidden's older data.
+    `top`: commit copies (or shares) exactly the blocks that it has locked; a guest write comes before (and is copied)
+    or after (and goes to active and to the disk). Which blocks to lock it finds without the lock, and looks again with
+    it. What came down stays in the overlays until a flush of the disk has covered it, and so does what the guest writes
+    meanwhile. Commit lets go of hidden first, then active, so that a kill between them never uncovers hidden's older
+    data.
 commit, commit
     Two threads of one commit take different portions (secondary/commit.py), which share no word and no block.
 commit, guest read
-    No lock. Commit writes the disk before it lets go of the bit, and the overlays' data stays where it is until the
+    No lock. The disk is written and flushed before the bit goes, and the overlays' data stays where it is until the
     commit is over: a read that saw the bit reads the right data in the overlay.
 target write, failed target write
     `below`: what the disk lacks is noted, and struck out by the write that repairs it, in the order of the writes.
@@ -44,8 +45,8 @@ With `durability=power` three orders hold (syncgroup.py shares each sync among t
 
 * what hidden preserves, data before bits, is stable before the disk below is overwritten (TargetWrites.write);
 * a flush of the guest face makes active's data stable, then its bits (`flush_top`);
-* during a commit a bit that went is published only after the disk has what it stood for, hidden's before active's. A
-  guest write that went to the disk because the commit had let go of its block is flushed together with that.
+* during a commit a bit goes only after the disk was flushed with what it stood for; hidden's are published before
+  active's. A flush of the guest face also flushes the disk, for what active had no room for.
 
 With `durability=process` a flush of the guest face syncs the same files, but the kernel may write a bit before its data
 and hidden is not synced at all: after a power cut the overlays are not used (secondary/images.py).
@@ -53,9 +54,10 @@ and hidden is not synced at all: after a power cut the overlays are not used (se
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.files import Buffer
@@ -95,8 +97,8 @@ class Stack:
         self.size = disk.size
         self.power = hidden.power
         """durability=power"""
-        # That the disk could not be flushed for the guest during a commit: what came down may be lost, too, and the
-        # kernel (or the disk's server) tells it only once. With durability=power `_top_sync` remembers it, for good.
+        # That the disk could not be flushed for the guest during a commit, or has lost what was not flushed: what came
+        # down may be lost, too, and the kernel (or the disk's server) tells it only once.
         self._unflushed: DiskError | None = None
         # Protects it. Held across the flush, so that the commit's own does not go well before the guest's has noted
         # why; nothing else is taken with it.
@@ -119,6 +121,10 @@ class Stack:
     @committing.setter
     def committing(self, committing: bool) -> None:
         self.room.committing = committing
+        if committing:
+            # Whatever it is that a commit has not brought down for good, the next one does.
+            self._unflushed = None
+            self.descent.begin()
 
     # -- guest face: reading -------------------------------------------------------------------------------
 
@@ -263,28 +269,29 @@ class Stack:
         finally:
             self.top.release(held)
 
-    def _zero_active(self, offset: int, length: int) -> None:
+    def _zero_active(self, offset: int, length: int, spare: bool = False) -> None:
         stop = offset + length
         first = -(-offset // BLOCK)
         last = self._whole_blocks_end(stop)
         if first >= last:
-            self._write_active([ZEROES[:length]], offset, length)
+            self._write_active([ZEROES[:length]], offset, length, spare)
             return
         head = first * BLOCK - offset
         if head:
-            self._write_active([ZEROES[:head]], offset, head)
+            self._write_active([ZEROES[:head]], offset, head, spare)
         with on_layer(Layer.ACTIVE, "zero", offset, length):
             self.active.mark(first, last, Held.ZERO)
         tail = stop - last * BLOCK
         if tail > 0:
-            self._write_active([ZEROES[:tail]], last * BLOCK, tail)
+            self._write_active([ZEROES[:tail]], last * BLOCK, tail, spare)
 
     def _whole_blocks_end(self, stop: int) -> int:
         """The block after the last one that ends at or before `stop`; the disk's last block is whole at its end."""
         return -(-stop // BLOCK) if stop == self.size else stop // BLOCK
 
-    def _write_active(self, pieces: Sequence[Buffer], offset: int, length: int) -> None:
-        """Write into active; blocks that get only a part are completed from what is visible. `top` is held."""
+    def _write_active(self, pieces: Sequence[Buffer], offset: int, length: int, spare: bool = False) -> None:
+        """Write into active; blocks that get only a part are completed from what is visible. `spare`: the disk has it
+        already, so nothing is done to find room. `top` is held."""
         stop = offset + length
         first, last = offset // BLOCK, -(-stop // BLOCK)
         start, end = first * BLOCK, min(last * BLOCK, self.size)
@@ -301,6 +308,8 @@ class Stack:
         try:
             self.active.data.write(pieces, offset)
         except DiskError as error:
+            if spare:
+                raise
             if error.errno == errno.ENOSPC and self.committing:
                 self._settle(pieces, offset, length)
                 return
@@ -320,6 +329,8 @@ class Stack:
         whole[offset - start : offset - start + length] = b"".join(pieces)
         with on_layer(Layer.SECONDARY, "write", start, end - start):
             self.disk.write([whole], start)
+        # What is let go of here may be all there is of what the guest has flushed.
+        self._flush_below()
         self.hidden.forget(first, last)
         self.active.forget(first, last)
 
@@ -329,45 +340,76 @@ class Stack:
     # -- guest face after failover -------------------------------------------------------------------------
 
     def write_over(self, data: memoryview, offset: int, shelter: bool) -> None:
-        """A guest write during or after a failed commit: blocks held above go to active, the others to the disk, so
-        that the commit meets every block once. With `shelter`, a block that the disk does not take goes to active.
+        """A guest write during or after a failed commit: blocks held above go to active, the others to the disk. With
+        `shelter` (during a commit) either goes to the other as well: what is held to the disk, so that what came down
+        need not come down again, and what is not to active, while it has room, because the disk may not keep it; a
+        block that the disk does not take goes to active alone.
 
         For FUA `flush_top` must follow. The disk does not get the flag: that what the commit has brought down could not
         be made stable would be told to this write, and sheltering it would be the end of that."""
-        held = self._hold(self.top, offset, len(data))
-        try:
-            for start, end, above in self._held_above(offset, offset + len(data)):
-                part = data[start - offset : end - offset]
-                if above:
-                    self._write_active([part], start, end - start)
-                    continue
-                try:
-                    with on_layer(Layer.SECONDARY, "write", start, end - start):
-                        self.disk.write([part], start)
-                except LayerError:
-                    if not shelter:
-                        raise
-                    self._write_active([part], start, end - start)
-        finally:
-            self.top.release(held)
+
+        def below(start: int, end: int) -> None:
+            self.disk.write([data[start - offset : end - offset]], start)
+
+        def above(start: int, end: int, spare: bool) -> None:
+            self._write_active([data[start - offset : end - offset]], start, end - start, spare)
+
+        self._over(offset, len(data), shelter, "write", below, above)
 
     def zero_over(self, offset: int, length: int, may_trim: bool, shelter: bool) -> None:
         """Zeroes from the guest during or after a failed commit; as write_over."""
+
+        def below(start: int, end: int) -> None:
+            self.disk.zero(start, end - start, may_trim)
+
+        def above(start: int, end: int, spare: bool) -> None:
+            self._zero_active(start, end - start, spare)
+
+        self._over(offset, length, shelter, "zero", below, above)
+
+    def _over(
+        self,
+        offset: int,
+        length: int,
+        shelter: bool,
+        operation: str,
+        below: Callable[[int, int], None],
+        above: Callable[[int, int, bool], None],
+    ) -> None:
+        """Change a range of the disk by `below(start, stop)`, or in active by `above(start, stop, spare)`, or both."""
         held = self._hold(self.top, offset, length)
         try:
-            for start, end, above in self._held_above(offset, offset + length):
-                if above:
-                    self._zero_active(start, end - start)
-                    continue
+            for start, end, is_held in self._held_above(offset, offset + length):
                 try:
-                    with on_layer(Layer.SECONDARY, "zero", start, end - start):
-                        self.disk.zero(start, end - start, may_trim)
-                except LayerError:
-                    if not shelter:
-                        raise
-                    self._zero_active(start, end - start)
+                    if is_held:
+                        above(start, end, False)
+                        if shelter:
+                            self._through(start, end, below)
+                        continue
+                    try:
+                        with on_layer(Layer.SECONDARY, operation, start, end - start):
+                            below(start, end)
+                    except LayerError:
+                        if not shelter:
+                            raise
+                        above(start, end, False)
+                        self.descent.spoilt(start, end)
+                    else:
+                        # Until a flush has covered it. Without room there the disk alone has it, as in stage done.
+                        if shelter:
+                            with contextlib.suppress(DiskError):
+                                above(start, end, True)
+                finally:
+                    self.descent.written(start, end)
         finally:
             self.top.release(held)
+
+    def _through(self, start: int, end: int, below: Callable[[int, int], None]) -> None:
+        """Change the disk as active was; what it does not take comes down again."""
+        try:
+            below(start, end)
+        except DiskError:
+            self.descent.spoilt(start, end)
 
     def _held_above(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Runs (start, stop, whether active or hidden holds them) in bytes, as of now: `top` is held, so only a run
@@ -391,8 +433,6 @@ class Stack:
                 overlay.settle()
         if disk:
             flush_secondary(self.disk)
-
-    # -- commit --------------------------------------------------------------------------------------------
 
     # -- all of it -----------------------------------------------------------------------------------------
 
@@ -430,27 +470,43 @@ class Stack:
         with on_layer(Layer.ACTIVE, "flush", 0, 0):
             if self.power:
                 self._top_sync.run()
-                return
-            self.active.flush()
+            else:
+                self.active.flush()
         if self.committing:
-            with self._flushing:
-                try:
-                    flush_secondary(self.disk)
-                except DiskError as error:
+            self._flush_below()
+
+    def _flush_below(self) -> None:
+        """Flush the disk, during a commit."""
+        with self._flushing:
+            try:
+                flush_secondary(self.disk)
+            except LayerError as error:
+                if not error.still_waiting:
                     self._unflushed = error
-                    raise
+                raise
+
+    def lost_below(self, error: DiskError) -> None:
+        """The disk has lost what was not flushed: a commit that is under way fails, and the next one brings it down
+        again."""
+        self._unflushed = error
 
     def flush_committed(self) -> None:
-        """At the end of a commit: what came down is stable. The overlays hold nothing of use any more; but with
-        durability=power they must say so themselves. Fails once for a flush of the guest that has failed."""
+        """Make stable what came down, and let go of it. DiskError, also when a flush for the guest has failed since the
+        commit began: then everything stays where it is."""
+        self.descent.begin_flush()
+        self._flush_below()
+        if self._unflushed is not None:
+            raise self._unflushed.again()
+        self.descent.let_go()
         if self.power:
+            # The overlays hold it no longer; with durability=power they must say so themselves.
             self.flush_top()
-            return
-        with self._flushing:
-            failure, self._unflushed = self._unflushed, None
-            flush_secondary(self.disk)
-        if failure is not None:
-            raise failure
+
+    @property
+    def settled(self) -> bool:
+        """At the end of a commit: whether the disk has everything, and what it had when it was flushed last is
+        stable."""
+        return self._unflushed is None and self.descent.whole
 
     def flush_all(self) -> None:
         """Make everything stable: overlays and disk."""
@@ -468,15 +524,13 @@ class Stack:
     def _sync_top(self) -> None:
         # Active's words first: what they say is gone is gone from hidden, too, so hidden's must not be older.
         above = self.active.unpublished()
-        if not self.committing:
+        if self.committing:
+            below = self.hidden.unpublished()
             self.active.data.flush()
-            self.active.publish(above)
-            return
-        below = self.hidden.unpublished()
-        flush_secondary(self.disk)
-        self.active.data.flush()
-        self.hidden.data.flush()
-        self.hidden.publish(below)
+            self.hidden.data.flush()
+            self.hidden.publish(below)
+        else:
+            self.active.data.flush()
         self.active.publish(above)
 
     def close(self) -> None:

@@ -120,16 +120,17 @@ class Failover:
             self._failed(commits[0], failure)
 
     def _committed(self) -> bool:
-        """Everything is down: the disk alone counts. False when a guest's write came back up meanwhile."""
+        """Everything is down and stable: the disk alone counts. False when the disk has refused or lost something
+        meanwhile. What the guest has written since the flush the disk has, too, as in stage done."""
 
-        def all_down() -> bool:
-            return not any(disk.stack is not None and any(disk.stack.descent.portions()) for disk in self._disks)
+        def settled() -> bool:
+            return all(disk.stack is None or disk.stack.settled for disk in self._disks)
 
         self._note_rate()
-        if all_down():
+        if settled():
             # Before the stage: a process killed in between has no error left over from a commit that has gone well.
             self._set.faults.clear()
-        if not self._settle(Stage.DONE, all_down):
+        if not self._settle(Stage.DONE, settled):
             return False
         self._done()
         return True
@@ -150,6 +151,8 @@ class Failover:
                     if not still():
                         return False
                     self._set.enter(stage)
+                    if stage is Stage.DONE:
+                        self._empty()
                     return True
             except (StateError, GateStuck) as error:
                 if isinstance(error, StateError) or wait_s >= DRAIN_S:
@@ -157,6 +160,16 @@ class Failover:
                 wait_s = min(2 * wait_s, DRAIN_S)
             self._closing.wait(max(wait_s, _SETTLE_RETRY_S))
         return False
+
+    def _empty(self) -> None:
+        """What the overlays still hold the disk has as well, and nobody looks at them any more. The gate is closed."""
+        for disk in self._disks:
+            if disk.stack is not None:
+                disk.stack.empty()
+                try:
+                    disk.stack.publish_emptied()
+                except DiskError as error:
+                    log(f"the overlays of disk '{disk.name}' are of no use any more, but cannot be emptied: {error}")
 
     def _failed(self, commit: Commit, error: DiskError) -> None:
         if self._closing.is_set():

@@ -332,6 +332,12 @@ class Histories(RuleBasedStateMachine):
         self.stack.descent.commit(where[0] // BLOCK, -(-sum(where) // BLOCK))
         self.look_after_a_cut("a part of the commit")
 
+    @precondition(lambda self: self.stack.committing)
+    @rule()
+    def what_came_down_is_flushed(self) -> None:
+        self.stack.flush_committed()
+        self.look_after_a_cut("a flush of the commit")
+
     @precondition(lambda self: not self.stack.committing)
     @rule()
     def space_is_given_back(self) -> None:
@@ -520,7 +526,9 @@ def test_during_a_commit_bits_go_after_the_disk_has_what_they_stood_for_hiddens_
     expected = seen(bench.stack)
     assert bench.calls(lambda: bench.stack.descent.commit(0, 2)) == ["write disk.raw", "write disk.raw"]
     assert bench.after_cuts() == {expected}
-    assert bench.calls(bench.stack.flush_top) == [
+    assert bench.calls(bench.stack.flush_top) == ["sync active.data", "sync hidden.data", "sync disk.raw"]
+    assert list(bench.stack.descent.portions()), "what came down since the last flush of the commit is still held"
+    assert bench.calls(bench.stack.flush_committed) == [
         "sync disk.raw",
         "sync active.data",
         "sync hidden.data",
@@ -528,6 +536,7 @@ def test_during_a_commit_bits_go_after_the_disk_has_what_they_stood_for_hiddens_
         "sync hidden.qcow2",
         "write active.qcow2",
         "sync active.qcow2",
+        "sync disk.raw",
     ]
     assert bench.storage.cut_power(0).joinpath("disk.raw").read_bytes() == expected
     assert bench.after_cuts() == {expected}
@@ -538,7 +547,9 @@ def test_a_guest_write_that_went_to_the_disk_is_flushed_before_the_bits_above_it
     bench.stack.flush_top()
     bench.stack.committing = True
     bench.stack.descent.commit(0, 1)
-    assert bench.calls(lambda: bench.stack.write_over(memoryview(b"\xbb" * BLOCK), 0, True)) == ["write disk.raw"]
+    bench.stack.flush_committed()
+    guest_write = bench.calls(lambda: bench.stack.write_over(memoryview(b"\xbb" * BLOCK), 0, True))
+    assert guest_write == ["write disk.raw", "write active.data"], "the copy stays until the next flush"
     bench.stack.flush_top()
     assert bench.after_cuts() == {b"\xbb" * BLOCK + bench.content[BLOCK:]}
 
@@ -642,9 +653,12 @@ def test_a_disk_that_cannot_be_flushed_during_a_commit_keeps_the_bits(bench: Ben
     bench.stack.committing = True
     bench.stack.descent.commit(0, 1)
     bench.fail("sync", "disk.raw")
+    with pytest.raises(LayerError, match="Input/output error"):
+        bench.stack.flush_top()
+    bench.stack.flush_top()
     for _ in range(2):
         with pytest.raises(LayerError, match="Input/output error"):
-            bench.stack.flush_top()
+            bench.stack.flush_committed()
     assert bench.after_cuts() == {b"\xaa" * BLOCK + bench.content[BLOCK:]}
 
 

@@ -212,12 +212,14 @@ def test_where_sharing_fails_it_is_copied_and_not_tried_again(
     expected = guest(stack)
     for first, last in stack.descent.portions():
         stack.descent.commit(first, last)
+    stack.flush_committed()
     assert below(stack) == expected
     assert (tried, written_back.seen) == ([0], [])
     # The other overlay may be somewhere else.
     stack.target.write(memoryview(pattern(4, 2 * MIB)), 0, False)
     for first, last in stack.descent.portions():
         stack.descent.commit(first, last)
+    stack.flush_committed()
     assert below(stack) == expected
     assert tried == [0, 0]
 
@@ -278,7 +280,7 @@ def test_a_guest_write_waits_for_what_is_being_shared_and_goes_to_the_disk(
     with ThreadPoolExecutor(2) as pool:
         commit = pool.submit(stack.descent.commit, 0, MIB // BLOCK)
         assert held.wait(DEADLINE_S)
-        write = pool.submit(stack.write_over, memoryview(b"mine"), 100, False)
+        write = pool.submit(stack.write_over, memoryview(b"mine"), 100, True)
         assert guest(stack, 0, MIB) == pattern(3, MIB), "reads do not wait"
         assert not write.done()
         release.set()
@@ -286,4 +288,5 @@ def test_a_guest_write_waits_for_what_is_being_shared_and_goes_to_the_disk(
         write.result(DEADLINE_S)
     expected = pattern(3, MIB)[:100] + b"mine" + pattern(3, MIB)[104:]
     assert guest(stack, 0, MIB) == below(stack, 0, MIB) == expected
+    stack.flush_committed()
     assert list(stack.descent.portions()) == []
