@@ -1072,7 +1072,8 @@ def test_an_automatic_checkpoint_that_fails_is_said_once_and_tried_again_and_the
     only_before_seen(seen)
     assert epochs(pair.secondary) == former
     status = pair.primary.status()
-    assert (status["stage"], status["link"]["state"]) == ("running", "in-sync")
+    assert (status["stage"], status["link"]["state"]) == ("running", "synchronizing")
+    assert str(hidden) in status["link"]["reason"]
     hidden.open("r+b").truncate(length)
     wait_until(lambda: seen.shows(AFTER, PLACES[1]) == [True, True], "a checkpoint is taken again")
 
