@@ -136,6 +136,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         file.py endpoint.py     a disk in a file, behind NBD
         face.py                 what every disk can do
         connection.py           one libnbd handle with deadlines
+        fence.py                what a connection that was given up may still do
         direct.py               libnbd calls that keep the GIL
         lock.py                 QEMU's byte-range locks
         files.py                the system calls that change files, as a seam

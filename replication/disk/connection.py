@@ -34,6 +34,7 @@ import nbd
 
 from replication.addresses import HEAD_START_S, Rivals, take_place
 from replication.disk.direct import DirectCalls
+from replication.disk.fence import Fence
 from replication.errors import ConfigError, DiskError
 from replication.tls import Tls, explain
 from replication.uri import host_of
@@ -71,12 +72,14 @@ Issue = Callable[[nbd.NBD, Completion], object]
 class Request:
     """One request in flight."""
 
-    __slots__ = ("_wake", "done", "errno", "length", "moved_before", "on_done", "since", "to_move")
+    __slots__ = ("_wake", "change", "done", "errno", "length", "moved_before", "on_done", "since", "to_move")
 
     def __init__(self, length: int, on_done: Callable[[Request], None] | None = None) -> None:
         """`length` is the number of bytes that the request and its answer carry."""
         self.done = False
         self.errno = 0
+        self.change: tuple[int, int] | None = None
+        """Offset and length of what it changes, for a connection that is `fenced`."""
         self.since = time.monotonic()
         """Since when only the server keeps it waiting: when it was issued, or last seen to be moving."""
         self.length = length + _HEADER
@@ -118,6 +121,10 @@ class Connection:
         """Connect within `timeout_s` seconds; `export` replaces the URI's export name unless None, and `tls` is for an
         nbds: URI that says nothing of it itself."""
         self.uri = uri
+        self.fenced = False
+        """Whether what is in flight when the connection is given up has to be waited for (fence.py)."""
+        self.fence: Fence | None = None
+        """That, once it was given up so."""
         self._timeout_s = timeout_s
         # Protects `_cause`, `_socket` and the wake-up descriptor against `close`. Never held across I/O.
         self._lock = threading.Lock()
@@ -168,6 +175,7 @@ class Connection:
         self.can_flush = bool(self.handle.can_flush())
         self.can_extents = bool(self.handle.can_meta_context("base:allocation"))
         self.read_only = bool(self.handle.is_read_only())
+        self._structured = bool(self.handle.get_structured_replies_negotiated())
         self.description = self._description()
         """What the server says of the export, empty if nothing."""
         self.block_size = max(1, int(self.handle.get_block_size(nbd.SIZE_MINIMUM)))
@@ -390,14 +398,21 @@ class Connection:
         return len(self._pending) + len(self._written_alone)
 
     def issue(
-        self, issue: Issue, payload: int, on_done: Callable[[Request], None] | None = None, answer: int = 0
+        self,
+        issue: Issue,
+        payload: int,
+        on_done: Callable[[Request], None] | None = None,
+        answer: int = 0,
+        change: tuple[int, int] | None = None,
     ) -> Request:
         """Send one request; `issue(handle, completion)` makes the libnbd call. `wait` or `drive` must follow.
 
         `payload` is the number of bytes that it carries, `answer` that of its answer. `on_done` is for an owner that
         drives the handle itself and never calls `wait`; it is called with libnbd's lock held, so it may only note.
+        `change` is the offset and length of what the request changes, if it changes anything.
         """
         request = Request(payload + answer, on_done)
+        request.change = change
         key = id(request)
 
         def completed(error: Any) -> int:
@@ -581,6 +596,7 @@ class Connection:
         """Send a write, as `issue` does, from the one thread that uses this connection (direct.py). `data` is not
         changed, and when the write has succeeded no longer needed."""
         request = Request(len(data), on_done)
+        request.change = (offset, len(data))
         if self._cause is not None:
             raise DiskError(self._cause)
         try:
@@ -630,13 +646,34 @@ class Connection:
         with self._lock:
             if self._cause is None:
                 self._cause = cause
-            if self._socket is not None:
+                if self.fenced and self._fence_locked():
+                    self._poke_locked()
+                    return
+            if self._socket is not None and self.fence is None:
                 try:
                     self._socket.shutdown(socket.SHUT_RDWR)
                 except OSError as error:
                     if error.errno != errno.ENOTCONN:  # the other side was faster
                         raise
             self._poke_locked()
+
+    def _fence_locked(self) -> bool:
+        """Take the socket from libnbd, if changes are in flight, which then finds its own end closed and gives back
+        what it has; whether that was so."""
+        requests = [*self._pending.values(), *(request for request, _ in list(self._written_alone.values()))]
+        changes = [request.change for request in requests if request.change is not None]
+        if not changes or self._socket is None or self.handle.aio_is_dead() or self.handle.aio_is_closed():
+            return False
+        sent = not self.handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE
+        aligned = self.handle.aio_is_ready()
+        kept = self._socket.dup()
+        closed, other = socket.socketpair()
+        other.close()
+        os.dup2(closed.fileno(), self._fd, inheritable=False)
+        closed.close()
+        readable = self._tls is None and sent and aligned and self._structured
+        self.fence = Fence(self.uri, kept, changes, len(requests), readable)
+        return True
 
     def close(self) -> None:
         """Disconnect, politely when nothing is in flight. The owner makes sure that no thread uses it any more."""

@@ -7,6 +7,9 @@ Invariants
 * A lost connection fails the requests in flight. Later requests connect anew, at most once in RETRY_S seconds.
   If data was written and not flushed when the connection went, the next flush fails once: the server may have
   lost it (as fsync(2) reports a lost page once).
+* A change that was given up is waited for (fence.py): until its connection has answered it or has ended, every change
+  that overlaps it is refused, so that it cannot land on top of a newer one. The rest of the disk goes on over a fresh
+  connection; with FENCES_MAX such connections there is no further one.
 * A server with a minimum block size gets only aligned requests; edges are read, changed and written back under a
   range lock that every write takes.
 """
@@ -23,6 +26,7 @@ import nbd
 
 from replication.disk.connection import CHUNK, Completion, Connection, Issue
 from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
+from replication.disk.fence import Fence
 from replication.disk.files import Buffer
 from replication.errors import ConfigError, DiskError
 from replication.order.rangelock import RangeLock
@@ -35,6 +39,8 @@ TIMEOUT_S = 30.0
 """Longest time without progress before a request fails, as the kernel gives a SCSI disk."""
 
 RETRY_S = 1.0
+FENCES_MAX = 4
+"""Connections at most that were given up and may still change something."""
 _ZERO_CHUNK = 1 << 30
 _GATHER_MAX = 256 << 10
 _EXTENT_CHUNK = 1 << 30
@@ -57,7 +63,11 @@ class NbdDisk(Disk):
         self._tls = tls
         self._block_size = connection.block_size
         connection.timeout_s = TIMEOUT_S
-        # Protects the two fields below it; held while connecting, by intent: the others wait for the same server.
+        connection.fenced = True
+        # Former connections. Replaced, under the lock, before a fresh connection can be used.
+        self._fences: tuple[Fence, ...] = ()
+        # Protects the two fields below it, and the one above; held while connecting, by intent: the others wait for the
+        # same server.
         self._lock = threading.Lock()
         self._connection: Connection | None = connection
         self._retry_at = 0.0
@@ -101,7 +111,7 @@ class NbdDisk(Disk):
         flags = 0 if may_trim else nbd.CMD_FLAG_NO_HOLE
         for start in range(offset, offset + length, _ZERO_CHUNK):
             count = min(_ZERO_CHUNK, offset + length - start)
-            self._run(partial(_zero, count, start, flags))
+            self._run(partial(_zero, count, start, flags), change=(start, count))
         self._written = object()
         if fua:
             self.flush()
@@ -156,9 +166,21 @@ class NbdDisk(Disk):
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def _run(self, issue: Issue, payload: int = 0, answer: int = 0) -> None:
+    def _run(self, issue: Issue, payload: int = 0, answer: int = 0, change: tuple[int, int] | None = None) -> None:
         connection = self._connected()
-        connection.wait(connection.issue(issue, payload, None, answer))
+        if change is not None and self._fences:
+            self._check_fences(*change)
+        connection.wait(connection.issue(issue, payload, None, answer, change))
+
+    def _check_fences(self, offset: int, length: int) -> None:
+        if any(fence.covers(offset, length) for fence in self._fences):
+            raise DiskError(
+                f"{self.location}: a change of {length} bytes at {offset} is refused, because a former one there was "
+                "given up, and the server has neither answered it nor closed that connection",
+                errno.EIO,
+            )
+        with self._lock:
+            self._fences = tuple(fence for fence in self._fences if fence.pending)
 
     def _connected(self) -> Connection:
         connection = self._connection
@@ -175,6 +197,12 @@ class NbdDisk(Disk):
             if self._written is not self._flushed:
                 self._lost_writes = True
                 self._flushed = self._written
+            if connection is not None and connection.fence is not None and connection.fence not in self._fences:
+                self._fences = (*(fence for fence in self._fences if fence.pending), connection.fence)
+            if sum(fence.pending for fence in self._fences) >= FENCES_MAX:
+                raise DiskError(
+                    f"{self.location} has not answered what {FENCES_MAX} former connections sent", errno.EIO
+                )
             # The lost connection is not closed here: other threads may still be fetching their errors from it.
             # It goes when the last of them lets go of it.
             fresh = Connection(self.location, None, CONNECT_S, self._tls)
@@ -182,6 +210,7 @@ class NbdDisk(Disk):
                 fresh.close()
                 raise DiskError(f"{self.location} came back as a different disk")
             fresh.timeout_s = TIMEOUT_S
+            fresh.fenced = True
             self._connection = fresh
             return fresh
 
@@ -190,7 +219,7 @@ class NbdDisk(Disk):
         flags = nbd.CMD_FLAG_FUA if native else 0
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
-            self._run(partial(_pwrite, part, offset + start, flags), len(part))
+            self._run(partial(_pwrite, part, offset + start, flags), len(part), change=(offset + start, len(part)))
         if not native:
             self._written = object()
         if fua and not native:

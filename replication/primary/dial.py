@@ -103,6 +103,8 @@ class Dialler:
         self._interrupted = False
         # The channel of the latest agreement that was sought: what `give_up` tears loose.
         self._peer: Peer | None = None
+        # Connections to plain servers, in use or given up: what they have sent the server may still do.
+        self._plain_ones: list[Connection] = []
 
     # -- steps 1 to 4 --------------------------------------------------------------------------------------
 
@@ -254,6 +256,13 @@ class Dialler:
     # -- plain servers -------------------------------------------------------------------------------------
 
     def _dial_plain(self, agreement: Agreement) -> Agreement:
+        self._plain_ones = [one for one in self._plain_ones if not one.dead or (one.fence and one.fence.pending)]
+        if any(one.uri == agreement.uri and one.fence and one.fence.pending for one in self._plain_ones):
+            # A secondary of ours has both kept apart by the token of the session.
+            raise DiskError(
+                f"{agreement.uri} has neither answered what was sent over the former connection nor closed that: it "
+                "may still write it, on top of what would be sent now"
+            )
         try:
             for disk in self._disks:
                 agreement.connections.append(self._plain(disk, agreement.uri))
@@ -263,6 +272,8 @@ class Dialler:
                         f"{agreement.uri} is a secondary, but its control export cannot be opened: try again"
                     )
                 self._check_open(agreement.connections[-1])
+                agreement.connections[-1].fenced = True
+                self._plain_ones.append(agreement.connections[-1])
         except BaseException:
             agreement.close()
             raise

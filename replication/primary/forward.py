@@ -354,7 +354,8 @@ class Forwarder:
             elif first.kind is Kind.WRITE:
                 connection.write_alone(first.data, first.offset, first.flags, answered)
             else:
-                connection.issue(first.issue, 0, answered)
+                change = (first.offset, first.length) if first.length else None
+                connection.issue(first.issue, 0, answered, change=change)
         except DiskError as error:
             self._answered.append((entries, error.errno))
 
