@@ -247,7 +247,7 @@ class Node:
 
     # -- commands ------------------------------------------------------------------------------------------
 
-    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
+    def start(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
         """replication-start; texts and their order as in QEMU's replication_start."""
         with self._commanding():
             if self.stage in (Stage.DONE, Stage.FAILOVER) and secondary is None:
@@ -262,22 +262,25 @@ class Node:
                 raise CommandError("Block replication is running or done")
             promoted = self.stage is Stage.DONE and isinstance(self.side, SecondarySide)
             if promoted and mode is Mode.PRIMARY:
-                self._become_primary(secondary, sync)
+                self._become_primary(secondary, sync, discard_checkpoint)
                 return
             if mode is not None and mode is not self.side.mode:
                 raise CommandError(
                     f"The parameter mode's value is invalid, needs {self.side.mode.value}, but got {mode.value}"
                 )
-            self.side.start(secondary, sync)
+            self.side.start(secondary, sync, discard_checkpoint)
 
-    def _become_primary(self, secondary: str | None, sync: str) -> None:
+    def _become_primary(self, secondary: str | None, sync: str, discard_checkpoint: bool) -> None:
         """A promoted secondary gets a secondary of its own; its guest goes on over the export that it has."""
         former = self.side
         assert isinstance(former, SecondarySide)
         side = PrimarySide(self._setting(lambda: side))
         side.adopt(former.disks)
-        side.start(secondary, sync)
-        former.retire()
+        try:
+            side.start(secondary, sync, discard_checkpoint)
+        finally:
+            if self.side is side:  # also when only the secondary's checkpoint could not be given up
+                former.retire()
 
     def demote(self) -> None:
         """replication-demote: a secondary that was promoted becomes one again, with its disks as they are, and runs.
@@ -378,10 +381,11 @@ class Node:
             raise CommandError(f"This is a secondary: to {what} an epoch is a matter of its primary")
         return self.side
 
-    def discard(self) -> None:
-        """replication-discard: what was written here may be overwritten by a primary."""
+    def discard(self, checkpoint: bool = False) -> None:
+        """replication-discard: what was written here may be overwritten by a primary, or (`checkpoint`) the last
+        checkpoint by the one that is connected."""
         with self._commanding():
-            self.side.discard()
+            self.side.discard(checkpoint)
 
     # -- commands of a primary, over the peer channel ------------------------------------------------------
 
@@ -424,6 +428,11 @@ class Node:
         """replication-pair-sync."""
         with self._commanding():
             self._secondary().pairing.sync(token, verdict, generation, marked, history)
+
+    def pair_discard(self, token: str) -> None:
+        """replication-pair-discard: a person at the primary gives up the last checkpoint."""
+        with self._commanding():
+            self._secondary().discard_checkpoint_of(token)
 
     def unpair(self, token: str) -> None:
         """replication-unpair."""
@@ -483,6 +492,7 @@ class Node:
             "epoch": self._state.epoch,
             "checkpoint": self._state.checkpoint,
             "node": self._record.node,
+            "generation": self._ancestry.lineage.current,
             **self.side.query(),
         }
 

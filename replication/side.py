@@ -113,8 +113,9 @@ class Side(ABC):
         """Requests from now on follow this stage. The gate is closed, or nothing is served yet."""
 
     @abstractmethod
-    def start(self, secondary: str | None, sync: str) -> None:
-        """From none (or, with a new secondary, done) to running."""
+    def start(self, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
+        """From none (or, with a new secondary, done) to running. `discard_checkpoint`: the secondary's last one need
+        not be kept until it has everything."""
 
     @abstractmethod
     def checkpoint(self) -> None:
@@ -129,8 +130,9 @@ class Side(ABC):
         """From failover-failed back to failover. `force`: although there is no valid checkpoint."""
 
     @abstractmethod
-    def discard(self) -> None:
-        """Give up what was written here, if a primary wants to overwrite it."""
+    def discard(self, checkpoint: bool) -> None:
+        """Give up what was written here, if a primary wants to overwrite it; `checkpoint`: the last checkpoint, for a
+        resync that is at work."""
 
     def face_of(self, export: str) -> tuple[str, str | None]:
         """Which face a client means that opens `export`, and the token that it has, if it has one."""

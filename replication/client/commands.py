@@ -37,6 +37,10 @@ DISCARD_TEXT = """\
 Discard allows the primary that connects next to overwrite what has been written to this node's disks since the two
 parted. It cannot be undone. Copy what you need of it first."""
 
+DISCARD_CHECKPOINT_TEXT = """\
+The last checkpoint of this secondary is given up, so that the primary can send all that is missing. Until that is
+complete and the next checkpoint is taken, there is nothing to fail over to."""
+
 DEMOTE_TEXT = """\
 Demotion makes the owner of the disks a secondary again. Its guest must have been moved away: what it still writes is
 lost."""
@@ -71,6 +75,8 @@ def status(client: Session, options: argparse.Namespace) -> None:
 def start(client: Session, options: argparse.Namespace) -> None:
     """Start replication."""
     given = {name: getattr(options, name) for name in ("mode", "secondary", "sync")}
+    if options.discard_checkpoint:
+        given["discard-checkpoint"] = True
     client.call("replication-start", **{name: value for name, value in given.items() if value is not None})
     stage = end_reached(client)
     if stage is None:
@@ -104,9 +110,12 @@ def retry(client: Session, options: argparse.Namespace) -> None:
 def discard(client: Session, options: argparse.Namespace) -> None:
     """Allow the next primary to overwrite what was written here."""
     if not options.yes:
-        confirm(DISCARD_TEXT, "discard")
-    client.call("replication-discard")
-    print("what was written here may be overwritten by the primary that connects next")
+        confirm(DISCARD_CHECKPOINT_TEXT if options.checkpoint else DISCARD_TEXT, "discard")
+    client.call("replication-discard", **({"checkpoint": True} if options.checkpoint else {}))
+    if options.checkpoint or (client.call("query-replication").get("link") or {}).get("primary"):
+        print("the last checkpoint was given up; the next one is taken when the primary has sent everything")
+    else:
+        print("what was written here may be overwritten by the primary that connects next")
 
 
 def demote(client: Session, options: argparse.Namespace) -> None:

@@ -22,8 +22,9 @@ class Replicated(Protocol):
     """What the commands need of a node. Every method may be called by several threads at once, does its own
     locking, and raises CommandError when it refuses."""
 
-    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
-        """Start replication; `sync` is "auto", "full" or "none"; None: as configured."""
+    def start(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
+        """Start replication; `sync` is "auto", "full" or "none"; None: as configured. `discard_checkpoint`: the
+        secondary need not keep its last checkpoint until it has everything."""
 
     def checkpoint(self) -> tuple[int, float]:
         """Take a checkpoint; its epoch, and the seconds it took."""
@@ -49,8 +50,9 @@ class Replicated(Protocol):
     def demote(self) -> None:
         """Make an owner of disks a secondary again."""
 
-    def discard(self) -> None:
-        """Allow that what was written here is overwritten by a primary."""
+    def discard(self, checkpoint: bool = False) -> None:
+        """Allow that what was written here is overwritten by a primary; `checkpoint`: give up the last checkpoint, for
+        a resync that is at work."""
 
     def lost_heartbeat(self) -> None:
         """The peer is dead: a secondary fails over, a primary stops."""
@@ -129,7 +131,8 @@ class Commands:
 
     def _start(self, arguments: Mapping[str, Any]) -> Any:
         mode = Mode(arguments["mode"]) if "mode" in arguments else None
-        self._node.start(mode, arguments.get("secondary"), arguments.get("sync", "auto"))
+        further = {"discard_checkpoint": True} if arguments.get("discard-checkpoint", False) else {}
+        self._node.start(mode, arguments.get("secondary"), arguments.get("sync", "auto"), **further)
         return {}
 
     def _checkpoint(self, arguments: Mapping[str, Any]) -> Any:
@@ -150,8 +153,11 @@ class Commands:
         self._node.demote()
         return {}
 
-    def _discard(self, _arguments: Mapping[str, Any]) -> Any:
-        self._node.discard()
+    def _discard(self, arguments: Mapping[str, Any]) -> Any:
+        if arguments.get("checkpoint", False):
+            self._node.discard(checkpoint=True)
+        else:
+            self._node.discard()
         return {}
 
     def _get_error(self, _arguments: Mapping[str, Any]) -> Any:
@@ -219,6 +225,7 @@ class Commands:
                 "mode": Argument("string", values=tuple(mode.value for mode in Mode)),
                 "secondary": Argument("string"),
                 "sync": Argument("string", values=("auto", "none", "full")),
+                "discard-checkpoint": Argument("boolean"),
             },
         ),
         "replication-checkpoint": Command(_checkpoint, {"hold": Argument("boolean")}),
@@ -226,7 +233,7 @@ class Commands:
         "replication-checkpoint-abort": Command(_abort, {"epoch": Argument("integer", required=True)}),
         "replication-get-error": Command(_get_error),
         "replication-stop": Command(_stop, {"failover": Argument("boolean"), "force": Argument("boolean")}),
-        "replication-discard": Command(_discard),
+        "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),
         "replication-demote": Command(_demote),
         "replication-retry": Command(_retry, {"force": Argument("boolean")}),
         "query-replication": Command(_query),

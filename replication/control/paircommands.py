@@ -50,6 +50,9 @@ class Paired(Protocol):
     def pair_prepare(self, token: str) -> None:
         """A checkpoint is about to be taken."""
 
+    def pair_discard(self, token: str) -> None:
+        """The last checkpoint is given up."""
+
     def unpair(self, token: str) -> None:
         """The primary leaves in good order."""
 
@@ -115,6 +118,10 @@ class PairCommands:
         self._node.pair_prepare(arguments["token"])
         return {}
 
+    def _discard(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.pair_discard(arguments["token"])
+        return {}
+
     def _unpair(self, arguments: Mapping[str, Any]) -> Any:
         self._node.unpair(arguments["token"])
         return {}
@@ -155,6 +162,7 @@ class PairCommands:
             },
         ),
         "replication-pair-prepare": (_prepare, {"token": Argument("string", required=True)}),
+        "replication-pair-discard": (_discard, {"token": Argument("string", required=True)}),
         "replication-unpair": (_unpair, {"token": Argument("string", required=True)}),
         "replication-checkpoint": (
             _checkpoint,

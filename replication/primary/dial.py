@@ -233,6 +233,12 @@ class Dialler:
             except (KeyError, TypeError, ValueError) as error:
                 raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
 
+    def discard_checkpoint(self, agreement: Agreement) -> None:
+        """The secondary need not keep its last checkpoint until it has everything. PeerError, DiskError."""
+        if agreement.peer is None:
+            return  # a plain server keeps none
+        self._ask(agreement.peer, "replication-pair-discard", {"token": agreement.token})
+
     def take_lost(self, agreement: Agreement) -> bool:
         """Mark what the secondary has lost of what it was sent; whether that was anything. PeerError, DiskError,
         Refusal."""

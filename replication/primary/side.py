@@ -24,9 +24,10 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking
 from replication.primary.forward import Forwarder
 from replication.primary.link import Link
+from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
 from replication.primary.watch import Watch
-from replication.record.changes import ChangeMap
+from replication.record.changes import GRAIN, ChangeMap
 from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
 from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
@@ -171,7 +172,7 @@ class PrimarySide(Side):
 
     # -- commands ------------------------------------------------------------------------------------------
 
-    def start(self, secondary: str | None, sync: str) -> None:
+    def start(self, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
         if sync == "full" and any(disk.local is None for disk in self.disks):
             raise CommandError("Parameter 'sync' does not accept value 'full': there is no local disk to send")
         if secondary is not None:
@@ -223,6 +224,13 @@ class PrimarySide(Side):
         self._watch.start()
         self._link.launch(resume=False)
         self._link.establish(agreement, begin=True)
+        if discard_checkpoint:
+            try:
+                self._link.dialler.discard_checkpoint(agreement)
+            except (DiskError, PeerError) as error:
+                raise CommandError(
+                    f"Replication has been started, but the secondary's last checkpoint was not given up: {error}"
+                ) from error
 
     def checkpoint(self) -> None:
         """With a secondary that takes checkpoints, one of the pair (epochs.py); else a barrier: every write answered
@@ -299,7 +307,9 @@ class PrimarySide(Side):
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""
 
-    def discard(self) -> None:
+    def discard(self, checkpoint: bool) -> None:
+        if checkpoint:
+            raise CommandError("This is a primary: the last checkpoint is its secondary's, so give it up there")
         raise CommandError(
             "This is a primary: run discard on the node whose changes are to be thrown away, as a secondary"
         )
@@ -377,6 +387,7 @@ class PrimarySide(Side):
         return {
             "consistent": True,
             "held-epoch": self._epochs.held,
+            "peer-node": self._set.record.partner,
             "link": {"state": self._link.state.value, "secondary": self._uri, "reason": self._link.reason},
             "disks": [
                 {
@@ -384,6 +395,7 @@ class PrimarySide(Side):
                     "size": disk.size,
                     "forward-queue-bytes": disk.forwarder.queue_bytes,
                     "out-of-sync-bytes": disk.changes.marked_bytes,
+                    "marks": -(-disk.changes.marked_bytes // GRAIN),
                     "totals": {
                         "read": disk.bytes_read,
                         "written": disk.bytes_written,

@@ -141,6 +141,7 @@ class Watch:
     def _note_checkpoint(self, status: dict[str, Any]) -> None:
         consistent = status.get("consistent") is True
         if self._consistent and not consistent:
+            self._lacking()  # what was refused for the checkpoint's sake is taken now
             error = DiskError("the secondary has lost its last checkpoint: it has none until the next one is taken")
             self._set.faults.report(Case.EMPTYING, self._disks[0].name, "keep", 0, 0, error)
         self._consistent = consistent

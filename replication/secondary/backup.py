@@ -47,6 +47,17 @@ class Backup:
         """Whether target writes are tried."""
         return self._set.record.backup in (RUNNING, FAILED)
 
+    @property
+    def blocked(self) -> bool:
+        """Whether target writes are refused because what they overwrite cannot be preserved."""
+        return self._set.record.backup != RUNNING
+
+    def dispense(self) -> None:
+        """There is nothing to preserve until the next checkpoint. The caller saves the record."""
+        with self._lock:
+            self._set.record.backup = RUNNING
+        self.conclude(None)
+
     def begin(self) -> None:
         """Show the jobs, if it runs."""
         with self._lock:

@@ -19,7 +19,7 @@ from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
 from replication.order.pause import pause
-from replication.record.changes import ChangeMap
+from replication.record.changes import GRAIN, ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
 from replication.secondary.backup import RUNNING, Backup
@@ -36,6 +36,7 @@ from replication.stage import Mode, Stage
 _FAILOVER_S = 0.5
 """Longest wait of a failover for the requests in flight; with the wait for another command it answers within 2 s."""
 
+GIVEN_UP = "the last checkpoint was given up for a resync"
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
 
 _CLOSE_S = 3.0
@@ -207,11 +208,13 @@ class SecondarySide(Side):
 
     # -- commands ------------------------------------------------------------------------------------------
 
-    def start(self, secondary: str | None, sync: str) -> None:
+    def start(self, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
         if secondary is not None:
             raise CommandError("Parameter 'secondary' is for the primary; this is a secondary")
         if self._set.record.stage is Stage.DONE:
             raise CommandError("Block replication is running or done")
+        if discard_checkpoint:
+            raise CommandError("Parameter 'discard-checkpoint' is for the primary; this is a secondary")
         if sync == "full":
             raise CommandError("Parameter 'sync' is for the primary; this is a secondary")
         self._check_start()
@@ -321,6 +324,13 @@ class SecondarySide(Side):
             return None  # the stage says it
         if not self._backup.accepts_writes:
             return f"{BACKUP_CANCELLED} ({self._set.record.backup})"
+        if self._backup.blocked:
+            fault = self._set.faults.fault
+            why = "see the log" if fault is None else fault.desc
+            return (
+                f"what the primary overwrites cannot be preserved ({why}): make room for the hidden disk, or give the "
+                "last checkpoint up with `replctl discard --checkpoint` on the secondary"
+            )
         return self._hindrance.why or self._damage()
 
     def _damage(self) -> str | None:
@@ -488,12 +498,49 @@ class SecondarySide(Side):
                 take_back()
             raise
 
-    def discard(self) -> None:
+    def discard(self, checkpoint: bool) -> None:
+        # While a primary is connected there is nothing else to be given up; and nobody need look up the argument when
+        # it is the checkpoint alone that keeps a resync from going on.
+        if checkpoint or (self.pairing.primary is not None and self._backup.blocked):
+            self._discard_checkpoint()
+            return
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
             raise CommandError(
                 f"This node is the owner of its disks (stage {self._set.record.stage.value}): make it a secondary first"
             )
         self.pairing.discard()
+
+    def discard_checkpoint_of(self, token: str) -> None:
+        """As `discard`, for a person at the primary. CommandError."""
+        self.pairing.check_token(token)
+        if self._set.record.stage is Stage.RUNNING:
+            self._discard_checkpoint()
+
+    def _discard_checkpoint(self) -> None:
+        """Until the next checkpoint there is none, so nothing is preserved: a resync that is larger than hidden, or
+        sends everything, goes on at full speed."""
+        record = self._set.record
+        if record.stage is not Stage.RUNNING:
+            raise CommandError(f"There is no checkpoint to give up: the stage is {record.stage.value}")
+        if self.pairing.primary is None:
+            raise CommandError("The last checkpoint is not given up while no primary is connected: it is all there is")
+        if record.inconsistent is not None:
+            return
+        if self.pairing.incomplete is None and self._backup.running:
+            raise CommandError("The last checkpoint is not given up: the secondary lacks nothing that has to be sent")
+        with self._set.gate.closed():
+            former, record.inconsistent = (record.inconsistent, record.backup), GIVEN_UP
+            self._backup.dispense()
+            try:
+                self._set.save()
+            except BaseException:
+                record.inconsistent, record.backup = former
+                raise
+            for disk in self.disks:
+                if disk.stack is not None and not disk.stack.power:
+                    disk.stack.empty()  # gives its space back; what is in it counts no longer
+            self._set.show()
+        self._reclaimer.wake()
 
     def face_of(self, export: str) -> tuple[str, str | None]:
         prefix, _, rest = export.partition(":")
@@ -602,6 +649,7 @@ class SecondarySide(Side):
         return {
             "consistent": self._set.record.inconsistent is None,
             "checkpoint-obstacle": self.obstacle,
+            "peer-node": self.pairing.primary,
             "link": self.pairing.link,
             "disks": [
                 {
@@ -611,6 +659,7 @@ class SecondarySide(Side):
                     "active-bytes": stack.active.bytes_held if stack else 0,
                     "hidden-bytes": stack.hidden.bytes_held if stack else 0,
                     "out-of-sync-bytes": disk.lost.marked_bytes,
+                    "marks": -(-(disk.lost.marked_bytes + disk.changes.marked_bytes) // GRAIN),
                     "totals": dict(disk.totals),
                 }
                 # The stack is looked up once: a role change takes it away meanwhile.
