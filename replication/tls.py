@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """TLS of the connections that this process makes: whom it trusts, who it is, and why a handshake has failed.
 
-Facts about libnbd 1.14 (lib/crypto.c, lib/uri.c), each seen here:
+What holds with every libnbd:
 * An nbds: URI never falls back to plain text.
-* The server's certificate is verified over TCP, against ca-cert.pem of the folder and the host name in the URI. Over a
-  Unix socket, or without a folder (the system's CAs), nothing is verified: the link is private, but with anybody.
+* Over TCP no server is used whose certificate nobody has verified: against ca-cert.pem of the folder and nothing else,
+  and against the host name in the URI; without a folder against the system's CAs.
+* With a PSK both sides prove that they have the key.
+* Over a Unix socket only encryption is promised: who listens there is a matter of its folder's permissions.
+
+Facts about libnbd 1.14 (Debian 12) and 1.22 (Debian 13), from lib/crypto.c and lib/uri.c, each seen here:
+* 1.14 verifies only over TCP, and only with a folder. Without one it uses whatever the server shows, so that is refused
+  here (`check_verified`). 1.22 then verifies against the system's CAs.
+* 1.22 also verifies over a Unix socket: the CA, and no name.
 * A folder without a readable ca-cert.pem counts as no folder; a missing or unreadable client certificate is left out.
   Both are errors here.
 * What GnuTLS found wrong with a certificate is not told, so OpenSSL is asked (`explain`).
@@ -25,7 +32,7 @@ import nbd
 
 from replication.addresses import connect
 from replication.errors import ConfigError
-from replication.uri import PORT, is_tls, parameters
+from replication.uri import host_of, is_tls, parameters
 
 _PSK_FILE_MAX = 1 << 20
 
@@ -35,6 +42,11 @@ _FIXED_NEWSTYLE_NO_ZEROES = 3
 _OPT_STARTTLS = 5
 _REPLY_BYTES = 20
 _REPLY_ACK = struct.pack(">I", 1)
+
+_TCP = "nbds://"
+
+_KNOWS_SYSTEM_CAS = hasattr(nbd.NBD, "set_tls_hostname")
+"""Whether libnbd verifies a server without `tls-certificates`. No function tells; 1.22 has this one and does."""
 
 _UNKNOWN_CA = (2, 18, 19, 20, 21)
 """OpenSSL's X509_V_ERR_ of an issuer that it does not have, or of one that vouches for itself."""
@@ -111,6 +123,14 @@ class Tls:
         if self.username is not None:
             handle.set_tls_username(self.username)
 
+    def check_verified(self, uri: str) -> None:
+        """For a handle that has shaken hands: ConfigError if that was with a server that nobody has verified."""
+        if self.certificates is None and self.psk is None and not _KNOWS_SYSTEM_CAS and uri.startswith(_TCP):
+            raise ConfigError(
+                "this libnbd does not verify the server without tls-certificates (a folder with ca-cert.pem; for the"
+                " system's CAs a link to /etc/ssl/certs/ca-certificates.crt) or tls-psk"
+            )
+
 
 def _check_certificates(folder: str) -> None:
     """The files that libnbd takes from the folder, under nbdkit's names for them."""
@@ -163,19 +183,23 @@ def explain(uri: str, said: str, tls: Tls, deadline: float) -> str:
 
 def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
     """What OpenSSL finds wrong with the server's certificate; None if nothing, or if it cannot be asked."""
-    parts = urlsplit(uri)
-    if tls.certificates is None or parts.scheme != "nbds" or parts.hostname is None:
+    server = host_of(uri)
+    if server is None:
         return None
-    authority = os.path.join(tls.certificates, "ca-cert.pem")
+    authority = None if tls.certificates is None else os.path.join(tls.certificates, "ca-cert.pem")
     try:
         context = ssl.create_default_context(cafile=authority)
-        with connect(parts.hostname, parts.port or PORT, deadline) as link:
+        with connect(*server, deadline) as link:
             _start_tls(link, deadline)
             link.settimeout(_left_s(deadline))
-            context.wrap_socket(link, server_hostname=parts.hostname).close()
+            context.wrap_socket(link, server_hostname=server[0]).close()
     except ssl.SSLCertVerificationError as error:
-        known = error.verify_code not in _UNKNOWN_CA
-        return error.verify_message.rstrip(".") + ("" if known else f" (its CA is not the one in {authority})")
+        found = error.verify_message.rstrip(".")
+        if error.verify_code not in _UNKNOWN_CA:
+            return found
+        if authority is None:
+            return f"{found} (its CA is none of this system's; tls-certificates names another)"
+        return f"{found} (its CA is not the one in {authority})"
     except (OSError, ValueError):
         # The failure that is to be explained has been noticed; this one would only be another.
         return None

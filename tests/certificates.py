@@ -15,6 +15,19 @@ from lab import DEADLINE_S, DelayedEndpoint, NbdProcess, Primary, Secondary
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
+_CA_CONFIG = """
+[ca]
+default_ca = expired
+[expired]
+new_certs_dir = {folder}
+database = {folder}/index
+serial = {folder}/serial
+default_md = sha256
+policy = any
+[any]
+commonName = supplied
+"""
+
 HERE = "DNS:localhost,IP:127.0.0.1"
 
 
@@ -38,7 +51,7 @@ class Authority:
         _openssl("req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, *subject, *usage)
 
     def server(self, name: str = "server", hosts: str = HERE, days: int = 30) -> Path:
-        """A folder for a server that `hosts` (subjectAltName) may call itself; `days` -1 has expired."""
+        """A folder for a server that `hosts` (subjectAltName) may call itself; with `days` 0 it has expired."""
         return self._folder_with("server", name, hosts, days)
 
     def client(self, name: str = "client") -> Path:
@@ -58,8 +71,23 @@ class Authority:
         extensions.write_text(f"subjectAltName={hosts}\n")
         _openssl("req", *_KEY, "-keyout", folder / f"{kind}-key.pem", "-out", request, "-subj", f"/CN={name}")
         issuer = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-extfile", extensions)
-        _openssl("x509", "-req", "-in", request, "-out", folder / f"{kind}-cert.pem", "-days", str(days), *issuer)
+        out = folder / f"{kind}-cert.pem"
+        if days > 0:
+            _openssl("x509", "-req", "-in", request, "-out", out, "-days", str(days), *issuer)
+        else:
+            self._sign_expired(request, extensions, out)
         return folder
+
+    def _sign_expired(self, request: Path, extensions: Path, out: Path) -> None:
+        """`openssl x509` of 3.5 makes none, of either sign of -days."""
+        folder = request.parent / "signed"
+        folder.mkdir()
+        (folder / "index").touch()
+        (folder / "serial").write_text("1000\n")
+        (folder / "config").write_text(_CA_CONFIG.format(folder=folder))
+        issuer = ("-cert", self.certificate, "-keyfile", self._key, "-config", folder / "config")
+        dates = ("-startdate", "20200101000000Z", "-enddate", "20200102000000Z")
+        _openssl("ca", "-batch", "-notext", "-in", request, "-out", out, "-extfile", extensions, *dates, *issuer)
 
 
 def psk_file(path: Path, *users: str) -> Path:

@@ -193,7 +193,7 @@ class Connection:
         def connect() -> None:
             try:
                 self._connect(export)
-            except (DiskError, OSError) as error:
+            except (ConfigError, DiskError, OSError) as error:
                 self._connecting.set_exception(error)
             else:
                 self._connecting.set_result(None)
@@ -220,6 +220,8 @@ class Connection:
             handle.aio_connect_uri(self.uri)
             self._reach(deadline)
             self._until(deadline, handle.aio_is_negotiating)
+            if self._tls is not None:
+                self._tls.check_verified(self.uri)
             if export is not None:
                 handle.set_export_name(export)
             self._go(deadline)

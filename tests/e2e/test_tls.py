@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,9 @@ import nbd
 import pytest
 
 from certificates import Authority, EndpointWithTwoDoors, SecondaryWithTwoDoors, psk_file
-from lab import DEADLINE_S, KIB, MIB, Lab, Primary, Server, make_raw, pattern, refused
+from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Primary, Server, make_raw, pattern, refused
+from replication.disk.connection import Connection
+from replication.tls import Tls
 
 SIZE = 8 * MIB
 
@@ -117,7 +122,7 @@ def unknown_ca(secrets: Secrets) -> Wrong:
 
 
 def expired(secrets: Secrets) -> Wrong:
-    old = secrets.ours.server("old", days=-1)
+    old = secrets.ours.server("old", days=0)
     return [f"--tls-certificates={old}"], [f"tls-certificates={secrets.client}"], "certificate has expired"
 
 
@@ -187,6 +192,65 @@ def test_a_handshake_that_fails_says_why(lab: Lab, secrets: Secrets, wrong: Call
     said = start_refusal(pair(lab, server, client, uri))
     assert said.startswith(f"cannot start: cannot connect to {uris[0]}: ")
     assert text in said
+
+
+def test_without_keys_a_server_that_nobody_can_verify_is_not_used(lab: Lab, secrets: Secrets) -> None:
+    """libnbd 1.14 would use it."""
+    primary = pair(lab, [f"--tls-certificates={secrets.server}"], [], lambda secondary: secondary.tcp_uri())
+    said = start_refusal(primary)
+    assert "tls-certificates" in said
+    assert "does not verify the server" in said or "certificate is refused" in said
+
+
+SYSTEM_CAS = "/etc/ssl/certs/ca-certificates.crt"
+WITH_SYSTEM_CA = f"""
+import subprocess, sys
+subprocess.run(["mount", "--bind", sys.argv[2], "{SYSTEM_CAS}"], check=True)
+from replication.disk.connection import Connection
+from replication.errors import DiskError
+from replication.tls import Tls
+try:
+    connection = Connection(sys.argv[1], "", 20.0, Tls(sys.argv[3] if sys.argv[3:] else None))
+    print("connected")
+    connection.close()
+except DiskError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not os.path.exists(SYSTEM_CAS), reason="lends the machine a CA, as root")
+@pytest.mark.parametrize("folder", [False, True], ids=["without a folder", "with a folder of another CA"])
+def test_the_systems_cas_count_where_there_is_no_folder_and_only_there(
+    lab: Lab, secrets: Secrets, folder: bool
+) -> None:
+    options = ["--tls=require", f"--tls-certificates={secrets.theirs.server()}"]
+    far = lab.start(EndpointWithTwoDoors(lab.folder, size=MIB, options=options))
+    arguments = [far.tcp_uri(), str(secrets.theirs.certificate), *([str(secrets.client)] if folder else [])]
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", WITH_SYSTEM_CA, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if folder:
+        assert "the server's certificate is refused" in done.stdout
+    elif hasattr(nbd.NBD, "set_tls_hostname"):
+        assert done.stdout == "connected\n"
+    else:
+        assert "this libnbd does not verify the server without tls-certificates" in done.stdout
+
+
+def test_over_a_unix_socket_a_server_of_this_ca_is_used(lab: Lab, secrets: Secrets) -> None:
+    """That one of another CA is used as well, as with libnbd 1.14, or is not, as with 1.22, is no promise."""
+    options = ["--tls=require", f"--tls-certificates={secrets.server}"]
+    far = lab.start(EndpointWithTwoDoors(lab.folder, size=MIB, options=options))
+    uri = f"nbds+unix:///?socket={far.socket_path}"
+    connection = Connection(uri, "", DEADLINE_S, Tls(str(secrets.client)))
+    assert connection.size == MIB
+    connection.close()
 
 
 def test_who_does_not_use_tls_is_refused_by_a_server_that_demands_it(lab: Lab, secrets: Secrets) -> None:
