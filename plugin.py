@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 # nbdkit's Python takes its prefix from the first python3 on PATH; the modules that it needs (nbd, numpy) are Debian's.
 sys.path.append("/usr/lib/python3/dist-packages")
 
+import replication.compiled  # before the others: it decides which they are
 from replication import VERSION
 from replication.control.commands import Commands
 from replication.control.inband import ControlExport
@@ -34,7 +35,6 @@ from replication.events import EventHub
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
-from replication.order import gate
 from replication.record.state import StateFolder
 from replication.secondary.pairing import Channel
 from replication.server import clients
@@ -137,7 +137,7 @@ def _tell_client(error: DiskError | MemoryError) -> None:
 def dump_plugin() -> None:
     """`nbdkit plugin.py --dump-plugin`."""
     print(f"replication_version={VERSION}")
-    print(f"replication_compiled={'no' if str(gate.__file__).endswith('.py') else 'yes'}")
+    print(f"replication_compiled={'yes' if replication.compiled.RUNS else 'no'}")
 
 
 def thread_model() -> int:

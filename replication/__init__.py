@@ -46,9 +46,9 @@ What outlives what
 Source and compiled
 -------------------
     The modules that every request passes through (the list is in scripts/compile) also run compiled by mypyc, with
-    the same meaning. They do without what it lacks: ctypes, weak references, `del` of an attribute, `break` out of a
-    `with`, a class that others subclass in a module that is not compiled, an attribute whose name makes a word of C
-    (`_thread`).
+    the same meaning; compiled.py sees to it that the sources run where they do not fit. They do without what mypyc
+    lacks: ctypes, weak references, `del` of an attribute, `break` out of a `with`, a class that others subclass in a
+    module that is not compiled, an attribute whose name makes a word of C (`_thread`).
 
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
@@ -150,6 +150,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         urgency.py              who gives way to a failover
         ended.py                how who waits for an answer learns of it
         pause.py                where a test can hold a thread
+    compiled.py                 which modules run: compiled ones, or their sources
     events.py log.py stage.py errors.py
 
 A name with a slash is a wing: its `__init__.py` says what it is for, what always holds in it, and which file to read

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lab import PLUGIN, REPOSITORY
+from lab import DEADLINE_S, PLUGIN, REPOSITORY, Lab
 
 
 def test_the_plugin_says_whether_it_is_compiled() -> None:
@@ -126,3 +129,73 @@ def test_without_the_environment_it_says_what_to_do(tree: Tree) -> None:
     assert done.returncode == 1
     assert "run scripts/setup compile" in done.stderr
     assert tree.compile("one", "two").returncode == 2
+
+
+# -- compiled modules that do not fit ----------------------------------------------------------------------------
+
+OTHER_PYTHON = "cpython-39"
+TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+
+
+def for_another_python(compiled: Path) -> None:
+    compiled.rename(compiled.with_name(compiled.name.replace(sys.implementation.cache_tag, OTHER_PYTHON)))
+
+
+def without_a_tag(compiled: Path) -> None:
+    compiled.rename(compiled.with_name(compiled.name.replace(f".{TAG}", "")))
+
+
+def left_as_it_is(compiled: Path) -> None:
+    """What is no shared object has the right name."""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (for_another_python, f"are for another Python ({OTHER_PYTHON}, this is {sys.implementation.cache_tag})"),
+        (without_a_tag, "cannot be loaded ("),
+        (left_as_it_is, "cannot be loaded ("),
+    ],
+    ids=["for another Python", "without a tag", "no shared object"],
+)
+def test_compiled_modules_that_do_not_fit_cost_one_line_and_the_sources_run(
+    lab: Lab, change: Callable[[Path], None], why: str
+) -> None:
+    folder = lab.folder / "compiled"
+    shutil.copytree(REPOSITORY / "replication", folder / "replication", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "plugin.py", folder)
+    for module in ("order/gate", "image/stack"):
+        compiled = folder / f"replication/{module}.{TAG}.so"
+        compiled.write_bytes(b"no shared object")
+        change(compiled)
+    dump = subprocess.run(
+        ["nbdkit", "python", str(folder / "plugin.py"), "--dump-plugin"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    assert "replication_compiled=no\n" in dump.stdout
+    (line,) = dump.stderr.splitlines()
+    assert line.startswith("nbdkit-replication: the compiled modules ")
+    assert why in line
+    assert line.endswith(": the uncompiled ones run; compile again")
+
+
+def test_of_two_pythons_modules_those_that_fit_run_without_a_word(tmp_path: Path) -> None:
+    """As in a folder that both have used."""
+    if PLUGIN == REPOSITORY / "plugin.py":
+        pytest.skip("nothing is compiled here (make test-compiled)")
+    folder = tmp_path / "compiled"
+    shutil.copytree(PLUGIN.parent, folder)
+    for compiled in list(folder.rglob("*.so")):
+        shutil.copy(compiled, compiled.with_name(compiled.name.replace(sys.implementation.cache_tag, OTHER_PYTHON)))
+    dump = subprocess.run(
+        ["nbdkit", "python", str(folder / "plugin.py"), "--dump-plugin"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    assert "replication_compiled=yes\n" in dump.stdout
+    assert dump.stderr == ""
