@@ -17,7 +17,7 @@ from .progress import job_progress, show_jobs, watch_jobs
 from .qmp import Refused
 from .session import Session, Unusable
 from .status import console, event_line, status_view
-from .switchover import primary_and_secondary, switch_over
+from .switchover import Move
 from .values import human_bytes, human_seconds, human_value, printable
 
 # rich is imported where it draws: failover has to work on a host that lacks it.
@@ -129,6 +129,13 @@ def demote(client: Session, options: argparse.Namespace) -> None:
 def stop(client: Session, _options: argparse.Namespace) -> None:
     """Stop replication as planned."""
     client.call("replication-stop")
+    state = client.call("query-replication")
+    lacking = [disk for disk in state.get("disks", []) if disk.get("out-of-sync-bytes")]
+    if state.get("mode") == "primary" and state.get("stage") == "done" and lacking:
+        unsent = ", ".join(
+            f"{human_bytes(disk['out-of-sync-bytes'])} of disk {printable(disk.get('name'))}" for disk in lacking
+        )
+        raise Refused(f"replication stopped, but the secondary lacks {unsent}: that was not sent")
     print("replication stopped")
 
 
@@ -186,11 +193,13 @@ def switchover(client: Session, options: argparse.Namespace) -> None:
     with Session(options.peer, options.timeout) as peer:
         sides = {"this side": client, "the peer": peer}
         states = {name: side.call("query-replication") for name, side in sides.items()}
-        primary, secondary = primary_and_secondary(states)
-        if not options.yes:
-            confirm(SWITCHOVER_TEXT, "switch-over")
-        switch_over(sides[primary], sides[secondary], states[primary])
-    print(f"switched over: {secondary} owns the disk now; start the guest there, on the export of its guest face")
+        move = Move(sides, states)
+        if not move.over:
+            if not options.yes:
+                confirm(SWITCHOVER_TEXT, "switch-over")
+            move.run()
+    owner = f"{move.secondary} owns the disk now; start the guest there, on the export of its guest face"
+    print(f"switched over: {owner}")
 
 
 def jobs(client: Session, options: argparse.Namespace) -> None:

@@ -54,6 +54,10 @@ class Session:
         with self._broken(f"answer to {command}", command):
             return self._qmp.execute(command, arguments, self._deadline())
 
+    def again(self, timeout_s: float) -> Session:
+        """Another conversation with the same node."""
+        return Session(self._path, timeout_s)
+
     def events(self) -> Iterator[dict[str, Any]]:
         """Every event from now on, for as long as the node lives."""
         while True:
