@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lab import DEADLINE_S, DelayedEndpoint, NbdProcess, Primary, Secondary
+from endpoints import DelayedEndpoint
+from nbdprocess import NbdProcess
+from nodes import Primary, Secondary
+from waiting import DEADLINE_S
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 

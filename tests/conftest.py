@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lab import Lab, SharingFolder, SmallFolder
+from lab import Lab
+from mounts import SharingFolder, SmallFolder
 from replication.disk import files
 
 # A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from guestimages import GuestError
-from lab import DEADLINE_S, Stuck, wait_until
 from records import Acknowledged
+from waiting import DEADLINE_S, Stuck, wait_until
 
 
 class Console:

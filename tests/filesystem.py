@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 from guestimages import copy_sparse
-from lab import DEADLINE_S
 from records import Record, decode
+from waiting import DEADLINE_S
 
 _NOT_COUNTED = r"Free (blocks|inodes) count wrong \(\d+, counted=\d+\)\.$"
 """ext4 sums these up in the superblock when it unmounts or mounts; in every disk that is in use they are old."""

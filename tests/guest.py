@@ -25,8 +25,11 @@ from typing import Any, Self
 
 from console import Console
 from guestimages import CACHE, GuestError, Images, run
-from lab import NbdProcess, Process, Qmp, Stuck, wait_until
+from nbdprocess import NbdProcess
+from process import Process
+from qmp import Qmp
 from records import Acknowledged
+from waiting import Stuck, wait_until
 
 MEMORY_MIB = 96
 BOOT_S = 60.0

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lab import MIB, REPOSITORY
+from checkout import REPOSITORY
+from content import MIB
 
 T = TypeVar("T")
 

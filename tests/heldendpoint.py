@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lab import NbdProcess, PausePoints
+from nbdprocess import NbdProcess
+from pausepoints import PausePoints
 
 ENDPOINT = """\
 import os, threading, time

@@ -17,9 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkout import REPOSITORY
+from content import qemu_img
 from guest import Guest, accelerator, nbd_node
 from guestimages import Images, copy_sparse
-from lab import DEADLINE_S, REPOSITORY, Lab, Primary, Secondary, Server, Stuck, disk_name, qemu_img, top_id
+from lab import Lab
+from nodes import Primary, Secondary, Server, disk_name, top_id
+from waiting import DEADLINE_S, Stuck
 
 CLOCKS_S = 0.1
 """Most time between the moment at which a primary has measured how long a checkpoint took, and the one that it puts

@@ -23,8 +23,12 @@ import nbd
 import numpy as np
 import numpy.typing as npt
 
-from lab import DEADLINE_S, KIB, MIB, Lab, Primary, Secondary, disk_name, drained, top_id, wait_until
-from wire import Host, Wire
+from content import KIB, MIB
+from lab import Lab
+from namespaces import Host
+from nodes import Primary, Secondary, disk_name, drained, top_id
+from waiting import DEADLINE_S, wait_until
+from wire import Wire
 
 PORT = 10809
 

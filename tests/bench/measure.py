@@ -24,7 +24,9 @@ from bench.disks import Disks, settle
 from bench.results import Sample, median
 from bench.subjects import Spec, Subject, Unsupported
 from bench.workloads import CHECKPOINT_EVERY_S, GIB, Setup, Workload
-from lab import DEADLINE_S, Lab, QmpError
+from lab import Lab
+from qmp import QmpError
+from waiting import DEADLINE_S
 
 TROUBLE = (AssertionError, QmpError, fio.FioError, nbd.Error, OSError, EOFError)
 """What can go wrong with a subject; the lab reports a process that dies or hangs as an AssertionError."""

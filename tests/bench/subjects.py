@@ -19,7 +19,14 @@ from bench.disks import Disks
 from bench.results import LIMIT, QEMU
 from bench.usage import stopped, with_children
 from bench.workloads import Face, Setup
-from lab import DelayedEndpoint, Lab, NbdProcess, Process, Qemu, Qmp, Server, Stuck, qemu_img, wait_until
+from content import qemu_img
+from endpoints import DelayedEndpoint, Qemu
+from lab import Lab
+from nbdprocess import NbdProcess
+from nodes import Server
+from process import Process
+from qmp import Qmp
+from waiting import Stuck, wait_until
 
 NAME = "disk0"
 TOP_ID = "top0"

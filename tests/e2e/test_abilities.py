@@ -11,7 +11,9 @@ import nbd
 import pytest
 
 from certificates import Authority, SecondaryWithTwoDoors, psk_file
-from lab import MIB, Lab, nbdkit_has
+from content import MIB
+from lab import Lab
+from nodes import nbdkit_has
 
 
 def opened(said: str) -> list[str]:

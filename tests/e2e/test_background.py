@@ -12,7 +12,11 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, MIB, PLUGIN, Lab, Qmp, make_raw, wait_until
+from checkout import PLUGIN
+from content import MIB, make_raw
+from lab import Lab
+from qmp import Qmp
+from waiting import DEADLINE_S, wait_until
 
 
 class Daemon:

@@ -21,7 +21,12 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, MIB, PLUGIN, Lab, Qmp, QmpError, Secondary, make_raw, pattern, qemu_img, wait_until
+from checkout import PLUGIN
+from content import MIB, make_raw, pattern, qemu_img
+from lab import Lab
+from nodes import Secondary
+from qmp import Qmp, QmpError
+from waiting import DEADLINE_S, wait_until
 
 LAYOUT = "extended_l2=on,cluster_size=128k,preallocation=metadata,data_file="
 OWN = re.compile(r"(lock|epoch|[0-9A-Za-z._-]*control\.sock[0-9A-Za-z._-]*)\Z")

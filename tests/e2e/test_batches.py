@@ -20,31 +20,17 @@ import nbd
 import pytest
 
 from certificates import SecondaryWithTwoDoors, psk_file
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    PausePoints,
-    Primary,
-    Secondary,
-    Server,
-    SmallFolder,
-    begin,
-    chance,
-    changed,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, changed, make_raw, pattern, whole
+from lab import Lab
+from mounts import SmallFolder
+from nodes import Primary, Secondary, Server, drained, nbd_refusal
+from pausepoints import PausePoints
 from replication.batch import SPACE, pack
 from replication.disk.connection import Connection
 from replication.options import DATA_EXPORT
 from replication.primary.peer import Peer
 from replication.record.lineage import Lineage, new_id
+from waiting import DEADLINE_S, begin, chance, wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

@@ -16,7 +16,9 @@ import pytest
 from bench.measure import Plan, measure
 from bench.subjects import Subject
 from bench.workloads import WORKLOADS, Face
-from lab import DEADLINE_S, MIB, Lab, wait_until
+from content import MIB
+from lab import Lab
+from waiting import DEADLINE_S, wait_until
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 SMALL = ("--size", "16M", "--seconds", "0.3", "--rounds", "1")

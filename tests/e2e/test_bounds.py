@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from lab import KIB, MIB, Lab, NbdProcess, Pair, Secondary, Server, disk_name, make_raw, pattern, qemu_img, top_id
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from lab import Lab
+from nbdprocess import NbdProcess
+from nodes import Pair, Secondary, Server, disk_name, top_id
 
 pytestmark = pytest.mark.alone
 

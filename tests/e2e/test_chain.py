@@ -23,21 +23,11 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    PausePoints,
-    Primary,
-    Secondary,
-    Server,
-    disk_name,
-    drained,
-    pattern,
-    top_id,
-    wait_until,
-)
+from content import KIB, MIB, pattern
+from lab import Lab
+from nodes import Primary, Secondary, Server, disk_name, drained, top_id
+from pausepoints import PausePoints
+from waiting import DEADLINE_S, wait_until
 
 SIZE = MIB + 64 * KIB + 512
 """Neither whole grains nor whole blocks."""

@@ -17,21 +17,11 @@ from typing import Any
 
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    Lab,
-    Pair,
-    QmpError,
-    Secondary,
-    Server,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    qemu_img,
-    refused,
-    wait_until,
-)
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from lab import Lab
+from nodes import Pair, Secondary, Server, nbd_refusal, refused
+from qmp import QmpError
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)

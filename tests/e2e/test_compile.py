@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, PLUGIN, REPOSITORY, Lab
+from checkout import PLUGIN, REPOSITORY
+from lab import Lab
+from waiting import DEADLINE_S
 
 
 def test_the_plugin_says_whether_it_is_compiled() -> None:

@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 
-from lab import REPOSITORY, wait_until
+from checkout import REPOSITORY
+from waiting import wait_until
 
 DEMO = REPOSITORY / "scripts" / "demo"
 DEMO_S = 90.0

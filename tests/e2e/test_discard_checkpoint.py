@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, Primary, QmpError, Secondary, pattern, refused, wait_until, whole
+from content import KIB, MIB, pattern, whole
+from lab import Lab
+from nodes import Pair, Primary, Secondary, refused
+from qmp import QmpError
+from waiting import wait_until
 
 SIZE = 16 * MIB
 

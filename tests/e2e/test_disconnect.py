@@ -10,7 +10,9 @@ import threading
 import nbd
 import pytest
 
-from lab import Lab, PausePoints, wait_until
+from lab import Lab
+from pausepoints import PausePoints
+from waiting import wait_until
 
 END_S = 5.0
 

@@ -19,7 +19,12 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, PausePoints, QmpError, Secondary, SmallFolder, changed, nbd_refusal, pattern, qemu_img
+from content import KIB, MIB, changed, pattern, qemu_img
+from lab import Lab
+from mounts import SmallFolder
+from nodes import Secondary, nbd_refusal
+from pausepoints import PausePoints
+from qmp import QmpError
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)

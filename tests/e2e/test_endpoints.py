@@ -21,20 +21,11 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    QmpError,
-    Server,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    qemu_img,
-    wait_until,
-)
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from lab import Lab
+from nodes import Server, drained, nbd_refusal
+from qmp import QmpError
+from waiting import DEADLINE_S, wait_until
 
 BEFORE = pattern(11, MIB)
 

@@ -25,28 +25,13 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    Pair,
-    PausePoints,
-    Primary,
-    Qmp,
-    QmpError,
-    Secondary,
-    Server,
-    begin,
-    disk_name,
-    drained,
-    pattern,
-    refused,
-    silent,
-    top_id,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, pattern, whole
+from lab import Lab
+from nbdprocess import silent
+from nodes import Pair, Primary, Secondary, Server, disk_name, drained, refused, top_id
+from pausepoints import PausePoints
+from qmp import Qmp, QmpError
+from waiting import DEADLINE_S, begin, wait_until
 
 BLOCK = 4 * KIB
 PATIENCE_S = 30

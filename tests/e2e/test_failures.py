@@ -18,27 +18,14 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    DelayedEndpoint,
-    Lab,
-    Pair,
-    Primary,
-    Qmp,
-    Secondary,
-    Server,
-    SmallFolder,
-    changed,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    refused,
-    silent,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, changed, make_raw, pattern, whole
+from endpoints import DelayedEndpoint
+from lab import Lab
+from mounts import SmallFolder
+from nbdprocess import silent
+from nodes import Pair, Primary, Secondary, Server, drained, nbd_refusal, refused
+from qmp import Qmp
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

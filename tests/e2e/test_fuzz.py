@@ -20,9 +20,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lab import DEADLINE_S, MIB, Lab, Primary, Server, wait_until
+from content import MIB
+from lab import Lab
+from nodes import Primary, Server
 from replication.control.commands import TABLE
 from replication.control.qmp import DEPTH_MAX, MESSAGE_BYTES_MAX, Argument
+from waiting import DEADLINE_S, wait_until
 
 FUZZ = settings(
     derandomize=True,

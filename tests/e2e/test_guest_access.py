@@ -18,7 +18,10 @@ import pytest
 from pyroute2 import IPRoute, NetNS, netns
 
 from certificates import PrimaryWithTwoDoors, SecondaryWithTwoDoors
-from lab import DEADLINE_S, KIB, MIB, Lab, Primary, pattern, wait_until
+from content import KIB, MIB, pattern
+from lab import Lab
+from nodes import Primary
+from waiting import DEADLINE_S, wait_until
 
 OPEN = """
 import json, sys, nbd

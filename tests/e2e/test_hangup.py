@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, MIB, REPOSITORY, Lab, Secondary, nbdkit_has, pattern, wait_until
+from checkout import REPOSITORY
+from content import MIB, pattern
+from lab import Lab
+from nodes import Secondary, nbdkit_has
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 16 * MIB
 KILLS_MAX = 150

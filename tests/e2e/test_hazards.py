@@ -20,28 +20,13 @@ from typing import Any, TypeVar
 import nbd
 import pytest
 
+from content import KIB, MIB, make_raw, pattern
 from heldendpoint import HeldEndpoint
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    Pair,
-    PausePoints,
-    Primary,
-    Secondary,
-    Server,
-    SmallFolder,
-    begin,
-    chance,
-    disk_name,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    top_id,
-    wait_until,
-)
+from lab import Lab
+from mounts import SmallFolder
+from nodes import Pair, Primary, Secondary, Server, disk_name, drained, nbd_refusal, top_id
+from pausepoints import PausePoints
+from waiting import DEADLINE_S, begin, chance, wait_until
 
 T = TypeVar("T")
 

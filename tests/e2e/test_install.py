@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, REPOSITORY, Lab
+from checkout import REPOSITORY
+from lab import Lab
+from waiting import DEADLINE_S
 
 PREFIX = "/usr/local"
 PLUGINS = "/usr/lib/nbdkit/plugins"

@@ -17,7 +17,10 @@ import nbd
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
-from lab import KIB, MIB, Lab, Pair, Qemu, Secondary, Server, drained, make_raw, nbd_refusal, pattern, qemu_img
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from endpoints import Qemu
+from lab import Lab
+from nodes import Pair, Secondary, Server, drained, nbd_refusal
 
 BEFORE = pattern(21, MIB)
 BLOCK = 4 * KIB

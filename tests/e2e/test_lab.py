@@ -21,8 +21,11 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import Lab, wait_until
-from wire import QUEUE_BYTES, Counters, Host, Wire, WireError, namespace_path
+from lab import Lab
+from namespaces import Host, WireError, namespace_path
+from shape import QUEUE_BYTES, Counters
+from waiting import wait_until
+from wire import Wire
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "scripts/lab"

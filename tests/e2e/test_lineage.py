@@ -31,26 +31,15 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    Lab,
-    PausePoints,
-    Qmp,
-    QmpError,
-    Server,
-    changed,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    refused,
-    silent,
-    wait_until,
-    whole,
-)
+from content import KIB, changed, make_raw, pattern, whole
+from lab import Lab
+from nbdprocess import silent
+from nodes import Server, drained, nbd_refusal, refused
+from pausepoints import PausePoints
+from qmp import Qmp, QmpError
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
 from replication.record.lineage import OUTDATED, SPLIT_BRAIN, UNRELATED, Lineage
+from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
 GRAINS = 8

@@ -25,21 +25,10 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    Secondary,
-    Server,
-    Stuck,
-    disk_name,
-    make_raw,
-    pattern,
-    qemu_img,
-    top_id,
-    wait_until,
-)
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from lab import Lab
+from nodes import Secondary, Server, disk_name, top_id
+from waiting import DEADLINE_S, Stuck, wait_until
 
 UNIT = 512
 BLOCK = 4096

@@ -19,9 +19,15 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, Process, drained, refused, silent, top_id, wait_until
+from content import KIB, MIB
+from lab import Lab
+from namespaces import Host
+from nbdprocess import silent
 from netpair import PORT, SECTOR, SIZE, Instant, NetPair, NetSecondary, stamps_in
-from wire import Host, Wire
+from nodes import drained, refused, top_id
+from process import Process
+from waiting import DEADLINE_S, wait_until
+from wire import Wire
 
 TIMEOUT_S = 2.0
 

@@ -21,30 +21,17 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    NbdProcess,
-    PausePoints,
-    Primary,
-    QmpError,
-    Secondary,
-    Server,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    refused,
-    silent,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, make_raw, pattern, whole
+from lab import Lab
+from nbdprocess import NbdProcess, silent
+from nodes import Primary, Secondary, Server, drained, nbd_refusal, refused
+from pausepoints import PausePoints
+from qmp import QmpError
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
 from replication.side import OF_PAIRS, TARGET_FACE
+from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
 BLOCK = 4 * KIB

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, Primary, Secondary, Server, wait_until
+from content import KIB, MIB
+from lab import Lab
+from nodes import Primary, Secondary, Server
+from waiting import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 

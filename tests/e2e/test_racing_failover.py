@@ -27,19 +27,12 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    Lab,
-    NbdProcess,
-    Qmp,
-    Server,
-    disk_name,
-    make_raw,
-    nbd_refusal,
-    top_id,
-    wait_until,
-)
+from content import KIB, make_raw
+from lab import Lab
+from nbdprocess import NbdProcess
+from nodes import Server, disk_name, nbd_refusal, top_id
+from qmp import Qmp
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 640 * KIB + 1234
 """The last block is short, and five clusters give the commit several steps."""

@@ -10,7 +10,11 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, QmpError, drained, nbd_refusal, wait_until
+from content import KIB, MIB
+from lab import Lab
+from nodes import Pair, drained, nbd_refusal
+from qmp import QmpError
+from waiting import wait_until
 
 OLD, FIRST, SECOND, LATER = (bytes([byte]) * (4 * KIB) for byte in b"o12l")
 

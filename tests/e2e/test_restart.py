@@ -15,25 +15,13 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    DelayedEndpoint,
-    Lab,
-    Pair,
-    PausePoints,
-    Primary,
-    QmpError,
-    Secondary,
-    Server,
-    changed,
-    drained,
-    make_raw,
-    pattern,
-    qemu_img,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, changed, make_raw, pattern, qemu_img, whole
+from endpoints import DelayedEndpoint
+from lab import Lab
+from nodes import Pair, Primary, Secondary, Server, drained
+from pausepoints import PausePoints
+from qmp import QmpError
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

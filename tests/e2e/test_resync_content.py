@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, Pair, QmpError, disk_name, nbd_refusal, pattern, top_id, wait_until
+from content import KIB, MIB, pattern
+from lab import Lab
+from nodes import Pair, disk_name, nbd_refusal, top_id
+from qmp import QmpError
+from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
 SIZE = 1024 * MIB

@@ -23,27 +23,13 @@ from typing import Any, Self
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    Lab,
-    NbdProcess,
-    PausePoints,
-    Primary,
-    QmpError,
-    Secondary,
-    Server,
-    changed,
-    disk_name,
-    drained,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    silent,
-    top_id,
-    wait_until,
-)
+from content import KIB, MIB, changed, make_raw, pattern
+from lab import Lab
+from nbdprocess import NbdProcess, silent
+from nodes import Primary, Secondary, Server, disk_name, drained, nbd_refusal, top_id
+from pausepoints import PausePoints
+from qmp import QmpError
+from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
 SIZE = 2 * MIB

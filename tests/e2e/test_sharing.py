@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from lab import MIB, Lab, PausePoints, Secondary, SharingFolder, disk_name, pattern, qemu_img, top_id
+from content import MIB, pattern, qemu_img
+from lab import Lab
+from mounts import SharingFolder
+from nodes import Secondary, disk_name, top_id
+from pausepoints import PausePoints
 
 SIZE = 48 * MIB
 OWN = 24 * MIB

@@ -19,23 +19,14 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    Lab,
-    PausePoints,
-    Primary,
-    QemuNbd,
-    Qmp,
-    Secondary,
-    Server,
-    changed,
-    make_raw,
-    pattern,
-    silent,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, changed, make_raw, pattern, whole
+from endpoints import QemuNbd
+from lab import Lab
+from nbdprocess import silent
+from nodes import Primary, Secondary, Server
+from pausepoints import PausePoints
+from qmp import Qmp
+from waiting import wait_until
 
 END_S = 5.0
 """Well below the time after which service managers kill: 90 s of systemd, 10 s of containers."""

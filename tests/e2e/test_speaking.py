@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-from lab import KIB, MIB, Lab, Pair, Primary, QmpError, Secondary, Server, pattern, wait_until
+from content import KIB, MIB, pattern
+from lab import Lab
+from nodes import Pair, Primary, Secondary, Server
+from qmp import QmpError
+from waiting import wait_until
 
 SOON_S = 5.0
 """It should be one second; a loaded machine may need more. What only a write or a checkpoint finds out never comes."""

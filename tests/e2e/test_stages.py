@@ -14,21 +14,12 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    DelayedEndpoint,
-    Lab,
-    Pair,
-    Primary,
-    Qmp,
-    Secondary,
-    Server,
-    drained,
-    nbd_refusal,
-    pattern,
-    wait_until,
-)
+from content import KIB, MIB, pattern
+from endpoints import DelayedEndpoint
+from lab import Lab
+from nodes import Pair, Primary, Secondary, Server, drained, nbd_refusal
+from qmp import Qmp
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 OLD = pattern(1, MIB)

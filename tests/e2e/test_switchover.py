@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Pair, drained, pattern, refused, whole
+from checkout import REPOSITORY
+from content import KIB, MIB, pattern, whole
+from lab import Lab
+from nodes import Pair, drained, refused
+from waiting import DEADLINE_S
 
 OLD, NEW = pattern(1, MIB), pattern(2, 64 * KIB)
 

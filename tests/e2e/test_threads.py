@@ -16,8 +16,12 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, Lab, NbdProcess, Server, begin, make_raw, wait_until
+from content import KIB, MIB, make_raw
+from lab import Lab
+from nbdprocess import NbdProcess
+from nodes import Server
 from replication.options import CONTROL_EXPORT
+from waiting import DEADLINE_S, begin, wait_until
 
 SIZE = 4 * MIB
 BLOCK = 4 * KIB

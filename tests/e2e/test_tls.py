@@ -16,9 +16,13 @@ import nbd
 import pytest
 
 from certificates import Authority, EndpointWithTwoDoors, SecondaryWithTwoDoors, psk_file
-from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Primary, Server, make_raw, pattern, refused
+from checkout import REPOSITORY
+from content import KIB, MIB, make_raw, pattern
+from lab import Lab
+from nodes import Primary, Server, refused
 from replication.disk.connection import Connection
 from replication.tls import Tls
+from waiting import DEADLINE_S
 
 SIZE = 8 * MIB
 

@@ -11,8 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import nbd
 import pytest
 
+from content import MIB, pattern
 from heldendpoint import HeldEndpoint
-from lab import DEADLINE_S, MIB, Lab, QmpError, Server, nbd_refusal, pattern
+from lab import Lab
+from nodes import Server, nbd_refusal
+from qmp import QmpError
+from waiting import DEADLINE_S
 
 ANSWER_S = 2.0
 BLOCK = 4096

@@ -15,20 +15,11 @@ from typing import Any
 import nbd
 import pytest
 
-from lab import (
-    KIB,
-    MIB,
-    Lab,
-    Primary,
-    Secondary,
-    SmallFolder,
-    disk_name,
-    drained,
-    nbd_refusal,
-    pattern,
-    top_id,
-    wait_until,
-)
+from content import KIB, MIB, pattern
+from lab import Lab
+from mounts import SmallFolder
+from nodes import Primary, Secondary, disk_name, drained, nbd_refusal, top_id
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import nbd
 
-from lab import disk_name, top_id
 from model.model import Face, Refused
+from nodes import disk_name, top_id
 
 
 class NbdFaces:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from hypothesis import strategies as st
 
-from lab import KIB, pattern
+from content import KIB, pattern
 from model.model import CommandRefused, Face, Model, Refused
 
 

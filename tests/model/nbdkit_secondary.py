@@ -7,9 +7,11 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from lab import Lab, QmpError, Secondary
+from lab import Lab
 from model.faces import NbdFaces
 from model.model import CommandRefused
+from nodes import Secondary
+from qmp import QmpError
 
 
 class NbdkitSecondary(NbdFaces):

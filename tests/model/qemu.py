@@ -15,9 +15,13 @@ from typing import Any
 
 import nbd
 
-from lab import DEADLINE_S, Lab, QmpError, disk_name, make_raw, qemu_img, top_id, wait_until
+from content import make_raw, qemu_img
+from lab import Lab
 from model.faces import NbdFaces
 from model.model import CommandRefused, Face
+from nodes import disk_name, top_id
+from qmp import QmpError
+from waiting import DEADLINE_S, wait_until
 
 
 class QemuDriver(NbdFaces):

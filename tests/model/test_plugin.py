@@ -16,11 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from lab import KIB, MIB, Lab, Pair, disk_name, drained, make_raw, pattern, qemu_img
+from content import KIB, MIB, make_raw, pattern, qemu_img
+from lab import Lab
 from model.faces import NbdFaces
 from model.histories import History, Rules, check_equal, first_content, histories, replay
 from model.model import Face, Model
 from model.nbdkit_secondary import NbdkitSecondary
+from nodes import Pair, disk_name, drained
 
 EVERYTHING = Rules()
 

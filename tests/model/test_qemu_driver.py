@@ -14,7 +14,8 @@ import nbd
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 
-from lab import KIB, MIB, Lab, pattern
+from content import KIB, MIB, pattern
+from lab import Lab
 from model.histories import History, Rules, check_equal, first_content, histories, replay
 from model.model import CommandRefused, Face, Model, Refused
 from model.qemu import QemuDriver

@@ -20,8 +20,9 @@ from typing import Any
 
 import nbd
 
-from lab import DEADLINE_S, Server, Stuck
+from nodes import Server
 from torture.oracle import NEVER, Write
+from waiting import DEADLINE_S, Stuck
 
 LOG_LINES = 60
 """Events kept for the message of a failure."""

@@ -13,9 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lab import DEADLINE_S, KIB, Lab, PausePoints, Primary, Secondary, Server, Stuck
+from content import KIB
+from lab import Lab
+from nodes import Primary, Secondary, Server
+from pausepoints import PausePoints
 from torture.client import Client, Wrong
 from torture.oracle import Bytes, Content
+from waiting import DEADLINE_S, Stuck
 
 SIZES = (1024 * KIB, 300_000)
 """Bytes of the two disks; the second one ends in the midst of a sector and of an overlay's block."""

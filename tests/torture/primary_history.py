@@ -15,12 +15,16 @@ import errno
 import random
 import time
 
-from lab import DEADLINE_S, Lab, PausePoints, QmpError, Secondary, Server, disk_name, top_id, wait_until
+from lab import Lab
+from nodes import Secondary, Server, disk_name, top_id
+from pausepoints import PausePoints
+from qmp import QmpError
 from torture import traffic
 from torture.client import Asked, Client, Command, Kind, Request, Sent, Wrong
 from torture.history import HIT_S, SIZES, WINDOW, History, VictimPrimary, as_array, raw_of
 from torture.oracle import BEFORE, Content, Copy, Write
 from torture.points import LINK_POINTS, PAIRING_POINTS, PRIMARY_POINTS, Cause
+from waiting import DEADLINE_S, wait_until
 
 START = Command("xen-set-replication", {"enable": True, "primary": True})
 BARRIER = Command("replication-checkpoint")

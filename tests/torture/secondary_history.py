@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 import nbd
 
-from lab import Lab, disk_name, qemu_img, top_id
+from content import qemu_img
+from lab import Lab
+from nodes import disk_name, top_id
 from torture import traffic
 from torture.client import Asked, Client, Command, Kind, Request, Sent, Wrong
 from torture.history import HIT_S, SIZES, WINDOW, History, VictimSecondary, as_array, raw_of

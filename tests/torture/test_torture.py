@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lab import REPOSITORY
+from checkout import REPOSITORY
 from torture.harness import KILLS_PER_HISTORY, PRIMARY_EVERY, history_of, run_all, told
 from torture.points import ALL_POINTS, RECOVERY_POINTS, SECONDARY_POINTS
 from torture.secondary_history import OWED

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from lab import KIB
+from content import KIB
 from torture.client import Kind, Request
 
 BLOCK = 4 * KIB

@@ -35,7 +35,7 @@ from bench.report import (
 from bench.results import LIMIT, QEMU, Results, Sample, Unit, Work, median
 from bench.subjects import Spec, Subject
 from bench.workloads import GIB, KIB, MIB, USUAL, WORKLOADS, Workload
-from lab import QmpError
+from qmp import QmpError
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 OURS = "replication"

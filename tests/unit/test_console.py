@@ -11,7 +11,7 @@ import pytest
 
 from console import Console
 from guestimages import GuestError
-from lab import DEADLINE_S, Stuck, begin
+from waiting import DEADLINE_S, Stuck, begin
 
 SOON_S = 0.05
 

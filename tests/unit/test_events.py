@@ -6,8 +6,8 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from lab import DEADLINE_S
 from replication.events import Event, EventHub
+from waiting import DEADLINE_S
 
 
 def test_an_event_has_the_form_that_qmp_clients_expect() -> None:

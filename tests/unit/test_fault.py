@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import DEADLINE_S
 from replication import fault as fault_module
 from replication.errors import DiskError
 from replication.events import Event, EventHub
 from replication.fault import Case, Fault, FaultLatch
+from waiting import DEADLINE_S
 
 
 class Desk:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from content import MIB, make_raw
 from filesystem import inspect
-from lab import DEADLINE_S, MIB, make_raw
 from records import BadRecords, Record, following
+from waiting import DEADLINE_S
 
 FIRST = following(None, 1)
 RECORDS = [FIRST, following(FIRST, 1)]

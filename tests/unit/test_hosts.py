@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hosts import CLOCKS_S, Checkpoints
-from lab import DEADLINE_S, Qmp, Stuck, begin
+from qmp import Qmp
+from waiting import DEADLINE_S, Stuck, begin
 
 
 class Primary:

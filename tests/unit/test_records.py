@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from lab import REPOSITORY
+from checkout import REPOSITORY
 from records import LENGTH, Acknowledged, BadRecords, Loss, Record, decode, due, following
 
 

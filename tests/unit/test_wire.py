@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from wire import HOSTS, Flow, Flows, Shape, _checksum, reset_frame
+from namespaces import HOSTS
+from shape import Shape
+from tcpflows import Flow, Flows, checksum, reset_frame
 
 LAB = Path(__file__).resolve().parents[2] / "scripts/lab"
 MACS = (b"\x02\0\0\0\0\x0a", b"\x02\0\0\0\0\x0b")
@@ -210,8 +212,8 @@ def test_a_forged_reset_is_a_whole_frame_with_good_checksums() -> None:
     assert forged[:14] == MACS[0] + MACS[1] + b"\x08\x00"
     ip, tcp = forged[14:34], forged[34:]
     # A checksum over something that includes its own checksum is 0 (RFC 1071).
-    assert _checksum(ip) == 0
-    assert _checksum(ip[12:20] + struct.pack(">HH", 6, len(tcp)) + tcp) == 0
+    assert checksum(ip) == 0
+    assert checksum(ip[12:20] + struct.pack(">HH", 6, len(tcp)) + tcp) == 0
     assert struct.unpack(">HHLLBB", tcp[:14]) == (10809, 40000, 5001, 1001, 5 << 4, RST | ACK)
     assert ip[12:16] == socket.inet_aton(HOSTS["b"][0])
     assert ip[16:20] == socket.inet_aton(HOSTS["a"][0])

@@ -6,11 +6,14 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from content import MIB, pattern
 from filesystem import inspect
 from hosts import Checkpoints, Hosts, replctl
-from lab import DEADLINE_S, MIB, Lab, Server, pattern, wait_until
+from lab import Lab
+from nodes import Server
 from records import Loss, due
 from takeover import protected
+from waiting import DEADLINE_S, wait_until
 
 BALLAST_BYTES = 32 * MIB
 """In a file that no guest touches: what a full resync would send, and one of the difference does not."""

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from checkout import REPOSITORY
 from filesystem import inspect
 from hosts import Hosts
-from lab import DEADLINE_S, REPOSITORY, Lab, begin, drained
+from lab import Lab
+from nodes import drained
 from records import Loss
 from takeover import lose_a, switch_over
+from waiting import DEADLINE_S, begin
 
 
 @pytest.mark.parametrize(("protocol", "seed"), [("async", 1), ("async", 2), ("sync", 3)])

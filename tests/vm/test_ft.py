@@ -19,11 +19,18 @@ from typing import Any
 
 import pytest
 
+from checkout import REPOSITORY
+from content import MIB
 from filesystem import inspect
 from guest import Guest, nbd_node
 from hosts import Hosts
-from lab import DEADLINE_S, MIB, REPOSITORY, Lab, PausePoints, Process, silent, top_id, wait_until
+from lab import Lab
+from nbdprocess import silent
+from nodes import top_id
+from pausepoints import PausePoints
+from process import Process
 from replication.machine.store import Store
+from waiting import DEADLINE_S, wait_until
 
 FT_AGENT = REPOSITORY / "scripts/ft-agent"
 INTERVAL_S = 0.5

@@ -18,8 +18,10 @@ import pytest
 from filesystem import inspect
 from guest import Guest, nbd_node
 from hosts import Hosts
-from lab import DEADLINE_S, Lab, Server, top_id, wait_until
+from lab import Lab
+from nodes import Server, top_id
 from records import Loss
+from waiting import DEADLINE_S, wait_until
 
 QUORUM = {"driver": "quorum", "node-name": "colo", "vote-threshold": 1, "read-pattern": "fifo", "children": ["local0"]}
 

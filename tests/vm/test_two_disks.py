@@ -13,9 +13,10 @@ import pytest
 
 from filesystem import inspect
 from hosts import Hosts
-from lab import DEADLINE_S, Lab
+from lab import Lab
 from records import BadRecords, Record, following
 from takeover import lose_a, one_history, switch_over
+from waiting import DEADLINE_S
 
 
 @pytest.mark.parametrize(("protocol", "seed"), [("async", 11), ("async", 12), ("sync", 13)])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, begin
 from replication.client.lines import LINE_BYTES_MAX, Gone, Late, Lines, Nonsense, Step
 from replication.client.qmp import Malformed, Qmp, Refused, Unwelcome
+from waiting import DEADLINE_S, begin
 
 SOON_S = 0.05
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, wait_until
 from replication.control import inband
 from replication.control.inband import INPUT_BYTES_MAX, INPUT_PIECES_MAX, WAIT_S, ControlExport
 from replication.control.qmp import MESSAGE_BYTES_MAX, Answer
@@ -21,6 +20,7 @@ from replication.control.server import QUEUE_BYTES_MAX, QUEUE_MESSAGES_MAX
 from replication.disk.face import Extent
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
+from waiting import DEADLINE_S, wait_until
 
 NEGOTIATE = b'{"execute": "qmp_capabilities", "id": 0}'
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from certificates import Authority
-from lab import DEADLINE_S
 from replication.addresses import Rivals, connect
+from waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[3]
 PORT = 10809

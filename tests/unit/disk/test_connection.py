@@ -16,9 +16,12 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import DEADLINE_S, Lab, NbdProcess, pattern, silent, wait_until
+from content import pattern
+from lab import Lab
+from nbdprocess import NbdProcess, silent
 from replication.disk.connection import Completion, Connection, Issue, Request
 from replication.errors import DiskError
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 8 << 20
 

@@ -19,10 +19,13 @@ import nbd
 import pytest
 
 from certificates import Authority, EndpointWithTwoDoors, psk_file
-from lab import DEADLINE_S, Lab, pattern, stop_still, wait_until
+from content import pattern
+from lab import Lab
+from nbdprocess import stop_still
 from replication.disk.connection import Completion, Connection, Issue, Request
 from replication.errors import DiskError
 from replication.tls import Tls
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 8 << 20
 

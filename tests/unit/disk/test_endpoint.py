@@ -15,10 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab import DEADLINE_S, Lab, NbdProcess, make_raw, pattern
+from content import make_raw, pattern
+from lab import Lab
+from nbdprocess import NbdProcess
 from replication.disk import endpoint as endpoint_module
 from replication.disk.endpoint import NbdDisk
 from replication.errors import ConfigError, DiskError
+from waiting import DEADLINE_S
 
 SIZE = (1 << 20) + 4096 * 3
 

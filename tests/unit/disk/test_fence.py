@@ -19,11 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from lab import KIB, MIB, Lab, NbdProcess, make_raw, wait_until
+from content import KIB, MIB, make_raw
+from lab import Lab
+from nbdprocess import NbdProcess
 from replication.disk import endpoint
 from replication.disk.endpoint import NbdDisk
 from replication.disk.fence import Fence
 from replication.errors import DiskError
+from waiting import wait_until
 
 OLD, NEW = b"o" * 4 * KIB, b"n" * 4 * KIB
 PLACE, ELSEWHERE = 64 * KIB, 512 * KIB

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lab import make_raw, pattern
+from content import make_raw, pattern
 from replication.disk import files
 from replication.disk.face import Extent
 from replication.disk.file import FileDisk

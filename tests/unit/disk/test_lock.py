@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, QemuNbd, make_raw
+from content import make_raw
+from endpoints import QemuNbd
+from lab import Lab
 from replication.disk.lock import lock_for_writing
 from replication.errors import ConfigError
 

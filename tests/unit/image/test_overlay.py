@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lab import make_raw, pattern, qemu_img
+from content import make_raw, pattern, qemu_img
 from overlays import held_clusters, store
 from replication.errors import DiskError
 from replication.image import qcow2

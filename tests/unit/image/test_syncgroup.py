@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from lab import DEADLINE_S, wait_until
 from replication.errors import DiskError, StillWaiting
 from replication.image import syncgroup
 from replication.image.layer import Layer, LayerError, on_layer
 from replication.image.syncgroup import SyncGroup
+from waiting import DEADLINE_S, wait_until
 
 
 class Sync:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab import make_raw
+from content import make_raw
 from overlays import store
 from replication.errors import ConfigError
 from replication.image import qcow2

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, begin
 from replication.machine.monitor import Gone, Late, Monitor, Refused, stamp_s
+from waiting import DEADLINE_S, begin
 
 SOON_S = 0.05
 

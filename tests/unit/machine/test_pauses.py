@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lab import DEADLINE_S, REPOSITORY
+from checkout import REPOSITORY
 from replication.machine.pauses import Pauses, percentile, summary, table
+from waiting import DEADLINE_S
 
 
 def pauses(epoch: int, pause_ms: float) -> Pauses:

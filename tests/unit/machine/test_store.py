@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, begin, wait_until
 from replication.machine.monitor import FtError, Late, Refused
 from replication.machine.receiver import Receiver, is_whole
 from replication.machine.remote import Remote
 from replication.machine.store import SOON_S, Record, Store, Unit
+from waiting import DEADLINE_S, begin, wait_until
 
 DESCRIPTION = b'{"page_size": 4096, "devices": [{"name": "ram"}]}'
 STATE = b"QEVM" + bytes(5000) + b"\0\6" + len(DESCRIPTION).to_bytes(4) + DESCRIPTION

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lab import DEADLINE_S, wait_until
 from replication.errors import DiskError
 from replication.order import gate as gate_module
 from replication.order.gate import Gate, GateStuck
+from waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture

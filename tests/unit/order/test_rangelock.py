@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from lab import DEADLINE_S, wait_until
 from replication.errors import DiskError
 from replication.order import rangelock
 from replication.order.rangelock import Range, RangeLock
+from waiting import DEADLINE_S, wait_until
 
 
 class Asker:

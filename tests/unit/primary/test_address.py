@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, make_raw
+from content import make_raw
+from lab import Lab
 from replication.errors import CommandError
 from replication.events import EventHub
 from replication.node import Node

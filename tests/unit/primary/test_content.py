@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import make_raw, pattern
+from content import make_raw, pattern
 from replication.disk.face import Disk, Extent
 from replication.disk.file import FileDisk
 from replication.errors import DiskError

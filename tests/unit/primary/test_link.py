@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, make_raw, wait_until
+from content import make_raw
+from lab import Lab
 from replication.errors import ReplicationError
 from replication.events import Event, EventHub
 from replication.node import Node
 from replication.options import DiskOptions, Options
 from replication.record.state import StateFolder
 from replication.stage import Mode
+from waiting import wait_until
 
 SIZE = 1 << 20
 

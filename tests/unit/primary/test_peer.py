@@ -17,13 +17,18 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, REPOSITORY, Lab, NbdProcess, make_raw, nbd_refusal, pattern, silent, wait_until
+from checkout import REPOSITORY
+from content import make_raw, pattern
+from lab import Lab
+from nbdprocess import NbdProcess, silent
+from nodes import nbd_refusal
 from replication.control.inband import WAIT_S
 from replication.disk.connection import Connection, ExportRefused
 from replication.errors import DiskError
 from replication.options import CONTROL_EXPORT
 from replication.primary import peer
 from replication.primary.peer import CONTROL_DESCRIPTION, CONTROL_SIZE, MESSAGE_BYTES_MAX, Peer, PeerError
+from waiting import DEADLINE_S, wait_until
 
 SERVER = """
 import errno, os, sys, threading, time

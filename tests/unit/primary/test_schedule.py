@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lab import DEADLINE_S, wait_until
 from replication.errors import CommandError
 from replication.events import Event, EventHub
 from replication.primary import schedule
 from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
+from waiting import DEADLINE_S, wait_until
 
 PERIOD_S = 0.01
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S
 from replication.disk import files
 from replication.errors import DiskError
 from replication.record.ancestry import Ancestry
 from replication.record.lineage import Lineage, new_id
 from replication.record.state import Record, StateError, StateFolder
 from replication.stage import Mode
+from waiting import DEADLINE_S
 
 OWN, OTHER = "00000000000000aa", "00000000000000bb"
 SHARED = Lineage(OWN, shared=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lab import DEADLINE_S, REPOSITORY
+from checkout import REPOSITORY
 from replication.disk import files
 from replication.errors import ConfigError
 from replication.fault import Fault
@@ -26,6 +26,7 @@ from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
 from replication.record.state import Record, StateError, StateFolder
 from replication.stage import Mode, Stage
+from waiting import DEADLINE_S
 
 OLD = Record(Mode.SECONDARY, Stage.RUNNING, disks={"disk0": 4096})
 NEW = Record(

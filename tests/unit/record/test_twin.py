@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lab import SmallFolder
+from mounts import SmallFolder
 from replication.disk import files
 from replication.record.twin import ROOM_MIN, TwinFile
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from lab import make_raw, pattern
+from content import make_raw, pattern
 from replication.disk.file import FileDisk
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import make_raw
+from content import make_raw
 from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError

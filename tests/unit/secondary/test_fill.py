@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab import make_raw, pattern
+from content import make_raw, pattern
 from replication.disk.file import FileDisk
 from replication.events import EventHub
 from replication.image import qcow2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import make_raw, pattern, qemu_img
+from content import make_raw, pattern, qemu_img
 from replication.disk.file import FileDisk
 from replication.errors import ConfigError
 from replication.events import EventHub

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, REPOSITORY
+from checkout import REPOSITORY
+from waiting import DEADLINE_S
 
 SCRIPT = """
 import os

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, wait_until
 from replication.server import placement
 from replication.server.placement import Cores, Load, Pace, Placement, Traffic, better, loads, pace, ranking
+from waiting import DEADLINE_S, wait_until
 
 KIB = 1024
 ROOT = Path(__file__).resolve().parents[3]

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lab import DEADLINE_S, begin, wait_until
 from replication.server import threads
 from replication.server.threads import ThreadStates
+from waiting import DEADLINE_S, begin, wait_until
 
 CALLS = 4
 """getw reads an int."""

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Folders on a file system of their own: one that can be full, one whose files share blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+from content import KIB, MIB
+from waiting import DEADLINE_S
+
+
+class MountedFolder:
+    """A folder on a file system of its own."""
+
+    def __init__(self, folder: Path, *mount: str) -> None:
+        """Make it, and mount there what `mount` says; PermissionError if that is not allowed."""
+        self.folder = folder
+        folder.mkdir()
+        done = self._run("mount", *mount)
+        if done.returncode:
+            raise PermissionError(f"mounting needs root: {done.stderr.strip()}")
+
+    @property
+    def free(self) -> int:
+        """Bytes."""
+        status = os.statvfs(self.folder)
+        return status.f_bavail * status.f_frsize
+
+    def close(self) -> None:
+        """Unmount."""
+        self._run("umount").check_returncode()
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(self.folder)], check=False, timeout=DEADLINE_S, capture_output=True, text=True
+        )
+
+
+class SmallFolder(MountedFolder):
+    """A tmpfs that can be full."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """With room for `size` bytes."""
+        super().__init__(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+        self._filler = folder / "filler"
+
+    def fill(self) -> None:
+        """Leave no room."""
+        with open(self._filler, "ab", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4 * KIB))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+    def make_room(self) -> None:
+        """Take back what `fill` did."""
+        self._filler.unlink()
+
+    def grow(self, size: int) -> None:
+        """Make it a file system of `size` bytes."""
+        self._run("mount", "-o", f"remount,size={size}").check_returncode()
+
+    @property
+    def percent(self) -> float:
+        """Of its bytes in use."""
+        status = os.statvfs(self.folder)
+        return 100 * (status.f_blocks - status.f_bavail) / status.f_blocks
+
+
+class SharingFolder(MountedFolder):
+    """An XFS, in which files can share blocks (reflinks)."""
+
+    def __init__(self, folder: Path) -> None:
+        image = folder.with_suffix(".xfs")
+        with open(image, "wb") as file:
+            file.truncate(320 * MIB)
+        subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, timeout=DEADLINE_S)
+        super().__init__(folder, "-o", "loop", str(image))
