@@ -30,9 +30,10 @@ from replication.control.inband import ControlExport
 from replication.control.paircommands import PairCommands
 from replication.control.qmp import Answer
 from replication.control.server import ControlServer
-from replication.errors import ConfigError, DiskError, ReplicationError
+from replication.errors import ConfigError, DiskError, Refusal, ReplicationError
 from replication.events import EventHub
 from replication.image.qcow2 import BLOCK
+from replication.log import log
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
 from replication.record.state import StateFolder
@@ -89,16 +90,21 @@ def _format_one_line(*arguments: Any, **options: Any) -> list[str]:
     """nbdkit prints an exception with traceback.format_exception(type, error, traceback): those raised on purpose
     are one line."""
     if len(arguments) > 1 and isinstance(arguments[1], ReplicationError):
-        # A name that the user or a client sent may hold a line end.
-        return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in str(arguments[1]))]
+        return [_one_line(str(arguments[1]))]
     return _format_exception(*arguments, **options)
+
+
+def _one_line(text: str) -> str:
+    """A name that the user or a client sent may hold a line end."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 setattr(traceback, "format_exception", _format_one_line)  # noqa: B010 (an assignment would need a type: ignore)
 
 
 def _boundary(callback: Callable[..., R]) -> Callable[..., R]:
-    """Give the client of a failed callback its errno. nbdkit prints the exception."""
+    """Give the client of a failed callback its errno. nbdkit prints the exception, and since 1.42 sends the client what
+    it has printed: so the reason is printed here, unless it is for the client, and nbdkit gets a text without it."""
 
     @functools.wraps(callback)
     def guarded(*args: Any) -> R:
@@ -106,7 +112,14 @@ def _boundary(callback: Callable[..., R]) -> Callable[..., R]:
             return callback(*args)
         except (DiskError, MemoryError) as error:
             _tell_client(error)
-            raise
+            if isinstance(error, Refusal):
+                raise
+            log(_one_line(str(error) or type(error).__name__))
+            number = error.wire_errno if isinstance(error, DiskError) else errno.ENOMEM
+            raise DiskError(f"{os.strerror(number)}; the server's log says why", number) from None
+        except Exception as defect:  # noqa: BLE001 (printed, and raised as another)
+            traceback.print_exception(defect)
+            raise DiskError("internal error; the server's log has more") from None
 
     return guarded
 

@@ -6,7 +6,8 @@
      +- DiskError           one request failed; errno goes to the NBD client
      +- CommandError        one control command failed; desc goes to the QMP client
 
-Every message is one line that names what failed, on which disk, file or key, and what to do about it.
+Every message is one line that names what failed, on which disk, file or key, and what to do about it. It is for the
+log: a client that nbdkit tells of its error (since 1.42, when an export cannot be opened) gets a Refusal's text only.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class DiskError(ReplicationError):
         printed."""
         traceback.print_exception(defect)
         return cls(f"internal error, see the log: {defect!r}")
+
+
+class Refusal(DiskError):
+    """What the client has asked for is the reason; the text holds nothing that the client may not know."""
 
 
 class StillWaiting(DiskError):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from replication.batch import SPACE, unpack
 from replication.control.inband import ControlExport
 from replication.disk.face import EXTENTS_MAX, Extent
-from replication.errors import DiskError
+from replication.errors import DiskError, Refusal
 from replication.node import Node
 from replication.options import CONTROL_EXPORT
 from replication.server.clients import Client
@@ -136,17 +136,17 @@ class Exports:
         return self._node.side.default
 
     def open(self, name: str, client: Client) -> Export | ControlExport:
-        """An export by name; DiskError names the valid ones, or says that it is not for this client."""
+        """An export by name; Refusal names the valid ones, or says that it is not for this client; DiskError."""
         if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
             return self._control()
         wanted, token = self._node.side.face_of(name or self.default())
         if wanted not in self._node.faces:
             valid = ", ".join(f"'{known}'" for known in self._node.faces)
-            raise DiskError(f"there is no export '{name[:255]}': the exports are {valid}")
+            raise Refusal(f"there is no export '{name[:255]}': the exports are {valid}")
         description = self._node.faces[wanted].description
         for_guest = description in FOR_GUESTS or description == GUEST_WRITES
         if self._guests_local and for_guest and not client.local:
-            raise DiskError(
+            raise Refusal(
                 f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
             )
         return Export(self._node, wanted) if token is None else DataExport(self._node, wanted, token)
