@@ -33,7 +33,7 @@ from replication.control.server import ControlServer
 from replication.errors import ConfigError, DiskError, Refusal, ReplicationError
 from replication.events import EventHub
 from replication.image.qcow2 import BLOCK
-from replication.log import log
+from replication.log import LOG, log, log_defect, log_uncaught, printable
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
 from replication.record.state import StateFolder
@@ -41,6 +41,7 @@ from replication.secondary.pairing import Channel
 from replication.server import clients
 from replication.server.abilities import Abilities
 from replication.server.disconnect import Disconnector
+from replication.server.errorlines import ErrorLines
 from replication.server.export import Export, Exports
 from replication.server.hangup import HangupGuard
 from replication.server.placement import Placement
@@ -79,6 +80,7 @@ class Process:
     commands: Commands
     disconnector: Disconnector
     hangup_guard = HangupGuard()
+    error_lines = ErrorLines(LOG.put)
     placement: Placement | None = None
     host_watch = clients.HostWatch()
 
@@ -89,14 +91,13 @@ _format_exception: Callable[..., list[str]] = traceback.format_exception
 def _format_one_line(*arguments: Any, **options: Any) -> list[str]:
     """nbdkit prints an exception with traceback.format_exception(type, error, traceback): those raised on purpose
     are one line."""
-    if len(arguments) > 1 and isinstance(arguments[1], ReplicationError):
-        return [_one_line(str(arguments[1]))]
+    error = arguments[1] if len(arguments) > 1 else None
+    Process.error_lines.kind = (type(error), error.errno if isinstance(error, DiskError) else 0)
+    # nbdkit sends it to the client, if it is the one to print it.
+    Process.error_lines.direct = isinstance(error, Refusal) and Process.abilities.tells_tls_names
+    if isinstance(error, ReplicationError):
+        return [printable(str(error))]
     return _format_exception(*arguments, **options)
-
-
-def _one_line(text: str) -> str:
-    """A name that the user or a client sent may hold a line end."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 setattr(traceback, "format_exception", _format_one_line)  # noqa: B010 (an assignment would need a type: ignore)
@@ -114,11 +115,11 @@ def _boundary(callback: Callable[..., R]) -> Callable[..., R]:
             _tell_client(error)
             if isinstance(error, Refusal):
                 raise
-            log(_one_line(str(error) or type(error).__name__))
+            log(str(error) or type(error).__name__)
             number = error.wire_errno if isinstance(error, DiskError) else errno.ENOMEM
             raise DiskError(f"{os.strerror(number)}; the server's log says why", number) from None
         except Exception as defect:  # noqa: BLE001 (printed, and raised as another)
-            traceback.print_exception(defect)
+            log_defect(defect)
             raise DiskError("internal error; the server's log has more") from None
 
     return guarded
@@ -212,6 +213,9 @@ def _unended() -> bool:
 def after_fork() -> None:
     """Start threads, which do not survive a fork."""
     assert Process.node is not None
+    LOG.start()
+    log_uncaught()
+    Process.error_lines.install()
     if not Process.abilities.survives_hangups:
         Process.hangup_guard.install()
     Process.disconnector.start()
@@ -233,6 +237,9 @@ def cleanup() -> None:
         Process.control.stop()
     if Process.node is not None:
         Process.node.close()
+    if not LOG.flush():
+        # Nobody reads the log. The C library would wait for whoever does, at the end of the process.
+        os._exit(0)
 
 
 # -- exports -----------------------------------------------------------------------------------------------

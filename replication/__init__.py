@@ -73,6 +73,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         lines.py                JSON objects, one a line, with deadlines
     server/                     what nbdkit asks of us, and what we do about nbdkit and Python
         threads.py              nbdkit's threads, as Python sees them
+        errorlines.py           the lines that nbdkit prints for failed requests
         hangup.py               a client that dies must not end the process (Debian 12 only)
         disconnect.py           ending the process although clients are connected
         placement.py            on which core the threads run
@@ -151,7 +152,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         ended.py                how who waits for an answer learns of it
         pause.py                where a test can hold a thread
     compiled.py                 which modules run: compiled ones, or their sources
-    events.py log.py stage.py errors.py
+    events.py stage.py errors.py
+    log.py                      lines for nbdkit's log
 
 A name with a slash is a wing: its `__init__.py` says what it is for, what always holds in it, and which file to read
 first.

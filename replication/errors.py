@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import traceback
+
+from replication.log import log_defect
 
 
 class ReplicationError(Exception):
@@ -68,8 +69,8 @@ class DiskError(ReplicationError):
     @classmethod
     def from_defect(cls, defect: Exception) -> DiskError:
         """What nobody expected (a bug, or no memory), for whoever waits for a thread that has met it; the traceback is
-        printed."""
-        traceback.print_exception(defect)
+        logged."""
+        log_defect(defect)
         return cls(f"internal error, see the log: {defect!r}")
 
 

@@ -1,11 +1,206 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Lines for the operator's log: nbdkit's standard error, or wherever nbdkit's user has sent it."""
+"""Lines for the operator's log, which is nbdkit's: standard error, syslog or nothing, as its --log says, and syslog
+where it has gone into the background.
+
+Invariants
+* Nobody who writes a line gets an error, or waits: from `Log.start` on a thread hands the lines to nbdkit. A full disk,
+  a closed descriptor or a pipe that nobody reads costs lines, never a thread.
+* At most KIND_LINES lines of one kind in KIND_S seconds, and QUEUE_LINES lines in the queue. What is left out is
+  counted, and the count is a line of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+NAME = "nbdkit-replication"
+
+KIND_LINES = 10
+KIND_S = 1.0
+"""A storm of one kind is cut to this; what the first lines of it say, the others would say again."""
+
+KINDS_MAX = 256
+"""Kinds that are counted at a time. A kind is a place in the source, or a callback and an errno: there are fewer."""
+
+QUEUE_LINES = 1000
+"""Waiting for a log that takes nothing. A line is some hundred bytes."""
+
+_LINE_MAX = 16 << 10
+_FLUSH_S = 1.0
+
+
+def _nbdkit_error() -> Callable[[str], None] | None:
+    """nbdkit's own function, if this process is one. Called without the GIL."""
+    function: Any = getattr(ctypes.CDLL(None), "nbdkit_error", None)
+    if function is None:
+        return None
+    function.restype = None
+
+    def write(text: str) -> None:
+        function(b"%s", ctypes.c_char_p(text.encode("utf-8", "backslashreplace")))
+
+    return write
+
+
+def _stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Kind:
+    """What was written of one kind since `since` (time.monotonic)."""
+
+    since: float
+    lines: int = 0
+    left_out: int = 0
+    name: str = ""
+
+
+class Log:
+    """Takes lines from any thread, and hands them to `sink` one after the other."""
+
+    def __init__(self, sink: Callable[[str], None]) -> None:
+        self._sink = sink
+        # Protects everything below; never held while a line is written. Below all other locks: any thread may log.
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: deque[str] = deque()
+        self._dropped = 0
+        self._writing = False
+        self._threaded = False
+        self._kinds: dict[Hashable, _Kind] = {}
+
+    def start(self) -> None:
+        """From now on a thread writes; nbdkit has forked. Without one, who has a line to write writes it."""
+        thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._threaded = True
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            self._threaded = False
+
+    def put(self, text: str, kind: Hashable, name: str = "") -> None:
+        """Write a line, unless there were too many of its kind. `name` says in the count what was left out."""
+        with contextlib.suppress(Exception):  # not even for want of memory does a line fail
+            with self._changed:
+                if not self._counted_locked(kind, name, time.monotonic()):
+                    return
+                self._put_locked(text[:_LINE_MAX])
+            if not self._threaded:
+                self._write_queued()
+
+    def flush(self, timeout_s: float = _FLUSH_S) -> bool:
+        """Wait until all has been written, for so many seconds at most; whether it has."""
+        with self._changed:
+            self._count_out_locked(float("inf"))
+            if self._threaded:
+                return self._changed.wait_for(lambda: not self._queue and not self._writing, timeout_s)
+        self._write_queued()
+        return True
+
+    def _counted_locked(self, kind: Hashable, name: str, now: float) -> bool:
+        self._count_out_locked(now - KIND_S)
+        counted = self._kinds.get(kind)
+        if counted is None:
+            if len(self._kinds) >= KINDS_MAX:
+                self._dropped += 1
+                return False
+            counted = self._kinds[kind] = _Kind(now, name=name)
+            self._changed.notify_all()
+        if counted.lines >= KIND_LINES:
+            counted.left_out += 1
+            return False
+        counted.lines += 1
+        return True
+
+    def _count_out_locked(self, before: float) -> None:
+        """Forget the kinds that began so long ago, and say how many lines of them were left out."""
+        for kind in [kind for kind, counted in self._kinds.items() if counted.since <= before]:
+            counted = self._kinds.pop(kind)
+            if counted.left_out:
+                what = f" ({counted.name})" if counted.name else ""
+                self._put_locked(f"{NAME}: {counted.left_out} more lines of this kind were left out{what}")
+
+    def _put_locked(self, text: str) -> None:
+        if len(self._queue) >= QUEUE_LINES:
+            self._dropped += 1
+            return
+        self._queue.append(text)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                with self._changed:
+                    if not self._queue:
+                        self._changed.wait(KIND_S if self._kinds else None)
+                    self._count_out_locked(time.monotonic() - KIND_S)
+                self._write_queued()
+
+    def _write_queued(self) -> None:
+        while True:
+            with self._changed:
+                if self._writing or not self._queue:
+                    self._changed.notify_all()
+                    return
+                text = self._queue.popleft()
+                dropped, self._dropped = self._dropped, 0
+                self._writing = True
+            try:
+                if dropped:
+                    self._sink(f"{NAME}: {dropped} lines were left out: the log was full or too slow")
+                self._sink(text)
+            except Exception:  # noqa: BLE001, S110 (there is no other place to say it)
+                pass
+            finally:
+                with self._changed:
+                    self._writing = False
+                    self._changed.notify_all()
+
+
+LOG = Log(_nbdkit_error() or _stderr)
+"""This process's."""
 
 
 def log(text: str) -> None:
-    """Write one line."""
-    print(f"nbdkit-replication: {text}", file=sys.stderr, flush=True)
+    """Write one line. Its kind is where it is called."""
+    caller = sys._getframe(1)
+    name = f"{caller.f_code.co_name} in {caller.f_globals.get('__name__', '?')}"
+    LOG.put(f"{NAME}: {printable(text)}", (caller.f_code.co_filename, caller.f_lineno), name)
+
+
+def log_defect(error: BaseException) -> None:
+    """Write the traceback of what nobody expected: a bug, or no memory."""
+    with contextlib.suppress(Exception):
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        LOG.put(f"{NAME}: {text.rstrip()}", ("defect", type(error)), type(error).__name__)
+        return
+    LOG.put(f"{NAME}: {type(error).__name__}", "defect", "defects")
+
+
+def log_uncaught() -> None:
+    """From now on, also what ends a thread or is raised where nobody can be told goes to the log."""
+
+    def thread_ended(told: threading.ExceptHookArgs) -> None:
+        if told.exc_value is not None and told.exc_type is not SystemExit:
+            log_defect(told.exc_value)
+
+    def unraisable(told: Any) -> None:
+        if told.exc_value is not None:
+            log_defect(told.exc_value)
+
+    threading.excepthook = thread_ended
+    sys.unraisablehook = unraisable
+
+
+def printable(text: str) -> str:
+    """The text with what does not belong into a line written out: a name that a client sent may hold a line end."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

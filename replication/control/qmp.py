@@ -23,14 +23,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from replication import VERSION
 from replication.errors import CommandError
+from replication.log import log_defect
 
 # The largest real message is a few hundred bytes; this leaves room for any sane `id` and bounds a client's memory.
 MESSAGE_BYTES_MAX = 1 << 20
@@ -319,7 +318,7 @@ class Session:
             return encode(error_message(str(error), error.error_class) | identity), None
         except Exception as error:  # noqa: BLE001
             # A defect of ours: the operator gets the trace in nbdkit's log, the client one line and its connection.
-            traceback.print_exc(file=sys.stderr)
+            log_defect(error)
             text = " ".join(f"{type(error).__name__}: {error}".split())
             return encode(error_message(f"Internal error, see nbdkit's log: {text}") | identity), None
 
@@ -364,6 +363,6 @@ class Session:
     def _run_after(after: Callable[[], None]) -> None:
         try:
             after()
-        except Exception:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001
             # The client has its answer already; only the log can take this.
-            traceback.print_exc(file=sys.stderr)
+            log_defect(error)

@@ -27,7 +27,6 @@ import select
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -39,6 +38,7 @@ from replication.control.commands import is_urgent
 from replication.control.qmp import Answer
 from replication.errors import CommandError, ConfigError
 from replication.events import Event, EventHub
+from replication.log import log
 
 CLIENTS_MAX = 16
 # Beyond these, for who has something urgent to say (commands.URGENT).
@@ -210,7 +210,7 @@ class _Client:
         try:
             message = qmp.encode(event)
         except (TypeError, ValueError) as error:
-            _log(f"event {event.get('event')} is not JSON and was not sent: {error}")
+            log(f"event {event.get('event')} is not JSON and was not sent: {error}")
             return
         if not self._outbox.put(message):
             self.drop()
@@ -331,7 +331,7 @@ class ControlServer:
             client.drop()
         left = sum(not client.join(deadline) for client in clients)
         if left:
-            _log(f"{left} control client(s) still had a command running after {STOP_S:g} s")
+            log(f"{left} control client(s) still had a command running after {STOP_S:g} s")
 
     # Binding
 
@@ -402,7 +402,7 @@ class ControlServer:
         except FileNotFoundError:
             pass  # someone tidied up before us
         except OSError as error:
-            _log(f"cannot remove the control socket {self._path}: {error.strerror}")
+            log(f"cannot remove the control socket {self._path}: {error.strerror}")
         self._inode = None
 
     # Serving
@@ -422,7 +422,7 @@ class ControlServer:
             except BlockingIOError:
                 continue
             except OSError as error:
-                _log(f"cannot accept a control client: {error.strerror}")
+                log(f"cannot accept a control client: {error.strerror}")
                 if select.select([wake], [], [], _ACCEPT_RETRY_S)[0]:
                     return
                 continue
@@ -437,7 +437,7 @@ class ControlServer:
         try:
             client.start()
         except RuntimeError as error:
-            _log(f"cannot serve a control client: {error}")
+            log(f"cannot serve a control client: {error}")
             self._forget(client)
             _turn_away(connection, f"Cannot serve this client: {error}")
 
@@ -457,7 +457,7 @@ class ControlServer:
                         return not full
             if leaving.evict():
                 self._forget(leaving)  # its threads may need a moment yet
-                _log("all places of the control socket were taken: a client that was idle has lost its own")
+                log("all places of the control socket were taken: a client that was idle has lost its own")
 
     def _choose(self, idle_s: float) -> _Client | None:
         """Who has to make room, with the lock held: of those who have been idle for more than `idle_s` seconds the one
@@ -556,8 +556,3 @@ def _join(thread: threading.Thread, deadline: float) -> bool:
         return False
     thread.join(max(0.0, deadline - time.monotonic()))
     return not thread.is_alive()
-
-
-def _log(text: str) -> None:
-    # nbdkit's log is this process's standard error.
-    print(f"nbdkit-replication: {text}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from replication.log import log
+from replication.log import LOG, log
 from replication.server.clients import sockets
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -73,6 +73,7 @@ class Disconnector:
         while True:
             if time.monotonic() > deadline and self._unended():
                 self._cleanup()
+                LOG.flush()
                 os._exit(0)
             for connection in self._clients():
                 try:
@@ -88,6 +89,7 @@ class Disconnector:
         """End the process if it has not ended in time. A thread of its own, since `cleanup` may be what takes long."""
         time.sleep(END_S)
         log(f"something did not end within {END_S:g} s of the signal; the process ends without it")
+        LOG.flush()
         os._exit(0)
 
     def _clients(self) -> Iterator[socket.socket]:
