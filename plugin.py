@@ -7,6 +7,7 @@ Errors leave through one place, `_boundary`: those raised on purpose become one 
 traceback, because it is a bug.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -38,7 +39,7 @@ from replication.node import Node
 from replication.options import Durability, OptionParser, Options
 from replication.record.state import StateFolder
 from replication.secondary.pairing import Channel
-from replication.server import clients
+from replication.server import clients, later
 from replication.server.abilities import Abilities
 from replication.server.disconnect import Disconnector
 from replication.server.errorlines import ErrorLines
@@ -172,9 +173,17 @@ def config_complete() -> None:
 def get_ready() -> None:
     """Open control socket, disks and images, while errors are still seen. nbdkit may fork after this.
 
-    The socket before the images: what is refused because of it has made no image yet.
+    The socket before the images: what is refused because of it has made no image yet. All of it with the rights that
+    nbdkit is going to have.
     """
+    user = later.current()
+    with contextlib.nullcontext() if user is None else user.at_work():
+        _get_ready()
+
+
+def _get_ready() -> None:
     hub = EventHub()
+    _check_identities()
     state = StateFolder(Process.options.state, durable=Process.options.durability is Durability.POWER)
     try:
         if Process.options.control is not None:
@@ -197,7 +206,18 @@ def get_ready() -> None:
         execute = PairCommands(node, commands, channel).execute
         return ControlExport(execute, hub, partial(node.channel_closed, channel), channel.note)
 
-    Process.exports = Exports(node, control_export, Process.options.guests_local)
+    Process.exports = Exports(node, control_export, Process.options)
+
+
+def _check_identities() -> None:
+    """ConfigError for a key that this nbdkit cannot hold: a rule that is not checked must not seem to be one."""
+    options = Process.options
+    for key, identity in (("primary-identity", options.primary_identity), ("guest-identity", options.guest_identity)):
+        if identity is not None and not Process.abilities.tells_tls_names:
+            raise ConfigError(
+                f"{key} needs an nbdkit that says which certificate a client has shown (1.40 or later), and this is an "
+                "older one"
+            )
 
 
 def _execute(name: str, arguments: dict[str, Any]) -> Answer:

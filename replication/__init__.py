@@ -74,6 +74,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     server/                     what nbdkit asks of us, and what we do about nbdkit and Python
         threads.py              nbdkit's threads, as Python sees them
         errorlines.py           the lines that nbdkit prints for failed requests
+        later.py                the user that nbdkit becomes
         hangup.py               a client that dies must not end the process (Debian 12 only)
         disconnect.py           ending the process although clients are connected
         placement.py            on which core the threads run

@@ -92,6 +92,9 @@ class Options:
     tls: Tls = field(default_factory=Tls)
     guests_local: bool = False
     """Whether guests' exports are only for clients on this host."""
+    primary_identity: str | None = None
+    guest_identity: str | None = None
+    """Distinguished name in the certificate of the only client that may be the primary, or the guest."""
     placement: bool = True
     """Whether the process chooses the cores of its threads (placement.py)."""
     folder: str = field(default_factory=os.getcwd)
@@ -427,6 +430,23 @@ def _set_guest_access(options: Options, value: str) -> None:
     options.guests_local = value == "local"
 
 
+def _set_primary_identity(options: Options, value: str) -> None:
+    options.primary_identity = _identity("primary-identity", value)
+
+
+def _set_guest_identity(options: Options, value: str) -> None:
+    options.guest_identity = _identity("guest-identity", value)
+
+
+def _identity(key: str, value: str) -> str:
+    if "=" not in value or not value.isprintable():
+        raise ConfigError(
+            f"{key}={value[:80]!r} should be the distinguished name in a client's certificate, such as "
+            "CN=primary,O=pair (a user of tls-psk cannot be told from another one: nbdkit does not say which it was)"
+        )
+    return value
+
+
 def _set_placement(options: Options, value: str) -> None:
     if value not in ("auto", "none"):
         raise ConfigError(f"placement={value} should be auto or none")
@@ -452,11 +472,13 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "tls-psk": _set_tls_psk,
     "tls-username": _set_tls_username,
     "guest-access": _set_guest_access,
+    "primary-identity": _set_primary_identity,
+    "guest-identity": _set_guest_identity,
     "placement": _set_placement,
 }
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))
 PRIMARY_KEYS = frozenset(("secondary",))
-SECONDARY_KEYS = frozenset(("durability", "overlay-watermark"))
+SECONDARY_KEYS = frozenset(("durability", "overlay-watermark", "primary-identity"))
 KEYS = frozenset(("mode", "state", "control", *_CONVERTERS))
 ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from lab import Lab
 from mounts import SharingFolder, SmallFolder
+from replication import log
 from replication.disk import files
 
 # A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.
@@ -36,6 +38,12 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         if said:
             request.node.add_report_section("teardown", "processes", said)
         laboratory.close()
+
+
+@pytest.fixture(autouse=True)
+def _log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test has logged does not count for the next."""
+    monkeypatch.setattr(log, "LOG", log.Log(lambda text: print(text, file=sys.stderr, flush=True)))
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from typing import Any
 from replication.control import qmp
 from replication.control.commands import is_urgent
 from replication.control.qmp import Answer
+from replication.disk import files
 from replication.errors import CommandError, ConfigError
 from replication.events import Event, EventHub
 from replication.log import log
@@ -346,6 +347,7 @@ class ControlServer:
             os.fchmod(listener.fileno(), 0o600)
             listener.bind(f"/proc/self/fd/{folder}/{fresh}")
             try:
+                os.chmod(fresh, 0o600, dir_fd=folder)
                 listener.listen(CLIENTS_MAX)
                 self._claim(folder, fresh, name)
             finally:
@@ -510,7 +512,7 @@ def _locked(folder: int, name: str) -> Iterator[None]:
     """
     deadline = time.monotonic() + _LOCK_S
     while True:
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        lock = files.create(name, os.O_NOFOLLOW, folder)
         try:
             if _holds(lock, folder, name):
                 try:

@@ -15,6 +15,8 @@ import os
 import struct
 from collections.abc import Sequence
 
+from replication.log import log
+
 Buffer = bytes | bytearray | memoryview
 
 # fallocate(2) with a mode is not in Python's os module. ctypes lets go of the GIL meanwhile.
@@ -79,11 +81,27 @@ def fdatasync(fd: int) -> None:
     os.fdatasync(fd)
 
 
+def create(path: str, flags: int, folder: int | None = None) -> int:
+    """Open a file for reading and writing that is made if it is not there: for its owner alone, whatever the umask.
+    `flags` of open(2) besides, and the descriptor of the folder from which a relative path counts."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600, dir_fd=folder)
+    if os.fstat(fd).st_mode & 0o600 != 0o600:  # a umask that takes its own rights from the owner
+        os.fchmod(fd, 0o600)
+    return fd
+
+
+def warn_of_others(what: str, folder: str) -> None:
+    """Say that others than its owner may enter a folder with what is private in it."""
+    mode = os.stat(folder).st_mode
+    if mode & 0o077:
+        log(f"others may enter {what} {folder} (its mode is {mode & 0o7777:04o}): chmod 0700 keeps them out")
+
+
 def replace(path: str, content: bytes) -> None:
     """Give a file new content as a whole: whoever opens it, also after a power cut, finds the old or the new. Stable
     when it returns."""
     temporary = path + ".new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = create(temporary, os.O_TRUNC)
     try:
         if not write_all(fd, content, 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

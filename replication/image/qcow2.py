@@ -103,6 +103,7 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
             text=True,
             timeout=_CREATE_S,
             stdin=subprocess.DEVNULL,
+            umask=0o077,
         )
         os.rename(temporary, path)
         files.sync_folder(path)

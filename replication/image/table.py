@@ -21,6 +21,7 @@ import os
 
 import numpy as np
 
+from replication.disk import files
 from replication.errors import ConfigError
 from replication.image.qcow2 import Layout, check_entries
 from replication.record.boot import boot_id
@@ -119,7 +120,7 @@ def live_table(fd: int, path: str, layout: Layout) -> Table:
     live = _open_live(path, layout)
     try:
         if live is None:
-            live = os.open(live_path(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            live = files.create(live_path(path), os.O_TRUNC)
             # Space is taken now: a store into a hole of a full file system would kill the process.
             os.posix_fallocate(live, 0, _PAGE + layout.table_length)
             done = 0

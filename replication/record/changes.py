@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from replication.disk import files
 from replication.errors import ConfigError, DiskError
 
 GRAIN = 64 << 10
@@ -70,7 +71,7 @@ class ChangeMap:
 
     def _map(self, path: str) -> mmap.mmap:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = files.create(path, 0)
             try:
                 size = os.fstat(fd).st_size
                 if size not in (0, self._count):

@@ -191,8 +191,8 @@ class StateFolder:
             self._page = mmap.mmap(-1, _PAGE)
         else:
             try:
-                os.makedirs(path, mode=0o700, exist_ok=True)
-                self._lock_fd = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                _make_folder(path)
+                self._lock_fd = files.create(self.file("lock"), 0)
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._page = self._map_page()
                 if durable:
@@ -210,7 +210,7 @@ class StateFolder:
             raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
 
     def _map_page(self) -> mmap.mmap:
-        self._epoch_fd = os.open(self.file("epoch"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._epoch_fd = files.create(self.file("epoch"), 0)
         # Written, not only truncated to size: a mapped hole on a full disk would kill the process.
         if os.fstat(self._epoch_fd).st_size != _PAGE:
             os.pwrite(self._epoch_fd, bytes(_PAGE), 0)
@@ -382,6 +382,15 @@ class StateFolder:
             if fd >= 0:
                 os.close(fd)
         self._epoch_fd = self._lock_fd = -1
+
+
+def _make_folder(path: str) -> None:
+    """For its owner alone, whatever the umask. One that is there is somebody's choice; what it means is said."""
+    try:
+        os.makedirs(path, mode=0o700)
+        os.chmod(path, 0o700)
+    except FileExistsError:
+        files.warn_of_others("the state folder", path)
 
 
 def _boot_word() -> int:

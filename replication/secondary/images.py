@@ -13,10 +13,13 @@ What a start of the process finds, by who may have changed the images since (`re
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
+from replication.disk import files
 from replication.errors import ConfigError
 from replication.image.overlay import Overlay, ReadOnlyImage
 from replication.image.qcow2 import Layout, create, image_size, read_layout, remove
@@ -31,6 +34,7 @@ from replication.stage import Stage
 from replication.uri import absolute, is_uri
 
 _MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
+_MEMORY_DEVICES = ("ram", "zram")
 
 
 class Found(NamedTuple):
@@ -80,19 +84,29 @@ class _Opening:
         try:
             for disk, role, path, _ in wanted:
                 if self._power:
-                    _refuse_memory(role, disk, path)
+                    _refuse_memory(f"{role} disk of '{disk.name}'", f"disk '{disk.name}'", path)
                 if os.path.lexists(path):
                     self._opened[path] = self._open(role, disk, path)
+                    if self._power:
+                        overlay = self._opened[path]
+                        layout = read_layout(path) if overlay is None else overlay.layout
+                        _refuse_memory(
+                            f"data file of the {role} disk of '{disk.name}'", f"disk '{disk.name}'", layout.data_path
+                        )
                 elif not self._fresh and not self._rebooted:
                     raise ConfigError(
                         f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back, or "
                         f"give up the state folder {self._options.state} and copy the disk anew from the primary"
                     )
+            if self._power:
+                self._refuse_memory_below()
             for disk, role, path, base in wanted:
                 if path not in self._opened:
                     create(path, base, "raw" if role == "hidden" else "qcow2", disk.size)
                     made.append(path)
                     self._opened[path] = self._open(role, disk, path)
+            for folder in sorted({os.path.dirname(path) for *_, path, _ in wanted} - {self._options.state}):
+                files.warn_of_others("the overlays' folder", folder)
             pairs = [
                 self._pair(disk, disk_options)
                 for disk, disk_options in zip(self._disks, self._options.disks, strict=True)
@@ -112,6 +126,15 @@ class _Opening:
         if self._fresh:
             return Found(self._refusals, None, False)
         return self._after_restart(made)
+
+    def _refuse_memory_below(self) -> None:
+        """ConfigError when the disks, or the state folder with the number of the last checkpoint, are in memory."""
+        for disk in self._options.disks:
+            place = _known(disk.location)
+            if not is_uri(place):  # of a server's disk its server knows
+                _refuse_memory(f"secondary disk '{disk.name}'", f"disk '{disk.name}'", place)
+        if self._options.state is not None:
+            _refuse_memory("the state folder", "the state", self._options.state)
 
     def _after_restart(self, made: list[str]) -> Found:
         lost = None
@@ -179,18 +202,44 @@ def _same_place(found: str, expected: str, folder: str) -> bool:
     return os.path.realpath(found) == os.path.realpath(expected)
 
 
-def _refuse_memory(role: str, disk: SecondaryDisk, path: str) -> None:
-    """ConfigError for an overlay that would not outlive a power cut whatever is done."""
-    folder = os.path.dirname(path)
+def _refuse_memory(what: str, owner: str, path: str) -> None:
+    """ConfigError for a file that would not outlive a power cut whatever is done, or will not once it is made."""
     try:
-        kind = _file_system(os.stat(folder).st_dev)
+        kind = _memory_below(os.path.realpath(path))
     except OSError as error:
-        raise ConfigError(f"cannot use the folder {folder} of disk '{disk.name}': {error.strerror}") from error
-    if kind in _MEMORY_FILE_SYSTEMS:
+        raise ConfigError(f"cannot use the folder {os.path.dirname(path)} of {owner}: {error.strerror}") from error
+    if kind is not None:
         raise ConfigError(
-            f"durability=power, but {path} ({role} disk of '{disk.name}') is in {kind}, which a power cut empties: "
+            f"durability=power, but {path} ({what}) is in {kind}, which a power cut empties: "
             "put it on a disk, or use durability=process"
         )
+
+
+def _memory_below(path: str) -> str | None:
+    """The kind of memory that holds a file or a block device, None if it is on a disk as far as one can see."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        status = os.stat(os.path.dirname(path))
+    if not stat.S_ISBLK(status.st_mode):
+        kind = _file_system(status.st_dev)
+        return kind if kind in _MEMORY_FILE_SYSTEMS else None
+    return _memory_device(os.path.realpath(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"))
+
+
+def _memory_device(device: str) -> str | None:
+    """As `_memory_below`, for a block device by its folder in sysfs."""
+    name = os.path.basename(device)
+    if name.startswith(_MEMORY_DEVICES):
+        return name
+    with contextlib.suppress(OSError), open(f"{device}/loop/backing_file", encoding="utf-8") as file:
+        return _memory_below(file.read().rstrip("\n"))
+    with contextlib.suppress(OSError):
+        for below in os.listdir(f"{device}/slaves"):  # device mapper, md
+            kind = _memory_device(os.path.realpath(f"{device}/slaves/{below}"))
+            if kind is not None:
+                return kind
+    return None
 
 
 def _file_system(device: int) -> str | None:

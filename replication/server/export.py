@@ -16,9 +16,8 @@ from replication.control.inband import ControlExport
 from replication.disk.face import EXTENTS_MAX, Extent
 from replication.errors import DiskError, Refusal
 from replication.node import Node
-from replication.options import CONTROL_EXPORT
+from replication.options import CONTROL_EXPORT, Options
 from replication.server.clients import Client
-from replication.side import FOR_GUESTS, GUEST_WRITES
 from replication.stage import Mode
 
 ZERO_MAX = 16 << 20
@@ -119,12 +118,15 @@ class DataExport(Export):
 class Exports:
     """The exports of a node, by name."""
 
-    def __init__(self, node: Node, control: Callable[[], ControlExport], guests_local: bool) -> None:
-        """`control()` makes the export over which a primary talks to this node. With `guests_local`, what belongs to a
-        guest is only for clients on this host."""
+    def __init__(self, node: Node, control: Callable[[], ControlExport], options: Options) -> None:
+        """`control()` makes the export over which a primary talks to this node. The options say who may open what."""
         self._node = node
-        self._guests_local = guests_local
+        self._options = options
         self._control = control
+        # By name, not by what is behind it at the moment: during a change of role that is nothing, and the client that
+        # gets in then has the guest's disk afterwards.
+        secondary = options.mode is Mode.SECONDARY
+        self._of_guests = frozenset(disk.top_id if secondary else disk.name for disk in options.disks)
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of all exports."""
@@ -138,15 +140,27 @@ class Exports:
     def open(self, name: str, client: Client) -> Export | ControlExport:
         """An export by name; Refusal names the valid ones, or says that it is not for this client; DiskError."""
         if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
+            self._check_identity("primary-identity", self._options.primary_identity, name, client)
             return self._control()
         wanted, token = self._node.side.face_of(name or self.default())
         if wanted not in self._node.faces:
             valid = ", ".join(f"'{known}'" for known in self._node.faces)
             raise Refusal(f"there is no export '{name[:255]}': the exports are {valid}")
-        description = self._node.faces[wanted].description
-        for_guest = description in FOR_GUESTS or description == GUEST_WRITES
-        if self._guests_local and for_guest and not client.local:
-            raise Refusal(
-                f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
-            )
+        if wanted in self._of_guests:
+            if self._options.guests_local and not client.local:
+                raise Refusal(
+                    f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
+                )
+            self._check_identity("guest-identity", self._options.guest_identity, wanted, client)
+        else:
+            self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
         return Export(self._node, wanted) if token is None else DataExport(self._node, wanted, token)
+
+    @staticmethod
+    def _check_identity(key: str, wanted: str | None, export: str, client: Client) -> None:
+        """DiskError unless the client has shown the certificate that the key names, if it names one. Wherever the
+        client is: a user of this host is not yet the primary, or the guest."""
+        if wanted is None or client.tls_dn == wanted:
+            return
+        shown = f"has shown the certificate of '{client.tls_dn}'" if client.tls_dn else "has shown no certificate"
+        raise DiskError(f"{key}: '{export}' is for '{wanted}', and {client.name} {shown}", errno.EPERM)

@@ -528,6 +528,16 @@ def test_power_is_refused_with_overlays_in_tmpfs_and_nothing_is_made_there(lab: 
     assert list(lab.folder.glob("*.qcow2")) == []
 
 
+def test_power_is_refused_with_a_disk_in_tmpfs_also_behind_a_link(lab: Lab, tmpfs: Path) -> None:
+    (tmpfs / "disk.raw").write_bytes(OLD)
+    (lab.folder / "link.raw").symlink_to(tmpfs / "disk.raw")
+    for disk in (tmpfs / "disk.raw", lab.folder / "link.raw"):
+        arguments = ["mode=secondary", f"state={lab.folder / 's'}", f"disk={disk}", "top-id=top0"]
+        _, said = lab.failed_start([*arguments, "durability=power"])
+        assert f"durability=power, but {disk} (secondary disk 'disk0') is in tmpfs" in said
+        assert list((lab.folder / "s").glob("*.qcow2")) == []
+
+
 def test_process_takes_overlays_in_tmpfs(lab: Lab, tmpfs: Path) -> None:
     host = Host(lab, "process", tmpfs)
     host.run()

@@ -468,7 +468,7 @@ class Bench:
         self._state = StateFolder(str(state), durable="durability=power" in arguments)
         self.node = Node(parser.finish(), hub, self._state)
         self.node.launch()
-        self._exports = Exports(self.node, _no_control, False)
+        self._exports = Exports(self.node, _no_control, self.node._options)
         self._commands = Commands(self.node, lambda: None)
 
     def execute(self, command: str, **arguments: Any) -> Any:

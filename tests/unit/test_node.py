@@ -117,7 +117,7 @@ def exports_of(node: Node) -> Exports:
     def no_control() -> ControlExport:
         raise AssertionError("nobody pairs")
 
-    return Exports(node, no_control, guests_local=False)
+    return Exports(node, no_control, node._options)
 
 
 HERE = Client("a client on this host", True)
@@ -295,7 +295,7 @@ def test_an_unknown_export_is_refused_and_the_valid_ones_are_named(host: Host) -
 def test_only_a_secondary_has_a_control_export(host: Host) -> None:
     made = []
     node = host.promoted()
-    exports = Exports(node, lambda: made.append(1) or cast(ControlExport, "control"), guests_local=False)
+    exports = Exports(node, lambda: made.append(1) or cast(ControlExport, "control"), node._options)
     assert exports.open(CONTROL_EXPORT, HERE) == "control"
     assert CONTROL_EXPORT not in dict(exports.names())
     node.start(Mode.PRIMARY, URI, "auto")

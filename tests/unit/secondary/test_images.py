@@ -224,6 +224,53 @@ def test_with_durability_power_no_overlay_may_be_in_memory(
     assert host.start(Record(Mode.SECONDARY), "process") == GOOD
 
 
+@pytest.mark.parametrize("what", ["secondary disk", "data file of the hidden disk", "state folder"])
+def test_with_durability_power_nothing_that_counts_may_be_in_memory(
+    host: Host, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert host.start(Record(Mode.SECONDARY), "process") == GOOD
+    host.end()
+    place = {
+        "secondary disk": host.folder / "a",
+        "data file of the hidden disk": Path(qcow2.default_data_path(str(host.path("hidden")))),
+        "state folder": host.folder,
+    }[what]
+    below = images._memory_below
+    monkeypatch.setattr(images, "_memory_below", lambda path: "tmpfs" if path == str(place) else below(path))
+    with pytest.raises(
+        ConfigError, match=rf"durability=power, but {place} \(.*{what}.* is in tmpfs, which a power cut"
+    ):
+        host.start(Record(Mode.SECONDARY), "power")
+
+
+def test_what_is_in_memory_is_seen_through_links_loops_and_mapped_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    sysfs = tmp_path / "sys"
+    for name in ("ram0", "zram1", "sda", "loop0/loop", "loop1/loop", "dm-0/slaves", "dm-1/slaves"):
+        (sysfs / name).mkdir(parents=True)
+    monkeypatch.setattr(images, "_file_system", lambda device: "tmpfs" if device == 7 else "ext4")
+    status = os.stat_result((0o100600, 1, 7, 1, 0, 0, 0, 0, 0, 0))
+    real = os.stat
+    monkeypatch.setattr(images.os, "stat", lambda path: status if str(path) == "/run/image" else real(path))
+    (sysfs / "loop0/loop/backing_file").write_text("/run/image\n")
+    (sysfs / "loop1/loop/backing_file").write_text(f"{tmp_path}\n")
+    (sysfs / "dm-0/slaves/sda").symlink_to(sysfs / "sda")
+    (sysfs / "dm-0/slaves/loop0").symlink_to(sysfs / "loop0")
+    (sysfs / "dm-1/slaves/sda").symlink_to(sysfs / "sda")
+    found = {name: images._memory_device(str(sysfs / name)) for name in sorted(os.listdir(sysfs))}
+    assert found == {
+        "ram0": "ram0",
+        "zram1": "zram1",
+        "sda": None,
+        "loop0": "tmpfs",
+        "loop1": None,
+        "dm-0": "tmpfs",
+        "dm-1": None,
+    }
+
+
 def test_a_folder_that_is_not_there_is_a_clear_error(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Host, "path", lambda self, role, name="a": self.folder / "nowhere" / f"{name}.{role}.qcow2")
     with pytest.raises(ConfigError, match=r"cannot use the folder .*/nowhere of disk 'a': No such file"):
