@@ -130,7 +130,7 @@ def test_nobody_waits_for_a_log_that_takes_nothing() -> None:
     assert written[1] == "nbdkit-replication: 50 lines were left out: the log was full or too slow"
 
 
-def test_kinds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_are_bounded(clock: Callable[[float], None]) -> None:
     written: list[str] = []
     journal = Log(written.append)
     for number in range(10_000):
