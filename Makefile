@@ -35,7 +35,8 @@ VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
 INSTALLED_SCRIPTS := replctl ft-agent
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
-MODULES  = $(shell cd '$(FROM)' && find replication *.so -name '*.py' -o -name '*.so' 2>/dev/null)
+MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo -prune -o \
+    '(' -name '*.py' -o -name '*.so' ')' -print 2>/dev/null)
 # Scripts have no suffix; their first line says what they are.
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)

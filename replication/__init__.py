@@ -53,6 +53,12 @@ Source and compiled
 Layers (a file imports only from lines below its own; tests/unit/test_layers.py holds that)
 ------------------------------------------------------------------------------------------
     plugin.py                   nbdkit callbacks; one error boundary; the only file that imports nbdkit
+    demo/                       the demonstration, which is not installed
+        story.py                the steps in their order
+        writing.py guest.py     who writes: through the primary's export, and on the guest face
+        node.py                 nbdkit, asked by replctl
+        filesystem.py           a real file system, made, read back and compared
+        processes.py teller.py  what is started; what a person reads
     machine/                    protects a virtual machine together with its disk: what ft-agent calls
         protection.py           an epoch every interval
         agent.py                one epoch, on host A

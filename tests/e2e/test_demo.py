@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from checkout import REPOSITORY
+from replication.demo import filesystem
+from replication.demo.writing import can_mount
 from waiting import wait_until
 
 DEMO = REPOSITORY / "scripts" / "demo"
@@ -36,24 +34,6 @@ KEY_LINES = (
     r" ok and so is every byte of the disk",
     r"everything held",
 )
-
-
-def _load() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("demo", str(DEMO))
-    spec = importlib.util.spec_from_loader("demo", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up there.
-    sys.modules["demo"] = module
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = written
-    return module
-
-
-demo = _load()
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -83,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("writer", ["qemu-img", "mount"])
 def test_everything_holds_and_nothing_is_left(folder: Path, writer: str) -> None:
-    if writer == "mount" and not demo.can_mount():
+    if writer == "mount" and not can_mount():
         pytest.skip("needs root, FUSE and a loop device")
     done = subprocess.run(
         [DEMO, "--size", "24M", "--writer", writer],
@@ -178,11 +158,11 @@ def _become_file(path: Path) -> None:
     ],
 )
 def test_a_changed_tree_is_seen(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
-    expected = demo.read_tree(_plant(tmp_path / "expected"))
+    expected = filesystem.read_tree(_plant(tmp_path / "expected"))
     spoiled = _plant(tmp_path / "found")
-    assert demo.differences(expected, demo.read_tree(spoiled)) == []
+    assert filesystem.differences(expected, filesystem.read_tree(spoiled)) == []
     spoil(spoiled)
-    lines = demo.differences(expected, demo.read_tree(spoiled))
+    lines = filesystem.differences(expected, filesystem.read_tree(spoiled))
     assert len(lines) == 1
     assert lines[0].startswith(said)
 
@@ -193,17 +173,17 @@ def test_one_changed_byte_of_a_disk_is_found(tmp_path: Path, offset: int) -> Non
     content = bytearray(1 << 21)
     one.write_bytes(content)
     other.write_bytes(content)
-    assert demo.first_difference(one, other) is None
+    assert filesystem.first_difference(one, other) is None
     content[offset] = 1
     other.write_bytes(content)
-    assert demo.first_difference(one, other) == offset
+    assert filesystem.first_difference(one, other) == offset
 
 
 def test_disks_of_different_length_differ(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(bytes(8192))
     other.write_bytes(bytes(4096))
-    assert demo.first_difference(one, other) == 4096
+    assert filesystem.first_difference(one, other) == 4096
 
 
 def test_a_file_changed_in_an_image_is_seen(tmp_path: Path) -> None:
@@ -214,12 +194,12 @@ def test_a_file_changed_in_an_image_is_seen(tmp_path: Path) -> None:
     os.truncate(image, 8 << 20)
     environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", files, image], env=environment, check=True, timeout=60)
-    before = demo.image_tree(image, tmp_path / "tree")
+    before = filesystem.image_tree(image, tmp_path / "tree")
     assert before["sub/b"].size == 3
-    assert demo.image_tree(image, tmp_path / "tree") == before
+    assert filesystem.image_tree(image, tmp_path / "tree") == before
     other = tmp_path / "other"
     other.write_bytes(b"2wo")
-    changes = demo.Changes(remove=["sub/b"], write=[("sub/b", other)])
+    changes = filesystem.Changes(remove=["sub/b"], write=[("sub/b", other)])
     changes.by_debugfs(image, tmp_path / "script")
-    lines = demo.differences(before, demo.image_tree(image, tmp_path / "tree"))
+    lines = filesystem.differences(before, filesystem.image_tree(image, tmp_path / "tree"))
     assert [line.split(":")[0] for line in lines] == ["sub/b"]
