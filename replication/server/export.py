@@ -71,10 +71,26 @@ class Export:
     def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         """Extents from `offset` on; `one`: the first, for a client that asks for no more (NBD_CMD_FLAG_REQ_ONE)."""
         with self._gate:
-            return self._faces[self._name].extents(offset, length, 1 if one else EXTENTS_MAX)
+            found = self._faces[self._name].extents(offset, length, 1 if one else EXTENTS_MAX)
+        return within(found, offset, length)
 
     def close(self) -> None:
         """The client has gone."""
+
+
+def within(extents: list[Extent], offset: int, length: int) -> list[Extent]:
+    """What the extents say of a request's range. A longer answer would be allowed, but nbdkit up to 1.42.2 ends at an
+    extent of 4 GiB (CVE-2025-47711), and a request is always shorter."""
+    end = offset + length
+    if extents and extents[0].offset == offset and extents[-1].offset + extents[-1].length <= end:
+        return extents
+    found = []
+    for extent in extents:
+        begin = max(extent.offset, offset)
+        stop = min(extent.offset + extent.length, end)
+        if begin < stop:
+            found.append(Extent(begin, stop - begin, extent.zero, extent.hole))
+    return found
 
 
 class DataExport(Export):

@@ -10,7 +10,7 @@ import pytest
 
 from replication.disk.face import Extent
 from replication.order.gate import Gate
-from replication.server.export import ZERO_MAX, Export
+from replication.server.export import ZERO_MAX, Export, within
 from replication.side import Face
 
 SIZE = 1 << 40
@@ -67,3 +67,36 @@ def test_who_asks_for_one_extent_gets_one() -> None:
     export = Export(Node(), "disk")  # type: ignore[arg-type]
     assert export.extents(0, SIZE, True)[0].length == 1
     assert export.extents(0, SIZE)[0].length == 1024
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([], []),
+        ([(100, 50)], [(100, 50)]),
+        ([(100, 20), (120, 30)], [(100, 20), (120, 30)]),
+        ([(100, 51)], [(100, 50)]),
+        ([(0, 8 * GIB)], [(100, 50)]),
+        ([(0, 120), (120, 8 * GIB)], [(100, 20), (120, 30)]),
+        ([(100, 50), (150, GIB)], [(100, 50)]),
+        ([(0, 100), (100, 10)], [(100, 10)]),
+        ([(99, 51)], [(100, 50)]),
+    ],
+)
+def test_extents_say_nothing_of_what_is_outside_the_request(
+    found: list[tuple[int, int]], said: list[tuple[int, int]]
+) -> None:
+    extents = [Extent(offset, length, True, False) for offset, length in found]
+    assert within(extents, 100, 50) == [Extent(offset, length, True, False) for offset, length in said]
+
+
+def test_an_export_clips_what_its_face_says() -> None:
+    node = Node()
+    face = node.faces["disk"]
+    node.faces["disk"] = face._replace(extents=lambda *_: [Extent(0, SIZE, True, True)])
+    assert Export(node, "disk").extents(4096, 4 * GIB - 4096) == [  # type: ignore[arg-type]
+        Extent(4096, 4 * GIB - 4096, True, True)
+    ]
