@@ -57,6 +57,9 @@ class Record:
 
     committed: Unit | None = None
     prepared: Unit | None = None
+    resumed: int | None = None
+    """The number of the state with which a guest has gone on here. It has written since, so that state belongs to the
+    disk no longer."""
 
     def of(self, epoch: int, taken: float | None) -> Unit | None:
         """The state that belongs to the disk's checkpoint `epoch`, which it took at `taken` (seconds since 1970)."""
@@ -80,7 +83,10 @@ class Record:
             units = {name: None if values[name] is None else Unit(**values[name]) for name in ("committed", "prepared")}
             if any(unit is not None and Path(unit.file).name != unit.file for unit in units.values()):
                 raise ValueError("a state outside the folder")
-            return cls(**units)
+            resumed = values.get("resumed")
+            if resumed is not None and type(resumed) is not int:
+                raise TypeError("resumed is a number")
+            return cls(**units, resumed=resumed)
         except (ValueError, KeyError, TypeError) as error:
             raise FtError(f"the record of states cannot be read: {error}") from error
 
@@ -142,6 +148,11 @@ class Store:
         """What is prepared will never be committed: no checkpoint of the disk can get its number any more."""
         self.save(replace(self.load(), prepared=None))
 
+    def resume(self, epoch: int) -> None:
+        """A guest is about to go on with that state."""
+        self.save(replace(self.load(), resumed=epoch))
+
     def settle(self, epoch: int, taken: float | None) -> None:
         """The disk's last checkpoint is known, and no other is on its way: what belongs to it is committed."""
-        self.save(Record(committed=self.load().of(epoch, taken)))
+        record = self.load()
+        self.save(Record(committed=record.of(epoch, taken), resumed=record.resumed))

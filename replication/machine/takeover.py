@@ -43,6 +43,11 @@ def unit_of(store: Store, control: Monitor) -> Unit:
             f"no state belongs to checkpoint {epoch} of the disk, only to {' and '.join(known) or 'none'}: "
             "boot the guest from the guest face instead"
         )
+    if record.resumed == unit.epoch:
+        raise FtError(
+            f"a guest has gone on with state {unit.epoch} already, and may have written since: the state belongs to "
+            "the disk no longer. Boot the guest from the guest face instead"
+        )
     if not (store.folder / unit.file).exists():
         raise FtError(f"the state of checkpoint {epoch} is gone: {store.folder / unit.file}")
     return unit
@@ -81,5 +86,6 @@ def take_over(store: Store, control: Path, qmp: Path, limits: Limits, say: Calla
         if event["data"]["status"] != "completed":
             raise FtError("QEMU of B cannot load the state: see what it has printed")
         loaded_ms = (time.monotonic() - begun) * 1e3
+        store.resume(unit.epoch)  # before: whatever becomes of this process, nobody brings the state back once more
         qemu.execute("cont")
         return TakenOver(unit.epoch, fenced_ms, loaded_ms, (time.monotonic() - begun) * 1e3)

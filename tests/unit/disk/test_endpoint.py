@@ -172,11 +172,11 @@ def test_a_write_that_ends_after_a_flush_counts_as_unflushed(
     at_server, go_on = threading.Event(), threading.Event()
     real = disk._run
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any, **named: Any) -> None:
         if threading.current_thread() is writer:
             at_server.set()
             assert go_on.wait(DEADLINE_S)
-        real(*arguments)
+        real(*arguments, **named)
 
     monkeypatch.setattr(disk, "_run", run)
     writer = threading.Thread(target=disk.write, args=([b"x"], 0))

@@ -9,14 +9,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from replication.machine.monitor import FtError, Late, Refused
+from replication.machine.monitor import FtError, Late, Monitor, Refused
 from replication.machine.receiver import Receiver, is_whole
 from replication.machine.remote import Remote
 from replication.machine.store import SOON_S, Record, Store, Unit
+from replication.machine.takeover import unit_of
 from waiting import DEADLINE_S, begin, wait_until
 
 DESCRIPTION = b'{"page_size": 4096, "devices": [{"name": "ram"}]}'
@@ -301,3 +302,27 @@ def test_a_receiver_that_is_silent_ends_the_connection(tmp_path: Path) -> None:
             remote.call("begin", SMALL_S)
         with pytest.raises(FtError):
             remote.call("begin", SMALL_S)
+
+
+class Disk:
+    """What unit_of asks of nbdkit on B."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def execute(self, command: str, *_arguments: object, **_named: object) -> Any:
+        assert command == "query-replication"
+        return {"mode": "secondary", "epoch": self._epoch, "checkpoint": {"time": 2000.0}}
+
+
+def test_a_state_with_which_a_guest_has_gone_on_is_not_brought_back_once_more(store: Store) -> None:
+    store.save(BOTH)
+    (store.folder / THREE.file).write_bytes(b"")
+    disk = cast(Monitor, Disk(3))
+    assert unit_of(store, disk) == THREE
+    store.resume(3)
+    with pytest.raises(FtError, match="gone on with state 3 already"):
+        unit_of(store, disk)
+    store.settle(3, 2000.0)  # the agent of a new pair asks the disk where it stands
+    with pytest.raises(FtError, match="gone on with state 3 already"):
+        unit_of(store, disk)
