@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,9 @@ ROLE_S = 600.0
 
 URGENT_S = 1.0
 """The same for a failover, which others give way to: it answers within 2 seconds."""
+
+PARTING_S = 10.0
+"""How long the primary has to end its stream before a planned stop of its secondary: it may be in a checkpoint."""
 
 _AUTOSTART_RETRY_S = 1.0
 
@@ -97,6 +100,7 @@ class Node:
             lambda stage: self._enter(side(), stage),
             self._save,
             lambda: side().show_stage(self.stage),
+            self._commanding,
         )
 
     def _former_record(self) -> Record | None:
@@ -459,9 +463,14 @@ class Node:
         """replication-stop."""
         if failover and not self._check_running():
             return  # without waiting for whoever is at work
-        with self._commanding(urgent=failover):
-            if self._check_running():
-                self.side.stop(failover, force)
+        with ExitStack() as parted:
+            side = self.side
+            if not failover and isinstance(side, SecondarySide) and self._check_running():
+                # Without the command lock: the primary says good-bye by a command.
+                parted.enter_context(side.pairing.parting(PARTING_S))
+            with self._commanding(urgent=failover):
+                if self._check_running():
+                    self.side.stop(failover, force)
 
     def _check_running(self) -> bool:
         """Whether a stop has anything to do; CommandError when replication has not begun."""

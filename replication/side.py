@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,8 @@ class Setting:
     """Make the record last; StateError."""
     show: Callable[[], None]
     """Show the stage to the disks anew, because something else in the record has changed. The gate is closed."""
+    commanding: Callable[[], AbstractContextManager[None]]
+    """`with commanding():` around what no command may come in between; CommandError."""
 
 
 class Side(ABC):

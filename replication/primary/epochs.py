@@ -114,6 +114,24 @@ class Epochs:
         if epoch is not None:
             self._finish(epoch)
 
+    def part(self) -> None:
+        """End the stream at a cut: the secondary, which is being stopped as planned, gets what is in front of it and
+        nothing else, and is told so; then the link is lost. CommandError, DiskError or PeerError."""
+        epoch = self._cut()
+        try:
+            assert epoch.agreement.peer is not None
+            for disk, entry in zip(self._disks, epoch.entries, strict=True):
+                if not disk.forwarder.await_end(entry):
+                    raise CommandError("The link to the secondary was lost")
+            if any(disk.changes.missing for disk in self._disks):
+                raise Lacking("The secondary has refused something")
+            pause("epoch.parting")
+            epoch.agreement.peer.call("replication-unpair", {"token": epoch.agreement.token}, self._take_s)
+            # What is behind the cut finds no link.
+            self._link.broken(epoch.agreement, DiskError("the secondary was stopped as planned"))
+        finally:
+            self._finish(epoch)
+
     # -- the steps -----------------------------------------------------------------------------------------
 
     def _check_free(self) -> None:

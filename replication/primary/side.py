@@ -19,7 +19,7 @@ from replication.log import log
 from replication.options import check_uri
 from replication.order.pause import pause
 from replication.primary.backlog import Budget, Entry
-from replication.primary.dial import ANSWER_S, Refusal
+from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking
 from replication.primary.forward import Forwarder
@@ -57,7 +57,7 @@ class PrimarySide(Side):
         self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._pass_ended, setting.options.resync_rate)
         self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
         self._epochs = Epochs(setting, self.disks, self._link)
-        self._watch = Watch(setting, self.disks, self._link, self._left_behind)
+        self._watch = Watch(setting, self.disks, self._link, self._left_behind, self._part)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -377,6 +377,13 @@ class PrimarySide(Side):
         looked before that write was marked."""
         self._link.desynchronized()
         self._resync.now(explicit=False)
+
+    def _part(self, agreement: Agreement) -> None:
+        """The secondary is about to be stopped as planned."""
+        with self._set.commanding():
+            if self._link.agreement is agreement and self._set.record.stage is Stage.RUNNING:
+                self._epochs.drop()
+                self._epochs.part()
 
     def _unreadable(self, disk: PrimaryDisk, offset: int, length: int, error: DiskError) -> None:
         self._set.faults.report(Case.PRIMARY_DISK, disk.name, "resync", offset, length, error)

@@ -5,6 +5,7 @@ Twice a second, over the peer channel, also on an idle link. Asked for (query-re
 asked for is the state as it is, so nothing can have been missed, and a secondary of an older version answers as well.
 
     it is no secondary any more, or of another primary      the link is lost
+    it is being stopped as planned                           the stream ends at one instant, then the link
     it lacks something that nobody here knows of             it goes into the change map, and is sent
     it would refuse a checkpoint                             the link is not in sync, and why stands in its reason
     it has lost its checkpoint                               an error, until the next one is taken
@@ -40,17 +41,27 @@ _AGAIN_MIN_S, _AGAIN_MAX_S = 0.4, 5.0
 class Watch:
     """Looks after the secondary of one primary."""
 
-    def __init__(self, setting: Setting, disks: Sequence[PrimaryDisk], link: Link, lacking: Callable[[], None]) -> None:
-        """`lacking()` is called when something was marked that the secondary says it lacks."""
+    def __init__(
+        self,
+        setting: Setting,
+        disks: Sequence[PrimaryDisk],
+        link: Link,
+        lacking: Callable[[], None],
+        part: Callable[[Agreement], None],
+    ) -> None:
+        """`lacking()` is called when something was marked that the secondary says it lacks, `part(agreement)` when the
+        secondary is about to be stopped as planned."""
         self._set = setting
         self._disks = disks
         self._link = link
         self._lacking = lacking
+        self._part = part
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         # Of the thread alone.
         self._watched: Agreement | None = None
         self._consistent = False
+        self._suspect = False
         self._again_s = _AGAIN_MIN_S
         self._again_at = 0.0
 
@@ -83,7 +94,7 @@ class Watch:
     def _look(self, agreement: Agreement) -> None:
         assert agreement.peer is not None
         if agreement is not self._watched:
-            self._watched, self._consistent = agreement, False
+            self._watched, self._consistent, self._suspect = agreement, False, False
             self._again_s, self._again_at = _AGAIN_MIN_S, 0.0
         refused = agreement.refused
         status = agreement.peer.call("query-replication", {}, ANSWER_S)
@@ -91,7 +102,14 @@ class Watch:
             raise PeerError("it answers with something else")
         parted = self._parted(status)
         if parted is not None:
-            self._link.broken(agreement, DiskError(parted))
+            if self._suspect:
+                self._link.broken(agreement, DiskError(parted))
+            # Twice: a guest's write that is on its way may tell more (which one the secondary has refused).
+            self._suspect = True
+            return
+        self._suspect = False
+        if status.get("stopping") is True:
+            self._part(agreement)
             return
         if agreement.refused == refused and self._lacks(status) and self._take_lost(agreement):
             lacking = next((disk for disk in self._disks if disk.changes.missing), self._disks[0])

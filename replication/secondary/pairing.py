@@ -27,7 +27,8 @@ import errno
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from replication.errors import CommandError, DiskError
@@ -54,6 +55,8 @@ class Channel:
     def __init__(self) -> None:
         self.heard = time.monotonic()
         self.closed = False
+        self.watching = False
+        """The primary looks after its secondary (primary/watch.py), so it sees what it is asked for there."""
 
     def note(self) -> None:
         """It has said something."""
@@ -91,6 +94,9 @@ class Pairing:
         self._disks = disks
         # Protects `_session`. Never held across I/O.
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self.leaving = False
+        """This node is about to stop as planned: the primary is asked to end its stream at one instant."""
         self._session: Session | None = None
         # What the primary has offered with "complete": generation and history, until a checkpoint adopts it.
         self._offered: tuple[str, tuple[str, ...]] | None = None
@@ -156,6 +162,8 @@ class Pairing:
     def pair(self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], timeout_s: float) -> str:
         """Begin a session; its token. CommandError when this is not the secondary for that primary."""
         self._check_stage()
+        if self.leaving:
+            raise CommandError("it is being stopped")
         self._check_disks(disks)
         former = self._session
         if former is not None and former.node != node and not former.lost:
@@ -274,8 +282,31 @@ class Pairing:
         except BaseException:
             self._set.record.paired = True
             raise
-        with self._lock:
+        with self._ended:
             self._session = None
+            self._ended.notify_all()
+
+    @contextmanager
+    def parting(self, timeout_s: float) -> Iterator[None]:
+        """Before a planned stop: have the primary that is connected end its stream at one instant, for which it has
+        `timeout_s` seconds, and let none pair meanwhile. CommandError when it does not.
+
+        An older version of a primary is not asked, and is stopped in the midst of what it sends.
+        """
+        session = self._session
+        try:
+            if session is not None and session.channel.watching and self.incomplete is None:
+                with self._ended:
+                    self.leaving = True
+                    ended = self._ended.wait_for(lambda: self._session is not session, timeout_s)
+                if not ended:
+                    raise CommandError(
+                        f"The primary (node {session.node}) is connected, and did not end what it sends within "
+                        f"{timeout_s:g} s: stop it first"
+                    )
+            yield
+        finally:
+            self.leaving = False
 
     def closed(self, channel: Channel) -> None:
         """A control connection has ended; if it was the primary's, so has its session."""
@@ -283,6 +314,7 @@ class Pairing:
             channel.closed = True
             if self._session is not None and self._session.channel is channel:
                 self._session = None
+                self._ended.notify_all()
 
     def check_token(self, token: str) -> Session:
         """The session, if it has that token; CommandError."""

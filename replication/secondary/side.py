@@ -650,6 +650,7 @@ class SecondarySide(Side):
             "consistent": self._set.record.inconsistent is None,
             "checkpoint-obstacle": self.obstacle,
             "peer-node": self.pairing.primary,
+            "stopping": self.pairing.leaving,
             "link": self.pairing.link,
             "disks": [
                 {

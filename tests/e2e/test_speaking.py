@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from content import KIB, MIB, pattern
 from lab import Lab
+from mounts import SmallFolder
 from nodes import Pair, Primary, Secondary, Server
 from qmp import QmpError
 from waiting import wait_until
@@ -25,6 +28,12 @@ def link_of(server: Server) -> dict[str, Any]:
 
 def in_sync(primary: Server) -> None:
     wait_until(lambda: link_of(primary)["state"] == "in-sync", "the link is in sync")
+
+
+def cannot_save(small: SmallFolder, node: Secondary | Primary) -> None:
+    """Until there is room again: the file of its record has lost the room that it had."""
+    os.truncate(node.state / "state.json", 0)
+    small.fill()
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_checkpoints_go_on_when_the_secondary_has_room_again(lab: Lab) -> None:
     secondary.start()
     in_sync(primary)
 
-    small.fill()
+    cannot_save(small, secondary)
     with pytest.raises(QmpError, match="No space left"):
         primary.checkpoint()
     status = primary.status()
@@ -112,7 +121,7 @@ def test_a_secondary_is_told_that_it_has_everything_when_there_is_room_again(lab
     guest = primary.connect("disk0")
     guest.pwrite(pattern(0, 64 * KIB), 0)  # the disk is in that folder, too, and has its space from here on
     primary.checkpoint()
-    small.fill()
+    cannot_save(small, primary)
     secondary.kill()
     guest.pwrite(pattern(1, 64 * KIB), 0)
     wait_until(lambda: link_of(primary)["state"] == "lost", "the link is lost")
@@ -122,3 +131,49 @@ def test_a_secondary_is_told_that_it_has_everything_when_there_is_room_again(lab
     assert link_of(primary)["state"] == "synchronizing"
     small.make_room()
     wait_until(lambda: link_of(primary)["state"] == "in-sync", "it was told again", 30)
+
+
+def test_a_planned_stop_ends_the_stream_of_a_primary_at_one_instant(lab: Lab) -> None:
+    """The guest writes a number to one place, then the same to another: what the secondary keeps has never the second
+    without the first, and everything that is behind the cut is marked on the primary."""
+    pair = lab.pair()
+    pair.start_replication()
+    in_sync(pair.primary)
+    guest = pair.primary.connect("disk0")
+    places = (0, 512 * KIB)
+    done = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            for place in places:
+                guest.pwrite(number.to_bytes(8) * 512, place)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        wait_until(lambda: pair.primary.status()["disks"][0]["totals"]["forwarded"] > MIB, "it writes")
+        pair.secondary.execute("replication-stop")
+    finally:
+        done.set()
+        writer.join()
+    content = pair.secondary.disks[0].read_bytes()
+    first, second = (int.from_bytes(content[place : place + 8]) for place in places)
+    assert first - second in (0, 1)
+    assert all(content[place : place + 4096] == content[place : place + 8] * 512 for place in places)
+    wait_until(lambda: pair.primary.status()["disks"][0]["marks"] == 2, "what did not come is marked")
+    assert pair.secondary.status()["stage"] == "done"
+
+
+def test_a_planned_stop_is_refused_when_the_primary_cannot_end_its_stream(lab: Lab) -> None:
+    points = lab.pause_points()
+    pair = lab.pair(primary_arguments=["timeout=30"], primary_options={"extra_environment": points.environment})
+    pair.start_replication()
+    in_sync(pair.primary)
+    time.sleep(1)  # it has looked after the secondary since
+    points.arm("epoch.parting")
+    with pytest.raises(QmpError, match="did not end what it sends"):
+        pair.secondary.execute("replication-stop")
+    assert pair.secondary.status()["stage"] == "running"
+    points.release("epoch.parting")
