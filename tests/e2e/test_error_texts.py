@@ -17,7 +17,11 @@ from pathlib import Path
 import pytest
 
 from certificates import SecondaryWithTwoDoors
-from lab import DEADLINE_S, KIB, MIB, PLUGIN, Lab, Secondary, nbdkit_has
+from checkout import PLUGIN
+from content import KIB, MIB
+from lab import Lab
+from nodes import Secondary, nbdkit_has
+from waiting import DEADLINE_S
 
 SENDS_TEXTS = nbdkit_has("peer_tls_dn")
 """No function tells; 1.42 does, and 1.40 has this one."""

@@ -33,24 +33,13 @@ from typing import Any, Protocol
 import nbd
 import pytest
 
-from lab import (
-    DEADLINE_S,
-    KIB,
-    MIB,
-    DelayedEndpoint,
-    Lab,
-    PausePoints,
-    QmpError,
-    Secondary,
-    Server,
-    SmallFolder,
-    changed,
-    make_raw,
-    nbd_refusal,
-    pattern,
-    wait_until,
-    whole,
-)
+from content import KIB, MIB, changed, make_raw, pattern, whole
+from endpoints import DelayedEndpoint
+from lab import Lab
+from mounts import SmallFolder
+from nodes import Secondary, Server, nbd_refusal
+from pausepoints import PausePoints
+from qmp import QmpError
 from replication.control.commands import Commands
 from replication.control.inband import ControlExport
 from replication.disk import files
@@ -62,6 +51,7 @@ from replication.record.state import StateFolder
 from replication.secondary import side as side_of_secondary
 from replication.server.clients import Client
 from replication.server.export import Exports
+from waiting import DEADLINE_S, wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB

@@ -10,7 +10,12 @@ import time
 import nbd
 import pytest
 
-from lab import DEADLINE_S, MIB, PLUGIN, Lab, Qmp, Secondary, make_raw, wait_until
+from checkout import PLUGIN
+from content import MIB, make_raw
+from lab import Lab
+from nodes import Secondary
+from qmp import Qmp
+from waiting import DEADLINE_S, wait_until
 
 
 def refused(handle: nbd.NBD, times: int) -> int:

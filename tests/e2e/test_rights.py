@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, Pair, Secondary, Server
+from lab import Lab
+from nodes import Pair, Secondary, Server
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
 

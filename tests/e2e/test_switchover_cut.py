@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, KIB, MIB, REPOSITORY, Lab, Pair, wait_until
+from checkout import REPOSITORY
+from content import KIB, MIB
+from lab import Lab
+from nodes import Pair
+from waiting import DEADLINE_S, wait_until
 
 REPLCTL = REPOSITORY / "scripts/replctl"
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from lab import wait_until
 from replication import log as module
 from replication.errors import DiskError
 from replication.log import KIND_LINES, QUEUE_LINES, Log, log, log_defect
+from waiting import wait_until
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from lab import make_raw, pattern, wait_until
+from content import make_raw, pattern
 from replication.control.inband import ControlExport
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
@@ -29,6 +29,7 @@ from replication.secondary.side import SecondarySide
 from replication.server.clients import Client
 from replication.server.export import Exports
 from replication.stage import Mode, Stage
+from waiting import wait_until
 
 SIZE = 1 << 20
 URI = "nbd://new-secondary"

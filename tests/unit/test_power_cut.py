@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lab import DEADLINE_S, make_raw, pattern, wait_until
+from content import make_raw, pattern
 from replication.disk import files
 from replication.disk.file import FileDisk
 from replication.errors import DiskError
@@ -39,6 +39,7 @@ from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
 from replication.secondary.commit import Commit
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 2 * CLUSTER + 3 * BLOCK + 1234
 BLOCKS = -(-SIZE // BLOCK)

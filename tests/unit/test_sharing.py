@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, MIB, SharingFolder, make_raw, pattern
+from content import MIB, make_raw, pattern
+from mounts import SharingFolder
 from replication.disk import files
 from replication.disk.face import Disk
 from replication.disk.file import FileDisk
@@ -23,6 +24,7 @@ from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from replication.jobs import JobList
 from replication.secondary.commit import Commit
+from waiting import DEADLINE_S
 
 SIZE = 4 * MIB + 3 * BLOCK + 777
 """The last cluster is short, the last block, too."""

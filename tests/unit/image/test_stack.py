@@ -21,7 +21,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lab import DEADLINE_S, make_raw, pattern, wait_until
+from content import make_raw, pattern
 from replication.disk import files
 from replication.disk.face import Extent
 from replication.disk.file import FileDisk
@@ -34,6 +34,7 @@ from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from replication.record.changes import GRAIN
+from waiting import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("no_sharing")
 

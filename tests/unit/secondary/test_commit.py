@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import DEADLINE_S, make_raw, pattern, wait_until
+from content import make_raw, pattern
 from replication.disk import files
 from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
@@ -34,6 +34,7 @@ from replication.record.changes import ChangeMap
 from replication.secondary.commit import Cancelled, Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
 from replication.stage import Stage
+from waiting import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("no_sharing")
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from lab import make_raw
+from content import make_raw
 from replication.control.inband import ControlExport
 from replication.errors import DiskError
 from replication.events import EventHub
