@@ -147,6 +147,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         fence.py                what a connection that was given up may still do
         direct.py               libnbd calls that keep the GIL
         lock.py                 QEMU's byte-range locks
+        mapped.py               a part of a file in memory, whose changes need no block
         files.py                the system calls that change files, as a seam
     options.py                  the command line and the TOML file
     tls.py                      certificates and keys of our own connections, and why a handshake fails

@@ -17,6 +17,9 @@ import os
 
 from replication.log import log_defect
 
+FULL = frozenset((_errno.ENOSPC, _errno.EDQUOT))
+"""The errnos of a store that has no room left: a file system, a quota of a user, group or project, a thin volume."""
+
 
 class ReplicationError(Exception):
     """Base of all errors raised on purpose."""
@@ -30,7 +33,8 @@ class DiskError(ReplicationError):
     """A request failed with an errno that the NBD protocol can carry.
 
     `errno` is one of EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN (NBD
-    specification, "Error values"); nbdkit turns any other into EINVAL, so it is made EIO here.
+    specification, "Error values"); nbdkit turns any other into EINVAL, so it is made EIO here, and EDQUOT ENOSPC (as
+    QEMU and nbdkit do).
     """
 
     WIRE = frozenset(
@@ -58,7 +62,14 @@ class DiskError(ReplicationError):
     @property
     def wire_errno(self) -> int:
         """The errno for the NBD client."""
+        if self.full:
+            return _errno.ENOSPC
         return self.errno if self.errno in self.WIRE else _errno.EIO
+
+    @property
+    def full(self) -> bool:
+        """There is no room; with more of it, or with less in use, the request would have succeeded."""
+        return self.errno in FULL
 
     @classmethod
     def from_os(cls, what: str, error: OSError) -> DiskError:

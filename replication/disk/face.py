@@ -66,6 +66,10 @@ class Disk(ABC):
         """What was written to the range will have to be stable soon: begin with it, if that saves time."""
         return
 
+    def check_there(self) -> None:
+        """DiskError when it is known that what is written will not be found again."""
+        return
+
     def share(self, source: Disk, offset: int, length: int) -> bool:
         """Take over what `source` has at the range, without copying; whether that was possible. If not, the range may
         hold anything."""

@@ -123,6 +123,14 @@ class FileDisk(Disk):
             else:
                 return True
 
+    def check_there(self) -> None:
+        """DiskError when the file was removed or replaced while in use: what it holds ends with the process."""
+        try:
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                files.check_there(self._fd, self.location)
+        except OSError as error:
+            raise DiskError(f"{self.location} was removed or replaced while in use") from error
+
     def flush(self) -> None:
         try:
             files.fdatasync(self._fd)

@@ -8,6 +8,7 @@ the process, never the host (state.py and image/overlay.py say what does).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -30,6 +31,11 @@ _SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 _FICLONERANGE = 0x4020940D
 """linux/fs.h, as most architectures have it; on the others the kernel does not know the number. (Python has a name for
 it from 3.12 on.)"""
+
+
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
 
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -103,6 +109,7 @@ def replace(path: str, content: bytes) -> None:
     temporary = path + ".new"
     fd = create(temporary, os.O_TRUNC)
     try:
+        never_copy_on_write(fd)
         if not write_all(fd, content, 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
@@ -110,6 +117,24 @@ def replace(path: str, content: bytes) -> None:
         os.close(fd)
     os.rename(temporary, path)
     sync_folder(path)
+
+
+def never_copy_on_write(fd: int) -> None:
+    """Have btrfs overwrite an empty file's blocks in place from now on (chattr +C), so that a full file system takes
+    what is written over. Other file systems do, or cannot."""
+    flags = bytearray(8)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+        flags[2] |= _FS_NOCOW_FL >> 16
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, flags)
+
+
+def check_there(fd: int, path: str) -> None:
+    """OSError when the open file is no longer the one of this name: it was removed, renamed or replaced."""
+    status = os.fstat(fd)
+    there = os.stat(path)
+    if (status.st_dev, status.st_ino) != (there.st_dev, there.st_ino):
+        raise FileNotFoundError(errno.ENOENT, "another file has taken its place", path)
 
 
 def sync_folder(path: str) -> None:

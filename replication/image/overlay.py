@@ -7,6 +7,8 @@ Invariants
 * The bits of 32 blocks share one word; a word is changed only under `_words`, with one aligned store, so that
   neither a thread nor a kill can see half a change.
 * Nobody but `empty` and `forget` clears bits, and both say who must be kept out.
+* Where the words' file system copies on write, each is written to the file before it is stored (disk/mapped.py). A
+  change that finds no room there is a LayerError, and has not happened.
 * With `durability=power` the image on stable storage gets a word (`publish`) only after what it says is true there: its
   data is stable (bits set), or the disk below has it (bits cleared). See table.py.
 
@@ -30,8 +32,9 @@ from replication.disk import files
 from replication.disk.file import FileDisk
 from replication.errors import ConfigError, DiskError
 from replication.image import qcow2
-from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
-from replication.image.table import image_table, live_table
+from replication.image.layer import Layer, LayerError
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+from replication.image.table import image_table, live_path, live_table
 
 PAGE_CLUSTERS = 256
 """Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work, and in
@@ -108,6 +111,9 @@ class Overlay:
             raise
         self._fd = fd
         self._all = self._mapped.words
+        self._in_place = self._mapped.file.in_place
+        self._unkept: DiskError | None = None
+        """Why the file may hold words that are no longer there: then nothing may be marked, until it is emptied."""
         # Protects changes of words, `_dirty`, `_unpublished` and the two counts of blocks. Never held across I/O.
         self._words = threading.Lock()
         self._table = self._mapped.grid
@@ -217,6 +223,8 @@ class Overlay:
             old = self._all[2 * cluster + 1]
             new = (old | some) ^ (zero if state is Held.DATA else data if state is Held.ZERO else some)
             if new != old:
+                if not self._in_place:
+                    self._keep(2 * cluster + 1, new.to_bytes(8, sys.byteorder), start * BLOCK)
                 self._all[2 * cluster + 1] = new
                 self._dirty[cluster // PAGE_CLUSTERS] = self._unpublished[cluster // PAGE_CLUSTERS] = 1
                 if old & some:
@@ -227,6 +235,18 @@ class Overlay:
                     if state is Held.DATA:
                         self.data_blocks += last - first
             start += last - first
+
+    def _keep(self, word: int, words: bytes, offset: int) -> None:
+        """Write words, from number `word` on, to their file, before they are stored. LayerError."""
+        failure = self._unkept
+        if failure is None:
+            try:
+                self._mapped.file.keep(8 * word, words)
+            except OSError as error:
+                failure = DiskError.from_os(f"writing the allocation bits of {self.path}", error)
+        if failure is not None:
+            layer = Layer.ACTIVE if self.role == "active" else Layer.HIDDEN
+            raise LayerError(failure, layer, "write", offset, 0) from failure
 
     def forget(self, start: int, stop: int) -> None:
         """Let go of blocks [start, stop) (commit). The caller holds their range: nobody writes them now; readers
@@ -244,6 +264,11 @@ class Overlay:
         masks = np.concatenate((half, half), axis=1).view(np.uint64).reshape(-1)
         last = first + len(masks)
         with self._words:
+            if not self._in_place:
+                # Before there is a view of the mapping, which a failure, for as long as somebody keeps it, would keep.
+                rows = self._table[first:last].copy()
+                rows[:, 1] &= ~masks
+                self._keep(2 * first, rows.tobytes(), first * CLUSTER)
             words = self._table[first:last, 1]
             gone = words & masks
             if not gone.any():
@@ -258,11 +283,32 @@ class Overlay:
         """Let go of all blocks. The caller has closed the gate. Time goes with the pages that hold bits, not with
         the data, which `reclaim` gives back afterwards."""
         with self._words:
+            self._unkept = None
             for page in self.dirty_pages():
+                if not self._in_place:
+                    self._empty_page(page)
                 self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS, 1] = 0
                 self._unpublished[page] = 1
             self._dirty[:] = bytes(len(self._dirty))
             self.allocated_blocks = self.data_blocks = 0
+
+    def _empty_page(self, page: int) -> None:
+        rows = self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS].copy()
+        rows[:, 1] = 0
+        try:
+            self._mapped.file.keep(page * _PAGE, rows.tobytes())
+        except OSError as error:
+            self._unkept = DiskError.from_os(f"writing the allocation bits of {self.path}", error)
+
+    def refuse(self, failure: DiskError) -> None:
+        """Nothing may be marked any more, until it is emptied: the next process may not find it."""
+        self._unkept = failure
+
+    def check_emptied(self) -> None:
+        """DiskError when the file still holds what was emptied, which takes a copy of the file made since `check`, and
+        no room. The next process finds the checkpoint unfinished, and empties it again."""
+        if self._unkept is not None:
+            raise self._unkept.again()
 
     def dirty_pages(self) -> Iterator[int]:
         """Pages (of PAGE_CLUSTERS clusters) that may hold bits."""
@@ -334,12 +380,32 @@ class Overlay:
         return freed
 
     def check(self) -> None:
-        """DiskError when the image is no longer the file that was opened."""
+        """DiskError when the image or its data is no longer the file that was opened, or when its bits have no room to
+        be emptied."""
+        self._check_files()
+        try:
+            self._mapped.file.own_blocks()
+            if not self._in_place:
+                for page in self.dirty_pages():
+                    self._mapped.file.keep(page * _PAGE, self._page(page))
+        except OSError as error:
+            raise DiskError.from_os(f"writing the allocation bits of {self.path}", error) from error
+
+    def _check_files(self) -> None:
         status = os.fstat(self._fd)
         if status.st_size < self.layout.table_offset + self.layout.table_length:
             raise DiskError(f"{self.path} was truncated while in use")
         if not status.st_nlink:
             raise DiskError(f"{self.path} was removed while in use")
+        try:
+            at = self.path
+            files.check_there(self._fd, at)
+            if self.power:
+                at = live_path(self.path)
+                self._mapped.file.check(at)
+        except OSError as error:
+            raise DiskError(f"{at} was removed or replaced while in use") from error
+        self.data.check_there()
 
     # -- stable storage ------------------------------------------------------------------------------------
 

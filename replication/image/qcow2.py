@@ -96,6 +96,11 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
     command = create_command(path, backing, backing_format, size)
     command[-2] = temporary
     try:
+        # qemu-img writes into the file that is there, so this lasts. It also says best why there can be none.
+        with contextlib.suppress(OSError):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            files.never_copy_on_write(fd)
+            os.close(fd)
         subprocess.run(
             command,
             check=True,

@@ -6,7 +6,6 @@ Who decides when a write meets this stands in stack.py.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,7 @@ class Room:
     ) -> None:
         """Write to an overlay again what has failed: when its file system is full, after what no overlay needs any more
         was given back. LayerError."""
-        if failure.errno == errno.ENOSPC and not self.committing:
+        if failure.full and not self.committing:
             try:
                 self.scarce()
                 overlay.data.write(pieces, offset)

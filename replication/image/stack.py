@@ -55,7 +55,6 @@ and hidden is not synced at all: after a power cut the overlays are not used (se
 from __future__ import annotations
 
 import contextlib
-import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -310,7 +309,7 @@ class Stack:
         except DiskError as error:
             if spare:
                 raise
-            if error.errno == errno.ENOSPC and self.committing:
+            if error.full and self.committing:
                 self._settle(pieces, offset, length)
                 return
             self.room.write_again(self.active, Layer.ACTIVE, pieces, offset, length, error)
@@ -441,8 +440,8 @@ class Stack:
         return lock.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
 
     def check_images(self) -> None:
-        """LayerError when an overlay was truncated or removed while in use: emptying it would not last, or would
-        kill the process where its mapping has lost its file."""
+        """LayerError when an overlay was truncated, removed or replaced while in use: emptying it would not last, or
+        would kill the process where its mapping has lost its file. Or when its bits have no room."""
         for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
             with on_layer(layer, "make-empty", 0, self.size):
                 overlay.check()
@@ -457,8 +456,11 @@ class Stack:
                 pause("checkpoint.active-emptied")
 
     def publish_emptied(self) -> None:
-        """With durability=power, after `empty`: the images on stable storage hold nothing either. LayerError; the
+        """After `empty`: the images hold nothing either, with durability=power on stable storage. LayerError; the
         caller then calls `fail`."""
+        for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
+            with on_layer(layer, "make-empty", 0, self.size):
+                overlay.check_emptied()
         if not self.power:
             return
         for overlay, layer in ((self.active, Layer.ACTIVE), (self.hidden, Layer.HIDDEN)):
@@ -517,7 +519,11 @@ class Stack:
         self.target.flush()
 
     def fail(self, failure: DiskError) -> None:
-        """With durability=power: nothing can be made stable any more, because it is not known what is."""
+        """Nothing can be made stable any more, because it is not known what is; with durability=process, nothing can be
+        made to outlive the process."""
+        if not self.power:
+            self.active.refuse(failure)
+            self.hidden.refuse(failure)
         self._top_sync.fail(failure)
         self.target.fail(failure)
 

@@ -16,19 +16,19 @@ process loses nothing either. It counts only in the boot in which it was made:
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 
 import numpy as np
 
 from replication.disk import files
+from replication.disk.mapped import MappedFile
 from replication.errors import ConfigError
 from replication.image.qcow2 import Layout, check_entries
 from replication.record.boot import boot_id
 
 _PAGE = 4096
 _MAGIC = b"nbdkit-replication live words 1\n"
-_COPY_MAX = 1 << 30
+_COPY_MAX = 1 << 20
 
 
 class Table:
@@ -36,22 +36,22 @@ class Table:
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
         """Map `length` bytes of the file from `offset` on; OSError."""
-        self._map = mmap.mmap(fd, length, offset=offset)
-        self._view = memoryview(self._map)
+        self.file = MappedFile(fd, length, offset)
+        self._view = memoryview(self.file.map)
         self.words = self._view.cast("Q")
-        self.grid = np.frombuffer(self._map, np.uint64).reshape(-1, 2)
+        self.grid = np.frombuffer(self.file.map, np.uint64).reshape(-1, 2)
         """The same as an array, one row an entry."""
 
     def flush(self) -> None:
         """Make the pages stable (msync); OSError."""
-        self._map.flush()
+        self.file.flush()
 
     def close(self) -> None:
         """Unmap; the attributes are gone."""
         del self.grid
         self.words.release()
         self._view.release()
-        self._map.close()
+        self.file.close()
 
 
 def live_path(path: str) -> str:
@@ -103,7 +103,8 @@ def image_table(fd: int, path: str, layout: Layout) -> Table:
             newest = Table(live, _PAGE, layout.table_length)
             os.close(live)
             changed = newest.grid[:, 1] != table.grid[:, 1]
-            table.grid[changed, 1] = newest.grid[changed, 1]
+            for row in np.flatnonzero(changed).tolist():
+                table.file.put(16 * row + 8, newest.grid[row, 1:].tobytes())
             newest.close()
         remove_live(path)
     except OSError as error:
@@ -121,16 +122,14 @@ def live_table(fd: int, path: str, layout: Layout) -> Table:
     try:
         if live is None:
             live = files.create(live_path(path), os.O_TRUNC)
-            # Space is taken now: a store into a hole of a full file system would kill the process.
-            os.posix_fallocate(live, 0, _PAGE + layout.table_length)
-            done = 0
-            while done < layout.table_length:
-                part = min(_COPY_MAX, layout.table_length - done)
-                copied = os.copy_file_range(fd, live, part, layout.table_offset + done, _PAGE + done)
-                if not copied:
+            files.never_copy_on_write(live)
+            # Read and written: copy_file_range(2) shares blocks where that is possible.
+            for done in range(0, layout.table_length, _COPY_MAX):
+                part = os.pread(fd, min(_COPY_MAX, layout.table_length - done), layout.table_offset + done)
+                if len(part) < min(_COPY_MAX, layout.table_length - done):
                     raise ConfigError(f"{path} was truncated while it was opened")
-                done += copied
-            os.pwrite(live, _header(layout), 0)
+                files.write_all(live, part, _PAGE + done)
+            files.write_all(live, _header(layout), 0)
         return Table(live, _PAGE, layout.table_length)
     except OSError as error:
         raise ConfigError(f"cannot make {live_path(path)}: {error.strerror}") from error

@@ -237,6 +237,7 @@ class PrimarySide(Side):
         before it is on the secondary's disk when it returns."""
         if self._set.record.stage is not Stage.RUNNING:
             raise CommandError("Block replication is not running")
+        self._check_in_place()
         self._link.wait_connected(self._set.options.timeout_s)
         agreement = self._link.agreement
         if agreement is not None and agreement.peer is None:
@@ -254,6 +255,18 @@ class PrimarySide(Side):
                 raise CommandError(self._why_incomplete()) from error
             raise
         self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING or self._is_repaired(fault))
+
+    def _check_in_place(self) -> None:
+        """What is in use has not been removed: otherwise the next process would not find it. StateError."""
+        self._set.state.check()
+        for disk in self.disks:
+            try:
+                disk.changes.settle()
+                if disk.local is not None:
+                    disk.local.check_there()
+            except DiskError as error:
+                self._set.faults.tell(Case.PRIMARY_DISK, disk.name, "checkpoint", 0, disk.size, error)
+                raise CommandError(f"no checkpoint of disk '{disk.name}': {error}") from error
 
     def _is_repaired(self, fault: Fault) -> bool:
         return fault.case in _REPAIRED_BY_RESYNC and all(

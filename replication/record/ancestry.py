@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 
@@ -52,12 +53,15 @@ class Ancestry:
 
     def part(self) -> None:
         """The guest is about to write what the other node will not get. Called from requests, before the disk
-        changes; costs a comparison unless it is the first such write."""
+        changes; costs a comparison unless it is the first such write. DiskError (StateFolder.move_to says when)."""
         if not self.shared:
             return
         with self._lock:
             if self.shared:
-                self._state.move_to(self._record.next_generation)
+                try:
+                    self._state.move_to(self._record.next_generation)
+                except StateError as error:
+                    raise DiskError(str(error), errno.ENOSPC) from error
                 self._unstable = True
                 self._lineage = self._lineage.moved(self._record.next_generation)
                 self.shared = False

@@ -21,6 +21,7 @@ megabyte).
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -30,7 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from replication.disk import files
+from replication.disk.mapped import MappedFile
 from replication.errors import ConfigError, DiskError
+from replication.log import log
 
 GRAIN = 64 << 10
 RUN_MAX = 64 << 20
@@ -43,6 +46,8 @@ _RUN_GRAINS = RUN_MAX // GRAIN
 _SCAN_STEP = 16 << 10
 """Grains looked at together: few enough that what became missing ahead of a resync is not overlooked for long."""
 _NONE = range(0)
+_STORE_MAX = 1 << 20
+_DISTRUSTED = ".distrusted"
 _States = npt.NDArray[np.uint8]
 _Chosen = npt.NDArray[np.bool_]
 
@@ -61,29 +66,89 @@ class ChangeMap:
         self._open: dict[int, int] = {}
         # The grains of `watch`, none once one of them was marked.
         self._watched = _NONE
+        self._path = path
+        self._file: MappedFile | None = None
+        self._distrusted = False
+        """The file has not all of it, and has another name meanwhile."""
         if path is None:
             self._bytes = mmap.mmap(-1, self._count)
         else:
-            self._bytes = self._map(path)
+            self._file = self._map(path)
+            self._bytes = self._file.map
+        self._kept_first = self._file is not None and not self._file.in_place
+        """A change is written to the file before it is stored (disk/mapped.py)."""
         self._grain_states = np.frombuffer(self._bytes, np.uint8)
-        self._grain_states[self._grain_states != CLEAN] = MISSING
+        if (self._grain_states == ON_ITS_WAY).any() or (self._grain_states > MISSING).any():
+            states = self._grain_states.copy()
+            states[states != CLEAN] = MISSING
+            self._store_locked(0, states.tobytes())
         self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
 
-    def _map(self, path: str) -> mmap.mmap:
+    def _map(self, path: str) -> MappedFile:
         try:
+            if os.path.exists(path + _DISTRUSTED):
+                self._restore(path)
             fd = files.create(path, 0)
             try:
                 size = os.fstat(fd).st_size
                 if size not in (0, self._count):
                     raise ConfigError(f"{path} is the change map of a disk of another size; move it away to start anew")
                 if not size:
-                    # Space is taken now: a store into a hole of a full file system would kill the process.
-                    os.posix_fallocate(fd, 0, self._count)
-                return mmap.mmap(fd, self._count)
+                    files.never_copy_on_write(fd)
+                    os.ftruncate(fd, self._count)
+                return MappedFile(fd, self._count)
             finally:
                 os.close(fd)
         except OSError as error:
             raise ConfigError(f"cannot use the change map {path}: {error.strerror}") from error
+
+    def _restore(self, path: str) -> None:
+        """A former process could not keep the map: all that is known is that everything may differ."""
+        with open(path + _DISTRUSTED, "r+b") as file:
+            file.write(_MISSING * self._count)
+            os.fsync(file.fileno())
+        os.rename(path + _DISTRUSTED, path)
+
+    def _store_locked(self, grain: int, states: bytes) -> None:
+        """Change the states from `grain` on. Where the file has no room for that, it gets another name, for which a
+        full file system does have room, and no process takes it for what it was."""
+        if self._kept_first and not self._distrusted:
+            assert self._file is not None
+            try:
+                self._file.keep(grain, states)
+            except OSError as error:
+                self._distrust(error)
+        self._bytes[grain : grain + len(states)] = states
+
+    def _distrust(self, error: OSError) -> None:
+        assert self._path is not None
+        self._distrusted = True
+        log(f"cannot write {self._path}: {error.strerror}; after a kill before there is room, all is resent")
+        try:
+            os.rename(self._path, self._path + _DISTRUSTED)
+        except OSError as failure:
+            log(
+                f"cannot rename {self._path}: {failure.strerror}; after a kill the change map would be wrong: remove it"
+            )
+
+    def settle(self) -> None:
+        """At times, while there is room: have the file hold all of it, in blocks of its own (disk/mapped.py). DiskError
+        when it is no longer there under its name."""
+        if self._file is None:
+            return
+        try:
+            if self._distrusted:
+                with self._lock:
+                    self._file.keep(0, bytes(self._bytes))
+                    os.rename(f"{self._path}{_DISTRUSTED}", str(self._path))
+                    self._distrusted = False
+            self._file.own_blocks()
+        except OSError:
+            return  # still no room
+        try:
+            self._file.check(str(self._path))
+        except OSError as error:
+            raise DiskError(f"{self._path} was removed or replaced while in use") from error
 
     @staticmethod
     def _grains(offset: int, length: int) -> range:
@@ -130,7 +195,10 @@ class ChangeMap:
             with self._lock:
                 if not self._bytes[grain]:
                     self._dirty += 1
-                    self._bytes[grain] = ON_ITS_WAY
+                    if self._kept_first:
+                        self._store_locked(grain, _ON_ITS_WAY)
+                    else:
+                        self._bytes[grain] = ON_ITS_WAY
                 self._open[grain] = self._open.get(grain, 0) + 1
             return
         grains = self._grains(offset, length)
@@ -153,7 +221,10 @@ class ChangeMap:
                     self._open[grain] = left
                 elif self._bytes[grain] == ON_ITS_WAY:
                     self._dirty -= 1
-                    self._bytes[grain] = CLEAN
+                    if self._kept_first:
+                        self._store_locked(grain, _CLEAN)
+                    else:
+                        self._bytes[grain] = CLEAN
             return
         grains = self._grains(offset, length)
         with self._lock:
@@ -189,7 +260,7 @@ class ChangeMap:
             return
         self._dirty += former.count(CLEAN) - states.count(CLEAN)
         self._missing += states.count(MISSING) - former.count(MISSING)
-        self._bytes[grains.start : grains.stop] = bytes(states)
+        self._store_locked(grains.start, bytes(states))
 
     def repaired(self, offset: int, length: int) -> None:
         """The range was written anew as a whole: the grains that it covers are missing no longer."""
@@ -263,18 +334,30 @@ class ChangeMap:
 
     def _fill(self, state: int, missing: int) -> None:
         with self._lock:
-            self._grain_states[:] = state
+            if self._kept_first:
+                for grain in range(0, self._count, _STORE_MAX):
+                    self._store_locked(grain, bytes((state,)) * min(_STORE_MAX, self._count - grain))
+            else:
+                self._grain_states[:] = state
             self._watched = _NONE
             self._dirty = self._missing = missing
 
     def flush(self) -> None:
         """Make the map stable; DiskError."""
+        self.settle()
+        if self._file is None:
+            return
+        if self._distrusted:
+            raise DiskError(f"{self._path} has no room", errno.ENOSPC)
         try:
-            self._bytes.flush()
+            self._file.flush()
         except OSError as error:
             raise DiskError.from_os("flushing a change map", error) from error
 
     def close(self) -> None:
         """Let the file go."""
         self._grain_states = np.empty(0, np.uint8)  # a mapping with a view of it cannot be closed
-        self._bytes.close()
+        if self._file is None:
+            self._bytes.close()
+        else:
+            self._file.close()

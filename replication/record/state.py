@@ -25,6 +25,7 @@ Without a folder (`state` not given) the same calls keep everything in memory.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -34,10 +35,12 @@ import os
 import struct
 import threading
 import time
+from array import array
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from replication.disk import files
+from replication.disk.mapped import MappedFile
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.log import log
@@ -187,14 +190,15 @@ class StateFolder:
         # reports the first fault.
         self._saving = threading.Lock()
         self._file = None if path is None else TwinFile(self.file("state.json"))
-        if path is None:
-            self._page = mmap.mmap(-1, _PAGE)
-        else:
+        self._epoch: MappedFile | None = None
+        page = mmap.mmap(-1, _PAGE)
+        if path is not None:
             try:
                 _make_folder(path)
                 self._lock_fd = files.create(self.file("lock"), 0)
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._page = self._map_page()
+                self._epoch = self._map_page()
+                page = self._epoch.map
                 if durable:
                     # What a killed process has written may be in memory only, and counts as stable from here on.
                     files.fdatasync(self._epoch_fd)
@@ -204,18 +208,18 @@ class StateFolder:
             except OSError as error:
                 self.close()
                 raise ConfigError(f"cannot use the state folder {path}: {error.strerror}") from error
-        self._words = memoryview(self._page).cast("Q")
+        self._words = memoryview(page).cast("Q")
         if self.epoch > EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
             self.close()
             raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
 
-    def _map_page(self) -> mmap.mmap:
+    def _map_page(self) -> MappedFile:
         self._epoch_fd = files.create(self.file("epoch"), 0)
-        # Written, not only truncated to size: a mapped hole on a full disk would kill the process.
         if os.fstat(self._epoch_fd).st_size != _PAGE:
+            files.never_copy_on_write(self._epoch_fd)
             os.pwrite(self._epoch_fd, bytes(_PAGE), 0)
             os.fsync(self._epoch_fd)
-        return mmap.mmap(self._epoch_fd, _PAGE)
+        return MappedFile(self._epoch_fd, _PAGE)
 
     def file(self, name: str) -> str:
         """The path of a file in the folder."""
@@ -295,8 +299,8 @@ class StateFolder:
         """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
         the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
         self._note_taken()
-        self._words[1], self._words[2] = _clock(duration_s)
-        self._words[0] = max(self.epoch + (not joins), number) << 1
+        self._put_if_room(1, *_clock(duration_s))
+        self._put_if_room(0, max(self.epoch + (not joins), number) << 1)
 
     def count_from(self, number: int) -> None:
         """The next epoch comes after `number`, too: the other node has got so far."""
@@ -313,12 +317,12 @@ class StateFolder:
 
     def open_until_closed(self) -> None:
         """A primary begins to use its disks. StateError."""
-        self._words[_OPENED] = _boot_word()
+        self._put(_OPENED, _boot_word())
         self.flush_page()
 
     def closed_well(self) -> None:
         """All of its maps and disks are on stable storage. StateError: it counts as cut off then."""
-        self._words[_OPENED] = 0
+        self._put(_OPENED, 0)
         self.flush_page()
 
     # -- generation ----------------------------------------------------------------------------------------
@@ -329,8 +333,9 @@ class StateFolder:
         return f"{self._words[_MOVED]:016x}"
 
     def move_to(self, generation: str) -> None:
-        """Note it: one store, which a kill does not undo."""
-        self._words[_MOVED] = int(generation, 16)
+        """Note it: one store, which a kill does not undo. StateError when a copy of the folder shares the page's block
+        and there is no room for another one (disk/mapped.py)."""
+        self._put(_MOVED, int(generation, 16))
 
     def flush_page(self) -> None:
         """Make `move_to`, say, stable; StateError."""
@@ -342,16 +347,52 @@ class StateFolder:
 
     def _store(self, index: int, *values: int) -> None:
         if self._epoch_fd < 0 or not self._durable:
-            for at, value in enumerate(values, index):
-                self._words[at] = value
+            self._put(index, *values)
             return
         former = self._words[index : index + len(values)].tobytes()
         try:
             files.pwritev(self._epoch_fd, [struct.pack(f"{len(values)}Q", *values)], 8 * index)
             files.fdatasync(self._epoch_fd)
+            self._words[index : index + len(values)] = memoryview(array("Q", values))
         except OSError as error:
-            self._words.cast("B")[8 * index : 8 * index + len(former)] = former
+            with contextlib.suppress(OSError):
+                self._epoch_page().put(8 * index, former)
             raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
+
+    def _put(self, index: int, *values: int) -> None:
+        """Store words, each at once; StateError when there is no room (disk/mapped.py), with nothing changed."""
+        for at, value in enumerate(values, index):
+            if self._epoch is not None:
+                try:
+                    self._epoch.keep(8 * at, struct.pack("Q", value))
+                except OSError as error:
+                    raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
+            self._words[at] = value
+
+    def _put_if_room(self, index: int, *values: int) -> None:
+        """As `_put`, for what the next process may do without."""
+        try:
+            self._put(index, *values)
+        except StateError:
+            self._words[index : index + len(values)] = memoryview(array("Q", values))
+
+    def _epoch_page(self) -> MappedFile:
+        assert self._epoch is not None
+        return self._epoch
+
+    def check(self) -> None:
+        """At times, with each checkpoint: StateError when a file of the folder was removed or replaced while in use.
+        Takes blocks of their own for them where a copy of the folder shares them."""
+        if self._file is None or self._epoch is None:
+            return
+        at = self.file("epoch")
+        try:
+            self._epoch.check(at)
+            self._epoch.own_blocks()
+            at = self._file.path
+            self._file.check()
+        except OSError as error:
+            raise StateError(f"{at} was removed or replaced while in use") from error
 
     @property
     def checkpoint(self) -> dict[str, float | None]:
@@ -363,8 +404,8 @@ class StateFolder:
 
     def _note_taken(self) -> None:
         """Never synced: in another boot nobody looks at it."""
-        (self._words[_TAKEN],) = struct.unpack("Q", struct.pack("d", boot_clock_s()))
-        self._words[_TAKEN + 1] = _boot_word()
+        (taken,) = struct.unpack("Q", struct.pack("d", boot_clock_s()))
+        self._put_if_room(_TAKEN, taken, _boot_word())
 
     def _age_s(self, moment: float) -> float:
         """How old the checkpoint of `moment` (seconds since 1970) is: within a boot by the clock that nobody sets,
@@ -378,6 +419,10 @@ class StateFolder:
         """Let the folder go."""
         if self._file is not None:
             self._file.close()
+        if self._epoch is not None:
+            self._words.release()
+            self._epoch.close()
+            self._epoch = None
         for fd in (self._epoch_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -29,6 +29,7 @@ import os
 from typing import Any
 
 from replication.disk import files
+from replication.disk.mapped import overwrites_in_place, take_blocks
 
 ROOM_MIN = 16 << 10
 """Bytes of each file, unless the document wants more when the process starts: a record of one disk takes 1 to 3 KiB."""
@@ -178,6 +179,14 @@ class TwinFile:
         if not files.write_all(fd, sealed.ljust(os.fstat(fd).st_size), 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         files.fdatasync(fd)
+
+    def check(self) -> None:
+        """OSError when a file is no longer there under its name; takes blocks of its own again (disk/mapped.py)."""
+        for fd, path in ((self._fd, self.path), (self._twin_fd, self._twin_path)):
+            if fd >= 0:
+                files.check_there(fd, path)
+                if not overwrites_in_place(fd):
+                    take_blocks(fd, 0, os.fstat(fd).st_size)
 
     def close(self) -> None:
         """Let the files go."""

@@ -81,6 +81,11 @@ class SecondaryDisk:
         self.lost = open_map("lost")
         self.changes = open_map("changes")
 
+    def check_maps(self) -> None:
+        """DiskError when a map is no longer there under its name."""
+        self.lost.settle()
+        self.changes.settle()
+
     # -- guest face ----------------------------------------------------------------------------------------
 
     def guest_face(self) -> Face:

@@ -568,6 +568,7 @@ class SecondarySide(Side):
     def _prepare_emptying(self, flush: bool = False) -> None:
         """All that may fail, before anything is emptied (case 6), and most of what takes time, before the gate is
         closed. `flush`: the disks as well, which durability=power needs anyway."""
+        self._check_in_place()
         for disk in self.disks:
             assert disk.stack is not None
             try:
@@ -576,6 +577,23 @@ class SecondarySide(Side):
                 raise self._cannot_empty(disk, error) from error
             if flush or disk.stack.power:
                 self._flush_disk(disk)
+
+    def _check_in_place(self) -> None:
+        """What is in use has not been removed: otherwise the next process would not find it."""
+        try:
+            self._set.state.check()
+        except StateError as error:
+            raise self._cannot_empty(self.disks[0], DiskError(str(error))) from error
+        for disk in self.disks:
+            try:
+                disk.check_maps()
+            except DiskError as error:
+                raise self._cannot_empty(disk, error) from error
+            try:
+                disk.disk.check_there()
+            except DiskError as error:
+                self._set.faults.report(Case.SECONDARY_DISK, disk.name, "checkpoint", 0, disk.size, error)
+                raise CommandError(f"the secondary disk '{disk.name}' is gone: {error}") from error
 
     def _flush_disk(self, disk: SecondaryDisk) -> None:
         """What the primary has written becomes stable, so that it may count as a checkpoint."""
@@ -597,7 +615,8 @@ class SecondarySide(Side):
         """Empty the overlays of every disk, as one step for whoever looks, now or after a kill. The gate is
         closed, or nothing is served yet. `number`: the primary's for this checkpoint.
 
-        Fails only with durability=power. CommandError: nothing has changed. A CommandError that is returned: all are
+        Fails only with durability=power, or where a copy shares blocks with what has to be written, and there is no
+        room (disk/mapped.py). CommandError: nothing has changed. A CommandError that is returned: all are
         empty, and would be after a power cut, since the epoch says so; but nothing can be made stable any more, so no
         target write and no flush is accepted from here on.
         """
@@ -609,7 +628,9 @@ class SecondarySide(Side):
         try:
             self._set.state.begin_epoch(number)
         except StateError as error:
-            raise self._end_stability(at, DiskError(str(error))) from error
+            failure = DiskError(str(error))
+            power = self._set.options.durability is Durability.POWER
+            raise self._end_stability(at, failure) if power else self._cannot_empty(at, failure) from error
         for disk in self.disks:
             pause("checkpoint.begun")
             if disk.stack is not None:

@@ -297,7 +297,7 @@ SECONDARY_ROWS = [
     # Running, secondary disk: case 4 for the primary's writes. The guest learns of what its own requests meet.
     latched("running", "secondary:pwritev=EIO", "target write free", EIO, 4, "write"),
     latched("running", "secondary:pwritev=ENOSPC", "target write free", ENOSPC, 4, "write"),
-    latched("running", "secondary:pwritev=EDQUOT", "target write free", EIO, 4, "write", "EDQUOT"),
+    latched("running", "secondary:pwritev=EDQUOT", "target write free", ENOSPC, 4, "write", "EDQUOT"),
     latched("running", "secondary:pwritev=nothing", "target write free", ENOSPC, 4, "write"),
     latched("running", "secondary:pwritev=short-then-EIO", "target write free", EIO, 4, "write"),
     latched("running", "secondary:pwritev=short-then-nothing", "target write free part", ENOSPC, 4, "write"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from content import make_raw, pattern, qemu_img
 from overlays import held_clusters, store
+from replication.disk import files, mapped
 from replication.errors import DiskError
 from replication.image import qcow2
+from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 
@@ -162,6 +166,106 @@ class Histories(RuleBasedStateMachine):
 
 Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestHistories = Histories.TestCase
+
+
+class Shared(Histories):
+    """The same where a copy of the file may share its blocks: changes are written to it before they are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patched = pytest.MonkeyPatch()
+        self.patched.setattr(mapped, "_IN_PLACE", frozenset())
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patched.undo()
+
+
+Shared.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
+TestShared = Shared.TestCase
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Overlay]:
+    """An overlay whose words are written to the file before they are stored."""
+    monkeypatch.setattr(mapped, "_IN_PLACE", frozenset())
+    opened = Overlay("hidden", "disk0", str(make(tmp_path)))
+    yield opened
+    opened.close()
+
+
+def in_file(overlay: Overlay) -> bytes:
+    """The words as the next process finds them."""
+    content = Path(overlay.path).read_bytes()[overlay.layout.table_offset :]
+    return content[: overlay.layout.table_length]
+
+
+def test_bits_for_which_there_is_no_room_are_an_error_of_their_layer_and_are_not_set(
+    shared: Overlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared.mark(0, 40, Held.DATA)
+    before = in_file(shared), shared.allocated_blocks
+    with monkeypatch.context() as full:
+        full.setattr(files, "pwritev", no_room)
+        for change in (
+            lambda: shared.mark(30, 70, Held.DATA),
+            lambda: shared.mark_each([(100, 101)], Held.ZERO),
+            lambda: shared.forget(0, 1),
+            lambda: shared.forget_chosen(0, np.ones(64, np.bool_)),
+        ):
+            with pytest.raises(LayerError) as refusal:
+                change()
+            assert (refusal.value.layer, refusal.value.full) == (Layer.HIDDEN, True)
+            assert "writing the allocation bits of" in str(refusal.value)
+        with pytest.raises(DiskError, match="No space left"):
+            shared.check()
+    assert (in_file(shared), shared.allocated_blocks) == before
+    assert list(shared.held(0, 70)) == [(0, 40, Held.DATA), (40, 70, Held.NOTHING)]
+    shared.check()
+    shared.mark(30, 70, Held.DATA)
+    assert in_file(shared) == shared._table.tobytes()
+
+
+def test_bits_that_could_not_be_emptied_in_the_file_let_nothing_be_marked_until_they_are(
+    shared: Overlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared.mark(0, 40, Held.DATA)
+    with monkeypatch.context() as full:
+        full.setattr(files, "pwritev", no_room)
+        shared.empty()
+    with pytest.raises(DiskError, match="No space left"):
+        shared.check_emptied()
+    with pytest.raises(LayerError, match="No space left"):
+        shared.mark(50, 51, Held.DATA)
+    shared._dirty[:] = b"\1" * len(shared._dirty)
+    shared.empty()
+    shared.check_emptied()
+    shared.mark(50, 51, Held.DATA)
+    assert in_file(shared) == shared._table.tobytes()
+
+
+def no_room(*_: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("suffix", [".qcow2", ".data", ".live"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_file_of_an_overlay_that_is_removed_or_replaced_while_in_use_is_noticed(
+    tmp_path: Path, suffix: str, how: str
+) -> None:
+    overlay = Overlay("active", "disk0", str(make(tmp_path)), power=True)
+    try:
+        overlay.check()
+        path = tmp_path / f"x{suffix}"
+        if how == "replaced":
+            shutil.copy(path, tmp_path / "copy")
+            os.rename(tmp_path / "copy", path)
+        else:
+            path.unlink()
+        with pytest.raises(DiskError, match=rf"x\{suffix} was removed"):
+            overlay.check()
+    finally:
+        overlay.close()
 
 
 def test_an_image_fresh_from_qemu_img_holds_nothing(overlay: Overlay) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from replication.errors import ConfigError
+from replication.disk import files, mapped
+from replication.errors import ConfigError, DiskError
 from replication.record import changes as changes_module
 from replication.record.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, RUN_MAX, ChangeMap
 
@@ -170,6 +173,71 @@ class Replication(RuleBasedStateMachine):
 
 Replication.TestCase.settings = settings(max_examples=120, stateful_step_count=30)
 TestReplication = Replication.TestCase
+
+
+class Shared(Replication):
+    """The same where a copy of the file may share its blocks, and at times there is no room for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patched = pytest.MonkeyPatch()
+        self.patched.setattr(mapped, "_IN_PLACE", frozenset())
+        self.full = False
+        real = files.pwritev
+
+        def pwritev(fd: int, *arguments: Any) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd, *arguments)
+
+        self.patched.setattr(files, "pwritev", pwritev)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patched.undo()
+
+    @rule()
+    def fill_up(self) -> None:
+        self.full = True
+
+    @rule()
+    def make_room(self) -> None:
+        self.full = False
+        self.map.settle()
+
+    @rule(arrive=st.booleans())
+    def be_killed(self, arrive: bool) -> None:
+        self.full = False
+        distrusted = self.map._distrusted
+        if distrusted:
+            shutil.copy(f"{self.path}.distrusted", f"{self.folder / str(int(self.path.name) + 1)}.distrusted")
+            self.path.touch()  # so that there is something to copy
+            self.spoiled = set(range(GRAINS))
+        super().be_killed(arrive)
+        if distrusted:
+            assert list(self.map._grain_states) == [MISSING] * GRAINS, "nothing is taken for equal"
+
+
+Shared.TestCase.settings = settings(max_examples=120, stateful_step_count=30)
+TestShared = Shared.TestCase
+
+
+def test_a_map_that_was_removed_while_in_use_is_noticed(tmp_path: Path) -> None:
+    kept = ChangeMap(str(tmp_path / "m"), SIZE)
+    kept.settle()
+    (tmp_path / "m").unlink()
+    with pytest.raises(DiskError, match="m was removed or replaced while in use"):
+        kept.settle()
+    kept.close()
+
+
+def test_a_map_has_blocks_for_all_of_it_also_where_a_copy_of_the_folder_had_holes(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    size = 1 << 40
+    with open(path, "wb") as file:
+        file.truncate(size // GRAIN)
+    ChangeMap(str(path), size).close()
+    assert path.stat().st_blocks * 512 >= size // GRAIN
 
 
 def test_a_write_that_arrived_leaves_nothing_behind() -> None:
