@@ -125,6 +125,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         descent.py              how what the overlays hold comes down into the secondary disk
         target.py               the primary's writes, and copy-before-write
         room.py                 space in the overlays' file systems
+        shortage.py             room for writes that meet a full file system, found once for all
         overlay.py              bits and data of one overlay
         layer.py                the images of a stack by name
         plan.py                 many writes put in order

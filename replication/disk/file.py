@@ -15,6 +15,7 @@ from replication.disk import files
 from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.files import Buffer
 from replication.disk.lock import lock_for_writing
+from replication.disk.mapped import overwrites_in_place
 from replication.errors import ConfigError, DiskError
 
 _KEEP_SIZE = 0x01
@@ -43,6 +44,8 @@ class FileDisk(Disk):
             os.close(self._fd)
             raise
         self._maps_holes = stat.S_ISREG(kind)
+        self.counts_blocks = overwrites_in_place(self._fd)
+        """Whether the file takes as many blocks as were written: none less, as where they are compressed."""
         self._open = True
         super().__init__(name, path, size)
 

@@ -356,6 +356,11 @@ class Overlay:
 
     # -- space ---------------------------------------------------------------------------------------------
 
+    @property
+    def stale_bytes(self) -> int:
+        """Space in the data file beyond what is held as data; on some file systems only roughly."""
+        return max(0, self.data.status().st_blocks * 512 - self.data_blocks * BLOCK)
+
     def stale_ranges(self) -> Iterator[tuple[int, int]]:
         """Block ranges whose space is taken in the data file; `reclaim` finds out which of it is of use."""
         at = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from replication.disk.files import Buffer
@@ -15,6 +16,7 @@ from replication.errors import DiskError
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
+from replication.image.shortage import WAIT_S, Shortage, Source
 from replication.order.rangelock import RangeLock
 
 
@@ -31,50 +33,56 @@ class Room:
         """From its beginning bits go while their data is still being read, so nothing may be given back."""
         self.grown: Callable[[Overlay], None] = _unwatched
         """Called when an overlay has grown to its `watch_at`; says when to look again."""
-        self.scarce: Callable[[], None] = self.give_back
-        """Called when an overlay's file system is full: gives back stale space, here and wherever else it may help."""
+        self.sources: list[Source] = [(active, self.reclaim_some), (hidden, self.reclaim_some)]
+        self.shortage = Shortage(self.sources)
+        """Where a write that finds no room looks for it: here, or wherever else it may help."""
 
-    def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> bool:
-        """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; False when there are no more.
+    def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> int | None:
+        """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; the bytes, None when there are
+        no more ranges.
 
         Never waits for a range, so that a writer that has run out of space may call it while it holds one.
         """
         lock = self._top if overlay is self._active else self._below
+        freed = 0
         for first, last in itertools.islice(ranges, steps):
-            self._reclaim_unheld(overlay, lock, first, last, (BLOCKS_PER_CLUSTER, 1))
+            freed += self._reclaim_unheld(overlay, lock, first, last, (BLOCKS_PER_CLUSTER, 1))
             steps -= 1
-        return not steps
+        return freed if not steps else None
 
-    def _reclaim_unheld(self, overlay: Overlay, lock: RangeLock, first: int, last: int, units: tuple[int, ...]) -> None:
+    def _reclaim_unheld(self, overlay: Overlay, lock: RangeLock, first: int, last: int, units: tuple[int, ...]) -> int:
         """Reclaim what nobody holds of blocks [first, last): all at once, or else in ever smaller units."""
         held = lock.try_acquire(first * BLOCK, last * BLOCK)
         if held is not None:
             try:
-                overlay.reclaim(first, last)
+                return overlay.reclaim(first, last)
             finally:
                 lock.release(held)
-        elif units:
-            for start in range(first, last, units[0]):
-                self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
+        if not units:
+            return 0
+        return sum(
+            self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
+            for start in range(first, last, units[0])
+        )
 
     def write_again(
         self, overlay: Overlay, layer: Layer, pieces: Sequence[Buffer], offset: int, length: int, failure: DiskError
     ) -> None:
         """Write to an overlay again what has failed: when its file system is full, after what no overlay needs any more
         was given back. LayerError."""
-        if failure.full and not self.committing:
-            try:
-                self.scarce()
-                overlay.data.write(pieces, offset)
-                return
-            except DiskError as error:
-                failure = error
+        deadline = time.monotonic() + WAIT_S
+        try:
+            while failure.full and not self.committing and self.shortage.relieve():
+                try:
+                    overlay.data.write(pieces, offset)
+                    return
+                except DiskError as error:
+                    failure = error
+                if time.monotonic() >= deadline:
+                    break
+        except DiskError as error:  # what is stale cannot be given back
+            failure = error
         raise LayerError(failure, layer, "write", offset, length) from failure
-
-    def give_back(self) -> None:
-        """Give back all stale space that nobody is writing to; never waits for a range. Not during a commit."""
-        for overlay in (self._active, self._hidden):
-            self.reclaim_some(overlay, overlay.stale_ranges(), sys.maxsize)
 
 
 def _unwatched(overlay: Overlay) -> None:

@@ -3,7 +3,7 @@
 
 Emptying an overlay only clears bits, so that a checkpoint takes the same short time whatever was written; the data file
 keeps its old data until it is overwritten or given back here, a little at a time, inside the gate like a request. A
-writer that finds the file system full does not wait for this thread (image/room.py gives back what it needs itself).
+writer that finds the file system full does not wait for this thread (image/shortage.py gives back what it needs).
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class Reclaimer:
 
     def _reclaim(self, stack: Stack, overlay: Overlay) -> None:
         ranges = overlay.stale_ranges()
-        more = True
-        while more and not self._closing.is_set():
+        freed: int | None = 0
+        while freed is not None and not self._closing.is_set():
             begun = time.monotonic()
             with self._gate:
                 # During a commit, readers may be reading data whose bit is gone.
                 if self._stage() not in (Stage.RUNNING, Stage.DONE):
                     return
-                more = stack.room.reclaim_some(overlay, ranges, _STEPS)
+                freed = stack.room.reclaim_some(overlay, ranges, _STEPS)
             self._closing.wait((_SHARE - 1) * (time.monotonic() - begun))

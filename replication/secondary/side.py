@@ -15,6 +15,7 @@ from replication.disk.open import open_disk
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
 from replication.image.layer import LayerError
+from replication.image.shortage import Shortage
 from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
@@ -86,12 +87,15 @@ class SecondarySide(Side):
         except BaseException:
             self._let_go()
             raise
+        # What a checkpoint has left behind in one disk's overlays is room for another's.
+        rooms = [disk.stack.room for disk in self.disks if disk.stack is not None]
+        shortage = Shortage([source for room in rooms for source in room.sources])
         for disk in self.disks:
             disk.backup_failed = self._copy_failed
             disk.repaired = self._backup.repaired
             disk.from_stranger = self.pairing.has_stranger
             if disk.stack is not None:
-                disk.stack.room.scarce = self._give_back
+                disk.stack.room.shortage = shortage
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
         FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
         if self._set.options.durability is Durability.POWER:
@@ -129,13 +133,6 @@ class SecondarySide(Side):
         except DiskError as error:
             self._let_go()
             raise ConfigError(str(error)) from error
-
-    def _give_back(self) -> None:
-        """An overlay's file system is full: what a checkpoint has left behind in one disk's overlays is room for
-        another's. Called from requests."""
-        for disk in self.disks:
-            if disk.stack is not None:
-                disk.stack.room.give_back()
 
     def _open_disks(self) -> None:
         record = self._set.record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image import overlay as overlay_module
-from replication.image import qcow2, syncgroup
+from replication.image import qcow2, shortage, syncgroup
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
@@ -875,6 +876,28 @@ def test_many_target_writes_give_back_stale_space_when_hidden_is_full(
     assert images.top() == expected
 
 
+def test_writes_that_a_full_hidden_disk_refuses_search_for_nothing(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each refused one searched all overlays while it held its range: 1 to 4 a second, for the whole pair."""
+    images.stack.target.write(memoryview(b"\xaa" * CLUSTER), 0, False)
+    break_overlay(monkeypatch, images.stack.hidden, sys.maxsize, errno.EDQUOT)
+    searched: list[str] = []
+    for overlay in (images.stack.active, images.stack.hidden):
+
+        def search(path: str = overlay.path) -> Iterator[tuple[int, int]]:
+            searched.append(path)
+            return iter(())
+
+        monkeypatch.setattr(overlay, "stale_ranges", search)
+    monkeypatch.setattr(shortage, "_FUTILE_S", 60)
+    for at in range(CLUSTER, 3 * CLUSTER, BLOCK):
+        with pytest.raises(LayerError) as refusal:
+            images.stack.target.write(memoryview(b"\xbb" * BLOCK), at, False)
+        assert refusal.value.wire_errno == errno.ENOSPC
+    assert len(searched) <= 2, "what the file system itself takes may look like something stale, once"
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -998,7 +1021,7 @@ def test_reclaiming_goes_on_behind_a_range_that_somebody_holds(images: Images, m
     ranges = images.stack.active.stale_ranges()
     held = images.stack.top.acquire(0, BLOCK)
     steps = 0
-    while images.stack.room.reclaim_some(images.stack.active, ranges, 1):
+    while images.stack.room.reclaim_some(images.stack.active, ranges, 1) is not None:
         steps += 1
     images.stack.top.release(held)
     assert images.stack.active.data.extents(BLOCK, 2 * BLOCK)[0].hole, "only the held block may be left"
