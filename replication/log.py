@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,15 @@ def log_defect(error: BaseException) -> None:
         LOG.put(f"{NAME}: {text.rstrip()}", ("defect", type(error)), type(error).__name__)
         return
     LOG.put(f"{NAME}: {type(error).__name__}", "defect", "defects")
+
+
+@contextlib.contextmanager
+def surviving() -> Iterator[None]:
+    """For a round of a thread that nobody would start again: a defect, or no memory, ends the round alone."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (see above)
+        log_defect(error)
 
 
 def log_uncaught() -> None:

@@ -20,7 +20,7 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
-from replication.log import log
+from replication.log import log, surviving
 from replication.options import Durability, Options
 from replication.order.gate import Gate, GateStuck
 from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
@@ -174,7 +174,8 @@ class Node:
     def _autostart(self, failure: str) -> None:
         """Try again until the secondary is there, somebody has started by hand, or the process ends."""
         while failure and not self._closing.wait(_AUTOSTART_RETRY_S) and self.stage is Stage.NONE:
-            failure = self._autostarted(failure)
+            with surviving():
+                failure = self._autostarted(failure)
 
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""

@@ -39,7 +39,7 @@ from replication.control.qmp import Answer
 from replication.disk import files
 from replication.errors import CommandError, ConfigError
 from replication.events import Event, EventHub
-from replication.log import log
+from replication.log import log, surviving
 
 CLIENTS_MAX = 16
 # Beyond these, for who has something urgent to say (commands.URGENT).
@@ -428,7 +428,8 @@ class ControlServer:
                 if select.select([wake], [], [], _ACCEPT_RETRY_S)[0]:
                     return
                 continue
-            self._admit(connection, number)
+            with surviving():
+                self._admit(connection, number)
 
     def _admit(self, connection: socket.socket, number: int) -> None:
         connection.setblocking(True)

@@ -28,7 +28,7 @@ from enum import Enum
 from replication.disk.connection import Connection
 from replication.errors import DiskError, ReplicationError
 from replication.fault import Case
-from replication.log import log
+from replication.log import log, surviving
 from replication.order.pause import pause
 from replication.primary.dial import Agreement, Dialler, Refusal
 from replication.primary.disk import PrimaryDisk
@@ -359,8 +359,9 @@ class Link:
                 leaving, self._leaving = self._leaving, []
                 due = self._wanted and self._agreement is None and not self._losing
             for agreement in leaving:
-                if agreement.peer is not None:
-                    agreement.peer.close()
+                with surviving():
+                    if agreement.peer is not None:
+                        agreement.peer.close()
             if not due:
                 continue
             if up_since is not None and time.monotonic() - up_since > _AGAIN_MAX_S:

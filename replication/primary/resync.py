@@ -22,7 +22,7 @@ from functools import partial
 from replication.errors import DiskError
 from replication.image.qcow2 import BLOCK
 from replication.jobs import Job, JobList
-from replication.log import log
+from replication.log import log, surviving
 from replication.primary.backlog import DATA_MAX, Entry
 from replication.primary.content import Unreadable, look
 from replication.primary.disk import PrimaryDisk
@@ -234,8 +234,10 @@ class Resync:
 
     def _run(self) -> None:
         while self._wait_pass():
-            failed = [work.disk for work in self._works() if self._send(work)]
-            self._pass_ended()
+            failed: Sequence[PrimaryDisk] = self._disks  # unless it is known better
+            with surviving():
+                failed = [work.disk for work in self._works() if self._send(work)]
+                self._pass_ended()
             with self._changed:
                 self._ended = self._begun
                 self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if failed else _AGAIN_MIN_S

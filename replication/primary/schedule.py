@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from replication.errors import CommandError
 from replication.events import EventHub
-from replication.log import log
+from replication.log import log, surviving
 
 _AGE_LOOKS = 10
 """How often, within the limit, the age is looked at: the event is late by a tenth of the limit at most."""
@@ -40,7 +40,8 @@ class Ticker:
         due = time.monotonic() + self._period_s
         while not self._closing.wait(max(0.0, due - time.monotonic())):
             due = max(due, time.monotonic()) + self._period_s
-            self._action()
+            with surviving():
+                self._action()
 
 
 class AutomaticCheckpoints(Ticker):

@@ -164,14 +164,14 @@ class _Portions:
 
 class CommitThread:
     """Commits the disks of a node one after the other, then says how it went: `finished()` answers whether that was
-    all, `failed(commit, error)` is called for the disk that failed."""
+    all, `failed(disk_name, error)` is called for the disk that failed."""
 
     def __init__(
         self,
         commits: list[Commit],
         closing: threading.Event,
         finished: Callable[[], bool],
-        failed: Callable[[Commit, DiskError], None],
+        failed: Callable[[str, DiskError], None],
     ) -> None:
         self._commits = commits
         self._closing = closing
@@ -184,6 +184,15 @@ class CommitThread:
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._commit_all()
+        except Exception as defect:  # noqa: BLE001 (nobody else works in stage failover)
+            error = DiskError.from_defect(defect)
+            for commit in self._commits:
+                commit.conclude(f"the commit failed: {error}")
+            self._failed(self._commits[0].disk_name, error)
+
+    def _commit_all(self) -> None:
         while True:
             for commit in self._commits:
                 try:
@@ -192,7 +201,7 @@ class CommitThread:
                     if not self._closing.is_set():
                         for other in self._commits:
                             other.conclude(f"the commit of disk '{commit.disk_name}' failed: {error}")
-                    self._failed(commit, error)
+                    self._failed(commit.disk_name, error)
                     return
             if self._finished():
                 break

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from replication.errors import DiskError
+from replication.errors import CommandError, DiskError
 from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.log import log
@@ -73,20 +73,32 @@ class Failover:
             "commit-rate": rate,
         }
 
-    def begin_drained(self, drained: Callable[[], None]) -> None:
-        """As `begin`, in the background, as soon as no request is in flight any more that has begun before this: then
-        `drained()` is called with the gate closed."""
+    def prepare_drained(self, drained: Callable[[], None]) -> Callable[[bool], None]:
+        """As `begin`, in the background, as soon as no request is in flight any more: then `drained()` is called with
+        the gate closed. To be called before the stage, since it may fail: CommandError when there is no thread for it.
+        What is returned takes whether the stage is there."""
+        decided = threading.Event()
+        wanted: list[bool] = []
+
+        def decide(entered: bool) -> None:
+            wanted.append(entered)
+            decided.set()
 
         def drain() -> None:
-            if self._alone(drained):
-                self.begin()
+            decided.wait()  # for the thread that fails over, which always says
+            try:
+                if wanted[0] and self._alone(drained):
+                    self.begin()
+            except Exception as error:  # noqa: BLE001 (nobody else works in this stage)
+                self._lost(error)
 
         self._drainer = threading.Thread(target=drain, name="drain", daemon=True)
         try:
             self._drainer.start()
         except RuntimeError as error:  # no more threads
             self._drainer = None
-            log(f"failover: nobody waits for the requests in flight ({error}), so the commit waits for a restart")
+            raise CommandError(f"Failover cannot begin while requests are in flight: {error}; try again") from error
+        return decide
 
     def _alone(self, action: Callable[[], None]) -> bool:
         """Call `action()` with the gate closed, however long that takes; False when the process ends before."""
@@ -104,10 +116,16 @@ class Failover:
     def begin(self) -> None:
         """Commit in the background, until the stage is done or failover-failed. The stage is failover."""
         commits = []
-        for disk in self._disks:
-            assert disk.stack is not None
-            disk.mark_rollback()  # before anything comes down; a process killed before the end of this does it again
-            commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
+        try:
+            for disk in self._disks:
+                assert disk.stack is not None
+                disk.mark_rollback()  # before anything comes down; a process killed before the end does it again
+                commits.append(Commit(self._set.jobs, disk.name, disk.stack, self._closing))
+        except Exception as error:  # noqa: BLE001 (nobody else works in this stage)
+            for commit in commits:
+                commit.conclude(str(error))
+            self._lost(error)
+            return
         self._begun = time.monotonic()
         self._commit = CommitThread(commits, self._closing, self._committed, self._failed)
         try:
@@ -117,7 +135,11 @@ class Failover:
             failure = DiskError(f"the commit has no thread: {error}")
             for commit in commits:
                 commit.conclude(str(failure))
-            self._failed(commits[0], failure)
+            self._failed(commits[0].disk_name, failure)
+
+    def _lost(self, error: Exception) -> None:
+        """The commit cannot even begin. It may be retried."""
+        self._failed(self._disks[0].name, error if isinstance(error, DiskError) else DiskError.from_defect(error))
 
     def _committed(self) -> bool:
         """Everything is down and stable: the disk alone counts. False when the disk has refused or lost something
@@ -171,12 +193,12 @@ class Failover:
                 except DiskError as error:
                     log(f"the overlays of disk '{disk.name}' are of no use any more, but cannot be emptied: {error}")
 
-    def _failed(self, commit: Commit, error: DiskError) -> None:
+    def _failed(self, disk_name: str, error: DiskError) -> None:
         if self._closing.is_set():
             return  # the next process goes on with it
         offset, length = (error.offset, error.length) if isinstance(error, LayerError) else (0, 0)
         # Before the stage, which must not be there without its cause.
-        self._set.faults.report(Case.COMMIT, commit.disk_name, "commit", offset, length, error)
+        self._set.faults.report(Case.COMMIT, disk_name, "commit", offset, length, error)
         self._settle(Stage.FAILOVER_FAILED)
 
     def end(self, timeout_s: float) -> bool:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from replication.errors import ReplicationError
-from replication.log import log
+from replication.log import log, log_defect
 
 _AGAIN_MIN_S, _AGAIN_MAX_S = 0.25, 10.0
 
@@ -77,6 +77,9 @@ class Hindrance:
             try:
                 self._attempt()
             except ReplicationError:
+                continue
+            except Exception as defect:  # noqa: BLE001 (nobody would start this thread again)
+                log_defect(defect)
                 continue
             with self._changed:
                 if self._why == tried:  # else another checkpoint was refused meanwhile

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from replication.errors import DiskError
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
-from replication.log import log
+from replication.log import log, log_defect
 from replication.order.gate import Gate
 from replication.stage import Stage
 
@@ -74,6 +74,8 @@ class Reclaimer:
                         self._reclaim(stack, overlay)
                     except DiskError as error:
                         log(f"cannot give back space of {overlay.path}: {error}")
+                    except Exception as defect:  # noqa: BLE001 (nobody would start this thread again)
+                        log_defect(defect)
 
     def _await_quiet(self) -> None:
         """Return when no checkpoint has come for AFTER_S, or after LATEST_S, or at the end."""

@@ -434,9 +434,11 @@ class SecondarySide(Side):
                 raise  # what the guest sees from then on is another content, so its requests must be out
             self._fail_over_around(error)
             return
-        self._backup.conclude(None)
-        pause("failover.entered")
-        self._failover.begin()
+        try:
+            self._backup.conclude(None)
+            pause("failover.entered")
+        finally:
+            self._failover.begin()
 
     def _enter_failover(self) -> None:
         take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
@@ -446,19 +448,23 @@ class SecondarySide(Side):
         """Fail over although some requests do not end: their disk is slow, or hangs. The old primary is kept out at
         once; what was in flight of it goes on as in stage running, so what it overwrites is preserved, and the guest's
         writes go to active. When these requests have left, the commit begins."""
+        begin = self._failover.prepare_drained(self._drained)
         self._draining = True
         try:
             for disk in self.disks:
                 disk.fenced = True
             self._enter_failover()
         except BaseException:
+            begin(False)
             self._draining = False
             self.show_stage(self._set.record.stage)
             raise
-        log(f"failover: {stuck}; the commit begins when they have")
-        self._backup.conclude(None)
-        pause("failover.entered")
-        self._failover.begin_drained(self._drained)
+        try:
+            log(f"failover: {stuck}; the commit begins when they have")
+            self._backup.conclude(None)
+            pause("failover.entered")
+        finally:
+            begin(True)
 
     def _drained(self) -> None:
         """All requests that had begun before the failover have left. The gate is closed."""

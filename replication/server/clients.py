@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from replication.log import log
+from replication.log import log, surviving
 from replication.server.abilities import Abilities, Credentials
 
 IDLE_S = 10
@@ -143,7 +143,7 @@ class HostWatch:
 
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_S):
-            with contextlib.suppress(OSError):  # no descriptors left, say: the next look may find some
+            with surviving(), contextlib.suppress(OSError):  # no descriptors left, say: the next look may find some
                 self.look(time.monotonic())
 
     def look(self, now: float) -> None:

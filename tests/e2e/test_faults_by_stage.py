@@ -49,6 +49,9 @@ from replication.node import Node
 from replication.options import OptionParser
 from replication.record.state import StateFolder
 from replication.secondary import side as side_of_secondary
+from replication.secondary.commit import Commit
+from replication.secondary.disk import SecondaryDisk
+from replication.secondary.failover import Failover
 from replication.server.clients import Client
 from replication.server.export import Exports
 from waiting import DEADLINE_S, wait_until
@@ -912,6 +915,33 @@ def test_a_commit_for_which_there_is_no_thread_has_failed_and_can_be_retried(
     assert (error["case"], error["operation"]) == (7, "commit")
     assert "no thread: can't start new thread" in secondary.execute("query-jobs")[0]["error"]
     assert secondary.seen() == seen
+    secondary.execute("replication-retry")
+    secondary.wait_done()
+    assert secondary.below() == seen
+
+
+@pytest.mark.parametrize("defect", [MemoryError("no more"), KeyError("nobody expected it")], ids=["memory", "defect"])
+@pytest.mark.parametrize(
+    "place", [(SecondaryDisk, "mark_rollback"), (Commit, "run"), (Failover, "_committed")], ids=lambda place: place[1]
+)
+def test_a_commit_that_meets_a_defect_has_failed_and_can_be_retried(
+    secondary: SecondaryBench, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str], defect: Exception
+) -> None:
+    """It would leave stage failover with nobody who works, for good."""
+    secondary.bring_to("running")
+    seen = secondary.seen()
+
+    def raise_it(*_: object) -> None:
+        raise defect
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, raise_it)
+        secondary.fail_over()
+        wait_until(lambda: secondary.stage == "failover-failed", "it has failed")
+    error = secondary.latched()
+    assert error is not None
+    assert (error["case"], error["operation"]) == (7, "commit")
+    assert f"internal error, see the log: {defect!r}" in error["desc"]
     secondary.execute("replication-retry")
     secondary.wait_done()
     assert secondary.below() == seen

@@ -142,8 +142,8 @@ def test_a_commit_that_fails_names_the_cause_and_loses_nothing(stack: Stack, mon
     def refuse(*_: object) -> None:
         raise DiskError("broken")
 
-    def note(commit: Commit, error: DiskError) -> None:
-        failed.append((commit.disk_name, str(error)))
+    def note(disk_name: str, error: DiskError) -> None:
+        failed.append((disk_name, str(error)))
         done.set()
 
     closing = threading.Event()
