@@ -5,8 +5,9 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 # Options or test names for pytest, for example: make test TESTS='tests/unit -k options'
 TESTS   ?=
-# Tests that run side by side: most of them wait for deadlines, so more than there are processors.
-WORKERS ?= 3
+# Tests that run side by side: most of them wait for deadlines, so more than there are processors. (All of tests/e2e,
+# tests/model and tests/torture take about 14 minutes of processor time.)
+WORKERS ?= 6
 # For `make power`: how many histories from seed SEED on, and how many states after a cut are looked at for each.
 HISTORIES ?= 50
 SAMPLES   ?= 80
@@ -41,7 +42,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo bench man compile test test-compiled test-debian test-vm torture power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-debian test-vm torture power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -53,11 +54,15 @@ demo: ## Replicate a disk, fail over, and check the result
 test: ## Run the tests (TESTS= picks some)
 	@scripts/setup test
 ifeq ($(TESTS),)
-	@$(PYTHON) -m pytest -q --durations=10 -n $(WORKERS) --dist worksteal -m 'not alone'
+	@$(MAKE) --no-print-directory test-parallel
 	@$(PYTHON) -m pytest -q --durations=3 -m alone
 else
 	@$(PYTHON) -m pytest -q --durations=10 $(TESTS)
 endif
+
+test-parallel: # All tests that may run side by side, or those in the files and folders of TESTS.
+	@scripts/setup test
+	@$(PYTHON) -m pytest -q --durations=50 -n $(WORKERS) --dist worksteal -m 'not alone' $(TESTS)
 
 # NAME.SECTION of each page; its source is man/NAME.pod.
 MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8
