@@ -380,28 +380,40 @@ class Stack:
         try:
             for start, end, is_held in self._held_above(offset, offset + length):
                 try:
-                    if is_held:
+                    if not is_held:
+                        self._over_disk(start, end, shelter, operation, below, above)
+                    else:
                         above(start, end, False)
                         if shelter:
                             self._through(start, end, below)
-                        continue
-                    try:
-                        with on_layer(Layer.SECONDARY, operation, start, end - start):
-                            below(start, end)
-                    except LayerError:
-                        if not shelter:
-                            raise
-                        above(start, end, False)
-                        self.descent.spoilt(start, end)
-                    else:
-                        # Until a flush has covered it. Without room there the disk alone has it, as in stage done.
-                        if shelter:
-                            with contextlib.suppress(DiskError):
-                                above(start, end, True)
                 finally:
                     self.descent.written(start, end)
         finally:
             self.top.release(held)
+
+    def _over_disk(
+        self,
+        start: int,
+        end: int,
+        shelter: bool,
+        operation: str,
+        below: Callable[[int, int], None],
+        above: Callable[[int, int, bool], None],
+    ) -> None:
+        """Change a part that is on the disk alone."""
+        try:
+            with on_layer(Layer.SECONDARY, operation, start, end - start):
+                below(start, end)
+        except LayerError:
+            if not shelter:
+                raise
+            above(start, end, False)
+            self.descent.spoilt(start, end)
+        else:
+            # Until a flush has covered it. Without room there the disk alone has it, as in stage done.
+            if shelter:
+                with contextlib.suppress(DiskError):
+                    above(start, end, True)
 
     def _through(self, start: int, end: int, below: Callable[[int, int], None]) -> None:
         """Change the disk as active was; what it does not take comes down again."""

@@ -1,9 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What waits for the secondary: entries, how many bytes of them there may be, and which are in flight."""
+"""What waits for the secondary: entries, how many bytes of them there may be, and which are in flight.
+
+Who waits for whom, and for how long
+------------------------------------
+a guest's write     for room in the queue (Budget), and with protocol=sync for the secondary's answer, together for
+                    PATIENCE times `timeout` at most, whatever moves on the link. Then it goes on without: the
+                    primary falls behind. Until the queue has drained no write waits; what is not sent is marked as
+                    missing, and a resync brings it over.
+a resync            for what the guest has to send. It takes no room in the queue (Forwarder.put_spare), and no more
+                    than a flight at a time of the link.
+the link            is given up by its connection alone (disk/connection.py): when bytes that the peer's kernel has
+                    acknowledged, and answers, no longer come. What the queue and its waiters see says nothing of it.
+how much, how large what is in flight, and an entry, is as large as the link and the secondary's disk are quick (Flow).
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -18,22 +32,61 @@ from replication.order.ended import Ended
 _ENTRY_COST = 512
 """Bytes an entry counts beside its data, so that a queue of zeroes and flushes is bounded as well."""
 
-DATA_MAX = 1 << 20
-"""Most data of one entry: on a slow link every answer counts as progress, and one megabyte takes 0.8 s at 10 Mbit/s."""
+DATA_MIN, DATA_MAX = 64 << 10, 1 << 20
+"""Least and most data of one entry, unless a write has less."""
 
-ZERO_MAX = 64 << 20
-"""Longest range of one entry of zeroes: the secondary has to copy before it writes, which must not look like a link
-without progress."""
+ZERO_MIN, ZERO_MAX = 256 << 10, 64 << 20
+"""The same for the range of one entry of zeroes."""
 
 FLIGHT_MAX = 8 << 20
 """Most data in flight, unless one entry has more: what 1 Gbit/s carries in 60 ms. More would only wait in the socket,
 and grow old there."""
+_FLIGHT_FIRST = 256 << 10
+"""Data in flight before anything is known of the link: 0.5 s at 4 Mbit/s."""
+
+ZERO_FLIGHT_MAX = 1 << 30
+_ZERO_FLIGHT_FIRST = 2 << 20
+"""Zeroes in flight at most, and before anything is known: they are nothing to the link, but the secondary may have to
+copy what they destroy."""
+
+PATIENCE = 1.25
+"""Times the timeout that a guest waits: a link that is dead is lost within 9/8 of it (disk/connection.py), and shall
+count as that."""
+
+_QUICK_PART = 20
+"""An answer within this part of the timeout is quick (0.25 s of 5): about so long does a guest's write wait behind what
+is in flight."""
+
+_QUICK_ZEROES_PART = 8
+"""The same of zeroes, which hold up nobody on the link: they must only be answered well within the timeout."""
 
 _QUICKLY_FRESH = 64 << 10
 """Up to this length the data of an entry is in fresh memory: the allocator has it at hand, without page faults."""
 
 _SMALL = 256 << 10
 """Longest entry that is known by its blocks."""
+
+
+class Flow:
+    """How much may be in flight: more while what fills it is answered quickly, half as much when it is not."""
+
+    def __init__(self, least: int, first: int, most: int) -> None:
+        self.window = first
+        """Bytes."""
+        self._least = least
+        self._most = most
+        self._halved_at = 0.0
+
+    def learn(self, size: int, sent_at: float, now: float, in_flight: int, quick_s: float) -> None:
+        """`size` bytes of the `in_flight` were answered at `now`, sent at `sent_at` (seconds, monotonic)."""
+        age_s = now - sent_at
+        if age_s < quick_s:
+            if 2 * in_flight >= self.window:
+                self.window = min(self._most, self.window + size)
+        elif age_s > 2 * quick_s and sent_at >= self._halved_at:
+            # Once for all that was sent before that shows.
+            self.window = max(self._least, self.window // 2)
+            self._halved_at = now
 
 
 class _Waiter:
@@ -66,40 +119,62 @@ class Budget:
         # Protects the fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._used = 0
-        # How often room was given back.
-        self._given = 0
+        # Whether nobody waits, and how little has to be in use before somebody does again.
+        self._behind = False
+        self._resumes_at = 0
         self._line: deque[_Waiter] = deque()
 
-    def take(self, size: int, pointless: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for room; False when `pointless()` has become true (`wake` has it looked at), or when no entry has left
-        any queue for `timeout_s` seconds: as long as some do, the link is slow but not lost."""
+    def take(self, size: int, pointless: Callable[[], bool], timeout_s: float, patient: bool = False) -> bool:
+        """Wait for room; False when `pointless()` has become true (`wake` has it looked at), when there was none for
+        `timeout_s` seconds, or when somebody else has waited so long: from then on nobody does, until half of the room
+        is free. `patient`: wait on."""
         with self._lock:
+            if self._behind and not patient:
+                return False
             if not self._line and self._fits(size):
                 self._used += size
                 return True
             waiter = _Waiter(size)
             self._line.append(waiter)
-            given = self._given
+        until = time.monotonic() + timeout_s
         woken = True
         while True:
             with self._lock:
-                if waiter.granted and not pointless():
+                hopeless = pointless()
+                if waiter.granted and not hopeless:
                     return True
-                if waiter.granted or pointless() or (not woken and given == self._given):
+                if waiter.granted or hopeless or (not patient and (self._behind or not woken)):
                     if waiter.granted:
                         self._used -= size  # what was lost has made room
                     else:
                         self._line.remove(waiter)
+                    if not (waiter.granted or hopeless or self._behind):
+                        self._fall_behind_locked(self.limit // 2)
                     self._admit_locked()
                     return False
-                given = self._given
-            woken = waiter.woken.acquire(timeout=timeout_s)
+            woken = waiter.woken.acquire(timeout=timeout_s if patient else max(0.0, until - time.monotonic()))
+
+    @property
+    def behind(self) -> bool:
+        """Whether nobody waits for room."""
+        return self._behind
+
+    def fall_behind(self) -> None:
+        """Nobody waits any more until nothing is in use: what is waited for takes too long."""
+        with self._lock:
+            self._fall_behind_locked(0)
+
+    def _fall_behind_locked(self, resumes_at: int) -> None:
+        if self._used > resumes_at:
+            self._behind, self._resumes_at = True, resumes_at
+            for waiter in self._line:
+                waiter.wake()
 
     def take_now(self, size: int) -> bool:
         """Take room if there is some; whether there was. For a request to try first: preparing for a wait costs more
         than this does."""
         with self._lock:
-            if self._line or not self._fits(size):
+            if self._behind or self._line or not self._fits(size):
                 return False
             self._used += size
             return True
@@ -119,7 +194,8 @@ class Budget:
         """Entries have left their queue."""
         with self._lock:
             self._used -= size
-            self._given += 1
+            if self._behind and self._used <= self._resumes_at:
+                self._behind = False
             if self._line:
                 self._admit_locked()
 
@@ -153,6 +229,11 @@ class Entry:
     let_go = False
     ended: Ended | None = None
     memory: Buffers | None = None
+    spare = False
+    """Of a resync: sent where the guest has nothing to send, and without room in the queue."""
+    settled = False
+    left = False
+    """Nobody waits for its end any more (PrimaryDisk)."""
 
     def __init__(
         self,
@@ -190,6 +271,15 @@ class Entry:
         if self.memory is not None and isinstance(self.data, memoryview):
             self.memory.give(self.data)
             self.data = b""
+
+    @property
+    def weight(self) -> int:
+        """Bytes that it is for the link or, of zeroes, for the secondary's disk."""
+        return self.length if self.kind is Kind.ZERO else len(self.data)
+
+    def overlaps(self, other: Entry) -> bool:
+        """Whether their order matters."""
+        return _overlap(self, other)
 
     @property
     def flags(self) -> int:
@@ -236,6 +326,8 @@ class InFlight:
         self._all: dict[Entry, None] = {}
         self.bytes = 0
         """Of data."""
+        self.zeroes = 0
+        """Bytes that are zeroed."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -263,6 +355,8 @@ class InFlight:
             self._large[entry] = None
         self._all[entry] = None
         self.bytes += len(entry.data)
+        if entry.kind is Kind.ZERO:
+            self.zeroes += entry.length
         return True
 
     def _meets(self, entry: Entry) -> bool:
@@ -282,6 +376,8 @@ class InFlight:
         for entry in entries:
             del self._all[entry]
             self.bytes -= len(entry.data)
+            if entry.kind is Kind.ZERO:
+                self.zeroes -= entry.length
             block = entry.offset // BLOCK
             if block == (entry.offset + entry.length - 1) // BLOCK:
                 self._blocks.discard(block)
@@ -308,3 +404,34 @@ def _overlap(one: Entry, other: Entry) -> bool:
 def cost(entries: Sequence[Entry]) -> int:
     """What the entries together take of the budget, in bytes."""
     return sum(entry.cost for entry in entries)
+
+
+class Flows:
+    """What may be in flight on one connection, of data and of zeroes."""
+
+    def __init__(self) -> None:
+        self.data = Flow(DATA_MIN, _FLIGHT_FIRST, FLIGHT_MAX)
+        self.zeroes = Flow(ZERO_MIN, _ZERO_FLIGHT_FIRST, ZERO_FLIGHT_MAX)
+
+    @property
+    def data_piece(self) -> int:
+        """Most data of an entry now, in bytes: half of what may be in flight."""
+        return max(DATA_MIN, min(DATA_MAX, self.data.window // 2))
+
+    @property
+    def zero_piece(self) -> int:
+        """Longest range of an entry of zeroes now, in bytes: one that fills the flight, since each is a round trip."""
+        return max(ZERO_MIN, min(ZERO_MAX, 2 * self.zeroes.window))
+
+    def have_room(self, in_flight: InFlight) -> bool:
+        """Whether another entry may be sent. An entry may be larger than what is left."""
+        return in_flight.bytes <= self.data.window and in_flight.zeroes <= self.zeroes.window
+
+    def learn(self, entries: Sequence[Entry], sent_at: float, in_flight: InFlight, timeout_s: float) -> None:
+        """Entries that were sent together were answered now."""
+        now = time.monotonic()
+        if entries[0].kind is Kind.ZERO:
+            self.zeroes.learn(entries[0].length, sent_at, now, in_flight.zeroes, timeout_s / _QUICK_ZEROES_PART)
+        elif entries[0].kind is Kind.WRITE:
+            size = sum([len(entry.data) for entry in entries])
+            self.data.learn(size, sent_at, now, in_flight.bytes, timeout_s / _QUICK_PART)

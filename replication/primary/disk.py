@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from replication.image.buffers import Buffers
 from replication.image.qcow2 import BLOCK
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
-from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Entry, Kind, cost
+from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, Entry, Kind, cost
 from replication.primary.content import ZERO_RUN_MAX, known_zeroes, what_can_be_read, what_is_read
 from replication.primary.forward import Forwarder
 from replication.record.ancestry import Ancestry
@@ -88,12 +89,15 @@ class PrimaryDisk:
         self.size = local.size if local is not None else 0
         self.top_id: str | None = None
         """The export that the guest of a promoted secondary uses."""
-        self.left_behind: Callable[[], None] = _nobody
-        """Called when a write was not forwarded although there is a link by now."""
+        self.left_behind: Callable[[str, int, int, bool], None] = _nobody
+        """`left_behind(operation, offset, length, late)` is called when a write was not forwarded although there is a
+        link by now; `late`: because the secondary takes too long."""
         self.ranges = RangeLock()
         # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
         # one and putting it on the other. Never held across I/O.
         self._order = threading.Lock()
+        # Whether a write of protocol=sync ends first, or who waits for it goes on. Never held across I/O.
+        self._leaving = threading.Lock()
         # For the data of large entries; it comes back when the secondary has it.
         self._memory = Buffers(_SPARE)
         self.bytes_read = 0
@@ -127,15 +131,15 @@ class PrimaryDisk:
 
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write locally and forward."""
-        length = len(data)
-        if length <= DATA_MAX:
+        length, piece = len(data), self.forwarder.data_piece
+        if length <= piece:
             entry = Entry(Kind.WRITE, offset, length, self._on_end, self._sync)
             entry.load(data, self._memory)
             entries: Sequence[Entry] = (entry,)
         else:
             entries = [
-                Entry(Kind.WRITE, offset + at, min(DATA_MAX, length - at), self._on_end, self._sync)
-                for at in range(0, length, DATA_MAX)
+                Entry(Kind.WRITE, offset + at, min(piece, length - at), self._on_end, self._sync)
+                for at in range(0, length, piece)
             ]
             for entry in entries:
                 part = data[entry.offset - offset : entry.offset - offset + entry.length]
@@ -144,9 +148,10 @@ class PrimaryDisk:
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
+        piece = self.forwarder.zero_piece
         entries = [
-            Entry(Kind.ZERO, offset + at, min(ZERO_MAX, length - at), self._on_end, self._sync)
-            for at in range(0, length, ZERO_MAX)
+            Entry(Kind.ZERO, offset + at, min(piece, length - at), self._on_end, self._sync)
+            for at in range(0, length, piece)
         ]
         for entry in entries:
             entry.may_trim = may_trim
@@ -160,8 +165,10 @@ class PrimaryDisk:
             self._tell("flush", 0, 0, self.local.flush)
         elif self.stage is not Stage.RUNNING:
             raise self._not_running()
-        if self._sync and self.stage is Stage.RUNNING:
-            self.finish_barrier(self.begin_barrier())
+        if self._sync and self.stage is Stage.RUNNING and not self.forwarder.behind:
+            barrier = self.begin_barrier()
+            if not self.forwarder.await_until(barrier.entry, time.monotonic() + self.forwarder.patience_s):
+                self._fall_behind("flush", 0, 0)
 
     def _change(
         self, operation: str, offset: int, length: int, fua: bool, entries: Sequence[Entry], *arguments: object
@@ -177,25 +184,25 @@ class PrimaryDisk:
             self.bytes_written += length
             return
         sync, changes, forwarder = self._sync, self.changes, self.forwarder
+        until = time.monotonic() + forwarder.patience_s if sync else 0.0
         if fua and sync:
             for entry in entries:
                 entry.fua = True
         held = self.ranges.acquire(offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK)
         try:
-            if sync:
-                changes.begin(offset, length)
-            else:
-                for entry in entries:
-                    changes.begin(entry.offset, entry.length)
+            for entry in entries:
+                changes.begin(entry.offset, entry.length)
             size = entries[0].cost if len(entries) == 1 else cost(entries)
-            queued = forwarder.reserve(size)
+            # Without a local disk nobody could send later what is not sent now.
+            queued = forwarder.reserve(size, self.local is None)
+            late = not queued and forwarder.up
             if not queued:
                 # Without a link the mark is all that remains of the write.
                 try:
                     self._part(fua)
                 except BaseException:
                     if sync:
-                        changes.end(offset, length, False)
+                        self._end_marks(entries, False)
                     raise
                 finally:
                     _end(entries)
@@ -212,7 +219,7 @@ class PrimaryDisk:
                 # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
                 changes.mark(offset, length)
                 if sync:
-                    changes.end(offset, length, False)
+                    self._end_marks(entries, False)
                 elif queued:
                     forwarder.unreserve(size)
                     _end(entries)
@@ -223,21 +230,41 @@ class PrimaryDisk:
         finally:
             self.ranges.release(held)
         if sync:
-            self._await_end(offset, length, entries)
+            self._await_end(operation, offset, length, entries, until)
         if not queued and forwarder.up:
-            self.left_behind()
+            self.left_behind(operation, offset, length, late)
         self.bytes_written += length
 
-    def _await_end(self, offset: int, length: int, entries: Sequence[Entry]) -> None:
-        """Wait until the secondary has a write of protocol=sync, or will not get it, and end its mark.
+    def _await_end(self, operation: str, offset: int, length: int, entries: Sequence[Entry], until: float) -> None:
+        """Wait until the secondary has a write of protocol=sync, or will not get it, and end its marks; at `until`
+        (seconds, monotonic) the guest goes on, and the marks of what is still on its way end when it does.
 
         What has not arrived was marked as missing by `_keep_missing`, before the entry ended; so what was sent anew
-        since then is not marked a second time here. What has not even ended may arrive or not.
+        since then is not marked a second time here.
         """
-        known = True
+        late = False
         for entry in entries:
-            known &= self.forwarder.await_end(entry) or entry.has_ended
-        self.changes.end(offset, length, known)
+            if self.forwarder.await_until(entry, until) or not self._leave(entry):
+                self.changes.end(entry.offset, entry.length, True)
+            else:
+                late = True
+        if late and self.forwarder.up:
+            self._fall_behind(operation, offset, length)
+
+    def _leave(self, entry: Entry) -> bool:
+        """Nobody waits for it any more, so `_keep_missing` ends its mark; False when it has just ended."""
+        with self._leaving:
+            entry.left = not entry.settled
+            return entry.left
+
+    def _fall_behind(self, operation: str, offset: int, length: int) -> None:
+        """The secondary has taken too long for what a guest has waited for: nobody waits until it has caught up."""
+        self.forwarder.fall_behind()
+        self.left_behind(operation, offset, length, True)
+
+    def _end_marks(self, entries: Sequence[Entry], known: bool) -> None:
+        for entry in entries:
+            self.changes.end(entry.offset, entry.length, known)
 
     def _tell_failure(self, operation: str, offset: int, length: int, error: BaseException) -> None:
         """Local I/O: its failure is the guest's to know (case 1), and an event's."""
@@ -251,10 +278,14 @@ class PrimaryDisk:
             self._ancestry.flush()
 
     def _keep_missing(self, entry: Entry) -> None:
-        """A write of protocol=sync has ended; who waits for it ends its mark."""
+        """A write of protocol=sync has ended; who waits for it, if anybody does, ends its mark."""
         if not entry.arrived:
             self._ancestry.part()
             self.changes.mark(entry.offset, entry.length)
+        with self._leaving:
+            entry.settled = True
+        if entry.left:
+            self.changes.end(entry.offset, entry.length, True)
 
     def _ended(self, entry: Entry) -> None:
         if not entry.arrived:
@@ -336,14 +367,14 @@ class PrimaryDisk:
                 # now on stays missing.
                 return ()
             entries = entries_of(self.local, offset, length)
+            if not entries or not self.forwarder.up:
+                return ()
             for entry in entries:
                 entry.on_end = ended
-            if not entries or not self.forwarder.reserve(cost(entries)):
-                return ()
             with self._order:
                 for entry in entries:
                     self.changes.begin(entry.offset, entry.length, repair)
-                self.forwarder.put(*entries)
+                self.forwarder.put_spare(*entries)
             return entries
         finally:
             self.ranges.release(held)
@@ -355,7 +386,7 @@ class PrimaryDisk:
         self.changes.close()
 
 
-def _nobody() -> None:
+def _nobody(_operation: str, _offset: int, _length: int, _late: bool) -> None:
     """Nobody has asked to be told."""
 
 

@@ -5,11 +5,13 @@ Invariants
 * Requests reach the secondary in the order in which they were put, as far as they overlap: the order of the queue
   is the order on the local disk (disk.py), and no request is sent while one that overlaps it is in flight,
   since an NBD server may reorder those. A flush overlaps everything.
-* The queue holds at most `Budget.limit` bytes over all disks, or one request that is larger.
+* The queue holds at most `Budget.limit` bytes over all disks, or one request that is larger; what a resync sends is
+  beside it (`put_spare`), is sent where the queue is empty, and moves into it in front of what must not overtake it.
 * Every entry ends exactly once, with `arrived` true or false.
 * A failure never reaches the guest: it goes to `Forwarder.failed`, and the change map keeps what is missing.
 * The connection counts as lost when it goes, or makes no progress for `timeout_s` seconds; from then on entries end at
-  once, so a dead secondary holds up a guest once, for at most that long. link.py makes a new one.
+  once, so a dead secondary holds up a guest once, for at most that long. link.py makes a new one. A slow one does not
+  hold it up for longer either (backlog.py).
 * An epoch is cut in all queues at one instant (`cut`): of two writes of which the guest has seen the first answered
   before it issued the second, the second is never in front of the cut alone, because a write is in its queue before it
   is answered. No request waits for a cut.
@@ -29,7 +31,7 @@ from replication import batch
 from replication.disk.connection import Connection, Request
 from replication.errors import DiskError
 from replication.order.pause import pause
-from replication.primary.backlog import FLIGHT_MAX, Budget, Entry, InFlight, Kind, cost
+from replication.primary.backlog import PATIENCE, Budget, Entry, Flows, InFlight, Kind, cost
 
 WINDOW = 256
 """Entries in flight that are sent one by one. On one machine 64 are enough for 77k a second, but over a
@@ -56,6 +58,8 @@ rounds a second."""
 _ACTIVE_S = 0.02
 """After the last entry the thread naps for so long before it sleeps: waking it costs the guest a system call."""
 
+
+_ZEROES_WEIGHT = 4 << 10
 
 _SMALL = 32 << 10
 """Longest write that is sent together with others: larger ones cost a request little."""
@@ -85,7 +89,7 @@ class Forwarder:
         lost: Callable[[Connection, DiskError], None],
     ) -> None:
         """`failed(entry, error)` is called for an entry that the secondary has refused, `lost(connection, error)` when
-        the connection is lost; both without locks, the first by the forwarding thread, the second also by a guest's."""
+        the connection is lost; both without locks, by the forwarding thread."""
         self.disk_name = disk_name
         self.timeout_s = timeout_s
         self._budget = budget
@@ -94,7 +98,11 @@ class Forwarder:
         # Protects the fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._queue: deque[Entry] = deque()
+        # Of a resync: queued, and how much of it is queued or in flight.
+        self._spare: deque[Entry] = deque()
+        self._spare_weight = 0
         self._in_flight = InFlight()
+        self._flows = Flows()
         # What the secondary has answered, entries sent together, and their errno; only the forwarding thread touches
         # it.
         self._answered: deque[tuple[Sequence[Entry], int]] = deque()
@@ -127,6 +135,7 @@ class Forwarder:
             self._connection = connection
             self._batch_at = batch_at
             self._window = WINDOW
+            self._flows = Flows()
             self._singly_until = 0.0
             self._stopping = False
             self._up = True
@@ -162,19 +171,74 @@ class Forwarder:
 
     # -- queue ---------------------------------------------------------------------------------------------
 
-    def reserve(self, size: int) -> bool:
-        """Wait for room for entries that cost `size` bytes together, at most until the link counts as lost; False when
-        it does."""
-        connection = self._connection
-        if not self._up or connection is None:
+    def reserve(self, size: int, patient: bool = False) -> bool:
+        """Wait for room for entries that cost `size` bytes together, for `patience_s` seconds at most; False without a
+        link, or when the secondary is behind. `patient`: wait as long as there is a link."""
+        if not self._up or self._connection is None:
             return False
-        if self._budget.take_now(size) or self._budget.take(size, lambda: not self._up, self.timeout_s):
-            return True
-        if self._up:
-            self._lose(
-                connection, DiskError(f"the secondary took no data from the full queue for {self.timeout_s:g} s")
-            )
-        return False
+        return self._budget.take_now(size) or self._budget.take(size, lambda: not self._up, self.patience_s, patient)
+
+    @property
+    def patience_s(self) -> float:
+        """Longest wait of a guest for the secondary, in seconds."""
+        return PATIENCE * self.timeout_s
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is a link and it carries less than is written: nobody waits for it."""
+        return self._up and self._budget.behind
+
+    def fall_behind(self) -> None:
+        """An answer has taken too long: nobody waits until everything that is queued now has been answered."""
+        self._budget.fall_behind()
+
+    @property
+    def data_piece(self) -> int:
+        """Most data of an entry now, in bytes."""
+        return self._flows.data_piece
+
+    @property
+    def zero_piece(self) -> int:
+        """Longest range of an entry of zeroes now, in bytes."""
+        return self._flows.zero_piece
+
+    @property
+    def takes_spare(self) -> bool:
+        """Whether `put_spare` should be called now: what it has taken is less than may be in flight."""
+        with self._lock:
+            return self._spare_weight < self._flows.data.window
+
+    def put_spare(self, *entries: Entry) -> bool:
+        """Queue entries of a resync, which take no room (their cost is 0) and are sent where the queue is empty. May be
+        called while `takes_spare`. Otherwise as `put`."""
+        for entry in entries:
+            entry.cost = 0
+            entry.spare = True
+        with self._lock:
+            connection = self._connection
+            taken = self._up and connection is not None
+            if taken:
+                self._spare.extend(entries)
+                self._spare_weight += sum([_spare_weight(entry) for entry in entries])
+                wake = self._rest is Rest.SLEEP
+                if wake:
+                    self._rest = Rest.NONE
+        if not taken:
+            for entry in entries:
+                entry.end(False)
+        elif wake and connection is not None:
+            connection.poke()
+        return taken
+
+    def _promote_locked(self, entries: Sequence[Entry]) -> None:
+        """What of a resync must not come behind these entries goes into the queue, in front of them."""
+        behind: deque[Entry] = deque()
+        for spare in self._spare:
+            if any(entry.kind is Kind.CUT or spare.overlaps(entry) for entry in entries):
+                self._queue.append(spare)
+            else:
+                behind.append(spare)
+        self._spare = behind
 
     def unreserve(self, size: int) -> None:
         """The entries will not be put after all."""
@@ -188,6 +252,8 @@ class Forwarder:
             taken = self._up and connection is not None
             if taken:
                 urgent = bool(entries) and entries[0].ended is not None  # all of a request are, or none
+                if self._spare:
+                    self._promote_locked(entries)
                 self._queue.extend(entries)
                 if urgent:
                     self._awaited += len(entries)
@@ -211,6 +277,11 @@ class Forwarder:
         if connection is not None:
             connection.poke()
 
+    def await_until(self, entry: Entry, until: float) -> bool:
+        """Wait until an entry has ended, until `until` (seconds, monotonic) at most; whether it has."""
+        assert entry.ended is not None
+        return entry.ended.wait(max(0.0, until - time.monotonic()))
+
     def await_end(self, entry: Entry) -> bool:
         """Wait until an entry has ended; whether it arrived. Bounded: the link is lost without progress."""
         assert entry.ended is not None
@@ -225,13 +296,14 @@ class Forwarder:
     def queue_bytes(self) -> int:
         """Bytes put and not yet answered."""
         with self._lock:
-            return self._in_flight.bytes + sum(len(entry.data) for entry in self._queue)
+            waiting = (*self._queue, *self._spare)
+            return self._in_flight.bytes + sum(len(entry.data) for entry in waiting)
 
     @property
     def idle(self) -> bool:
         """Whether everything put has ended."""
         with self._lock:
-            return not self._queue and not self._in_flight
+            return not self._queue and not self._spare and not self._in_flight
 
     def stop(self, drain_s: float) -> bool:
         """Send what is queued, for at most `drain_s` seconds, then let the connection go; whether it was drained. What
@@ -295,18 +367,22 @@ class Forwarder:
     def _next_locked(self) -> list[Entry]:
         """The next entries, moved into flight, up to the first that has to wait for one in flight."""
         entries: list[Entry] = []
-        queue, in_flight = self._queue, self._in_flight
+        queue, in_flight, flows = self._queue, self._in_flight, self._flows
         room = self._window - len(in_flight)
         while queue and len(entries) < room:
             entry = queue[0]
             if entry.kind is Kind.CUT:
                 if in_flight or not self._passed_locked(entry):
                     break
-            elif in_flight.bytes > FLIGHT_MAX or not in_flight.admit(entry):
+            elif not flows.have_room(in_flight) or not in_flight.admit(entry):
                 break
             else:
                 entries.append(entry)
             queue.popleft()
+        if not queue:
+            spare = self._spare
+            while spare and len(entries) < room and flows.have_room(in_flight) and in_flight.admit(spare[0]):
+                entries.append(spare.popleft())
         return entries
 
     def _passed_locked(self, cut: Entry) -> bool:
@@ -343,6 +419,8 @@ class Forwarder:
         def answered(request: Request) -> None:
             if len(entries) > 1:
                 self._learn(len(entries), not request.errno, time.monotonic() - sent_s)
+            if not request.errno:
+                self._flows.learn(entries, sent_s, self._in_flight, self.timeout_s)
             self._answered.append((entries, request.errno))
 
         first = entries[0]
@@ -385,6 +463,8 @@ class Forwarder:
             with self._lock:
                 self._in_flight.remove(entries)
                 self._awaited -= len(waiting)
+                if entries[0].spare or entries[-1].spare:
+                    self._spare_weight -= sum([_spare_weight(entry) for entry in entries if entry.spare])
             self._budget.give(cost(entries))
             if not number:
                 self.bytes_forwarded += sum([entry.length for entry in entries])
@@ -397,8 +477,7 @@ class Forwarder:
                 ended.set()
 
     def _lose(self, connection: Connection, error: DiskError) -> None:
-        """The link is lost: from now on entries end at once. Called by the forwarding thread, and by a guest's
-        thread that found the queue stuck."""
+        """The link is lost: from now on entries end at once. Called by the forwarding thread."""
         with self._lock:
             if not self._up or self._stopping or self._connection is not connection:
                 return
@@ -418,8 +497,10 @@ class Forwarder:
         with self._lock:
             self._up = False
             # What is in flight still was never sent, or libnbd keeps it.
-            left = [*self._in_flight.give_up(), *self._queue]
+            left = [*self._in_flight.give_up(), *self._queue, *self._spare]
             self._queue.clear()
+            self._spare.clear()
+            self._spare_weight = 0
             self._awaited = 0
             self._connection = None
         for entry in left:
@@ -427,6 +508,11 @@ class Forwarder:
             entry.end(False)
         connection.close()
         self._budget.wake()
+
+
+def _spare_weight(entry: Entry) -> int:
+    """What an entry of a resync counts: zeroes are a round trip, and nothing to the link."""
+    return len(entry.data) or _ZEROES_WEIGHT
 
 
 def cut(forwarders: Sequence[Forwarder]) -> list[Entry] | None:
@@ -441,6 +527,7 @@ def cut(forwarders: Sequence[Forwarder]) -> list[Entry] | None:
         if not all(forwarder._up for forwarder in forwarders):
             return None
         for forwarder, entry in zip(forwarders, entries, strict=True):
+            forwarder._promote_locked([entry])
             forwarder._queue.append(entry)
             forwarder._awaited += 1
             forwarder._rest = Rest.NONE

@@ -9,8 +9,8 @@
     lost            nothing is forwarded; what the secondary lacks is recorded, and the thread here tries again
 
 Who notices a loss: a forwarder, whose connection has gone or makes no progress for `timeout` seconds; the peer channel,
-over which the secondary says something four times a second, so that an idle link is watched as well; a guest that found
-the queue stuck. Whoever it is, all disks lose their link at that moment. The guest waits for none of it.
+over which the secondary says something four times a second, so that an idle link is watched as well. Whoever it is, all
+disks lose their link at that moment. The guest waits for none of it.
 
 Invariants
 * One attempt to connect at a time, by `_thread` or (a start) by the node's command, never by both: the thread tries

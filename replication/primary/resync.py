@@ -10,6 +10,9 @@ Invariants
 * What the local disk cannot read stays marked; the rest is sent, up to UNREADABLE_MAX such grains in a pass.
 * A disk whose job was cancelled is left alone until somebody asks for what is missing: at a start or for a barrier.
 * All disks together send at most `rate` bytes a second, whoever waits for them. Guest writes are not counted.
+* It waits for the guest, and never the guest for it but for the piece that is being read: what it sends takes no room
+  in the queue, is sent where the queue is empty, and is as much at a time as the secondary answers quickly
+  (backlog.py). It holds no range while it waits.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ class _Pass:
         self.job = Job("resync", disk.name, self.total, self.current)
         self.cancelled = False
         self.over = False
+        self.moved = threading.Event()
+        """Set when an entry has ended: there may be room for another."""
         self.unreadable: list[tuple[int, int]] = []
         """Offset and length of what the local disk cannot read, the first of each grain."""
         # Protects the counters: entries end in the forwarder's thread and, without a link, in the one that puts them.
@@ -107,6 +112,7 @@ class _Pass:
 
     def ended(self, entry: Entry) -> None:
         """The secondary has answered, or will not."""
+        self.moved.set()
         with self._lock:
             if entry.arrived:
                 self._arrived += entry.length
@@ -351,7 +357,9 @@ class Resync:
                 obstacle = self._wait_turn(work)
                 if obstacle is not None:
                     return obstacle
-                length = until - at if seen.zero else min(until - at, self._pace.piece_max)
+                forwarder = disk.forwarder
+                piece = forwarder.zero_piece if seen.zero else min(self._pace.piece_max, forwarder.data_piece)
+                length = min(until - at, piece)
                 try:
                     entries = disk.resend(at, length, work.ended, seen.zero)
                 except Unreadable:
@@ -393,14 +401,21 @@ class Resync:
         return None
 
     def _wait_turn(self, work: _Pass) -> str | None:
-        """Wait until the rate allows another piece; why the pass has to end, if it has."""
-        with self._changed:
-            while True:
+        """Wait until the rate allows another piece, and what was sent before is little enough; why the pass has to end,
+        if it has."""
+        while True:
+            with self._changed:
                 wait_s = self._pace.wait_s(time.monotonic())
                 obstacle = self._obstacle(work)
-                if obstacle is not None or not wait_s:
+                if obstacle is not None:
                     return obstacle
-                self._changed.wait(min(wait_s, _LINK_S))
+                if wait_s:
+                    self._changed.wait(min(wait_s, _LINK_S))
+                    continue
+            work.moved.clear()
+            if work.disk.forwarder.takes_spare:
+                return None
+            work.moved.wait(_LINK_S)
 
     def _obstacle(self, work: _Pass) -> str | None:
         if self._closing or work.disk.stage is not Stage.RUNNING:

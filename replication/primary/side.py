@@ -129,7 +129,7 @@ class PrimarySide(Side):
             self._link.lost,
         )
         disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
-        disk.left_behind = self._left_behind
+        disk.left_behind = partial(self._not_sent, disk)
         disk.size = size
         disk.top_id = top_id
         self.disks.append(disk)
@@ -384,6 +384,16 @@ class PrimarySide(Side):
         elif self._link.paired:
             # It has failed over, or has another primary: it says so to who tries to pair.
             self._link.lost(None, error)
+
+    def _not_sent(self, disk: PrimaryDisk, operation: str, offset: int, length: int, late: bool) -> None:
+        """A guest's request went on without the secondary, although there is a link; `late`: which is too slow."""
+        if late:
+            why = (
+                f"the secondary takes less than is written: the guest has waited for {self._set.options.timeout_s:g} s"
+            )
+            error = DiskError(f"{why} and goes on without it until it has caught up", errno.ETIMEDOUT)
+            self._set.faults.report(Case.FORWARD, disk.name, operation, offset, length, error)
+        self._left_behind()
 
     def _left_behind(self) -> None:
         """A write has found no link, and there is one now: whoever looked for what is missing when it came up may have

@@ -21,7 +21,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lab import DEADLINE_S, begin, wait_until
 from replication.order.ended import Ended
 from replication.primary import backlog
-from replication.primary.backlog import Budget
+from replication.primary.backlog import (
+    DATA_MAX,
+    DATA_MIN,
+    ZERO_MAX,
+    ZERO_MIN,
+    Budget,
+    Entry,
+    Flow,
+    Flows,
+    InFlight,
+    Kind,
+)
 
 LIMIT = 1000
 WAITERS_MAX = 8
@@ -217,19 +228,107 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], bool]) -> Scr
     return script
 
 
-def test_as_long_as_something_leaves_a_queue_within_the_timeout_the_wait_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_wait_has_a_deadline_of_its_own_whatever_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that moves all the time is not quick enough for that reason."""
     budget = full()
+    now = 100.0
+    monkeypatch.setattr(backlog.time, "monotonic", lambda: now)
 
     def progress() -> bool:
+        nonlocal now
         budget.give(1)
-        return False  # and then it timed out
+        budget.wake()
+        now += 3.0
+        return True
 
     script = scripted(monkeypatch, progress, progress, progress, lambda: False)
     assert not budget.take(500, needed, 7.0)
-    assert (script.steps, script.slept) == ([], [7.0] * 4), "it ends with the first timeout without progress"
+    assert (script.steps, script.slept) == ([], [7.0, 4.0, 1.0, 0.0])
     assert (budget._used, len(budget._line)) == (LIMIT - 3, 0)
+    assert budget.behind
+
+
+def test_who_has_waited_in_vain_spares_the_others_that_until_half_of_the_room_is_free() -> None:
+    budget = full()
+    others = [Waiting(budget, 10) for _ in range(3)]
+    patient = begin(budget.take, 10, needed, AT_ONCE_S, True)
+    wait_until(lambda: len(budget._line) == 4, "it waits")
+    assert not budget.take(10, needed, AT_ONCE_S)
+    assert [other.result.result(DEADLINE_S) for other in others] == [False] * 3
+    assert budget.behind
+    assert not budget.take(1, needed, DEADLINE_S), "at once"
+    assert not patient.done(), "who could not send it later waits on"
+    budget.give(LIMIT // 2 - 1)
+    assert patient.result(DEADLINE_S)
+    assert not budget.take_now(1)
+    assert budget.behind
+    budget.give(11)
+    assert not budget.behind
+    assert budget.take_now(10)
+
+
+def test_after_an_answer_that_came_too_late_nobody_waits_until_all_is_answered() -> None:
+    budget = Budget(LIMIT)
+    budget.fall_behind()
+    assert not budget.behind, "there is nothing to wait for"
+    assert budget.take(100, needed, 0)
+    assert budget.take(1, needed, 0)
+    budget.fall_behind()
+    assert not budget.take(1, needed, DEADLINE_S)
+    budget.give(100)
+    assert budget.behind
+    budget.give(1)
+    assert budget.take(1, needed, 0)
+
+
+class TestFlow:
+    """What may be in flight: 0.25 s of it, more or less."""
+
+    def flow(self) -> Flow:
+        return Flow(10, 100, 1000)
+
+    def test_grows_with_quick_answers_as_long_as_it_is_made_use_of(self) -> None:
+        flow = self.flow()
+        flow.learn(40, 0.0, 0.2, 49, 0.25)
+        assert flow.window == 100, "less than half was in flight: that says nothing of more"
+        for _ in range(100):
+            flow.learn(40, 0.0, 0.2, flow.window, 0.25)
+        assert flow.window == 1000
+
+    def test_is_halved_once_for_what_was_sent_before_that_shows(self) -> None:
+        flow = self.flow()
+        flow.learn(10, 0.0, 0.4, 100, 0.25)
+        assert flow.window == 100, "neither quick nor slow"
+        for at in range(3):
+            flow.learn(10, at * 0.1, 1.0 + at, 100, 0.25)
+        assert flow.window == 50
+        flow.learn(10, 1.1, 2.0, 50, 0.25)
+        assert flow.window == 25
+        for at in range(10):
+            flow.learn(10, 10.0 * at + 10, 10.0 * at + 15, 50, 0.25)
+        assert flow.window == 10
+
+    def test_entries_are_as_small_as_the_link_is_slow(self) -> None:
+        flows = Flows()
+        flight = InFlight()
+        for size, piece in ((1, DATA_MIN), (256 << 10, 128 << 10), (4 << 20, DATA_MAX), (1 << 30, DATA_MAX)):
+            flows.data.window = size
+            assert flows.data_piece == piece
+        for size, piece in ((1, ZERO_MIN), (2 << 20, 4 << 20), (1 << 40, ZERO_MAX)):
+            flows.zeroes.window = size
+            assert flows.zero_piece == piece
+        flows.data.window = flows.zeroes.window = 1000
+        assert flows.have_room(flight)
+        zero = Entry(Kind.ZERO, 0, 1001)
+        assert flight.admit(zero)
+        assert not flows.have_room(flight)
+        flight.remove([zero])
+        write = Entry(Kind.WRITE, 0, 1001)
+        write.load(memoryview(bytes(1001)))
+        assert flight.admit(write)
+        assert not flows.have_room(flight)
+        flight.remove([write])
+        assert (flight.bytes, flight.zeroes) == (0, 0)
 
 
 def test_being_woken_is_no_progress_and_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,8 +21,7 @@ from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import Case, FaultLatch
-from replication.primary import disk as primary_disk
-from replication.primary.backlog import Budget, Entry, Kind
+from replication.primary.backlog import DATA_MAX, ZERO_MAX, Budget, Entry, Kind
 from replication.primary.disk import PrimaryDisk
 from replication.primary.forward import Forwarder
 from replication.record.ancestry import Ancestry
@@ -44,10 +44,27 @@ class Link:
         self.before_put: Callable[[Entry], None] = lambda _: None
         self.awaited = threading.Semaphore(0)
 
-    def reserve(self, size: int) -> bool:
+    patience_s = DEADLINE_S
+    data_piece, zero_piece = DATA_MAX, ZERO_MAX
+    behind = False
+
+    def reserve(self, size: int, patient: bool = False) -> bool:
         if self.up:
             self.reserved += size
         return self.up
+
+    def fall_behind(self) -> None:
+        self.behind = True
+
+    def put_spare(self, *entries: Entry) -> bool:
+        for entry in entries:
+            entry.cost = 0
+        return self.put(*entries)
+
+    def await_until(self, entry: Entry, until: float) -> bool:
+        assert entry.ended is not None
+        self.awaited.release()
+        return entry.ended.wait(max(0.0, until - time.monotonic()))
 
     def unreserve(self, size: int) -> None:
         self.reserved -= size
@@ -320,13 +337,32 @@ def test_what_was_sent_anew_before_the_guest_went_on_is_not_missing_again(make: 
     assert (ended, bench.states) == ([True], CLEAN_MAP)
 
 
-def test_what_may_have_arrived_is_missing(make: Make) -> None:
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_guest_of_sync_goes_on_after_the_timeout_and_the_mark_ends_with_the_write(make: Make, arrived: bool) -> None:
+    """What moves on the link meanwhile is no reason to keep it waiting: from then on the secondary is behind."""
     bench = make(sync=True)
-    bench.link.await_end = lambda entry: False  # type: ignore[method-assign]
+    bench.link.patience_s = 0.05
+    told: list[tuple[object, ...]] = []
+    bench.disk.left_behind = lambda *what: told.append(what)
     done(bench.write(b"\xaa" * 4 * KIB))
-    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
-    bench.link.answer(bench.link.put_entries[0])
-    assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN], "nobody knows whether a resend was answered before"
+    assert bench.states == [ON_ITS_WAY, CLEAN, CLEAN, CLEAN]
+    assert bench.link.behind
+    assert told == [("write", 0, 4 * KIB, True)]
+    bench.link.answer(bench.link.put_entries[0], arrived)
+    assert bench.states == [CLEAN if arrived else MISSING, CLEAN, CLEAN, CLEAN]
+
+
+def test_a_guest_of_sync_flushes_no_longer_than_the_timeout(make: Make) -> None:
+    bench = make(sync=True)
+    bench.link.patience_s = 0.05
+    told: list[tuple[object, ...]] = []
+    bench.disk.left_behind = lambda *what: told.append(what)
+    done(bench.pool.submit(bench.disk.flush))
+    assert told == [("flush", 0, 0, True)]
+    assert bench.link.behind
+    begun = len(bench.link.put_entries)
+    done(bench.pool.submit(bench.disk.flush))
+    assert len(bench.link.put_entries) == begun, "who is behind is not waited for"
 
 
 @kinds
@@ -520,9 +556,9 @@ def test_a_local_failure_without_a_link_leaves_the_grain_missing(make: Make, syn
 # -- splitting ---------------------------------------------------------------------------------------------------
 
 
-def test_a_large_write_goes_as_several_entries_that_end_separately(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primary_disk, "DATA_MAX", GRAIN)
+def test_a_large_write_goes_as_several_entries_that_end_separately(make: Make) -> None:
     bench = make()
+    bench.link.data_piece = GRAIN
     data = pattern(1, 2 * GRAIN + 10)
     done(bench.write(data, 5))
     assert bench.link.shown == [
@@ -542,9 +578,9 @@ def test_a_large_write_goes_as_several_entries_that_end_separately(make: Make, m
     assert bench.states == [CLEAN, CLEAN, MISSING, CLEAN]
 
 
-def test_a_large_range_of_zeroes_goes_as_several_entries(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primary_disk, "ZERO_MAX", GRAIN)
+def test_a_large_range_of_zeroes_goes_as_several_entries(make: Make) -> None:
     bench = make()
+    bench.link.zero_piece = GRAIN
     done(bench.zero(0, 2 * GRAIN + 1, may_trim=False))
     assert bench.link.shown == [(Kind.ZERO, 0, GRAIN), (Kind.ZERO, GRAIN, GRAIN), (Kind.ZERO, 2 * GRAIN, 1)]
     assert not any(entry.may_trim for entry in bench.link.put_entries)
@@ -567,7 +603,7 @@ def test_a_forced_write_is_forced_on_the_secondary_only_where_it_is_waited_for(m
 def test_writes_larger_than_the_queue_all_arrive(
     tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, sync: bool
 ) -> None:
-    monkeypatch.setattr(primary_disk, "DATA_MAX", 8 * KIB)
+    monkeypatch.setattr(Forwarder, "data_piece", 8 * KIB)
     server = lab.endpoint(size=SIZE)
     limit = 16 * KIB
     forwarder = Forwarder("disk0", Budget(limit), DEADLINE_S, lambda *_: None, lambda *_: None)

@@ -61,6 +61,7 @@ class Link:
         )
         self.connection = Connection(server.uri(), export, DEADLINE_S)
         self.forwarder.adopt(self.connection, batch_at)
+        self.forwarder._flows.data.window = FLIGHT_MAX  # as after many quick answers
 
     def note_loss(self, connection: Connection, error: DiskError) -> None:
         assert connection.dead
@@ -314,18 +315,28 @@ def test_a_full_queue_before_a_silent_secondary_pushes_back_no_longer_than_the_t
     assert len(link.losses) == 1
 
 
-def test_a_slow_secondary_that_makes_progress_is_not_lost_while_a_large_write_waits_for_room(lab: Lab) -> None:
+def test_a_slow_secondary_that_makes_progress_is_not_lost_and_a_large_write_does_not_wait_for_it(lab: Lab) -> None:
     # One after the other (they overlap), 0.1 s each: all of them take longer than the timeout, and none of it silent.
     server = lab.endpoint(size=SIZE, delay={"write": "100ms"})
-    link = Link(server, limit=100 * KIB, timeout_s=1.0)
-    for _ in range(13):
-        link.write(0, b"a" * 6 * KIB)
-    large = link.make(Kind.WRITE, data=b"b" * 96 * KIB)
-    assert link.forwarder.reserve(large.cost), link.failures
-    link.forwarder.put(large)
-    assert link.forwarder.await_end(large)
-    assert (link.losses, link.failures) == ([], [])
+    link = Link(server, limit=110 * KIB, timeout_s=1.0)
+    for _ in range(30):
+        link.write(0, b"a" * 3 * KIB)
+    begun = time.monotonic()
+    large = Entry(Kind.WRITE, 0, 96 * KIB)
+    large.load(memoryview(b"b" * 96 * KIB))
+    assert not link.forwarder.reserve(large.cost)
+    assert time.monotonic() - begun > 0.9
+    assert link.forwarder.behind
+    begun = time.monotonic()
+    assert not link.forwarder.reserve(large.cost)
+    assert time.monotonic() - begun < 0.9, "one has waited for all"
+    wait_until(lambda: link.forwarder.idle, "it has caught up")
+    assert not link.forwarder.behind
+    assert link.forwarder.reserve(large.cost)
+    link.forwarder.unreserve(large.cost)
+    assert link.forwarder.up
     link.forwarder.stop(DEADLINE_S)
+    assert (link.losses, link.failures) == ([], [])
     link.wound_up()
 
 
@@ -443,10 +454,10 @@ def test_a_connection_that_closes_at_the_very_moment_fails_nobody(lab: Lab, acti
 def test_the_budget_admits_one_request_that_is_larger_and_then_nothing() -> None:
     budget = Budget(1000)
     assert budget.take(5000, lambda: False, 0)
-    assert not budget.take(1, lambda: False, 0.01)
+    assert not budget.take_now(1)
     budget.give(5000)
     assert budget.take(1000, lambda: False, 0)
-    assert not budget.take(1, lambda: False, 0.01)
+    assert not budget.take_now(1)
     budget.give(400)
     assert budget.take(400, lambda: False, 0)
     assert not budget.take(1, lambda: True, DEADLINE_S), "waiting would be pointless"
@@ -805,6 +816,109 @@ def test_data_in_flight_is_bounded_but_for_one_entry(lab: Lab) -> None:
         assert link.forwarder.await_end(entry)
     assert FLIGHT_MAX - DATA_MAX < most <= FLIGHT_MAX + DATA_MAX
     assert link.forwarder._in_flight.bytes == 0
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
+
+
+# -- what a resync sends ----------------------------------------------------------------------------------------------
+
+
+def spare(link: Link, offset: int, data: bytes) -> Entry:
+    """An entry of a resync, put."""
+    entry = link.make(Kind.WRITE, offset, data=data)
+    assert link.forwarder.put_spare(entry)
+    return entry
+
+
+def test_a_resync_is_sent_where_the_guest_has_nothing_to_send_and_takes_no_room(lab: Lab) -> None:
+    server = lab.start(Logged(lab.folder, delay={"write": "200ms"}))
+    link = Link(server, limit=64 * KIB)
+    # All but the first wait for it, so the queue is not empty; the budget is full.
+    guests = [link.write(0, b"g" * 6 * KIB) for _ in range(9)]
+    resent = [spare(link, SIZE // 2 + number * 64 * KIB, b"r" * 64 * KIB) for number in range(3)]
+    assert link.forwarder.queue_bytes >= 3 * 64 * KIB
+    assert not link.forwarder.idle
+    late = link.write(0, b"G" * 4096)
+    for entry in (*guests, *resent, late):
+        assert link.forwarder.await_end(entry)
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
+    order = [offset for kind, offset, *_ in server.requests() if kind == "Write"]
+    assert order == sorted(order), "the guest's first, also what came behind it"
+    assert link.forwarder._spare_weight == 0
+
+
+@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.ZERO])
+def test_what_a_guest_writes_never_comes_before_the_older_content_that_a_resync_has_read(lab: Lab, kind: Kind) -> None:
+    server = lab.start(Logged(lab.folder, delay={"write": "20ms", "zero": "20ms"}))
+    link = Link(server)
+    guests = [link.write(0, b"g" * 4096) for _ in range(4)]
+    other = spare(link, 1 << 20, b"r" * 4096)
+    overtaken = spare(link, 2 << 20, b"r" * 64 * KIB)
+    at = (2 << 20) + 4096
+    newer = link.make(kind, at, 4096, data=b"n" * 4096 if kind is Kind.WRITE else b"")
+    link.put(newer)
+    for entry in (*guests, other, overtaken, newer):
+        assert link.forwarder.await_end(entry)
+    expected = (b"n" if kind is Kind.WRITE else b"\0") * 4096
+    assert stored(server, 2 << 20, 12288) == b"r" * 4096 + expected + b"r" * 4096
+    link.forwarder.stop(DEADLINE_S)
+    link.wound_up()
+    order = [offset for _, offset, length, *_ in server.requests() if length and offset]
+    assert order == [2 << 20, at, 1 << 20], "only what it overlaps goes in front of the guest's write"
+
+
+@pytest.mark.parametrize("what", ["flush", "cut"])
+def test_a_barrier_and_a_cut_have_what_a_resync_has_sent_in_front_of_them(lab: Lab, what: str) -> None:
+    server = lab.endpoint(size=SIZE, delay={"write": "20ms"})
+    line = Line([server])
+    (link,) = line.links
+    for _ in range(5):
+        link.write(0, b"g" * 4096, waited_for=False)
+    resent = spare(link, 1 << 20, b"r" * 4096)
+    if what == "flush":
+        assert link.forwarder.await_end(link.put(link.make(Kind.FLUSH)))
+    else:
+        entries = line.cut()
+        behind = spare(link, 2 << 20, b"r" * 4096)
+        line.reached(entries)
+        assert resent.arrived
+        holds_still(link)
+        assert not behind.arrived, "it belongs to the next epoch"
+        line.let_go(entries)
+        assert link.forwarder.await_end(behind)
+    assert resent.arrived
+    line.close()
+
+
+def test_what_a_resync_has_put_ends_with_the_link(lab: Lab) -> None:
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
+    link = Link(server, timeout_s=0.5)
+    with silent(server):
+        link.write(0, b"g" * 4096)
+        link.write(0, b"g" * 4096)
+        entries = [spare(link, (1 + number) << 18, b"r" * 4096) for number in range(3)]
+        assert not link.forwarder.await_end(entries[0])
+    link.wound_up()
+    assert link.forwarder._spare_weight == 0
+    gone = link.make(Kind.WRITE, data=b"late")
+    assert not link.forwarder.put_spare(gone)
+    assert link.ends[id(gone)] == [False]
+
+
+def test_a_resync_is_to_wait_while_as_much_is_under_way_as_may_be_in_flight(lab: Lab) -> None:
+    server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
+    link = Link(server)
+    window = link.forwarder._flows.data.window = 256 * KIB
+    with silent(server):
+        count = 0
+        while link.forwarder.takes_spare:
+            spare(link, count * 64 * KIB, b"r" * 64 * KIB)
+            count += 1
+        assert count == -(-window // (64 * KIB))
+    for entry in link.entries:
+        assert link.forwarder.await_end(entry)
+    assert link.forwarder.takes_spare
     link.forwarder.stop(DEADLINE_S)
     link.wound_up()
 

@@ -44,8 +44,11 @@ class Link:
         self.flushes = 0
         self.answer: Callable[[Entry], bool] = lambda _: True
 
-    def reserve(self, size: int) -> bool:
-        return self.up
+    data_piece, zero_piece = DATA_MAX, ZERO_RUN_MAX
+    takes_spare = True
+
+    def put_spare(self, *entries: Entry) -> None:
+        self.put(*entries)
 
     def put(self, *entries: Entry) -> None:
         for entry in entries:
