@@ -130,9 +130,13 @@ def never_copy_on_write(fd: int) -> None:
 
 
 def check_there(fd: int, path: str) -> None:
-    """OSError when the open file is no longer the one of this name: it was removed, renamed or replaced."""
+    """OSError when the open file is no longer the one of this name: it was removed, renamed or replaced. What this
+    process may not look at, with the rights that nbdkit has left it, is taken for there."""
     status = os.fstat(fd)
-    there = os.stat(path)
+    try:
+        there = os.stat(path)
+    except PermissionError:
+        return
     if (status.st_dev, status.st_ino) != (there.st_dev, there.st_ino):
         raise FileNotFoundError(errno.ENOENT, "another file has taken its place", path)
 

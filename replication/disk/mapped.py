@@ -82,7 +82,9 @@ class MappedFile:
     def keep(self, at: int, data: bytes) -> None:
         """Make a change outlive the process, before it is stored into `map`. OSError: what the file holds there may
         be a part of it."""
-        if not self.in_place and not files.write_all(self._fd, data, self._offset + at):
+        if self.in_place or files.pwritev(self._fd, (data,), self._offset + at) == len(data):
+            return
+        if not files.write_all(self._fd, data, self._offset + at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def put(self, at: int, data: bytes) -> None:
