@@ -331,7 +331,7 @@ SECONDARY_ROWS = [
     # Running, hidden: case 3, and nothing is overwritten that could not be copied.
     latched("running", "hidden:pwritev=EIO", "target write free", EIO, 3, "write"),
     latched("running", "hidden:pwritev=ENOSPC", "target write free", ENOSPC, 3, "write"),
-    latched("running", "hidden:pwritev=EDQUOT", "target write free", EIO, 3, "write", "EDQUOT"),
+    latched("running", "hidden:pwritev=EDQUOT", "target write free", ENOSPC, 3, "write", "EDQUOT"),
     latched("running", "hidden:pwritev=nothing", "target write free", ENOSPC, 3, "write"),
     latched("running", "hidden:pwritev=short-then-EIO", "target write free", EIO, 3, "write"),
     latched("running", "hidden:pwritev=short-then-ENOSPC", "target write free part", ENOSPC, 3, "write"),
@@ -348,7 +348,7 @@ SECONDARY_ROWS = [
     # Running, active: case 5, the guest alone.
     told("running", "active:pwritev=EIO", "guest write free", EIO, 5),
     told("running", "active:pwritev=ENOSPC", "guest write free", ENOSPC, 5),
-    told("running", "active:pwritev=EDQUOT", "guest write free", EIO, 5),
+    told("running", "active:pwritev=EDQUOT", "guest write free", ENOSPC, 5),
     told("running", "active:pwritev=nothing", "guest write free", ENOSPC, 5),
     told("running", "active:pwritev=short-then-EIO", "guest write free", EIO, 5),
     told("running", "active:pwritev=short-then-EIO", "guest write own", EIO, 5),
@@ -1170,7 +1170,7 @@ def primary_rows(*, more: bool) -> list[tuple[str, str, int]]:
     return [
         *few,
         ("pwritev=ENOSPC", "write free", ENOSPC),
-        ("pwritev=EDQUOT", "write free", EIO),
+        ("pwritev=EDQUOT", "write free", ENOSPC),
         ("pwritev=short-then-nothing", "write free part", ENOSPC),
         ("pwritev=EIO", "write free fua", EIO),
         ("preadv=nothing", "read free part", EIO),
