@@ -3,8 +3,9 @@
 where it has gone into the background.
 
 Invariants
-* Nobody who writes a line gets an error, or waits: from `Log.start` on a thread hands the lines to nbdkit. A full disk,
-  a closed descriptor or a pipe that nobody reads costs lines, never a thread.
+* Nobody who writes a line gets an error, or waits for long: from `Log.start` on a thread hands the lines to nbdkit. As
+  long as it is as quick as a log should be, a line is there before whoever has written it goes on. A full disk, a
+  closed descriptor or a pipe that nobody reads costs lines, never a thread.
 * At most KIND_LINES lines of one kind in KIND_S seconds, and QUEUE_LINES lines in the queue. What is left out is
   counted, and the count is a line of its own.
 """
@@ -33,6 +34,9 @@ KINDS_MAX = 256
 
 QUEUE_LINES = 1000
 """Waiting for a log that takes nothing. A line is some hundred bytes."""
+
+PATIENCE_S = 0.1
+"""How long the first line waits that meets a log which takes nothing. Those that follow do not wait at all."""
 
 _LINE_MAX = 16 << 10
 _FLUSH_S = 1.0
@@ -75,6 +79,10 @@ class Log:
         self._queue: deque[str] = deque()
         self._dropped = 0
         self._writing = False
+        # How many lines were put into the queue and taken out of it again, written.
+        self._put_in = self._done = 0
+        # The log takes nothing, as somebody has found out by waiting.
+        self._stuck = False
         self._threaded = False
         self._kinds: dict[Hashable, _Kind] = {}
 
@@ -94,6 +102,9 @@ class Log:
                 if not self._counted_locked(kind, name, time.monotonic()):
                     return
                 self._put_locked(text[:_LINE_MAX])
+                if self._threaded and not self._stuck:
+                    mine = self._put_in
+                    self._stuck = not self._changed.wait_for(lambda: self._done >= mine or self._stuck, PATIENCE_S)
             if not self._threaded:
                 self._write_queued()
 
@@ -134,6 +145,7 @@ class Log:
             self._dropped += 1
             return
         self._queue.append(text)
+        self._put_in += 1
         self._changed.notify_all()
 
     def _run(self) -> None:
@@ -162,7 +174,8 @@ class Log:
                 pass
             finally:
                 with self._changed:
-                    self._writing = False
+                    self._writing = self._stuck = False
+                    self._done += 1
                     self._changed.notify_all()
 
 

@@ -148,7 +148,7 @@ def test_what_is_wrong_on_the_server_is_for_its_log_alone(
 ) -> None:
     script = lab.folder / "failing.py"
     script.write_text(FAILING.format(plugin=str(PLUGIN)))
-    monkeypatch.setattr("lab.PLUGIN", script)
+    monkeypatch.setattr("nodes.PLUGIN", script)
     server = lab.secondary([MIB])
     client = on_unix_socket(server.socket_path)
     said = client.open(export)

@@ -55,12 +55,19 @@ class OnFd:
              f"disk={lab.folder / 'disk'}", "top-id=top", f"state={lab.folder / 'state'}"],
             stderr=stderr, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until((lab.folder / "n.sock").exists, "it listens")
+        wait_until(self._listens, "it listens")
 
     def handle(self) -> nbd.NBD:
         handle = nbd.NBD()
         handle.connect_uri(f"nbd+unix:///top?socket={self.folder / 'n.sock'}")
         return handle
+
+    def _listens(self) -> bool:
+        try:
+            self.handle().shutdown()
+        except nbd.Error:
+            return False
+        return True
 
     def works(self) -> bool:
         with Qmp(self.folder / "state" / "control.sock") as qmp:

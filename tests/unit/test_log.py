@@ -163,3 +163,31 @@ def test_what_ends_a_thread_goes_to_the_log(lines: list[str], monkeypatch: pytes
     thread.start()
     thread.join()
     assert "KeyError: 'of a thread'" in lines[0]
+
+
+def test_a_line_is_there_before_whoever_has_written_it_goes_on() -> None:
+    """A test, or a person, that looks at the log because of an answer finds the reason there."""
+    written: list[str] = []
+    journal = Log(written.append)
+    journal.start()
+    for number in range(300):
+        journal.put(f"line {number}", number // KIND_LINES)
+        assert written[-1:] == [f"line {number}"]
+
+
+def test_only_the_first_line_waits_for_a_log_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, waits = threading.Event(), []
+    journal = Log(lambda _: go_on.wait(30) and None)
+    wait_for = threading.Condition.wait_for
+
+    def counted(condition: threading.Condition, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return wait_for(condition, predicate, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait_for", counted)
+    journal.start()
+    for number in range(50):
+        journal.put("line", number // KIND_LINES)
+    assert waits == [module.PATIENCE_S]
+    go_on.set()
+    assert journal.flush(30)
