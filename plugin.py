@@ -177,7 +177,7 @@ def get_ready() -> None:
     nbdkit is going to have.
     """
     user = later.current()
-    with contextlib.nullcontext() if user is None else user.at_work():
+    with LOG.held(unless=ConfigError), contextlib.nullcontext() if user is None else user.at_work():
         _get_ready()
 
 

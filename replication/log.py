@@ -84,6 +84,7 @@ class Log:
         # The log takes nothing, as somebody has found out by waiting.
         self._stuck = False
         self._threaded = False
+        self._held = False
         self._kinds: dict[Hashable, _Kind] = {}
 
     def start(self) -> None:
@@ -95,6 +96,21 @@ class Log:
         except RuntimeError:  # no more threads
             self._threaded = False
 
+    @contextlib.contextmanager
+    def held(self, unless: type[BaseException]) -> Iterator[None]:
+        """Write what is put in meanwhile at the end, unless that is an error of this type: a refusal is one line, and
+        what would have been said of what is refused is of no interest."""
+        self._held = True
+        try:
+            yield
+        except unless:
+            with self._changed:
+                self._queue.clear()
+            raise
+        finally:
+            self._held = False
+            self._write_queued()
+
     def put(self, text: str, kind: Hashable, name: str = "") -> None:
         """Write a line, unless there were too many of its kind. `name` says in the count what was left out."""
         with contextlib.suppress(Exception):  # not even for want of memory does a line fail
@@ -105,7 +121,7 @@ class Log:
                 if self._threaded and not self._stuck:
                     mine = self._put_in
                     self._stuck = not self._changed.wait_for(lambda: self._done >= mine or self._stuck, PATIENCE_S)
-            if not self._threaded:
+            if not self._threaded and not self._held:
                 self._write_queued()
 
     def flush(self, timeout_s: float = _FLUSH_S) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from replication import log as module
-from replication.errors import DiskError
+from replication.errors import ConfigError, DiskError
 from replication.log import KIND_LINES, QUEUE_LINES, Log, log, log_defect
 from waiting import wait_until
 
@@ -106,6 +106,26 @@ def test_the_end_tells_what_was_left_out(lines: list[str]) -> None:
         log("line")
     assert module.LOG.flush()
     assert lines[-1].startswith("nbdkit-replication: 1 more lines of this kind were left out")
+
+
+def test_what_is_said_before_a_refusal_is_left_out() -> None:
+    written: list[str] = []
+    journal = Log(written.append)
+    with journal.held(unless=ConfigError):
+        journal.put("first", 0)
+        assert written == []
+    assert written == ["first"]
+
+    def refused(error: Exception) -> None:
+        with journal.held(unless=ConfigError):
+            journal.put("second", 0)
+            raise error
+
+    with pytest.raises(ConfigError):
+        refused(ConfigError("no"))
+    with pytest.raises(MemoryError):
+        refused(MemoryError())
+    assert written == ["first", "second"]
 
 
 def test_nobody_waits_for_a_log_that_takes_nothing() -> None:
