@@ -47,6 +47,9 @@ URGENT_S = 1.0
 PARTING_S = 10.0
 """How long the primary has to end its stream before a planned stop of its secondary: it may be in a checkpoint."""
 
+SAVE_AGAIN_MIN_S, SAVE_AGAIN_MAX_S = 0.5, 10.0
+"""Between two attempts to save a record that could not be saved, for which no command waits."""
+
 _AUTOSTART_RETRY_S = 1.0
 
 _TICKER_S = 0.2
@@ -67,6 +70,7 @@ class Node:
         self._command = threading.Lock()
         # The latched fault and the file that has it, together. Held across the writing of the file.
         self._saving = threading.Lock()
+        self._unsaved = False
         self._closing = threading.Event()
         self._tickers: list[Ticker] = []
         self._state = state
@@ -226,11 +230,41 @@ class Node:
             self._state.save(self._record)
 
     def _keep_fault(self) -> None:
+        """The fault is latched all the same, and there is nobody to give an error to: until the record can be saved,
+        only a restart would forget what it says."""
         try:
             self._save()
         except StateError as error:
-            # The fault is latched all the same; only a restart would forget it. There is nobody to give this error to.
             log(str(error))
+            self._save_later()
+
+    def _save_later(self) -> None:
+        """Try again until it is saved or the process ends; one thread at a time."""
+        with self._saving:
+            if self._unsaved:
+                return
+            self._unsaved = True
+        try:
+            threading.Thread(target=self._save_again, name="save", daemon=True).start()
+        except RuntimeError as error:  # no more threads: the next thing that is saved brings it along
+            self._unsaved = False
+            log(f"the record is not saved later: {error}")
+
+    def _save_again(self) -> None:
+        again_s = SAVE_AGAIN_MIN_S
+        while not self._closing.wait(again_s):
+            again_s = min(2 * again_s, SAVE_AGAIN_MAX_S)
+            with self._saving:
+                self._unsaved = False  # before: whoever fails from here on starts another one
+            try:
+                self._save()
+            except StateError:
+                with self._saving:
+                    if self._unsaved:
+                        return
+                    self._unsaved = True
+            else:
+                return
 
     @contextmanager
     def _commanding(self, urgent: bool = False) -> Iterator[None]:

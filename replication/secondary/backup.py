@@ -119,6 +119,7 @@ class Backup:
             self._set.save()
         except StateError as failure:
             log(str(failure))  # it is so all the same; only the next process would not know
+            self._set.faults.keep()  # which saves the same record, and is tried again
         return True
 
     def conclude(self, error: str | None) -> None:

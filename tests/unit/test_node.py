@@ -15,6 +15,7 @@ from content import make_raw, pattern
 from replication.control.inband import ControlExport
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
+from replication.fault import Case
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, DiskOptions, Options
@@ -303,3 +304,22 @@ def test_only_a_secondary_has_a_control_export(host: Host) -> None:
     with pytest.raises(DiskError, match=r"there is no export '\.control'"):
         exports.open(CONTROL_EXPORT, HERE)
     assert made == [1]
+
+
+def test_a_fault_that_could_not_be_saved_is_saved_later(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = host.start()
+    real, works = StateFolder.save, False
+
+    def save(folder: StateFolder, record: Record) -> None:
+        if not works:
+            raise StateError("no room")
+        real(folder, record)
+
+    monkeypatch.setattr(StateFolder, "save", save)
+    monkeypatch.setattr("replication.node.SAVE_AGAIN_MIN_S", 0.02)
+    for _ in range(3):
+        node._faults.report(Case.SECONDARY_DISK, "disk0", "write", 0, 4096, DiskError("bad disk"))
+        node._keep_fault()
+    works = True
+    wait_until(lambda: node._record.fault and not node._unsaved, "it is saved")
+    wait_until(lambda: "bad disk" in (host.folder / "state/state.json").read_text(), "the file has it")
