@@ -42,7 +42,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-debian test-vm torture power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-debian test-vm torture ledger power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -107,6 +107,10 @@ bench: compile ## Compare with QEMU's own driver, about 35 minutes (BENCH= has o
 torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
 	@scripts/setup test
 	@PYTHONPATH=tests $(PYTHON) -m torture --seed '$(SEED)' --kills '$(KILLS)' --history '$(HISTORY)'
+
+ledger: ## Hold what a pair claims against the truth, at random (SEED=, HISTORIES=, HISTORY=)
+	@scripts/setup test
+	@PYTHONPATH=.:tests $(PYTHON) -m model.ledger --seed '$(SEED)' --histories '$(HISTORIES)' --history '$(HISTORY)'
 
 power: ## Cut the power at random and compare (SEED=, HISTORIES=, SAMPLES=)
 	@scripts/setup test
