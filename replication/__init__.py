@@ -134,6 +134,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         table.py                the allocation words in use: the image's own, or a live copy
         qcow2.py                the qcow2 layout: creating, validating, mapping
     record/                     what is known of whose content, and outlives the process
+        ledger.py               what becomes true with a checkpoint
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
         twin.py                 a document that is overwritten in place, crash-safe
@@ -144,6 +145,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         open.py                 opening a disk by path or URI
         file.py endpoint.py     a disk in a file, behind NBD
         face.py                 what every disk can do
+        unflushed.py            what of a disk a flush has not covered yet
         connection.py           one libnbd handle with deadlines
         fence.py                what a connection that was given up may still do
         direct.py               libnbd calls that keep the GIL

@@ -27,12 +27,13 @@ from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
 from replication.primary.side import PrimarySide
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
+from replication.record.ledger import Ledger, settled
 from replication.record.lineage import Lineage
 from replication.record.state import Record, StateError, StateFolder
 from replication.secondary.disk import changing_face
 from replication.secondary.pairing import NOBODYS, Channel
 from replication.secondary.side import SecondarySide
-from replication.side import Face, Setting, Side
+from replication.side import LOOK_S, Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
 
 COMMAND_S = 120.0
@@ -80,6 +81,7 @@ class Node:
         self._faults.restore(self._record.fault)
         self._distrust_early()
         self._ancestry = Ancestry(state, self._record, self._save)
+        self._ledger = Ledger(self._record, self._ancestry, self._save)
         kind = PrimarySide if self._record.mode is Mode.PRIMARY else SecondarySide
         self.side: Side = kind(self._setting(lambda: self.side))
         self.side.open()
@@ -101,6 +103,7 @@ class Node:
             self._faults,
             self.gate,
             self._ancestry,
+            self._ledger,
             lambda stage: self._enter(side(), stage),
             self._save,
             lambda: side().show_stage(self.stage),
@@ -109,7 +112,10 @@ class Node:
 
     def _former_record(self) -> Record | None:
         record = self._state.load()
-        if record is None or record.mode is self._options.mode:
+        if record is None:
+            return None
+        record = settled(record, self._state)
+        if record.mode is self._options.mode:
             return record
         if self._options.mode is Mode.SECONDARY:
             # A promoted one has become a primary since it was started by this command line, and stays it. A former
@@ -156,6 +162,7 @@ class Node:
                     self._options.checkpoint_age_limit_s, self._checkpoint_age, lambda: self._state.epoch, self._hub
                 )
             )
+        self._tickers.append(Ticker("disks", LOOK_S, self._look_at_disks))
         for ticker in self._tickers:
             ticker.start()
         if self._options.autostart and self.stage is Stage.DONE:
@@ -188,6 +195,12 @@ class Node:
             ticker.stop(_TICKER_S)
         self.side.close()
         self._state.close()
+
+    def _look_at_disks(self) -> None:
+        try:
+            self.side.look()
+        except Exception as error:  # noqa: BLE001 (a role change closes the disks meanwhile; the next look is soon)
+            log(f"looking at the disks: {error}")
 
     def traffic(self) -> tuple[int, int]:
         """Requests and bytes served so far; for placement.py, so roughly."""
@@ -319,6 +332,7 @@ class Node:
             side.start(secondary, sync, discard_checkpoint)
         finally:
             if self.side is side:  # also when only the secondary's checkpoint could not be given up
+                side.take_account()
                 former.retire()
 
     def demote(self) -> None:
@@ -441,7 +455,9 @@ class Node:
             # The command that asks has the lock which this one would wait for.
             raise CommandError("it is this very node, and no secondary")
         with self._commanding():
-            token = self._secondary().pairing.pair(channel, node, lineage, disks, timeout_s)
+            secondary = self._secondary()
+            self._ledger.tidy()
+            token = secondary.pairing.pair(channel, node, lineage, disks, timeout_s)
             self._state.count_from(epoch)
             return {
                 "token": token,

@@ -19,6 +19,7 @@ from replication.jobs import JobList
 from replication.options import Options
 from replication.order.gate import Gate
 from replication.record.ancestry import Ancestry
+from replication.record.ledger import Ledger
 from replication.record.state import Record, StateFolder
 from replication.stage import Mode, Stage
 
@@ -33,6 +34,10 @@ TARGET_FACE = "target face: for the primary only"
 CHANGING_FACE = "not there now"
 OF_PAIRS = (TARGET_FACE, CHANGING_FACE)
 """What exports say of themselves whose node has a control export, or will have one soon."""
+
+
+LOOK_S = 0.5
+"""Between two looks at whether a disk behind NBD has lost its connection, of which an idle one does not learn."""
 
 
 def _no_batches(_writes: Sequence[Write]) -> None:
@@ -73,6 +78,7 @@ class Setting:
     faults: FaultLatch
     gate: Gate
     ancestry: Ancestry
+    ledger: Ledger
     enter: Callable[[Stage], None]
     """`enter(stage)`: make the stage last, show it to all disks, tell the clients. The gate is closed."""
     save: Callable[[], None]
@@ -110,6 +116,10 @@ class Side(ABC):
     @abstractmethod
     def launch(self) -> None:
         """Start the threads, and go on with what a former process had begun."""
+
+    @abstractmethod
+    def look(self) -> None:
+        """Called every LOOK_S seconds by a thread of its own: find out what the disks have lost meanwhile."""
 
     @abstractmethod
     def show_stage(self, stage: Stage) -> None:

@@ -382,6 +382,19 @@ class Connection:
         acked, received = _TCP_INFO_BYTES.unpack_from(info, _TCP_INFO_AT)
         return int(acked) + int(received)
 
+    def hung_up(self) -> bool:
+        """Whether the server has closed the connection, which an idle one does not notice. Then it is dead."""
+        with self._lock:
+            found = self._socket
+            if found is None:
+                return True
+            poll = select.poll()
+            poll.register(found.fileno(), select.POLLRDHUP)
+            if not poll.poll(0):
+                return False
+        self.fail("the server closed it")
+        return True
+
     # -- requests -----------------------------------------------------------------------------------------
 
     @property

@@ -5,8 +5,9 @@ Invariants
 * One connection, many requests in flight: no server is asked for more than one connection, because qemu-nbd
   serves one by default and a flush on one need not cover another.
 * A lost connection fails the requests in flight. Later requests connect anew, at most once in RETRY_S seconds.
-  If data was written and not flushed when the connection went, the next flush fails once: the server may have
-  lost it (as fsync(2) reports a lost page once).
+  What was written and not flushed when the connection went counts as lost from then on, because the server may have
+  died (unflushed.py): whoever keeps account of it learns that before another request is answered, and the next flush
+  fails once if nobody else has told the guest (as fsync(2) reports a lost page once).
 * A change that was given up is waited for (fence.py): until its connection has answered it or has ended, every change
   that overlaps it is refused, so that it cannot land on top of a newer one. The rest of the disk goes on over a fresh
   connection; with FENCES_MAX such connections there is no further one.
@@ -16,6 +17,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -28,6 +30,7 @@ from replication.disk.connection import CHUNK, Completion, Connection, Issue
 from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.fence import Fence
 from replication.disk.files import Buffer
+from replication.disk.unflushed import Unflushed
 from replication.errors import ConfigError, DiskError
 from replication.order.rangelock import RangeLock
 from replication.tls import Tls
@@ -71,11 +74,16 @@ class NbdDisk(Disk):
         self._lock = threading.Lock()
         self._connection: Connection | None = connection
         self._retry_at = 0.0
-        # What was written last, and what of it the last flush has covered: a fresh token for every write that was
-        # answered, so that a flush covers just what had been answered when it was sent. No lock: one store each.
-        self._written = self._flushed = object()
-        self._lost_writes = False
+        self._account = Unflushed(connection.size)
         self._edges = RangeLock()
+
+    def watch(self, unflushed: Unflushed) -> None:
+        super().watch(unflushed)
+        self._account = unflushed
+
+    @property
+    def outlives(self) -> bool:
+        return False  # its server may have been started anew before the next process comes
 
     # -- Disk ----------------------------------------------------------------------------------------------
 
@@ -109,22 +117,28 @@ class NbdDisk(Disk):
                 self.write([ZEROES[: min(len(ZEROES), offset + length - start)]], start, fua)
             return
         flags = 0 if may_trim else nbd.CMD_FLAG_NO_HOLE
-        for start in range(offset, offset + length, _ZERO_CHUNK):
-            count = min(_ZERO_CHUNK, offset + length - start)
-            self._run(partial(_zero, count, start, flags), change=(start, count))
-        self._written = object()
+        number = self._account.begin(offset, length)
+        try:
+            for start in range(offset, offset + length, _ZERO_CHUNK):
+                count = min(_ZERO_CHUNK, offset + length - start)
+                self._run(partial(_zero, count, start, flags), change=(start, count))
+        finally:
+            self._account.end(number)
         if fua:
             self.flush()
 
     def flush(self) -> None:
-        connection = self._connected()
-        if self._lost_writes:
-            self._lost_writes = False
-            raise DiskError(f"{self.location}: the connection was lost with unflushed writes, some may be gone")
-        covered = self._written
-        if connection.can_flush:
+        self._account.flush(self._flush)
+
+    def _flush(self) -> None:
+        if self._connected().can_flush:
             self._run(lambda handle, done: handle.aio_flush(done))
-        self._flushed = covered
+
+    def look(self) -> None:
+        connection = self._connection
+        if connection is not None and (connection.dead or connection.hung_up()):
+            with contextlib.suppress(DiskError):
+                self._connected()
 
     def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
@@ -194,9 +208,11 @@ class NbdDisk(Disk):
             if now < self._retry_at:
                 raise DiskError(f"{self.location} is not connected", errno.EIO)
             self._retry_at = now + RETRY_S
-            if self._written is not self._flushed:
-                self._lost_writes = True
-                self._flushed = self._written
+            if self._account.any:
+                # Before there is another connection: whoever reads over that must not take old data for new.
+                self._account.lose(
+                    DiskError(f"{self.location}: the connection was lost with unflushed writes, some may be gone")
+                )
             if connection is not None and connection.fence is not None and connection.fence not in self._fences:
                 self._fences = (*(fence for fence in self._fences if fence.pending), connection.fence)
             if sum(fence.pending for fence in self._fences) >= FENCES_MAX:
@@ -215,15 +231,27 @@ class NbdDisk(Disk):
             return fresh
 
     def _write_aligned(self, view: memoryview, offset: int, fua: bool) -> None:
-        native = self._connected().can_fua and fua
-        flags = nbd.CMD_FLAG_FUA if native else 0
+        connection = self._connected()  # before the account: what goes over a new one has not been lost with the old
+        if fua and connection.can_fua:
+            try:
+                self._write_parts(view, offset, nbd.CMD_FLAG_FUA)
+            except DiskError as error:
+                # A server that makes a flush of it tells it once that it could not.
+                self._account.lose(error)
+                raise
+            return
+        number = self._account.begin(offset, len(view))
+        try:
+            self._write_parts(view, offset, 0)
+        finally:
+            self._account.end(number)
+        if fua:
+            self.flush()
+
+    def _write_parts(self, view: memoryview, offset: int, flags: int) -> None:
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
             self._run(partial(_pwrite, part, offset + start, flags), len(part), change=(offset + start, len(part)))
-        if not native:
-            self._written = object()
-        if fua and not native:
-            self.flush()
 
     def _slack(self, offset: int, length: int) -> tuple[int, int]:
         """Bytes missing before and after a range to whole server blocks; the disk's end counts as an edge."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from replication.disk.files import Buffer
+from replication.disk.unflushed import Unflushed
 
 ZEROES = memoryview(bytes(1 << 20))
 """A megabyte of zeroes, to write and to compare with."""
@@ -36,6 +37,23 @@ class Disk(ABC):
         self.name = name
         self.location = location
         self.size = size
+        self.unflushed: Unflushed | None = None
+        """What of it a flush has not covered yet; None where nobody wants to know (`watch`)."""
+
+    def watch(self, unflushed: Unflushed) -> None:
+        """Keep account of what is unflushed in this map from now on. Before the first request."""
+        self.unflushed = unflushed
+
+    def look(self) -> None:
+        """Find out, without waiting, whether what is unflushed has been lost; for who does not want to learn of it by
+        the next request only."""
+        return
+
+    @property
+    def outlives(self) -> bool:
+        """Whether what was written and not flushed is there for the next process of this boot, whatever becomes of this
+        one."""
+        return True
 
     @abstractmethod
     def read(self, buffer: memoryview, offset: int) -> None:

@@ -61,8 +61,26 @@ class FileDisk(Disk):
             raise DiskError.from_os(f"reading {len(buffer)} bytes at {offset} of {self.location}", error) from error
 
     def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
-        flags = os.RWF_DSYNC if fua else 0
         length = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+        unflushed = self.unflushed
+        if unflushed is None:
+            self._write(pieces, offset, length, fua)
+        elif fua:
+            try:
+                self._write(pieces, offset, length, fua)
+            except DiskError as error:
+                # The kernel tells it once that it could not write its pages: to the next sync, whoever asks for it.
+                unflushed.lose(error)
+                raise
+        else:
+            number = unflushed.begin(offset, length)
+            try:
+                self._write(pieces, offset, length, fua)
+            finally:
+                unflushed.end(number)
+
+    def _write(self, pieces: Sequence[Buffer], offset: int, length: int, fua: bool) -> None:
+        flags = os.RWF_DSYNC if fua else 0
         try:
             done = files.pwritev(self._fd, pieces, offset, flags)
             while done < length:
@@ -75,13 +93,30 @@ class FileDisk(Disk):
             raise DiskError.from_os(f"writing {length} bytes at {offset} of {self.location}", error) from error
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        unflushed = self.unflushed
+        number = 0 if unflushed is None else unflushed.begin(offset, length)
+        try:
+            self._zero(offset, length, may_trim)
+        finally:
+            if unflushed is not None:
+                unflushed.end(number)
+        if fua:
+            try:
+                if unflushed is None:
+                    self._flush()
+                else:
+                    unflushed.flush(self._flush)
+            except DiskError as error:
+                what = f"zeroing {length} bytes at {offset} of {self.location}"
+                raise DiskError(f"{what}: {os.strerror(error.errno)}", error.errno) from error
+
+    def _zero(self, offset: int, length: int, may_trim: bool) -> None:
         try:
             if not self._fallocate((_PUNCH_HOLE if may_trim else _ZERO_RANGE) | _KEEP_SIZE, offset, length):
                 stop = offset + length
                 for start in range(offset, stop, len(ZEROES)):
-                    self.write([ZEROES[: min(len(ZEROES), stop - start)]], start)
-            if fua:
-                files.fdatasync(self._fd)
+                    count = min(len(ZEROES), stop - start)
+                    self._write([ZEROES[:count]], start, count, False)
         except OSError as error:
             raise DiskError.from_os(f"zeroing {length} bytes at {offset} of {self.location}", error) from error
 
@@ -98,12 +133,17 @@ class FileDisk(Disk):
         if not isinstance(source, FileDisk):
             return False
         while True:
+            unflushed = self.unflushed
+            number = 0 if unflushed is None else unflushed.begin(offset, length)
             try:
                 files.clone_range(source._fd, self._fd, offset, length)
             except InterruptedError:
                 continue
             except OSError:
                 return False
+            finally:
+                if unflushed is not None:
+                    unflushed.end(number)
             return True
 
     def discard(self, offset: int, length: int) -> None:
@@ -135,6 +175,12 @@ class FileDisk(Disk):
             raise DiskError(f"{self.location} was removed or replaced while in use") from error
 
     def flush(self) -> None:
+        if self.unflushed is None:
+            self._flush()
+        else:
+            self.unflushed.flush(self._flush)
+
+    def _flush(self) -> None:
         try:
             files.fdatasync(self._fd)
         except OSError as error:

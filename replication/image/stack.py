@@ -208,6 +208,10 @@ class Stack:
             source = name if held is Held.DATA else Source.ZERO if held is Held.ZERO else Source.DISK
             yield max(start, first * BLOCK), min(stop, last * BLOCK), source
 
+    def holds_all(self, start: int, stop: int) -> bool:
+        """Whether nothing of bytes [start, stop) is read from the disk."""
+        return all(source is not Source.DISK for _, _, source in self._visible(start, stop))
+
     def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         """What the guest face knows about its content, at most `count` extents; as true as a read at the same
         moment."""

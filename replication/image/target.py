@@ -328,7 +328,8 @@ class TargetWrites:
         try:
             flush_secondary(self._disk)
         except DiskError:
-            self.lost.mark_all()  # nobody knows which writes did not become stable
+            if self._disk.unflushed is None:
+                self.lost.mark_all()  # nobody knows which writes did not become stable
             raise
 
     def fail(self, failure: DiskError) -> None:

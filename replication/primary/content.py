@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from replication.disk.face import ZEROES, Disk, Extent
+from replication.disk.unflushed import GRAIN
 from replication.errors import DiskError
 from replication.image.qcow2 import BLOCK
 from replication.primary.backlog import Entry, Kind
-from replication.record.changes import GRAIN
 
 ZERO_RUN_MAX = 4 << 20
 """Most zeroes in one request. For each the secondary copies what it holds there before it answers, in 16 threads, say:

@@ -37,6 +37,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
+from replication.disk.unflushed import Loss, Unflushed
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.buffers import Buffers
@@ -102,6 +103,36 @@ class PrimaryDisk:
         self._memory = Buffers(_SPARE)
         self.bytes_read = 0
         self.bytes_written = 0
+
+    def watch(self, account: Unflushed) -> None:
+        """Keep account of what of the local disk is unflushed."""
+        assert self.local is not None
+        account.on_loss = self._lose
+        self.local.watch(account)
+
+    def lose_former(self) -> None:
+        """Take note of what a former process has left unflushed, where that is lost."""
+        account = None if self.local is None else self.local.unflushed
+        if self.local is not None and account is not None:
+            error = DiskError(
+                f"{self.local.location}: a former process has left unflushed writes, and its server may have been "
+                "started anew since: some may be gone"
+            )
+            account.lose(error, all_of_it=not self.local.outlives)
+
+    def _lose(self, loss: Loss) -> bool:
+        """The local disk has lost what was not flushed, and the secondary may have it: both shall be equal again, as
+        the local disk is. The guest is told by its flush. Called from requests, by the disk."""
+        self._ancestry.part()
+        for lost in loss.ranges:
+            self.changes.mark(*lost)
+        offset, length = loss.ranges[0]
+        if self.stage is Stage.RUNNING:
+            self._faults.report(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
+            self.left_behind("flush", offset, length, False)
+        else:
+            self._faults.tell(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
+        return True
 
     # -- reads ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from replication.disk.unflushed import GRAIN
 from replication.errors import DiskError
 from replication.image.qcow2 import BLOCK
 from replication.jobs import Job, JobList
@@ -29,7 +30,6 @@ from replication.log import log, surviving
 from replication.primary.backlog import DATA_MAX, Entry
 from replication.primary.content import Unreadable, look
 from replication.primary.disk import PrimaryDisk
-from replication.record.changes import GRAIN
 from replication.stage import Stage
 
 _COMPLETE_PASSES = 2

@@ -13,6 +13,7 @@ from typing import Any
 
 from replication.disk.face import Disk
 from replication.disk.open import open_disk
+from replication.disk.unflushed import GRAIN
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case, Fault
 from replication.log import log
@@ -27,7 +28,7 @@ from replication.primary.link import Link
 from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
 from replication.primary.watch import Watch
-from replication.record.changes import GRAIN, ChangeMap
+from replication.record.changes import ChangeMap
 from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
 from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
@@ -38,7 +39,7 @@ _RESYNC_S = 30.0
 """Longest wait of a barrier for what is still missing."""
 
 _REPAIRED_BY_RESYNC = (Case.FORWARD, Case.LINK, Case.PRIMARY_DISK)
-"""Errors that end when nothing is missing any more; of case 1 only a resync latches one."""
+"""Errors that end when nothing is missing any more; of case 1 those of a resync, and losses of what was not flushed."""
 
 _STOP_S = 3.0
 """At the end of the process the queue is sent for at most this long; what is left is in the change map."""
@@ -106,6 +107,8 @@ class PrimarySide(Side):
                 kept = sizes[disk.name] > 0 and (local is not None or record.stage is not Stage.NONE)
                 changes = ChangeMap(state.map_file(disk.name, "changes") if kept else None, max(sizes[disk.name], 1))
                 self._add(disk.name, disk.top_id, local, changes, sizes[disk.name])
+                if local is not None:
+                    self.disks[-1].watch(state.account_of(disk.name, local.size))
                 if record.cut_off or (local is not None and record.stage is Stage.NONE and state.cut_off):
                     changes.mark_all()  # neither what it said nor what the disk had not flushed is known any more
         except BaseException:
@@ -119,6 +122,12 @@ class PrimarySide(Side):
         """Instead of `open`: go on with the disks of a promoted secondary, and with what it knows of their changes."""
         for disk in promoted:
             self._add(disk.name, disk.top_id, disk.disk, disk.changes, disk.size)
+
+    def take_account(self) -> None:
+        """After `adopt`, when this side is the node's: what the disks lose is its to know."""
+        for disk in self.disks:
+            if disk.local is not None and disk.local.unflushed is not None:
+                disk.watch(disk.local.unflushed)
 
     def _add(self, name: str, top_id: str | None, local: Disk | None, changes: ChangeMap, size: int) -> None:
         forwarder = Forwarder(
@@ -136,9 +145,16 @@ class PrimarySide(Side):
 
     def launch(self) -> None:
         self._set.state.open_until_closed()
+        for disk in self.disks:
+            disk.lose_former()
         self._resync.start()
         self._watch.start()
         self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
+
+    def look(self) -> None:
+        for disk in self.disks:
+            if disk.local is not None:
+                disk.local.look()
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:

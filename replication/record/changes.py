@@ -32,10 +32,10 @@ import numpy.typing as npt
 
 from replication.disk import files
 from replication.disk.mapped import MappedFile
+from replication.disk.unflushed import GRAIN
 from replication.errors import ConfigError, DiskError
 from replication.log import log
 
-GRAIN = 64 << 10
 RUN_MAX = 64 << 20
 """Most bytes in one of `missing_ranges`: a sparse disk of 1 TiB takes 16,384 of them, and the extents of one fit into
 one answer."""

@@ -37,10 +37,11 @@ import threading
 import time
 from array import array
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from replication.disk import files
 from replication.disk.mapped import MappedFile
+from replication.disk.unflushed import GRAIN, Unflushed
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.log import log
@@ -63,6 +64,27 @@ EPOCH_MAX = 1 << 62
 
 class StateError(ReplicationError):
     """The record could not be made to last; nothing has changed."""
+
+
+class Promise(NamedTuple):
+    """What is true when the checkpoint of that number has been begun: it is a valid one."""
+
+    epoch: int
+    lineage: dict[str, Any] | None
+    """What the node descends from then, None if as before."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "lineage": self.lineage}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Promise:
+        """Raises KeyError, TypeError or ValueError for anything that `to_json` has not written."""
+        promise = cls(**saved)
+        if type(promise.epoch) is not int or not 0 < promise.epoch <= EPOCH_MAX:
+            raise ValueError("promise has no epoch")
+        if promise.lineage is not None:
+            Lineage.from_json(promise.lineage)
+        return promise
 
 
 @dataclass
@@ -109,6 +131,9 @@ class Record:
     """What the command line said when a command gave `secondary`, empty if that is not known: one that says something
     else now is newer than the command."""
 
+    promise: dict[str, Any] | None = None
+    """What becomes true with the next checkpoint (ledger.py)."""
+
     def as_secondary(self) -> Record:
         """An owner of disks that comes back as a secondary: what it knows of its content stays."""
         return replace(
@@ -125,6 +150,7 @@ class Record:
             paired=False,
             led=False,
             resync=False,
+            promise=None,
         )
 
     def take(self, other: Record) -> None:
@@ -164,6 +190,8 @@ class Record:
             check_id("next_generation", record.next_generation)
         if record.lineage is not None:
             Lineage.from_json(record.lineage)
+        if record.promise is not None:
+            Promise.from_json(record.promise)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
         return record
 
@@ -230,6 +258,28 @@ class StateFolder:
         """The path of a map of a disk (changes.py), None without a folder."""
         return None if self.path is None else self.file(f"{disk_name}.{kind}")
 
+    def account_of(self, disk_name: str, size: int) -> Unflushed:
+        """What of a disk of `size` bytes is unflushed; ConfigError."""
+        path = self.map_file(disk_name, "unflushed")
+        if path is None or not size:
+            return Unflushed(size)
+        count = -(-size // GRAIN)
+        try:
+            fd = files.create(path, 0)
+            try:
+                found = os.fstat(fd).st_size
+                if found not in (0, count):
+                    raise ConfigError(f"{path} is the map of a disk of another size; move it away to start anew")
+                if not found:
+                    files.never_copy_on_write(fd)
+                    os.ftruncate(fd, count)
+                mapped = MappedFile(fd, count)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise ConfigError(f"cannot use the map {path}: {error.strerror}") from error
+        return Unflushed(size, mapped.map, None if mapped.in_place else mapped.keep)
+
     # -- record --------------------------------------------------------------------------------------------
 
     def load(self) -> Record | None:
@@ -282,12 +332,16 @@ class StateFolder:
         """Whether that checkpoint is still to be finished."""
         return bool(self._words[0] & 1)
 
+    def next_epoch(self, number: int = 0) -> int:
+        """The number that `begin_epoch` would give."""
+        return self.epoch if self.emptying else max(self.epoch + 1, number)
+
     def begin_epoch(self, number: int = 0) -> None:
         """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
         the same one again. It gets the primary's `number`, if that is a later one than its own would be. StateError,
         with nothing changed, only when `durable`."""
         if not self.emptying:
-            self._store(0, max(self.epoch + 1, number) << 1 | 1)
+            self._store(0, self.next_epoch(number) << 1 | 1)
 
     def end_epoch(self, duration_s: float) -> None:
         """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""

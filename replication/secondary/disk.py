@@ -8,6 +8,7 @@ the primary, and a write that failed is latched, because the secondary disk now 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,14 @@ from typing import NoReturn
 
 from replication.batch import Write
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
+from replication.disk.unflushed import GRAIN, Loss, NotKept, Unflushed
 from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.layer import Layer, LayerError
 from replication.image.stack import Stack
+from replication.order.pause import pause
 from replication.record.ancestry import Ancestry
-from replication.record.changes import GRAIN, ChangeMap
+from replication.record.changes import ChangeMap
 from replication.side import CHANGING_FACE, GUEST_FACE, TARGET_FACE, Face
 from replication.stage import Stage
 
@@ -69,6 +72,9 @@ class SecondaryDisk:
         """Called when copy-before-write of a target write has failed."""
         self.repaired: Callable[[], None] = _nobody
         """Called when a target write has made `lost` empty."""
+        self.checkpoint_lost: Callable[[str], bool] = _kept
+        """Called when the disk has lost something of the last checkpoint, with why; whether that will outlive the
+        process."""
         self._faults = faults
         self._ancestry = ancestry
         self._slow_batches = 0
@@ -85,6 +91,65 @@ class SecondaryDisk:
         """DiskError when a map is no longer there under its name."""
         self.lost.settle()
         self.changes.settle()
+
+    def watch(self, account: Unflushed) -> None:
+        """Keep account of what of the disk is unflushed."""
+        account.on_loss = self._lose
+        self.disk.watch(account)
+
+    def lose_former(self) -> None:
+        """Take note of what a former process has left unflushed, where that is lost. The disk is a secondary's or its
+        owner's, whose stage has been shown."""
+        account = self.disk.unflushed
+        if account is not None:
+            error = DiskError(
+                f"{self.disk.location}: a former process has left unflushed writes, and its server may have been "
+                "started anew since: some may be gone"
+            )
+            account.lose(error, all_of_it=not self.disk.outlives)
+            if self.stack is not None and self.stack.committing:
+                self.stack.committing = True  # the commit brings down everything anew, so that is no failure of its
+
+    def look(self) -> None:
+        """Find out what the disk has lost, and make short the time in which it could lose something of the last
+        checkpoint."""
+        account, disk = self.disk.unflushed, self.disk
+        disk.look()
+        if account is None:
+            return
+        if not account.kept:
+            account.again()
+        if self.stage is Stage.RUNNING and account.exposed and not disk.outlives:
+            pause("look.flush")
+            with contextlib.suppress(DiskError):  # `_lose` has been told
+                disk.flush()
+
+    def _lose(self, loss: Loss) -> bool:
+        """The disk has lost what was not flushed. Called from requests, by the disk; whether its flush has to tell it
+        as well."""
+        error, stack = loss.error, self.stack
+        offset, length = loss.ranges[0]
+        own = self.stage not in (Stage.NONE, Stage.RUNNING)
+        # Marks first: whoever finds that the checkpoint is lost finds what has to come again.
+        for lost in loss.ranges:
+            (self.changes if own else self.lost).mark(*lost)
+        kept = True
+        if self.stage is not Stage.NONE and not all(self._preserved(*lost) for lost in loss.exposed):
+            kept = self.checkpoint_lost(f"disk '{self.name}' has lost what was not flushed: {error}")
+        if own:
+            # The disk is this node's own, or about to be: the guest is told, as by any disk.
+            if stack is not None:
+                stack.lost_below(error)
+            self._faults.tell(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
+        else:
+            self._faults.report(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
+        if not kept:
+            raise NotKept
+        return own
+
+    def _preserved(self, offset: int, length: int) -> bool:
+        """Whether the overlays have all of the range, so that it does not matter what the disk holds."""
+        return self.stage is Stage.DONE or (self.stack is not None and self.stack.holds_all(offset, offset + length))
 
     # -- guest face ----------------------------------------------------------------------------------------
 
@@ -105,6 +170,8 @@ class SecondaryDisk:
         stack = self._for_guest()
         try:
             (self.disk if stack is None else stack).read(buffer, offset)
+            if stack is not None and self.inconsistent is not None:
+                self._for_guest()  # it was lost meanwhile
         except DiskError as error:
             self._tell_guest("read", offset, len(buffer), error)
             raise
@@ -218,7 +285,7 @@ class SecondaryDisk:
         if self.from_stranger():
             self.changes.mark(offset, len(data))
         if stack is None:
-            self.disk.write([data], offset, fua)
+            self._first_copy(offset, len(data), lambda: self.disk.write([data], offset, fua))
         else:
             lacked = self.lost.missing
             try:
@@ -277,10 +344,20 @@ class SecondaryDisk:
         if self.from_stranger():
             self.changes.mark(offset, length)
         if stack is None:
-            self.disk.zero(offset, length, may_trim, fua)
+            self._first_copy(offset, length, lambda: self.disk.zero(offset, length, may_trim, fua))
         else:
             self._target("zero", offset, length, lambda: stack.target.zero(offset, length, may_trim, fua))
         self.totals["target-written"] += length
+
+    def _first_copy(self, offset: int, length: int, write: Callable[[], None]) -> None:
+        """A write in stage none. What the disk has lost of it is lacking until it comes again."""
+        if not self.lost.missing:
+            write()
+            return
+        write()
+        self.lost.repaired(offset, length)
+        if not self.lost.marked_bytes:
+            self.repaired()
 
     def target_flush(self) -> None:
         """Make stable what the primary was answered for."""
@@ -337,7 +414,7 @@ class SecondaryDisk:
         """Failover: what the overlays hold is about to come down, so the disk becomes another than the old primary's
         there. `changes` has what was written here before the pair, if it was not overwritten since."""
         assert self.stack is not None
-        for offset, length in self.stack.descent.held_grains(GRAIN):
+        for offset, length in (*self.stack.descent.held_grains(GRAIN), *self.lost.missing_ranges()):
             self.changes.mark(offset, length)
 
     def let_go(self) -> None:
@@ -381,3 +458,8 @@ def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Fa
 
 def _nobody(*_arguments: object) -> None:
     """Nobody has asked to be told."""
+
+
+def _kept(_why: str) -> bool:
+    """Nothing outlives the process."""
+    return True

@@ -149,6 +149,10 @@ class Failover:
             return all(disk.stack is None or disk.stack.settled for disk in self._disks)
 
         self._note_rate()
+        lost = self._set.record.inconsistent
+        if lost is not None:
+            self.fail(lost)
+            return True
         if settled():
             # Before the stage: a process killed in between has no error left over from a commit that has gone well.
             self._set.faults.clear()
@@ -186,12 +190,19 @@ class Failover:
     def _empty(self) -> None:
         """What the overlays still hold the disk has as well, and nobody looks at them any more. The gate is closed."""
         for disk in self._disks:
+            disk.lost.clear()  # `begin` has put it into the change map
             if disk.stack is not None:
                 disk.stack.empty()
                 try:
                     disk.stack.publish_emptied()
                 except DiskError as error:
                     log(f"the overlays of disk '{disk.name}' are of no use any more, but cannot be emptied: {error}")
+
+    def fail(self, why: str) -> None:
+        """There is no checkpoint any more to commit."""
+        for disk in self._disks:
+            self._set.faults.report(Case.COMMIT, disk.name, "commit", 0, disk.size, DiskError(why))
+        self._settle(Stage.FAILOVER_FAILED)
 
     def _failed(self, disk_name: str, error: DiskError) -> None:
         if self._closing.is_set():

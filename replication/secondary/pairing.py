@@ -325,13 +325,19 @@ class Pairing:
 
     # -- what the secondary does ---------------------------------------------------------------------------
 
-    def adopt(self) -> Callable[[], None] | None:
-        """A checkpoint is taken of what the primary has offered: note it in the record, which the caller saves. What
-        takes that back; None when there is nothing new."""
+    @property
+    def adoption(self) -> Callable[[Lineage], Lineage] | None:
+        """What a checkpoint of what the primary has offered makes of the lineage; None when there is nothing new."""
         offered, lineage = self._offered, self._ancestry.lineage
         if offered is None or (lineage.current == offered[0] and not lineage.incoming):
             return None
-        return self._ancestry.note(lambda lineage: lineage.adopted(*offered))
+        return lambda lineage: lineage.adopted(*offered)
+
+    def adopt(self) -> Callable[[], None] | None:
+        """Note the adoption in the record, which the caller saves. What takes that back; None when there is nothing
+        new."""
+        adoption = self.adoption
+        return None if adoption is None else self._ancestry.note(adoption)
 
     def adopted(self) -> None:
         """That is saved: what this node had written by itself is of no interest any more."""

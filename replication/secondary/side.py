@@ -12,6 +12,7 @@ from typing import Any
 from replication.disk.face import Disk
 from replication.disk.file import FileDisk
 from replication.disk.open import open_disk
+from replication.disk.unflushed import GRAIN
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case
 from replication.image.layer import LayerError
@@ -20,7 +21,7 @@ from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
 from replication.order.pause import pause
-from replication.record.changes import GRAIN, ChangeMap
+from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
 from replication.secondary.backup import RUNNING, Backup
@@ -63,6 +64,7 @@ class SecondarySide(Side):
         # The stage is failover and the old primary kept out, but requests that had begun before are still inside the
         # gate: until they have left, the guest's requests do what they do in stage running.
         self._draining = False
+        self._ledger = setting.ledger
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
 
@@ -75,6 +77,7 @@ class SecondarySide(Side):
             if record.stage is Stage.DONE:
                 for disk in self.disks:
                     self._open_maps(disk)
+                    disk.lost.clear()  # the failover has marked it in the change map, a planned stop had nothing
             else:
                 # The maps after the images: a start that is refused because of an image has made none.
                 found = open_images(self.disks, self._set.options, record, self._open_maps)
@@ -93,6 +96,7 @@ class SecondarySide(Side):
         for disk in self.disks:
             disk.backup_failed = self._copy_failed
             disk.repaired = self._backup.repaired
+            disk.checkpoint_lost = self._checkpoint_lost
             disk.from_stranger = self.pairing.has_stranger
             if disk.stack is not None:
                 disk.stack.room.shortage = shortage
@@ -160,6 +164,7 @@ class SecondarySide(Side):
 
     def _open_maps(self, disk: SecondaryDisk) -> None:
         disk.open_maps(lambda kind: ChangeMap(self._set.state.map_file(disk.name, kind), disk.size))
+        disk.watch(self._set.state.account_of(disk.name, disk.size))
 
     def _note_restart(self, found: Found) -> None:
         """What a restart of the host has done to a checkpoint outlives this process, too."""
@@ -183,13 +188,35 @@ class SecondarySide(Side):
         if self._unflushed:
             why = "the host was restarted: what the primary wrote after the last flush may be missing"
             self._report_restart(Case.SECONDARY_DISK, why)
-        if record.stage is Stage.FAILOVER:
+        for disk in self.disks:
+            disk.lose_former()
+        if record.stage is Stage.FAILOVER and record.inconsistent is not None:
+            self._failover.fail(record.inconsistent)
+        elif record.stage is Stage.FAILOVER:
             self._failover.begin()
         self._reclaimer.start([disk.stack for disk in self.disks if disk.stack is not None])
 
     def _report_restart(self, case: Case, why: str) -> None:
         for disk in self.disks:
             self._set.faults.report(case, disk.name, "open", 0, disk.size, DiskError(why))
+
+    def _checkpoint_lost(self, why: str) -> bool:
+        """A disk has lost something of the last checkpoint, which no face shows any more from this moment on; whether
+        the next process knows that, too. Called from requests, so without the gate."""
+        record = self._set.record
+        record.inconsistent = record.inconsistent or why
+        for disk in self.disks:
+            disk.inconsistent = record.inconsistent
+        try:
+            self._set.save()
+        except StateError as error:
+            log(f"the last checkpoint is lost ({why}), and the next process would not know: {error}")
+            return False
+        return True
+
+    def look(self) -> None:
+        for disk in self.disks:
+            disk.look()
 
     def show_stage(self, stage: Stage) -> None:
         for disk in self.disks:
@@ -234,8 +261,9 @@ class SecondarySide(Side):
         self._prepare_emptying()
         with self._set.gate.closed():
             self._set.record.backup = RUNNING
-            for disk in self.disks:
-                disk.lost.clear()
+            lacking = next((disk.name for disk in self.disks if disk.lost.missing), None)
+            if lacking is not None and led:
+                raise CommandError(f"The secondary disk '{lacking}' has lost something of the first copy")
             # Empty before the stage is saved: what the overlays hold in stage none is of no use, but a process killed
             # in between must not come back as running with it.
             failure = self._empty_all(number)
@@ -244,7 +272,8 @@ class SecondarySide(Side):
             pause("start.emptied")
             self._set.record.led = led
             # What a resync has not completed is no state of any disk, so there is nothing to keep.
-            self._enter_with(Stage.RUNNING, self.pairing.incomplete)
+            lost = None if lacking is None else f"disk '{lacking}' has lost something that was written before the start"
+            self._enter_with(Stage.RUNNING, self.pairing.incomplete or lost)
         self._hindrance.over()
         self._backup.begin()
         self._reclaimer.wake()
@@ -283,13 +312,14 @@ class SecondarySide(Side):
             with self._set.gate.closed():
                 # Again: a target write may have failed since.
                 self._check_complete()
-                failure = self._empty_all(number)
-                self._settle_checkpoint()
+                failure = self._empty_settled(number)
         if failure is not None:
             # It is taken on all disks, and the answer must say so: whoever keeps VM states would else pair the former
             # one with these disks. get-error and the next checkpoint tell the rest.
             log(f"the checkpoint is complete nevertheless: {failure}")
         self._hindrance.over()
+        if self._set.faults.fault is not None:
+            self._backup.repaired()  # a flush, say, that failed with nothing to lose
         self._reclaimer.wake()
 
     @contextmanager
@@ -367,28 +397,31 @@ class SecondarySide(Side):
             return f"{why}there is no valid checkpoint before a full resync ({inconsistent})"
         return f"{why}the last checkpoint stays valid"
 
-    def _settle_checkpoint(self) -> None:
-        """What else a checkpoint means after a resync: it is of the primary's generation, and, if there was none, there
-        is a valid one again. A process killed before this is a node in the midst of a resync, until its primary has
-        paired with it again. The gate is closed."""
-        record = self._set.record
-        former, record.inconsistent = record.inconsistent, None
-        take_back = self.pairing.adopt()
-        if take_back is None and former is None:
-            return
+    def _empty_settled(self, number: int) -> CommandError | None:
+        """`_empty_all`, and what else a checkpoint means after a resync: it is of the primary's generation, and, if
+        there was none, there is a valid one again. All of it at one instant (ledger.py). The gate is closed."""
+        former, adoption = self._set.record.inconsistent, self.pairing.adoption
+        promised = former is not None or adoption is not None
+        if promised:
+            self._ledger.promise(self._set.state.next_epoch(number), adoption)
         try:
-            self._set.save()
+            failure = self._empty_all(number)
         except BaseException:
-            record.inconsistent = former
-            if take_back is not None:
-                take_back()
+            if promised:
+                self._ledger.withdraw()
             raise
-        if take_back is not None:
+        if promised:
+            self._ledger.fulfil(adoption)
+        if adoption is not None:
             self.pairing.adopted()
         if former is not None:
             self._set.show()
             self._backup.repaired()  # what a restart has reported of it is over as well
             self._backup.begin()
+        lacking = next((disk.name for disk in self.disks if disk.lost.missing), None)
+        if lacking is not None:  # the disk has lost something since the last look at that, above
+            self._checkpoint_lost(f"disk '{lacking}' has lost something while the checkpoint was taken")
+        return failure
 
     def stop(self, failover: bool, force: bool) -> None:
         if failover:
@@ -571,6 +604,7 @@ class SecondarySide(Side):
     def _prepare_emptying(self, flush: bool = False) -> None:
         """All that may fail, before anything is emptied (case 6), and most of what takes time, before the gate is
         closed. `flush`: the disks as well, which durability=power needs anyway."""
+        self._ledger.tidy()
         self._check_in_place()
         for disk in self.disks:
             assert disk.stack is not None
@@ -627,6 +661,9 @@ class SecondarySide(Side):
         for disk in self.disks:
             if disk.stack is not None and disk.stack.power:
                 self._flush_disk(disk)
+        for disk in self.disks:
+            if disk.disk.unflushed is not None:
+                disk.disk.unflushed.expose()
         at = self.disks[0]
         try:
             self._set.state.begin_epoch(number)
