@@ -177,8 +177,19 @@ def explain(uri: str, said: str, tls: Tls, deadline: float) -> str:
     if tls.psk is not None:
         return f"the server refuses the key of '{tls.user}': tls-psk has to be the same there ({said})"
     if "gnutls_record" in said:
-        return f"the server refuses the client certificate, or there is none in tls-certificates ({said})"
+        return f"the server refuses the client certificate, or there is none in tls-certificates{_own(tls)} ({said})"
     return f"the server broke the TLS handshake off; perhaps it wants tls-psk ({said})"
+
+
+def _own(tls: Tls) -> str:
+    """Which client certificate was shown, and its dates: one that was renewed is read at the next attempt."""
+    path = os.path.join(tls.certificates or "", "client-cert.pem")
+    try:
+        # What the ssl module decodes a peer's certificate with; it is not public, so it may be missing.
+        shown = ssl._ssl._test_decode_cert(path)  # type: ignore[attr-defined]
+        return f": {path} is valid from {shown['notBefore']} until {shown['notAfter']}"
+    except (OSError, AttributeError, KeyError):  # ssl.SSLError is an OSError
+        return ""
 
 
 def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from certificates import Authority, psk_file
 from replication.errors import ConfigError
 from replication.options import OptionParser, Options
-from replication.tls import Tls
+from replication.tls import Tls, explain
 from replication.uri import is_tls
 
 PRIMARY = [("mode", "primary"), ("disk", "/d"), ("state", "/s")]
@@ -174,3 +174,11 @@ def test_guest_access_is_taken_on_both_sides(mode: list[tuple[str, str]]) -> Non
     assert parse([*mode, ("guest-access", "local")]).guests_local
     assert not parse([*mode, ("guest-access", "any")]).guests_local
     assert not parse(mode).guests_local
+
+
+def test_a_refused_client_certificate_is_named_with_its_dates(certificates: Path) -> None:
+    said = explain("nbds://h", "gnutls_record_recv: alert", Tls(str(certificates)), 0.0)
+    assert re.search(
+        rf"{certificates}/client-cert\.pem is valid from \w+ .* GMT until \w+ .* GMT \(gnutls_record", said
+    )
+    assert "valid" not in explain("nbds://h", "gnutls_record_recv: alert", Tls(), 0.0)
