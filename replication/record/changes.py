@@ -96,6 +96,9 @@ class ChangeMap:
                 if not size:
                     files.never_copy_on_write(fd)
                     os.ftruncate(fd, self._count)
+                    # Written: where blocks are not overwritten in place, a hole would want one with its first change.
+                    for at in range(0, self._count, _STORE_MAX):
+                        files.write_all(fd, _CLEAN * min(_STORE_MAX, self._count - at), at)
                 return MappedFile(fd, self._count)
             finally:
                 os.close(fd)
