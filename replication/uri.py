@@ -10,10 +10,14 @@ Facts about libnbd 1.14 (lib/uri.c), each tried here:
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import re
 from collections.abc import Iterator
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+import nbd
 
 from replication.errors import ConfigError
 
@@ -95,6 +99,17 @@ def _parts(uri: str) -> tuple[str, str, str]:
     return head, query, mark + fragment
 
 
+@functools.cache
+def _socket_in_any_case() -> bool:
+    """Whether libnbd takes `SOCKET` for `socket`, as it does with the other names. No function tells, so it is tried
+    with a path that nobody can listen at: 1.14 misses the socket, 1.22 cannot connect."""
+    try:
+        nbd.NBD().aio_connect_uri(f"nbd+unix:///?SOCKET={os.devnull}/none")
+    except nbd.Error as error:
+        return bool(error.errnum != errno.EINVAL)
+    return True
+
+
 def _spelled(query: str) -> Iterator[tuple[str, str, str, str]]:
     """(separator before it, name, encoded value, text) of each section of a query."""
     separator = ""
@@ -105,7 +120,7 @@ def _spelled(query: str) -> Iterator[tuple[str, str, str, str]]:
         text, following = (query, "") if cut < 0 else (query[:cut], query[cut])
         name, _, value = text.partition("=")
         name = _decoded(name)
-        if name.lower() in _FILES[1:]:
-            name = name.lower()  # libnbd takes these names in any case, and `socket` only so
+        if name.lower() in _FILES[1:] or (name.lower() == _SOCKET and _socket_in_any_case()):
+            name = name.lower()
         yield separator, name, value, text
         query, separator = query[len(text) + 1 :], following

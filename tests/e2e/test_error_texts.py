@@ -21,7 +21,7 @@ from checkout import PLUGIN
 from content import KIB, MIB
 from lab import Lab
 from nodes import Secondary, nbdkit_has
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, wait_until
 
 SENDS_TEXTS = nbdkit_has("peer_tls_dn")
 """No function tells; 1.42 does, and 1.40 has this one."""
@@ -157,7 +157,7 @@ def test_what_is_wrong_on_the_server_is_for_its_log_alone(
     assert not said or said.endswith(f"open: error: {told}")
     for private in ("secret", "10.1.2.3", "Traceback"):
         assert private not in said
-    assert logged in server.stderr()
+    wait_until(lambda: logged in server.stderr(), "the reason is logged")
     assert client.open("disk0") is None
 
 

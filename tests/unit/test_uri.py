@@ -27,7 +27,7 @@ MEANINGS = [
     ("socket=x2&socket=x1", "x1"),
     ("socket=x2;socket=x1", "x1"),
     ("socket=x1;socket=x2&more=1", "x1;socket=x2"),
-    ("socket=x1&SOCKET=x2", "x1"),
+    ("socket=x1&SOCKET=x2", "x2" if hasattr(nbd.NBD, "set_tls_hostname") else "x1"),  # libnbd 1.22, 1.14
     ("more&&socket=x1&", "x1"),
     ("=x2&socket=x1", "x1"),
     ("socket=x1#socket=x2", "x1"),

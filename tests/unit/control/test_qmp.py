@@ -140,7 +140,7 @@ def test_what_is_no_command(session: Session, message: str, desc: str, identity:
         (b"}", "expecting value"),
         (b"@", "expecting value"),
         (b'{"execute" "echo"}', "expecting ':' delimiter"),
-        (b'{"execute": "echo",}', "expecting property name"),
+        (b'{"execute": "echo",}', " at character 1"),
         (b'{"execute": bogus}', "expecting value"),
         (b"{1: 2}", "expecting property name"),
         (b"[1 2]", "expecting ',' delimiter"),
