@@ -11,7 +11,8 @@ byte a grain, which outlives the process where it is mapped from a file (record/
 
     flushed --begin/end--> written --a flush sent after `end` succeeds--> flushed
     written --expose--> written, EXPOSED
-    written --lose--> LOST --on_loss has returned--> flushed (what is on the disk is on the disk; others know the rest)
+    written --lose--> written, LOST --on_loss has returned--> written (the server below may be alive after all, and
+                                                               still have in its cache what it has not lost yet)
 
 Invariants
 * A grain is written before the disk changes, and once more at the end of a write during which a flush was sent. So a
@@ -178,10 +179,10 @@ class Unflushed:
             self.lose(error)
             self._untold = None  # it is being told
             raise
+        self._clear(covered, checkpoints)
         untold, self._untold = self._untold, None
         if untold is not None:
             raise untold.again() from untold
-        self._clear(covered, checkpoints)
 
     def _clear(self, covered: int, checkpoints: int) -> None:
         """A flush has succeeded."""
@@ -237,7 +238,7 @@ class Unflushed:
                 start = page * _PAGE
                 states = self._states[start : start + _PAGE]
                 lost = states != 0 if all_of_it else (states & LOST) != 0
-                states[lost] = (states[lost] & EXPOSED) | LOST
+                states[lost] = (states[lost] & EXPOSED) | LOST | self._mark
                 self._keep_locked(start, start + _PAGE)
                 ranges += self._ranges(lost, start)
                 exposed += self._ranges(lost & ((states & EXPOSED) != 0), start)

@@ -145,7 +145,8 @@ class SecondaryDisk:
             self._faults.report(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
         if not kept:
             raise NotKept
-        return own
+        # While a commit is under way it is the one that is told: the overlays still have what the guest wrote.
+        return own and (stack is None or not stack.committing)
 
     def _preserved(self, offset: int, length: int) -> bool:
         """Whether the overlays have all of the range, so that it does not matter what the disk holds."""

@@ -85,8 +85,8 @@ PAIRING_POINTS = (
 """Of a secondary to which its primary comes back."""
 
 ELSEWHERE = ("epoch.parting", "look.flush")
-"""Points that a history does not reach, since its secondaries are not stopped by a second process, and have their disks in
-files: e2e/test_speaking.py and e2e/test_losses.py use them. Those of the virtual-machine agent are vm/test_ft.py's."""
+"""Points that a history does not reach, since its secondaries are not stopped by a second process, and have their disks
+in files: e2e/test_speaking.py and e2e/test_losses.py use them. The agent of virtual machines has vm/test_ft.py."""
 
 ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS + LINK_POINTS + PAIRING_POINTS
 
