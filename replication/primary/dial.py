@@ -342,7 +342,7 @@ class Dialler:
             self._ancestry.become(lambda lineage: lineage.renewed(new_id()))
         elif agreement.verdict is Verdict.EQUAL:
             self._ancestry.become(lambda lineage: lineage.paired_as_equal(new_id()))
-            if sync != "none" and any(disk.changes.missing for disk in self._disks):
+            if any(disk.changes.outdated if sync == "none" else disk.changes.missing for disk in self._disks):
                 self._ancestry.part()  # a write since the look above, which nobody will forward
         try:
             self._tell(agreement, agreement.verdict.value, self._ancestry.lineage, marked)

@@ -201,9 +201,14 @@ class PrimarySide(Side):
             raise CommandError("cannot start: an attempt to reach the former secondary has not ended yet; try again")
         if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self.disks):
             raise CommandError("cannot start: what the former link had in flight has not come back yet; try again")
+        if sync == "none":
+            for disk in self.disks:
+                disk.changes.claim()  # what the guest writes while this goes on nobody has called equal
         try:
             agreement = self._link.dialler.dial(secondary or self._uri, sync, None)
         except (DiskError, Refusal) as error:
+            for disk in self.disks:
+                disk.changes.drop_claim()
             raise CommandError(f"cannot start: {error}") from error
         record = self._set.record
         former = (record.secondary, record.replaced, record.partner)
@@ -228,9 +233,13 @@ class PrimarySide(Side):
                 for disk in self.disks:
                     # Only after the stage is saved: a process killed in between sends some grains for nothing, the
                     # other way round it would forget what it has recorded.
-                    if sync == "none" or disk.local is None:
+                    if sync == "none":
+                        disk.changes.clear_claimed()
+                    elif disk.local is None:
                         disk.changes.clear()
         except BaseException as error:
+            for disk in self.disks:
+                disk.changes.drop_claim()
             record.secondary, record.replaced, record.partner = former
             agreement.close()
             if isinstance(error, DiskError | Refusal):

@@ -66,6 +66,8 @@ class ChangeMap:
         self._open: dict[int, int] = {}
         # The grains of `watch`, none once one of them was marked.
         self._watched = _NONE
+        # By grain, what was marked since `claim`; None when nobody has claimed anything.
+        self._since: bytearray | None = None
         self._path = path
         self._file: MappedFile | None = None
         self._distrusted = False
@@ -163,7 +165,36 @@ class ChangeMap:
         with self._lock:
             if grains.start < self._watched.stop and self._watched.start < grains.stop:
                 self._watched = _NONE
+            if self._since is not None:
+                self._since[grains.start : grains.stop] = b"\1" * len(grains)
             self._put_locked(grains, _MISSING * len(grains))
+
+    def claim(self) -> None:
+        """A person says that the disks are equal now. What is marked from here on is not covered by that."""
+        with self._lock:
+            self._since = bytearray(self._count)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether something was marked since `claim`."""
+        return self._since is not None and 1 in self._since
+
+    def clear_claimed(self) -> None:
+        """Act on the claim: what was marked before it is not missing. Nothing may be in flight."""
+        with self._lock:
+            since, self._since = self._since, None
+            self._open.clear()
+            self._watched = _NONE
+            if since is not None:
+                states = (np.frombuffer(since, np.uint8) * np.uint8(MISSING)).tobytes()
+                for grain in range(0, self._count, _STORE_MAX):
+                    self._store_locked(grain, states[grain : grain + _STORE_MAX])
+                self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
+
+    def drop_claim(self) -> None:
+        """Nothing comes of it."""
+        with self._lock:
+            self._since = None
 
     def mark_ranges(self, ranges: Iterable[Sequence[int]]) -> None:
         """Mark ranges [offset, length] that came from elsewhere; ValueError, and nothing is marked, when one of them
@@ -343,6 +374,8 @@ class ChangeMap:
             else:
                 self._grain_states[:] = state
             self._watched = _NONE
+            if self._since is not None and state == MISSING:
+                self._since[:] = b"\1" * self._count
             self._dirty = self._missing = missing
 
     def flush(self) -> None:

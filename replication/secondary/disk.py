@@ -66,6 +66,8 @@ class SecondaryDisk:
         """Why there is nothing that the guest may see; set by the node while the gate is closed."""
         self.from_stranger: Callable[[], bool] = lambda: False
         """Whether who writes to the target face now is not the primary that this node knows."""
+        self.strange = False
+        """Whether somebody who is not the primary has written here since that was paired last."""
         self.accepts_writes = True
         """False once copy-before-write has ended for good."""
         self.backup_failed: Callable[[LayerError], None] = _nobody
@@ -284,6 +286,7 @@ class SecondaryDisk:
         """Copy-before-write, then through; before start, straight to the disk (first copy)."""
         stack = self._for_target_write(offset, len(data))
         if self.from_stranger():
+            self.strange = True
             self.changes.mark(offset, len(data))
         if stack is None:
             self._first_copy(offset, len(data), lambda: self.disk.write([data], offset, fua))
@@ -315,6 +318,7 @@ class SecondaryDisk:
                     failures.append(error)
         else:
             if self.from_stranger():
+                self.strange = True
                 for offset, data in writes:
                     self.changes.mark(offset, len(data))
             lacked = self.lost.missing
@@ -343,6 +347,7 @@ class SecondaryDisk:
         """Zeroes and trims of the primary; they destroy data, so they are copied before like writes."""
         stack = self._for_target_write(offset, length)
         if self.from_stranger():
+            self.strange = True
             self.changes.mark(offset, length)
         if stack is None:
             self._first_copy(offset, length, lambda: self.disk.zero(offset, length, may_trim, fua))

@@ -179,6 +179,8 @@ class Pairing:
                 # It was given up while it waited here, and may have been followed by another one already.
                 raise CommandError("the control connection was closed")
             self._session = session
+            for disk in self._disks:
+                disk.strange = False
         self._offered = None
         pause("pairing.begun")
         return session.token
@@ -340,9 +342,11 @@ class Pairing:
         return None if adoption is None else self._ancestry.note(adoption)
 
     def adopted(self) -> None:
-        """That is saved: what this node had written by itself is of no interest any more."""
+        """That is saved: what this node had written by itself the primary has sent instead. But not what somebody else
+        has written since."""
         for disk in self._disks:
-            disk.changes.clear()
+            if not disk.strange:
+                disk.changes.clear()
 
     def discard(self) -> None:
         """A person gives up what was written here; CommandError."""

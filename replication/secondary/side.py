@@ -435,9 +435,8 @@ class SecondarySide(Side):
                 self._flush_disk(disk)
             # The stage first: in done nobody looks at the overlays any more, so a process killed in between has
             # dropped them all the same, and one that cannot save the stage has dropped nothing.
+            # What this node has changed by itself stays marked, unless this adopts what the primary has sent instead.
             self._enter_with(Stage.DONE, None)
-            for disk in self.disks:
-                disk.changes.clear()  # not sooner: they may be of use if nothing comes of it
             pause("stop.entered")
             try:
                 failure = self._empty_all()

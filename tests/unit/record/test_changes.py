@@ -485,3 +485,29 @@ def test_repairing_what_is_not_missing_changes_nothing() -> None:
     changes.repaired(0, SIZE)
     assert (changes.missing, changes.marked_bytes) == (False, 0)
     changes.close()
+
+
+def test_what_is_written_after_a_claim_that_the_disks_are_equal_is_not_covered_by_it() -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark(0, 2 * GRAIN)
+    changes.claim()
+    assert not changes.outdated
+    changes.mark(GRAIN, 1)
+    changes.mark(SIZE - 1, 1)
+    assert changes.outdated
+    changes.clear_claimed()
+    assert list(changes.missing_ranges()) == [(GRAIN, GRAIN), (4 * GRAIN, SIZE - 4 * GRAIN)]
+    assert not changes.outdated
+
+
+@pytest.mark.parametrize("how", ["dropped", "everything"])
+def test_a_claim_of_which_nothing_comes_changes_nothing(how: str) -> None:
+    changes = ChangeMap(None, SIZE)
+    changes.mark(0, 1)
+    changes.claim()
+    if how == "dropped":
+        changes.drop_claim()
+    else:
+        changes.mark_all()
+        changes.clear_claimed()
+    assert changes.marked_bytes == (GRAIN if how == "dropped" else SIZE)
