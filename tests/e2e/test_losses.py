@@ -48,6 +48,11 @@ class Bench:
     def in_sync(self) -> None:
         wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "the link is in sync")
 
+    def flushed(self, lab: Lab) -> None:
+        """Wait until the secondary knows that its disk was flushed: a moment after the file has the content."""
+        account = lab.folder / "s2" / "disk0.unflushed"
+        wait_until(lambda: not any(account.read_bytes()[:16]), "the secondary's disk was flushed")
+
     def lose(self) -> None:
         """The server is killed, and there again with what was flushed."""
         self.below.kill()
@@ -97,11 +102,12 @@ def test_a_checkpoint_is_flushed_soon_so_that_it_has_nothing_to_lose(lab: Lab) -
     bench = Bench(lab, "secondary")
     bench.primary.connect("disk0").pwrite(NEW, 0)
     bench.primary.execute("replication-checkpoint")
-    path = lab.folder / "below.raw"
-    wait_until(lambda: path.read_bytes()[: len(NEW)] == NEW, "the disk behind the server was flushed")
+    bench.flushed(lab)
+    assert (lab.folder / "below.raw").read_bytes()[: len(NEW)] == NEW
     bench.primary.connect("disk0").pwrite(LATER, 0)
     bench.primary.execute("replication-checkpoint")
-    wait_until(lambda: path.read_bytes()[: len(NEW)] == LATER, "so is the next one")
+    bench.flushed(lab)
+    assert (lab.folder / "below.raw").read_bytes()[: len(NEW)] == LATER
     bench.lose()
     guest = bench.secondary.connect("top0")
     wait_until(lambda: _readable(guest), "it is connected again")
@@ -121,7 +127,7 @@ def test_what_is_lost_of_writes_after_the_checkpoint_leaves_it_valid(lab: Lab) -
     bench = Bench(lab, "secondary")
     bench.primary.connect("disk0").pwrite(NEW, 0)
     bench.primary.execute("replication-checkpoint")
-    wait_until(lambda: (lab.folder / "below.raw").read_bytes()[: len(NEW)] == NEW, "it is flushed")
+    bench.flushed(lab)
     bench.primary.connect("disk0").pwrite(LATER, 0)
     target = bench.secondary.connect("disk0")
     wait_until(lambda: read(target) == LATER, "it is on the secondary")
@@ -190,7 +196,7 @@ def test_a_server_that_dies_during_a_commit_gets_all_of_it_again_with_a_retry(la
     guest = bench.secondary.connect("top0")
     guest.pwrite(OWN, 256 * KIB)
     guest.flush()
-    wait_until(lambda: (lab.folder / "below.raw").read_bytes()[: len(NEW)] == NEW, "the checkpoint is flushed")
+    bench.flushed(lab)
     bench.primary.kill()
     bench.points.arm("commit.written")
     bench.secondary.execute("replication-stop", failover=True)
