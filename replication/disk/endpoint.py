@@ -237,7 +237,7 @@ class NbdDisk(Disk):
                 self._write_parts(view, offset, nbd.CMD_FLAG_FUA)
             except DiskError as error:
                 # A server that makes a flush of it tells it once that it could not.
-                self._account.lose(error)
+                self._account.lose(error, told=True)
                 raise
             return
         number = self._account.begin(offset, len(view))

@@ -70,7 +70,7 @@ class FileDisk(Disk):
                 self._write(pieces, offset, length, fua)
             except DiskError as error:
                 # The kernel tells it once that it could not write its pages: to the next sync, whoever asks for it.
-                unflushed.lose(error)
+                unflushed.lose(error, told=True)
                 raise
         else:
             number = unflushed.begin(offset, length)

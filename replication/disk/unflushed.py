@@ -61,6 +61,8 @@ class Loss(NamedTuple):
     exposed: list[tuple[int, int]]
     """Those of them of which the last checkpoint has something."""
     error: DiskError
+    told: bool = False
+    """Whether a request fails with it, so that whoever asked for that tells it, or it was told before."""
 
 
 class Unflushed:
@@ -182,7 +184,7 @@ class Unflushed:
         try:
             flush()
         except DiskError as error:
-            self.lose(error)
+            self.lose(error, told=True)
             self._untold = None  # it is being told
             raise
         self._clear(covered, checkpoints)
@@ -231,9 +233,9 @@ class Unflushed:
             self._exposed = found
         return found
 
-    def lose(self, error: DiskError, all_of_it: bool = True) -> bool:
+    def lose(self, error: DiskError, all_of_it: bool = True, told: bool = False) -> bool:
         """What is unflushed is gone, because of `error`; whether there was anything. `all_of_it`: if not, only what a
-        former process has lost and nobody has taken note of."""
+        former process has lost and nobody has taken note of. `told`: as in Loss."""
         ranges: list[tuple[int, int]] = []
         exposed: list[tuple[int, int]] = []
         with self._lock:
@@ -256,7 +258,7 @@ class Unflushed:
             return False
         self._last = error
         try:
-            if self.on_loss(Loss(ranges, exposed, error)):
+            if self.on_loss(Loss(ranges, exposed, error, told)):
                 self._untold = error
         except NotKept:
             self.kept = False
@@ -276,7 +278,7 @@ class Unflushed:
 
     def again(self) -> None:
         """Tell the losses that were not kept once more."""
-        self.lose(self._last, all_of_it=False)
+        self.lose(self._last, all_of_it=False, told=True)
 
     def _ranges(self, chosen: npt.NDArray[np.bool_], start: int) -> list[tuple[int, int]]:
         inside = np.zeros(len(chosen) + 2, np.bool_)

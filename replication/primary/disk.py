@@ -127,11 +127,12 @@ class PrimaryDisk:
         for lost in loss.ranges:
             self.changes.mark(*lost)
         offset, length = loss.ranges[0]
-        if self.stage is Stage.RUNNING:
-            self._faults.report(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
+        running = self.stage is Stage.RUNNING
+        if running:
             self.left_behind("flush", offset, length, False)
-        else:
-            self._faults.tell(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
+        if not loss.told:  # otherwise the guest has asked, and is told what has become of that
+            note = self._faults.report if running else self._faults.tell
+            note(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
         return True
 
     # -- reads ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the primary, and a write that failed is latched, because the secondary disk now 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import time
 from collections.abc import Callable, Sequence
@@ -123,8 +122,10 @@ class SecondaryDisk:
             account.again()
         if self.stage is Stage.RUNNING and account.exposed and not disk.outlives:
             pause("look.flush")
-            with contextlib.suppress(DiskError):  # `_lose` has been told
+            try:
                 disk.flush()
+            except DiskError as error:
+                self._faults.report(Case.SECONDARY_DISK, self.name, "flush", 0, 0, error)
 
     def _lose(self, loss: Loss) -> bool:
         """The disk has lost what was not flushed. Called from requests, by the disk; whether its flush has to tell it
@@ -138,16 +139,15 @@ class SecondaryDisk:
         kept = True
         if self.stage is not Stage.NONE and not all(self._preserved(*lost) for lost in loss.exposed):
             kept = self.checkpoint_lost(f"disk '{self.name}' has lost what was not flushed: {error}")
-        if own:
-            # The disk is this node's own, or about to be: the guest is told, as by any disk.
-            if stack is not None:
-                stack.lost_below(error)
-            self._faults.tell(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
-        else:
-            self._faults.report(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
+        if own and stack is not None:
+            stack.lost_below(error)
+        if not loss.told:  # otherwise whoever asked reports it, as what it asked for
+            note = self._faults.tell if own else self._faults.report
+            note(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
         if not kept:
             raise NotKept
-        # While a commit is under way it is the one that is told: the overlays still have what the guest wrote.
+        # A disk that is this node's own tells its guest, as any disk does. While a commit is under way that is told
+        # instead: the overlays still have what the guest wrote.
         return own and (stack is None or not stack.committing)
 
     def _preserved(self, offset: int, length: int) -> bool:

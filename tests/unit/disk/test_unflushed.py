@@ -62,7 +62,7 @@ def test_a_flush_that_fails_loses_what_was_written_since_the_last_good_one(accou
     with pytest.raises(DiskError, match="broken"):
         account.flush(broken)
     (loss,) = keeper.seen
-    assert loss == ([(4 * GRAIN, 2 * GRAIN), (9000 * GRAIN, 77)], [], BROKEN)
+    assert loss == Loss([(4 * GRAIN, 2 * GRAIN), (9000 * GRAIN, 77)], [], BROKEN, told=True)
     assert not keeper.seen[1:]
     account.flush(good)
     assert not account.any
@@ -120,13 +120,13 @@ def test_only_what_was_unflushed_at_a_checkpoint_is_a_loss_of_its(account: Unflu
     write(account, GRAIN)
     write(account, 2 * GRAIN)
     account.lose(BROKEN)
-    assert keeper.seen[0] == ([(GRAIN, 2 * GRAIN)], [(GRAIN, GRAIN)], BROKEN)
+    assert keeper.seen[0] == Loss([(GRAIN, 2 * GRAIN)], [(GRAIN, GRAIN)], BROKEN)
     write(account, 3 * GRAIN)
     account.expose()
     account.flush(good)
     write(account, 3 * GRAIN)
     account.lose(BROKEN)
-    assert keeper.seen[1] == ([(3 * GRAIN, GRAIN)], [], BROKEN), "a flush behind the checkpoint has covered it"
+    assert keeper.seen[1] == Loss([(3 * GRAIN, GRAIN)], [], BROKEN), "a flush behind the checkpoint has covered it"
 
 
 def test_a_flush_sent_before_a_checkpoint_covers_of_it_what_was_written_before_the_flush(account: Unflushed) -> None:
@@ -139,7 +139,7 @@ def test_a_flush_sent_before_a_checkpoint_covers_of_it_what_was_written_before_t
 
     account.flush(flush)
     account.lose(BROKEN)
-    assert keeper.seen[0] == ([(GRAIN, GRAIN)], [(GRAIN, GRAIN)], BROKEN)
+    assert keeper.seen[0] == Loss([(GRAIN, GRAIN)], [(GRAIN, GRAIN)], BROKEN)
 
 
 def mapped(path: Path) -> mmap.mmap:
