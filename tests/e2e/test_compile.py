@@ -179,7 +179,7 @@ def test_compiled_modules_that_do_not_fit_cost_one_line_and_the_sources_run(
     )
     assert "replication_compiled=no\n" in dump.stdout
     (line,) = dump.stderr.splitlines()
-    assert line.startswith("nbdkit-replication: the compiled modules ")
+    assert line.startswith("nbdkit: error: nbdkit-replication: the compiled modules ")
     assert why in line
     assert line.endswith(": the uncompiled ones run; compile again")
 
