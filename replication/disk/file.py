@@ -132,18 +132,22 @@ class FileDisk(Disk):
         has its cause in what copying does, too, or does not matter."""
         if not isinstance(source, FileDisk):
             return False
+        unflushed = self.unflushed
+        number = 0 if unflushed is None else unflushed.begin(offset, length)
+        try:
+            return self._clone(source._fd, offset, length)
+        finally:
+            if unflushed is not None:
+                unflushed.end(number)
+
+    def _clone(self, source_fd: int, offset: int, length: int) -> bool:
         while True:
-            unflushed = self.unflushed
-            number = 0 if unflushed is None else unflushed.begin(offset, length)
             try:
-                files.clone_range(source._fd, self._fd, offset, length)
+                files.clone_range(source_fd, self._fd, offset, length)
             except InterruptedError:
                 continue
             except OSError:
                 return False
-            finally:
-                if unflushed is not None:
-                    unflushed.end(number)
             return True
 
     def discard(self, offset: int, length: int) -> None:
