@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from power.recorder import NEVER, File, Killed, Recorder, Saved
+from power.recorder import MAPPED, NEVER, File, Killed, Recorder, Saved
 from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.node import Node
@@ -185,9 +185,9 @@ class Life:
         for path in (*self._folder.glob("disk*.raw"), *(path for name in written for path in state.glob(name))):
             self._recorder.track(path)
         self._recorder.failing = self._failing
-        mapped = {
-            str(path): path.read_bytes() for path in state.iterdir() if path.suffix in (".lost", ".changes", ".live")
-        }
+        mapped = {str(path): path.read_bytes() for path in state.iterdir() if path.suffix in MAPPED}
+        unknown = {str(path) for path in state.iterdir()} - {*self._recorder.files, *mapped, str(state / "lock")}
+        assert not unknown, f"no cut would give {unknown} a content: say in recorder.py what a cut does to it"
         former = reclaim.AFTER_S
         # With one thread nothing else shall run beside it.
         reclaim.AFTER_S = 0.01 if self._threads > 1 else 2 * DEADLINE_S

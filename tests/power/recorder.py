@@ -12,8 +12,9 @@ The model of the storage, by file:
                 if it was written with RWF_DSYNC)
     unstable    any other that had begun before the cut: lost or kept, each sector for itself. The page cache holds one
                 version of a page, so a sector has one of the versions that it had since the last stable one.
-    mapped      files that are only mapped (X.live, NAME.lost, NAME.changes): each sector as at the beginning or as at
-                the end of the history; X.live may also be missing
+    mapped      files whose changes need not survive a power cut (MAPPED): each sector as at the beginning or as at the
+                end of the history; X.live may also be missing. What is written to them passes the seam where blocks
+                are not overwritten in place (replication/disk/mapped.py), and when they are made; it is not recorded.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from replication.image.overlay import Overlay
 SECTOR = 512
 ZERO = bytes(SECTOR)
 NEVER = 1 << 60
+
+MAPPED = (".live", ".lost", ".changes", ".unflushed")
+"""How the names of files end whose changes need not survive a power cut."""
 
 
 class Killed(BaseException):
@@ -233,6 +237,8 @@ class Recorder:
         path = _path(fd)
         if self.failing(path, offset):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if path.endswith(MAPPED):
+            return os.pwritev(fd, buffers, offset, flags)
         data = b"".join(buffers)
         self.delay()
         # Done under the lock: what is recorded first has been done first, also where two writes meet.
@@ -251,6 +257,9 @@ class Recorder:
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self._check_alive()
         path = _path(fd)
+        if path.endswith(MAPPED):
+            former_fallocate(fd, mode, offset, length)
+            return
         with self._lock:
             operation = self._begin_zero_locked(path, offset, length)
             former_fallocate(fd, mode, offset, length)

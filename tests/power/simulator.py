@@ -25,7 +25,7 @@ What it does not verify
 * That the kernel, the file system and the disk keep what fdatasync, RWF_DSYNC, rename and fsync of a folder promise;
   that a power cut leaves a file's other sectors and its size alone; disks with sectors of less than 512 bytes.
 * Making the images and the state folder (qemu-img and the first start; they are stable when a history begins), and
-  what else does not pass the seam: the mapped files, which are taken as old, new or mixed.
+  what else does not pass the seam or is not recorded: the mapped files, which are taken as old, new or mixed.
 * Writes that change one file at the same time: the recorder lets one system call change a file after the other.
 * durability=process; a disk behind NBD; the primary; a resync after the cut; failover-failed, and disks that fail.
 * That target writes reach the disk and guest writes are read back while no power fails: tests/model does.
