@@ -127,13 +127,24 @@ class PrimaryDisk:
         for lost in loss.ranges:
             self.changes.mark(*lost)
         offset, length = loss.ranges[0]
-        running = self.stage is Stage.RUNNING
-        if running:
+        if self.stage is Stage.RUNNING:
             self.left_behind("flush", offset, length, False)
         if not loss.told:  # otherwise the guest has asked, and is told what has become of that
-            note = self._faults.report if running else self._faults.tell
-            note(Case.PRIMARY_DISK, self.name, "flush", offset, length, loss.error)
+            self._report_lost(offset, length, loss.error)
         return True
+
+    def _report_lost(self, offset: int, length: int, error: DiskError) -> None:
+        note = self._faults.report if self.stage is Stage.RUNNING else self._faults.tell
+        note(Case.PRIMARY_DISK, self.name, "flush", offset, length, error)
+
+    def settle(self) -> None:
+        """Make the local disk stable for the end of this role, or of the process; DiskError, which is reported."""
+        if self.local is not None:
+            try:
+                self.local.flush()
+            except DiskError as error:
+                self._report_lost(0, 0, error)
+                raise
 
     # -- reads ---------------------------------------------------------------------------------------------
 

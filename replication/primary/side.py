@@ -484,8 +484,7 @@ class PrimarySide(Side):
 
     def settle(self) -> None:
         for disk in self.disks:
-            if disk.local is not None:
-                disk.local.flush()
+            disk.settle()
 
     def close(self, wait_s: float | None = None) -> bool:
         deadline = time.monotonic() + _STOP_S

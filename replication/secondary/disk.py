@@ -125,14 +125,36 @@ class SecondaryDisk:
             try:
                 disk.flush()
             except DiskError as error:
-                self._faults.report(Case.SECONDARY_DISK, self.name, "flush", 0, 0, error)
+                self._report_lost(0, 0, error)
+
+    def settle(self) -> None:
+        """Make everything stable for the end of this role, or of the process; DiskError, which is reported where it is
+        the disk's."""
+        try:
+            if self.stack is not None and self.stage is not Stage.DONE:
+                self.stack.flush_all()
+            else:
+                self.disk.flush()
+        except DiskError as error:
+            if not isinstance(error, LayerError) or error.layer is Layer.SECONDARY:
+                self._report_lost(0, 0, error)
+            raise
+
+    @property
+    def _own(self) -> bool:
+        """Whether the disk is this node's own, or about to be."""
+        return self.stage not in (Stage.NONE, Stage.RUNNING)
+
+    def _report_lost(self, offset: int, length: int, error: DiskError) -> None:
+        note = self._faults.tell if self._own else self._faults.report
+        note(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
 
     def _lose(self, loss: Loss) -> bool:
         """The disk has lost what was not flushed. Called from requests, by the disk; whether its flush has to tell it
         as well."""
         error, stack = loss.error, self.stack
         offset, length = loss.ranges[0]
-        own = self.stage not in (Stage.NONE, Stage.RUNNING)
+        own = self._own
         # Marks first: whoever finds that the checkpoint is lost finds what has to come again.
         for lost in loss.ranges:
             (self.changes if own else self.lost).mark(*lost)
@@ -142,8 +164,7 @@ class SecondaryDisk:
         if own and stack is not None:
             stack.lost_below(error)
         if not loss.told:  # otherwise whoever asked reports it, as what it asked for
-            note = self._faults.tell if own else self._faults.report
-            note(Case.SECONDARY_DISK, self.name, "flush", offset, length, error)
+            self._report_lost(offset, length, error)
         if not kept:
             raise NotKept
         # A disk that is this node's own tells its guest, as any disk does. While a commit is under way that is told

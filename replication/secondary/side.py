@@ -754,10 +754,7 @@ class SecondarySide(Side):
 
     def settle(self) -> None:
         for disk in self.disks:
-            if disk.stack is not None and disk.stage is not Stage.DONE:
-                disk.stack.flush_all()
-            else:
-                disk.disk.flush()
+            disk.settle()
 
     def close(self, wait_s: float | None = None) -> bool:
         wait_s = _CLOSE_S if wait_s is None else wait_s

@@ -1070,6 +1070,19 @@ def test_a_flush_that_has_failed_is_repaired_by_sending_everything_again(
     assert secondary.seen() == secondary.below() == sent
 
 
+def test_a_flush_that_fails_at_the_end_of_a_role_or_a_process_is_latched(secondary: SecondaryBench) -> None:
+    """There is no request of anybody who could be told."""
+    secondary.bring_to("running")
+    secondary.fail("secondary:fdatasync=EIO")
+    with pytest.raises(DiskError):
+        secondary.node.side.settle()
+    secondary.seam.work()
+    error = secondary.error
+    assert error is not None
+    assert (error["case"], error["operation"], error["count"]) == (4, "flush", 1)
+    assert secondary.told() == [(4, "disk0")]
+
+
 @pytest.fixture
 def stable(images: Images, seam: Seam, monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondaryBench]:
     """A secondary that outlives a power cut: checkpoints write to the images."""
