@@ -153,7 +153,7 @@ def test_what_is_wrong_on_the_server_is_for_its_log_alone(
     client = on_unix_socket(server.socket_path)
     said = client.open(export)
     assert said is not None
-    assert bool(said) is SENDS_TEXTS
+    # What nbdkit has not printed itself it does not send (errorlines.py): then the client has the errno alone.
     assert not said or said.endswith(f"open: error: {told}")
     for private in ("secret", "10.1.2.3", "Traceback"):
         assert private not in said
