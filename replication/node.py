@@ -312,6 +312,7 @@ class Node:
                 return
             if self.stage not in (Stage.NONE, Stage.DONE):
                 raise CommandError("Block replication is running or done")
+            self._state.check()  # what is saved in a file that was removed, the next process would not find
             promoted = self.stage is Stage.DONE and isinstance(self.side, SecondarySide)
             if promoted and mode is Mode.PRIMARY:
                 self._become_primary(secondary, sync, discard_checkpoint)
