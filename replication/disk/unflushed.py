@@ -28,7 +28,7 @@ import itertools
 import mmap
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -283,7 +283,7 @@ class Unflushed:
     def _ranges(self, chosen: npt.NDArray[np.bool_], start: int) -> list[tuple[int, int]]:
         inside = np.zeros(len(chosen) + 2, np.bool_)
         inside[1:-1] = chosen
-        edges = (np.flatnonzero(inside[1:] != inside[:-1]) + start).tolist()
+        edges = cast("list[int]", (np.flatnonzero(inside[1:] != inside[:-1]) + start).tolist())
         return [
             (first * GRAIN, min(stop * GRAIN, self._size) - first * GRAIN)
             for first, stop in zip(edges[::2], edges[1::2], strict=True)

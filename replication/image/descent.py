@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -305,5 +306,5 @@ def _split(before: Sequence[int], first: int, last: int) -> Iterator[tuple[int, 
 
 def _runs(values: npt.NDArray[np.generic]) -> Iterator[tuple[int, int, int]]:
     """Runs of the same value: start, stop, value."""
-    starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()]
-    return zip(starts, [*starts[1:], len(values)], values[starts].tolist(), strict=True)
+    starts = [0, *cast("list[int]", (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist())]
+    return zip(starts, [*starts[1:], len(values)], cast("list[int]", values[starts].tolist()), strict=True)

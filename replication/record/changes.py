@@ -26,6 +26,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -338,7 +339,7 @@ class ChangeMap:
             states = self._grain_states[step : step + _SCAN_STEP]
             inside = np.zeros(len(states) + 2, np.bool_)
             inside[1:-1] = chosen(states)
-            edges = (np.flatnonzero(inside[1:] != inside[:-1]) + step).tolist()
+            edges = cast("list[int]", (np.flatnonzero(inside[1:] != inside[:-1]) + step).tolist())
             yield from zip(edges[::2], edges[1::2], strict=True)
 
     def _span(self, first: int, stop: int) -> tuple[int, int]:
