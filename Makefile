@@ -7,7 +7,7 @@ DESTDIR ?=
 TESTS   ?=
 # Tests that run side by side: most of them wait for deadlines, so more than there are processors. (All of tests/e2e,
 # tests/model and tests/torture take about 14 minutes of processor time.)
-WORKERS ?= 6
+WORKERS ?= 4
 # For `make power`: how many histories from seed SEED on, and how many states after a cut are looked at for each.
 HISTORIES ?= 50
 SAMPLES   ?= 80
