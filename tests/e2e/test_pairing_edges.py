@@ -27,6 +27,7 @@ from nbdprocess import NbdProcess, silent
 from nodes import Primary, Secondary, Server, drained, nbd_refusal, refused
 from pausepoints import PausePoints
 from qmp import QmpError
+from replication.disk.unflushed import EXPOSED
 from replication.options import CONTROL_EXPORT, DATA_EXPORT
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
@@ -192,6 +193,9 @@ def test_a_link_lost_after_a_refused_write_was_repaired_comes_back_quickly_and_c
     assert disk.path is not None
     assert disk.path.read_bytes() == whole(guest)
     before = forwarded(primary)
+    # Until the disk's server has flushed what the checkpoint has of it, a kill costs the checkpoint.
+    unflushed = state / "disk0.unflushed"
+    wait_until(lambda: not any(grain & EXPOSED for grain in unflushed.read_bytes()), "the checkpoint was flushed")
     secondary.kill()
     wait_link(primary, "lost")
     guest.pwrite(pattern(4, BLOCK), 4 * GRAIN)
