@@ -359,7 +359,8 @@ class Resync:
                     return obstacle
                 forwarder = disk.forwarder
                 piece = forwarder.zero_piece if seen.zero else min(self._pace.piece_max, forwarder.data_piece)
-                length = min(until - at, piece)
+                # Whole grains: one that came in two parts the secondary would still count as lost.
+                length = min(until - at, max(piece // GRAIN, 1) * GRAIN)
                 try:
                     entries = disk.resend(at, length, work.ended, seen.zero)
                 except Unreadable:
