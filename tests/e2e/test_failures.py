@@ -98,6 +98,11 @@ def learns(server: Server, timeout_s: float = 20.0) -> dict[str, Any]:
     return error
 
 
+def told_of_writes(cases: list[int]) -> list[int]:
+    """Without case 6: within a second the primary also learns that its secondary takes no checkpoint now."""
+    return [case for case in cases if case != 6]
+
+
 def out_of_sync(server: Server, index: int = 0) -> int:
     """Bytes of a disk of a primary that the secondary may lack."""
     size: int = server.status()["disks"][index]["out-of-sync-bytes"]
@@ -226,7 +231,7 @@ def test_case_4_a_failing_secondary_disk_fails_the_target_write_and_is_case_2_on
     knows(setup.primary, case=2, disk="disk0", operation="write", offset=3 * GRAIN + BLOCK, length=BLOCK, errno="EIO")
     assert error["count"] == 1
     knows(setup.secondary, case=4, disk="disk0", operation="write", offset=3 * GRAIN + BLOCK, length=BLOCK, errno="EIO")
-    assert setup.at_primary.cases() == [2]
+    assert told_of_writes(setup.at_primary.cases()) == [2]
     assert setup.at_secondary.cases() == [4]
     assert out_of_sync(setup.primary) == GRAIN
     # The secondary's guest notices nothing, and the last checkpoint is all there.
@@ -317,7 +322,7 @@ def test_case_4_a_secondary_disk_whose_server_dies_is_never_the_guests_problem_o
         setup.disk.pwrite(NEW, index * GRAIN)
     learns(setup.primary)
     wait_until(lambda: setup.primary.status()["disks"][0]["forward-queue-bytes"] == 0, "all have been answered")
-    assert setup.at_primary.cases() == [2]
+    assert told_of_writes(setup.at_primary.cases()) == [2]
     assert setup.at_secondary.cases() == [4]
     assert out_of_sync(setup.primary) == 4 * GRAIN
     # The secondary's guest cannot read what only the disk holds; it is told, and nobody else.
@@ -346,7 +351,7 @@ def test_case_3_a_full_hidden_disk_fails_the_target_write_and_the_old_content_is
     learns(setup.primary)
     knows(setup.primary, case=2, disk="disk0", operation="write", offset=GRAIN, length=BLOCK, errno="ENOSPC")
     knows(setup.secondary, case=3, disk="disk0", operation="write", offset=GRAIN, length=BLOCK, errno="ENOSPC")
-    assert setup.at_primary.cases() == [2]
+    assert told_of_writes(setup.at_primary.cases()) == [2]
     assert setup.at_secondary.cases() == [3]
     assert whole(setup.guest) == OLD
     assert (lab.folder / "secondary.raw").read_bytes() == changed(OLD, (0, NEW))

@@ -212,6 +212,14 @@ def test_what_is_missing_is_sent_and_a_barrier_after_it(bench: Bench) -> None:
     assert statuses == ["running", "concluded", "null"]
 
 
+def test_pieces_end_with_a_grain_whatever_the_speed_of_the_link_makes_of_them(bench: Bench) -> None:
+    """The secondary strikes out only grains that are written as a whole."""
+    bench.link.data_piece = 2 * GRAIN + 100
+    bench.disk.changes.mark(20 * GRAIN, 5 * GRAIN)
+    assert bench.resync.complete(DEADLINE_S)
+    assert bench.link.sent == [(20 * GRAIN, 2 * GRAIN), (22 * GRAIN, 2 * GRAIN), (24 * GRAIN, GRAIN)]
+
+
 def test_all_disks_are_sent_and_one_that_cannot_be_holds_up_no_other(bench: Bench) -> None:
     for disk in bench.disks:
         disk.changes.mark(0, GRAIN)
