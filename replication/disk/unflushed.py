@@ -162,19 +162,24 @@ class Unflushed:
                     raise self._failure.again() from self._failure
                 return
             self._begun = number = needed
-        failure: DiskError | None = DiskError("a flush was interrupted by an error of the program")
+        # Not by a local variable that `finally` reads: mypyc takes it for None there.
         try:
             self._flush_alone(flush)
-            failure = None
         except DiskError as error:
-            failure = error
+            self._flushed(number, error)
             raise
-        finally:
-            with self._changed:
-                if failure is not None:
-                    self._failed, self._failure = number, failure
-                self._ended = number
-                self._changed.notify_all()
+        except BaseException:
+            self._flushed(number, DiskError("a flush was interrupted by an error of the program"))
+            raise
+        self._flushed(number, None)
+
+    def _flushed(self, number: int, failure: DiskError | None) -> None:
+        """Flush `number` has ended."""
+        with self._changed:
+            if failure is not None:
+                self._failed, self._failure = number, failure
+            self._ended = number
+            self._changed.notify_all()
 
     def _flush_alone(self, flush: Callable[[], None]) -> None:
         with self._lock:

@@ -47,18 +47,23 @@ class SyncGroup:
             if self._ended >= needed:
                 return
             self._begun += 1
-        failure: DiskError | None = DiskError("a sync was interrupted by an error of the program")
+        # Not by a local variable that `finally` reads: mypyc takes it for None there.
         try:
             self._sync()
-            failure = None
         except DiskError as error:
-            failure = error
+            self._synced(error)
             raise
-        finally:
-            with self._changed:
-                self._failure = self._failure or failure
-                self._ended = self._begun
-                self._changed.notify_all()
+        except BaseException:
+            self._synced(DiskError("a sync was interrupted by an error of the program"))
+            raise
+        self._synced(None)
+
+    def _synced(self, failure: DiskError | None) -> None:
+        """The sync that was begun last has ended."""
+        with self._changed:
+            self._failure = self._failure or failure
+            self._ended = self._begun
+            self._changed.notify_all()
 
     def settle(self) -> None:
         """Everything is stable for which `run` was called before this, also where it was not waited for to the end;

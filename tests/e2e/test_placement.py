@@ -85,6 +85,7 @@ def test_an_idle_process_lets_its_threads_go(lab: Lab) -> None:
     wait_until(lambda: cores(server) == {frozenset(os.sched_getaffinity(0))}, "nothing to do lets them go")
 
 
+@pytest.mark.alone  # other busy processes of this plugin would take cores as well
 def test_two_busy_processes_are_on_different_cores_and_stay_there(lab: Lab) -> None:
     one = primary(lab)
     two = lab.start(Secondary(lab.folder, [MIB]))
