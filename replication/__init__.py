@@ -193,4 +193,4 @@ Reads take no range lock. What decides for each pair that can meet on one block 
 image/stack.py (secondary) and primary/disk.py (primary).
 """
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replication import VERSION
 from replication.control import qmp, server
 from replication.control.qmp import Answer, Session
 from replication.control.server import ControlServer
@@ -64,7 +65,7 @@ def test_greeting_is_qemus() -> None:
         "QMP": {
             "version": {
                 "qemu": {"major": 7, "minor": 2, "micro": 0},
-                "package": "nbdkit-replication 0.2.0",
+                "package": f"nbdkit-replication {VERSION}",
             },
             "capabilities": [],
         }
