@@ -68,6 +68,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         store.py                the states on host B, and which of them belongs to the disk
         monitor.py              QMP with the errors and limits of this wing
         pauses.py               how long the guest stood still
+    service/                    a node as a service of its host
+        config.py               what a NAME stands for: its file
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         commands.py             replctl's commands
         switchover.py           the planned move of a disk

@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from replication.errors import ConfigError
 from replication.stage import Mode
@@ -115,6 +116,18 @@ class OptionParser:
         self._values: dict[str, str] = {}
         self._disks: list[_Disk] = []
         self._from_file = False
+        self.service: Mapping[str, Any] = {}
+        """The table [service] of the file, for whoever starts the node (service/config.py)."""
+        self.handlers: Sequence[Mapping[str, Any]] = ()
+        """Its tables [[handler]], for whoever watches the node."""
+
+    def given(self) -> Mapping[str, str]:
+        """The node's keys, as they were given so far."""
+        return self._values
+
+    def given_disks(self) -> Mapping[str, Mapping[str, str]]:
+        """The disks' keys, as they were given so far."""
+        return {disk.name or DEFAULT_DISK: {"disk": disk.location, **disk.more} for disk in self._disks}
 
     def add(self, key: str, value: str) -> None:
         """One pair; ConfigError for an unknown key or one out of place."""
@@ -154,6 +167,7 @@ class OptionParser:
         disks = content.pop("disk", {})
         if not isinstance(disks, dict) or not all(isinstance(table, dict) for table in disks.values()):
             raise ConfigError(f"{path}: write one table [disk.NAME] for each disk")
+        self._take_others(path, content)
         for key, value in content.items():
             if key not in ALL_KEYS:
                 raise _unknown(key)
@@ -162,6 +176,15 @@ class OptionParser:
             self.add(key, _text(path, key, value))
         for name, table in disks.items():
             self._add_table(path, name, table)
+
+    def _take_others(self, path: str, content: dict[str, Any]) -> None:
+        """The tables that are not the plugin's."""
+        service, handlers = content.pop("service", {}), content.pop("handler", [])
+        if not isinstance(service, dict):
+            raise ConfigError(f"{path}: service must be a table [service]")
+        if not isinstance(handlers, list) or not all(isinstance(table, dict) for table in handlers):
+            raise ConfigError(f"{path}: write one table [[handler]] for each handler")
+        self.service, self.handlers = service, handlers
 
     def _add_table(self, path: str, name: str, table: dict[str, object]) -> None:
         if "disk" not in table:
