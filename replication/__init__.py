@@ -68,6 +68,11 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         store.py                the states on host B, and which of them belongs to the disk
         monitor.py              QMP with the errors and limits of this wing
         pauses.py               how long the guest stood still
+    replctl/                    the command line of replctl, and the nodes of this host
+        line.py                 from what was typed to an exit code
+        table.py                one row for each command
+        nodes.py                the nodes of this host, by name
+        outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host
         config.py               what a NAME stands for: its file
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The commands of replctl: each asks something of one node, and prints what has come of it.
 
-What cannot be done is Refused, by the node or here, or Unusable; scripts/replctl makes exit codes of them.
+What cannot be done is Refused, by the node or here, or Unusable; replctl/outcome.py makes exit codes of them.
+
+With --json a command prints one object (`events` and --watch: one a line): status, jobs and events what the node
+answers, all others {"done": BOOL, ...}, where done is false if there was nothing to do.
 """
 
 from __future__ import annotations
@@ -46,6 +49,11 @@ Demotion makes the owner of the disks a secondary again. Its guest must have bee
 lost."""
 
 
+def tell(options: argparse.Namespace, text: str, *, done: bool = True, **facts: Any) -> None:
+    """Say what has come of it."""
+    print(json.dumps({"done": done, **facts}) if options.json else text)
+
+
 def status(client: Session, options: argparse.Namespace) -> None:
     """Show what the node says of itself, once or again and again."""
     if options.json:
@@ -80,19 +88,21 @@ def start(client: Session, options: argparse.Namespace) -> None:
     client.call("replication-start", **{name: value for name, value in given.items() if value is not None})
     stage = end_reached(client)
     if stage is None:
-        print("replication started")
+        tell(options, "replication started")
     else:
-        print(f"nothing to do: the stage is {stage}; in done, `start --mode primary --secondary URI` makes a new pair")
+        text = f"nothing to do: the stage is {stage}; in done, `start --mode primary --secondary URI` makes a new pair"
+        tell(options, text, done=False, stage=stage)
 
 
-def checkpoint(client: Session, _options: argparse.Namespace) -> None:
+def checkpoint(client: Session, options: argparse.Namespace) -> None:
     """Take a checkpoint."""
     answer = client.call("replication-checkpoint")
     stage = end_reached(client)
     if stage is not None:
-        print(f"nothing to do: the stage is {stage}")
+        tell(options, f"nothing to do: the stage is {stage}", done=False, stage=stage)
     else:
-        print(f"checkpoint {human_value(answer.get('epoch'))} took {human_seconds(answer.get('duration'))}")
+        text = f"checkpoint {human_value(answer.get('epoch'))} took {human_seconds(answer.get('duration'))}"
+        tell(options, text, epoch=answer.get("epoch"), duration=answer.get("duration"))
 
 
 def end_reached(client: Session) -> str | None:
@@ -104,29 +114,29 @@ def end_reached(client: Session) -> str | None:
 def retry(client: Session, options: argparse.Namespace) -> None:
     """Have a failed commit go on."""
     client.call("replication-retry", **forced(options))
-    print("the commit goes on; `replctl jobs --watch` shows it")
+    tell(options, "the commit goes on; `replctl jobs --watch` shows it")
 
 
 def discard(client: Session, options: argparse.Namespace) -> None:
     """Allow the next primary to overwrite what was written here."""
     if not options.yes:
-        confirm(DISCARD_CHECKPOINT_TEXT if options.checkpoint else DISCARD_TEXT, "discard")
+        confirm(options, DISCARD_CHECKPOINT_TEXT if options.checkpoint else DISCARD_TEXT, "discard")
     client.call("replication-discard", **({"checkpoint": True} if options.checkpoint else {}))
     if options.checkpoint or (client.call("query-replication").get("link") or {}).get("primary"):
-        print("the last checkpoint was given up; the next one is taken when the primary has sent everything")
+        tell(options, "the last checkpoint was given up; the next one is taken when the primary has sent everything")
     else:
-        print("what was written here may be overwritten by the primary that connects next")
+        tell(options, "what was written here may be overwritten by the primary that connects next")
 
 
 def demote(client: Session, options: argparse.Namespace) -> None:
     """Make the owner of the disks a secondary again."""
     if not options.yes:
-        confirm(DEMOTE_TEXT, "demotion")
+        confirm(options, DEMOTE_TEXT, "demotion")
     client.call("replication-demote")
-    print("this is a secondary again, and runs; now start the primary with it")
+    tell(options, "this is a secondary again, and runs; now start the primary with it")
 
 
-def stop(client: Session, _options: argparse.Namespace) -> None:
+def stop(client: Session, options: argparse.Namespace) -> None:
     """Stop replication as planned."""
     client.call("replication-stop")
     state = client.call("query-replication")
@@ -136,7 +146,7 @@ def stop(client: Session, _options: argparse.Namespace) -> None:
             f"{human_bytes(disk['out-of-sync-bytes'])} of disk {printable(disk.get('name'))}" for disk in lacking
         )
         raise Refused(f"replication stopped, but the secondary lacks {unsent}: that was not sent")
-    print("replication stopped")
+    tell(options, "replication stopped")
 
 
 def forced(options: argparse.Namespace) -> dict[str, bool]:
@@ -144,8 +154,10 @@ def forced(options: argparse.Namespace) -> dict[str, bool]:
     return {"force": True} if options.force else {}
 
 
-def confirm(text: str, what: str) -> None:
+def confirm(options: argparse.Namespace, text: str, what: str) -> None:
     """Ask the person; raises Unusable unless the answer is yes."""
+    if options.json:
+        raise Unusable(f"{what} asks for confirmation, which is no JSON; use --yes")
     print(text)
     try:
         agreed = input("Type yes to go on: ").strip() == "yes"
@@ -174,18 +186,21 @@ def preflight_lines(answer: dict[str, Any]) -> Iterator[str]:
 def failover(client: Session, options: argparse.Namespace) -> None:
     """Show what a failover costs; unless it is only to be shown, fail over."""
     answer = client.call("query-failover")
-    print("\n".join(preflight_lines(answer)))
+    if not options.json:
+        print("\n".join(preflight_lines(answer)))
     if answer.get("stage") in ("failover", "done"):
-        print("nothing to do")
+        tell(options, "nothing to do", done=False, preflight=answer)
         return
     if not answer.get("allowed") and not (options.force and answer.get("force")):
         raise Refused(str(answer.get("reason", "failover is not allowed")))
     if options.check:
+        if options.json:
+            tell(options, "", done=False, preflight=answer)
         return
     if not options.yes:
-        confirm(FAILOVER_TEXT, "failover")
+        confirm(options, FAILOVER_TEXT, "failover")
     client.call("replication-stop", failover=True, **forced(options))
-    print("failed over; `replctl jobs --watch` shows the commit")
+    tell(options, "failed over; `replctl jobs --watch` shows the commit", preflight=answer)
 
 
 def switchover(client: Session, options: argparse.Namespace) -> None:
@@ -193,13 +208,13 @@ def switchover(client: Session, options: argparse.Namespace) -> None:
     with Session(options.peer, options.timeout) as peer:
         sides = {"this side": client, "the peer": peer}
         states = {name: side.call("query-replication") for name, side in sides.items()}
-        move = Move(sides, states)
+        move = Move(sides, states, say=lambda text: None if options.json else print(text))
         if not move.over:
             if not options.yes:
-                confirm(SWITCHOVER_TEXT, "switch-over")
+                confirm(options, SWITCHOVER_TEXT, "switch-over")
             move.run()
     owner = f"{move.secondary} owns the disk now; start the guest there, on the export of its guest face"
-    print(f"switched over: {owner}")
+    tell(options, f"switched over: {owner}", owner="this-side" if move.secondary == "this side" else "peer")
 
 
 def jobs(client: Session, options: argparse.Namespace) -> None:
@@ -229,7 +244,7 @@ def jobs(client: Session, options: argparse.Namespace) -> None:
 def cancel(client: Session, options: argparse.Namespace) -> None:
     """Cancel a job."""
     client.call("job-cancel", id=options.job)
-    print(f"job {printable(options.job)} cancelled")
+    tell(options, f"job {printable(options.job)} cancelled", job=options.job)
 
 
 def events(client: Session, options: argparse.Namespace) -> None:
@@ -238,7 +253,7 @@ def events(client: Session, options: argparse.Namespace) -> None:
         print(json.dumps(event) if options.json else event_line(event), flush=True)
 
 
-def error(client: Session, _options: argparse.Namespace) -> None:
+def error(client: Session, options: argparse.Namespace) -> None:
     """Refused with the error of replication if there is one."""
     client.call("replication-get-error")
-    print("no error")
+    tell(options, "no error")

@@ -4,11 +4,13 @@
 Refused (qmp.py)   the node has answered with an error
 Unusable           nothing could be asked of a node as things are
  +- Unreachable    there is no node at the socket, or it has stopped talking
+     +- NotRunning nobody listens there
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator
 from typing import Any, Self
@@ -23,6 +25,13 @@ class Unusable(Exception):
 
 class Unreachable(Unusable):
     """There is no node at the socket, or it has stopped talking; the text names the socket."""
+
+
+class NotRunning(Unreachable):
+    """Nobody listens at the socket."""
+
+
+_NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
 
 
 class Session:
@@ -75,7 +84,9 @@ class Session:
         try:
             yield
         except Trouble as error:
-            raise Unreachable(f"{self._path}: {self._text(error, awaited, command)}") from None
+            nobody = error.step is Step.CONNECT and getattr(error.cause, "errno", None) in _NOBODY
+            kind = NotRunning if nobody else Unreachable
+            raise kind(f"{self._path}: {self._text(error, awaited, command)}") from None
 
     def _text(self, error: Trouble, awaited: str, command: str) -> str:
         within = f"within {self._timeout_s:g} s"

@@ -14,6 +14,7 @@ What cannot even be taken back is said, with what to type. A second run goes on 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from .qmp import Refused
@@ -30,9 +31,12 @@ _OWNER = "nobody's secondary"
 class Move:
     """One switch-over between two nodes, by name."""
 
-    def __init__(self, sides: dict[str, Session], states: dict[str, dict[str, Any]]) -> None:
-        """`states` is what they answered to query-replication. Refused unless they are each other's pair, and the disk
-        can be moved."""
+    def __init__(
+        self, sides: dict[str, Session], states: dict[str, dict[str, Any]], say: Callable[[str], None] = print
+    ) -> None:
+        """`states` is what they answered to query-replication; `say` takes a line for each step that is done. Refused
+        unless they are each other's pair, and the disk can be moved."""
+        self._say = say
         self.primary, self.secondary = _who_is_who(states)
         self._sessions = sides
         self.before = states[self.primary]
@@ -68,7 +72,7 @@ class Move:
         if not self.halfway:
             primary = self._sessions[self.primary]
             primary.call("replication-checkpoint")
-            print("drained: all that the guest was answered for is on the secondary")
+            self._say("drained: all that the guest was answered for is on the secondary")
             try:
                 primary.call("replication-stop")
                 self._check_still(primary.call("query-replication"))
@@ -76,7 +80,7 @@ class Move:
                 self._take_back(str(error))
             except (Unusable, KeyboardInterrupt) as error:
                 self._recover(error)
-            print("stopped: the primary forwards no more")
+            self._say("stopped: the primary forwards no more")
         try:
             self._sessions[self.secondary].call("replication-stop")
         except Refused as error:

@@ -289,7 +289,7 @@ def _cached_help(tool: str, command: str | None = None) -> str:
 
 def _commands(tool: str) -> list[str]:
     section = re.split(r"^positional arguments:$", _cached_help(tool), flags=re.MULTILINE)[1]
-    return re.findall(r"^    ([a-z]+)(?: |$)", re.split(r"^\S", section, flags=re.MULTILINE)[0], re.MULTILINE)
+    return re.findall(r"^    ([a-z][a-z-]*)(?: |$)", re.split(r"^\S", section, flags=re.MULTILINE)[0], re.MULTILINE)
 
 
 def _options(tool: str, command: str | None = None) -> set[str]:
@@ -304,7 +304,7 @@ def _bold(text: str) -> set[str]:
 
 @pytest.mark.parametrize("tool", ["replctl", "ft-agent"])
 def test_every_command_of_the_tools(tool: str) -> None:
-    stated = [re.findall(r"B<([a-z]+)>", entry.head)[0] for entry in PAGES[tool].entries("COMMANDS")]
+    stated = [re.findall(r"B<([a-z][a-z-]*)>", entry.head)[0] for entry in PAGES[tool].entries("COMMANDS")]
     assert sorted(stated) == sorted(_commands(tool))
 
 
@@ -315,7 +315,7 @@ def test_every_option_of_the_tools(tool: str) -> None:
     shared = _options(tool) | set.intersection(*known.values())
     assert _bold("".join(entry.head for entry in PAGES[tool].entries("OPTIONS"))) == shared
     for entry in PAGES[tool].entries("COMMANDS"):
-        command = re.findall(r"B<([a-z]+)>", entry.head)[0]
+        command = re.findall(r"B<([a-z][a-z-]*)>", entry.head)[0]
         assert known[command] - shared <= _bold(entry.head), f"{command}: an option is not in the head of its entry"
         assert _bold(entry.head + entry.text) <= known[command], f"{command}: an option that there is not"
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The commands of replctl, one row each: add a row here, and an entry to man/replctl.pod.
+
+Parser, help and completion are made of this table. A command's function is named with its module, which is imported
+when the command runs. --json is an option of every command and stands in no row: `options.json` is there for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+WATCH_S = 2.0
+
+_COMMANDS = "replication.client.commands"
+
+
+class On(Enum):
+    """What a command works on, and so what its function is called with, before the parsed options."""
+
+    NODE = "node"
+    """One node that answers: a client.session.Session."""
+    CONFIG = "config"
+    """One node of this host by its name, running or not: its name. (`replctl NAME command`)"""
+    ANY = "any"
+    """What its own arguments say; a node may be named as well: `options.node`, or None."""
+    HOST = "host"
+    """The host: no node can be named."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One command."""
+
+    name: str
+    run: str
+    """MODULE:FUNCTION"""
+    text: str
+    """The line in the help, without a full stop."""
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    on: On = On.NODE
+    asks: Callable[[argparse.Namespace], bool] = lambda options: False
+    """Whether it will ask for confirmation: refused before anything else where there is nobody to ask."""
+
+    def function(self) -> Callable[..., None]:
+        """Imports the module."""
+        module, _, name = self.run.partition(":")
+        found: Callable[..., None] = getattr(importlib.import_module(module), name)
+        return found
+
+
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """As argparse's add_argument takes it. `complete` is what bash completes a value with: "file", "folder" or "node"
+    (choices complete themselves)."""
+    return names, settings
+
+
+def flag(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An option without a value."""
+    return argument(name, action="store_true", help=text)
+
+
+def positive_seconds(text: str) -> float:
+    """argparse's type for a duration."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 86400 * 365 or math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return value
+
+
+YES = flag("--yes", "do not ask")
+
+
+def _unless_yes(options: argparse.Namespace) -> bool:
+    return not options.yes
+
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        "status",
+        f"{_COMMANDS}:status",
+        "show mode, stage, error, last checkpoint, link and disks",
+        (
+            argument(
+                "--watch",
+                metavar="SECONDS",
+                nargs="?",
+                const=WATCH_S,
+                type=positive_seconds,
+                help=f"repeat every SECONDS (default: {WATCH_S:g})",
+            ),
+        ),
+    ),
+    Row(
+        "start",
+        f"{_COMMANDS}:start",
+        "start replication",
+        (
+            argument(
+                "--mode",
+                choices=("primary", "secondary"),
+                help="mode of the node after the start (default: the one that it has)",
+            ),
+            argument("--secondary", metavar="URI", help="NBD URI of the secondary, for a primary of a new pair"),
+            argument(
+                "--sync",
+                choices=("auto", "none", "full"),
+                help="what is sent first: what the secondary lacks, nothing, everything (default: auto)",
+            ),
+            flag("--discard-checkpoint", "do not keep the secondary's last checkpoint until it has everything"),
+        ),
+    ),
+    Row("checkpoint", f"{_COMMANDS}:checkpoint", "take a checkpoint; on the primary it is one of the pair"),
+    Row(
+        "retry",
+        f"{_COMMANDS}:retry",
+        "resume a commit that has failed",
+        (flag("--force", "do it although there is no valid checkpoint"),),
+    ),
+    Row("stop", f"{_COMMANDS}:stop", "stop replication as planned and keep everything that the primary wrote"),
+    Row(
+        "discard",
+        f"{_COMMANDS}:discard",
+        "after a split brain: allow the primary to overwrite what was written here",
+        (
+            flag("--checkpoint", "give up the last checkpoint, for a resync that is larger than the hidden disk"),
+            YES,
+        ),
+    ),
+    Row("demote", f"{_COMMANDS}:demote", "make a promoted secondary a secondary again", (YES,)),
+    Row(
+        "failover",
+        f"{_COMMANDS}:failover",
+        "lock the primary out and make this secondary the owner of the disk",
+        (
+            YES,
+            flag("--check", "only show whether it is allowed and what would be lost"),
+            flag("--force", "do it although there is no valid checkpoint"),
+        ),
+        asks=lambda options: not options.yes and not options.check,
+    ),
+    Row(
+        "switchover",
+        f"{_COMMANDS}:switchover",
+        "drain and stop the primary, then make the secondary the owner of the disk",
+        (
+            argument(
+                "--peer", metavar="SOCKET", required=True, complete="file", help="the control socket of the other side"
+            ),
+            YES,
+        ),
+        asks=_unless_yes,
+    ),
+    Row(
+        "jobs",
+        f"{_COMMANDS}:jobs",
+        "show background jobs",
+        (flag("--watch", "repeat until all have ended, except copy-before-write"),),
+    ),
+    Row(
+        "cancel",
+        f"{_COMMANDS}:cancel",
+        "cancel a background job",
+        (argument("job", metavar="JOB", help="its name, from `replctl jobs`"),),
+    ),
+    Row("events", f"{_COMMANDS}:events", "print events as they come"),
+    Row("error", f"{_COMMANDS}:error", "exit with code 1 and an error if replication has failed"),
+)
+
+
+def row_of(name: str) -> Row | None:
+    """The command of that name."""
+    return next((row for row in TABLE if row.name == name), None)
