@@ -40,7 +40,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
     '(' -name '*.py' -o -name '*.so' ')' -print 2>/dev/null)
 # Scripts have no suffix; their first line says what they are.
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
-SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh)
+SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh) completion/replctl
 
 .PHONY: help demo bench man compile test test-parallel test-compiled test-debian test-vm torture ledger power lint format install uninstall clean
 
@@ -67,6 +67,8 @@ test-parallel: # All tests that may run side by side, or those in the files and 
 # NAME.SECTION of each page; its source is man/NAME.pod.
 MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8
 MANDIR    := $(PREFIX)/share/man
+# Where the package bash-completion looks.
+BASHDIR   := $(PREFIX)/share/bash-completion/completions
 
 man: $(addprefix build/man/,$(MAN_PAGES)) ## Make the manual pages, in build/man
 
@@ -141,6 +143,7 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
 	for page in $(MAN_PAGES); do install -D -m 644 "build/man/$$page" \
 	    "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
+	install -D -m 644 completion/replctl "$(DESTDIR)$(BASHDIR)/replctl"
 
 uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
@@ -148,6 +151,7 @@ uninstall: ## Remove what install has put there
 	rm -rf "$(DESTDIR)$(LIBRARY)"
 	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
 	for page in $(MAN_PAGES); do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
+	rm -f "$(DESTDIR)$(BASHDIR)/replctl"
 
 clean: ## Remove everything that is not source, .venv included
 	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache build

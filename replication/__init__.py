@@ -70,7 +70,9 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         pauses.py               how long the guest stood still
     replctl/                    the command line of replctl, and the nodes of this host
         line.py                 from what was typed to an exit code
+        completion.py           what bash offers for a word
         table.py                one row for each command
+        listing.py              all nodes in one table
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host

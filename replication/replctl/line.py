@@ -15,7 +15,7 @@ import sys
 
 from replication.client.session import Session, Unusable
 
-from . import nodes
+from . import completion, nodes
 from .outcome import Exit, Failed, failure, report
 from .table import TABLE, On, Row, positive_seconds, row_of
 
@@ -80,6 +80,9 @@ def with_node(arguments: list[str]) -> list[str]:
 
 def run(arguments: list[str]) -> Exit:
     """Run one command line; SystemExit of argparse for wrong usage and --help."""
+    if arguments[:1] == ["--complete"]:
+        completion.show(arguments[1:])
+        return Exit.DONE
     options = parser().parse_args(with_node(arguments))
     try:
         _run(options)

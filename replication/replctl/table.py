@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 WATCH_S = 2.0
+LIST_S = 3.0
 
 _COMMANDS = "replication.client.commands"
 
@@ -55,7 +56,7 @@ class Row:
 
 
 def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """As argparse's add_argument takes it. `complete` is what bash completes a value with: "file", "folder" or "node"
+    """As argparse's add_argument takes it. `complete` is what bash completes a value with: files, folders or nodes
     (choices complete themselves)."""
     return names, settings
 
@@ -84,6 +85,21 @@ def _unless_yes(options: argparse.Namespace) -> bool:
 
 
 TABLE: tuple[Row, ...] = (
+    Row(
+        "list",
+        "replication.replctl.listing:show",
+        "show all nodes of this host: mode, stage, link, age of the checkpoint, lag, size, progress",
+        (
+            argument(
+                "--within",
+                metavar="SECONDS",
+                type=positive_seconds,
+                default=LIST_S,
+                help="longest wait for all of them together (default: %(default)g)",
+            ),
+        ),
+        on=On.HOST,
+    ),
     Row(
         "status",
         f"{_COMMANDS}:status",
@@ -153,7 +169,7 @@ TABLE: tuple[Row, ...] = (
         "drain and stop the primary, then make the secondary the owner of the disk",
         (
             argument(
-                "--peer", metavar="SOCKET", required=True, complete="file", help="the control socket of the other side"
+                "--peer", metavar="SOCKET", required=True, complete="files", help="the control socket of the other side"
             ),
             YES,
         ),
