@@ -33,7 +33,12 @@ PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
 LIBRARY := $(PREFIX)/lib/nbdkit-replication
 VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
 # For administrators. They find the library by their own place: ../lib/nbdkit-replication.
-INSTALLED_SCRIPTS := replctl ft-agent
+INSTALLED_SCRIPTS := replctl ft-agent nbdkit-replication
+# For systemd, which looks below /usr/local as well.
+UNITS     := nbdkit-replication@.service nbdkit-replication@.socket
+UNITDIR   := $(PREFIX)/lib/systemd/system
+# Who the service is, and its folders: PREFIX/lib/NAME.d/nbdkit-replication.conf.
+USER_CONF := sysusers tmpfiles
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo -prune -o \
@@ -65,7 +70,7 @@ test-parallel: # All tests that may run side by side, or those in the files and 
 	@$(PYTHON) -m pytest -q --durations=50 -n $(WORKERS) --dist worksteal -m 'not alone' $(TESTS)
 
 # NAME.SECTION of each page; its source is man/NAME.pod.
-MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8
+MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8 nbdkit-replication.8
 MANDIR    := $(PREFIX)/share/man
 # Where the package bash-completion looks.
 BASHDIR   := $(PREFIX)/share/bash-completion/completions
@@ -141,6 +146,10 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
+	for unit in $(UNITS); do sed 's,/usr/bin/nbdkit-replication,$(PREFIX)/bin/nbdkit-replication,' "systemd/$$unit" | \
+	    install -D -m 644 /dev/stdin "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
+	for conf in $(USER_CONF); do install -D -m 644 "systemd/$$conf.conf" \
+	    "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done
 	for page in $(MAN_PAGES); do install -D -m 644 "build/man/$$page" \
 	    "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 	install -D -m 644 completion/replctl "$(DESTDIR)$(BASHDIR)/replctl"
@@ -150,6 +159,8 @@ uninstall: ## Remove what install has put there
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
 	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
+	for unit in $(UNITS); do rm -f "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
+	for conf in $(USER_CONF); do rm -f "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done
 	for page in $(MAN_PAGES); do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$$page" || exit 1; done
 	rm -f "$(DESTDIR)$(BASHDIR)/replctl"
 

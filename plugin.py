@@ -47,6 +47,8 @@ from replication.server.export import Export, Exports
 from replication.server.hangup import HangupGuard
 from replication.server.placement import Placement
 from replication.server.threads import ThreadStates
+from replication.service.notify import Notifier
+from replication.service.pulse import Pulse
 
 API_VERSION = 2
 
@@ -84,6 +86,7 @@ class Process:
     error_lines = ErrorLines(LOG.put)
     placement: Placement | None = None
     host_watch = clients.HostWatch()
+    pulse: Pulse | None = None
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -197,7 +200,8 @@ def _get_ready() -> None:
         state.close()
         raise
     Process.node = node
-    Process.disconnector = Disconnector(nbdkit.shutdown, Process.options.control, _unended, cleanup)
+    Process.pulse = Pulse(Notifier(os.environ), Process.options.control, hub)
+    Process.disconnector = Disconnector(_shutdown, Process.options.control, _unended, cleanup)
     commands = Commands(node, Process.disconnector.end)
     Process.commands = commands
 
@@ -225,6 +229,13 @@ def _execute(name: str, arguments: dict[str, Any]) -> Answer:
     return Process.commands.execute(name, arguments)
 
 
+def _shutdown() -> None:
+    """The process was told to end."""
+    if Process.pulse is not None:
+        Process.pulse.stop()
+    nbdkit.shutdown()
+
+
 def _unended() -> bool:
     """While nbdkit ends: it waits for threads that will never come, and no request is in flight any more."""
     return Process.hangup_guard.stuck > 0 and (Process.node is None or Process.node.gate.idle)
@@ -246,10 +257,14 @@ def after_fork() -> None:
     if Process.options.placement:
         Process.placement = Placement(Process.node.traffic, nbdkit.debug)
         Process.placement.start()
+    if Process.pulse is not None:
+        Process.pulse.start()
 
 
 def cleanup() -> None:
     """No request is in flight any more, and none will come."""
+    if Process.pulse is not None:
+        Process.pulse.stop()
     Process.host_watch.stop()
     if Process.placement is not None:
         Process.placement.stop()

@@ -76,6 +76,10 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host
+        launch.py               folders, sockets, nbdkit's command line; becomes nbdkit
+        sockets.py              those of systemd, and those that are missing
+        pulse.py                tells systemd that the node answers, and how it is
+        notify.py               datagrams to systemd
         config.py               what a NAME stands for: its file
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         commands.py             replctl's commands

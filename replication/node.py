@@ -23,6 +23,7 @@ from replication.jobs import JobList
 from replication.log import log, surviving
 from replication.options import Durability, Options
 from replication.order.gate import Gate, GateStuck
+from replication.order.pause import pause
 from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
 from replication.primary.side import PrimarySide
 from replication.record.ancestry import Ancestry
@@ -545,6 +546,7 @@ class Node:
 
     def query(self) -> dict[str, Any]:
         """query-replication."""
+        pause("query.begun")
         fault = self._faults.fault
         return {
             "mode": self.side.mode.value,

@@ -17,8 +17,14 @@ from waiting import DEADLINE_S
 
 PREFIX = "/usr/local"
 PLUGINS = "/usr/lib/nbdkit/plugins"
-SCRIPTS = ("replctl", "ft-agent")
-PAGES = ("man1/nbdkit-replication-plugin.1", "man5/replication.toml.5", "man8/ft-agent.8", "man8/replctl.8")
+SCRIPTS = ("replctl", "ft-agent", "nbdkit-replication")
+PAGES = (
+    "man1/nbdkit-replication-plugin.1",
+    "man5/replication.toml.5",
+    "man8/ft-agent.8",
+    "man8/nbdkit-replication.8",
+    "man8/replctl.8",
+)
 
 
 @dataclass
@@ -93,6 +99,25 @@ def test_the_manual_pages_are_installed(installed: Installed) -> None:
     for page in PAGES:
         name, _, section = Path(page).name.rpartition(".")
         assert f".TH {name.upper()} {section} " in (folder / page).read_text(encoding="utf-8").replace('"', "")
+
+
+def test_the_units_start_what_is_installed(installed: Installed) -> None:
+    folder = installed.root / PREFIX.lstrip("/") / "lib"
+    unit = (folder / "systemd/system/nbdkit-replication@.service").read_text()
+    assert f"\nExecStart={PREFIX}/bin/nbdkit-replication %i\n" in unit
+    assert (installed.bin / "nbdkit-replication").is_file()
+    assert "ListenStream=" in (folder / "systemd/system/nbdkit-replication@.socket").read_text()
+    for conf in ("sysusers", "tmpfiles"):
+        assert "nbdkit-replication" in (folder / f"{conf}.d/nbdkit-replication.conf").read_text()
+
+
+def test_the_installed_launcher_starts_the_installed_plugin(installed: Installed, tmp_path: Path) -> None:
+    (tmp_path / "vm1.toml").write_text('mode = "primary"\n[disk.a]\ndisk = "/d"\n')
+    done = run(
+        "env", f"NBDKIT_REPLICATION_CONFIG_DIR={tmp_path}", installed.bin / "nbdkit-replication", "--print", "vm1"
+    )
+    assert done.returncode == 0
+    assert f"{installed.root}{PREFIX}/lib/nbdkit-replication/plugin.py" in done.stdout.split()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

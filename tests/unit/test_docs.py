@@ -347,7 +347,7 @@ def test_pages_name_each_other() -> None:
     known = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in re.findall(r"\S+\.\d", _pages_of_makefile())}
     for text in (*DOCUMENTS.values(), *(page.text for page in PAGES.values())):
         for name, section in re.findall(
-            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent)\((\d)\)", text
+            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent|nbdkit-replication)\((\d)\)", text
         ):
             assert known[name] == section
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""systemd/: what systemd itself says of the units, and that they, the code and the pages agree."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from checkout import REPOSITORY
+from manpages import Page
+from replication.server.disconnect import END_S
+from replication.service import config
+from waiting import DEADLINE_S
+
+SYSTEMD = REPOSITORY / "systemd"
+EXPOSURE_MAX = 3.0
+"""Of `systemd-analyze security`, from 0 to 10."""
+
+
+def unit(suffix: str) -> configparser.ConfigParser:
+    read = configparser.ConfigParser(strict=False, interpolation=None)
+    read.optionxform = str  # type: ignore[assignment,method-assign]
+    read.read(SYSTEMD / f"nbdkit-replication@.{suffix}")
+    return read
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A root with the units of a node vm1 and what they name."""
+    units = tmp_path / "etc/systemd/system"
+    units.mkdir(parents=True)
+    for suffix in ("service", "socket"):
+        text = (SYSTEMD / f"nbdkit-replication@.{suffix}").read_text()
+        # There are no such programs and pages here, and a unit of another one would be complained of.
+        text = re.sub(r"^Documentation=.*\n", "", text, flags=re.MULTILINE)
+        text = text.replace("/usr/bin/nbdkit-replication", "/bin/true")
+        (units / f"nbdkit-replication@vm1.{suffix}").write_text(text)
+    return units
+
+
+def analyzed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd")
+    return subprocess.run(
+        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def test_systemd_understands_the_units(host: Path) -> None:
+    done = analyzed("verify", *sorted(host.iterdir()))
+    said = [line for line in done.stderr.splitlines() if "nbdkit-replication" in line]
+    assert (done.returncode, said) == (0, [])
+
+
+def test_the_service_is_locked_down(host: Path) -> None:
+    done = analyzed("security", "--offline=true", "--no-pager", host / "nbdkit-replication@vm1.service")
+    found = re.search(r"exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert found is not None, done
+    assert float(found[1]) < EXPOSURE_MAX
+
+
+def test_the_units_have_the_paths_of_the_code() -> None:
+    service, listener = unit("service"), unit("socket")
+    assert f"{config.STATE_DIR}/%i" == f"/var/lib/{service['Service']['StateDirectory']}"
+    assert f"{config.RUN_DIR}/%i" == f"/run/{service['Service']['RuntimeDirectory']}"
+    assert listener["Socket"]["ListenStream"] == f"{config.RUN_DIR}/%i/guest.sock"
+    for read in (service, listener):
+        assert read["Unit"]["AssertPathExists"] == f"{config.CONFIG_DIR}/%i{config.SUFFIX}"
+    assert int(listener["Socket"]["SocketMode"], 8) == config.SOCKET_MODE
+    for conf in ("sysusers", "tmpfiles"):
+        assert service["Service"]["User"] in (SYSTEMD / f"{conf}.conf").read_text()
+
+
+def test_a_stop_has_the_time_that_the_node_takes() -> None:
+    given_s = float(unit("service")["Service"]["TimeoutStopSec"].removesuffix("s"))
+    assert END_S < given_s <= 10
+    assert f"ends within {END_S:g} seconds" in Page("nbdkit-replication").text
+
+
+def test_the_exit_codes_are_those_of_the_page() -> None:
+    script = (REPOSITORY / "scripts/nbdkit-replication").read_text()
+    codes = re.search(r"^EXIT_FAILED, EXIT_CONFIG = (\d+), (\d+)$", script, re.MULTILINE)
+    assert codes is not None
+    heads = [entry.plain for entry in Page("nbdkit-replication").entries("EXIT CODES")]
+    assert heads == ["0", codes[1], "2", codes[2]]
+    assert unit("service")["Service"]["RestartPreventExitStatus"] == codes[2]
