@@ -45,8 +45,14 @@ _BOOLEANS = {
 }
 
 
+URI_MAX = 4096
+"""Characters: it is part of the record in the state folder, which has its room from the start."""
+
+
 def check_uri(uri: str, disks: int) -> None:
     """ConfigError unless the URI can name the secondary of that many disks."""
+    if len(uri) > URI_MAX:
+        raise ConfigError(f"'{uri[:40]}...' has {len(uri)} characters; the URI of a secondary has {URI_MAX} at most")
     if not is_uri(uri) or "\0" in uri:
         raise ConfigError(f"'{uri}' is not an NBD URI such as nbd://HOST:PORT or nbd+unix:///?socket=PATH")
     if export_of(uri) and disks > 1:

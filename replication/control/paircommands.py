@@ -15,8 +15,8 @@ from replication.control import qmp
 from replication.control.commands import Commands
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
-from replication.record.lineage import Lineage
-from replication.record.state import EPOCH_MAX
+from replication.record.lineage import Lineage, check_id
+from replication.record.state import check_epoch
 from replication.secondary.pairing import Channel
 
 SHARED = (
@@ -109,6 +109,7 @@ class PairCommands:
         generation, history = arguments["generation"], arguments.get("history", [])
         try:
             # A primary's lineage must be one: what is adopted stands in the state folder of this node afterwards.
+            check_id("generation", generation)
             Lineage.from_json({**Lineage(generation).to_json(), "history": history})
         except (TypeError, ValueError) as error:
             raise CommandError(f"Invalid parameter 'generation' or 'history': {error}") from error
@@ -173,5 +174,7 @@ class PairCommands:
 
 
 def _check_epoch(epoch: int) -> None:
-    if not 0 <= epoch < EPOCH_MAX:
-        raise CommandError("Parameter 'epoch' expects the number of an epoch")
+    try:
+        check_epoch(epoch)
+    except ValueError as error:
+        raise CommandError("Parameter 'epoch' expects the number of an epoch") from error

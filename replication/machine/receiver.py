@@ -149,7 +149,9 @@ class Receiver:
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
-            command, epoch = str(request["do"]), int(request.get("epoch", 0))
+            command, epoch = str(request["do"]), request.get("epoch", 0)
+            if type(epoch) is not int or not 0 <= epoch < 1 << 63:
+                raise ValueError("epoch is no number of a checkpoint")
             if command == "prepare":
                 return {"bytes": self._prepare(epoch)}
             with self._lock:

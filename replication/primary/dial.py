@@ -16,7 +16,9 @@ of 5 leads to a resync that sends too much, never to one that sends too little: 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +31,7 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.record.ancestry import Ancestry
 from replication.record.lineage import Lineage, Verdict, check_id, decide, new_id
-from replication.record.state import EPOCH_MAX
+from replication.record.state import StateError, check_epoch
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
 from replication.stage import Stage
 from replication.uri import export_of
@@ -37,6 +39,13 @@ from replication.uri import export_of
 ANSWER_S = 30.0
 """Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
 times a second; if not, the wait ends with the link, within `timeout`."""
+
+
+SIZE_MAX = 1 << 47
+"""Of a disk whose size the other side tells: one change map of it takes 2 GiB."""
+
+_PART_MIN = 64 << 20
+"""Bytes of the disk between two parts of a change map: the parts have 4096 runs of 64 KiB and as many gaps."""
 
 
 class Refusal(ReplicationError):
@@ -178,11 +187,10 @@ class Dialler:
             },
         )
         try:
-            agreement.token, agreement.node = str(answer["token"]), str(answer["node"])
-            agreement.epoch = int(answer["epoch"])
-            if not 0 <= agreement.epoch < EPOCH_MAX:
-                raise ValueError(f"epoch {agreement.epoch}")
-            check_id("node", agreement.node)
+            agreement.token = _check_token(answer["token"])
+            agreement.epoch = check_epoch(answer["epoch"])
+            check_id("node", answer["node"])
+            agreement.node = answer["node"]
             agreement.batches = bool(answer["batches"])
             agreement.durable = answer["durability"] == Durability.POWER.value
             agreement.running = answer["stage"] == Stage.RUNNING.value
@@ -201,7 +209,10 @@ class Dialler:
         if agreement.verdict is Verdict.FULL or sync == "full":
             for disk in self._disks:
                 if disk.local is None:
-                    raise Refusal(f"the secondary needs all of disk '{disk.name}', and there is no local disk to send")
+                    raise Refusal(
+                        f"the secondary needs all of disk '{disk.name}', and there is no local disk to send: copy it, "
+                        "then start with sync=none"
+                    )
         if agreement.verdict is Verdict.QUICK:
             for disk in self._disks:
                 self._take_map(agreement, peer, disk, names[disk.name])
@@ -227,9 +238,7 @@ class Dialler:
             try:
                 disk.changes.mark_ranges(answer["ranges"])
                 further = answer["next"]
-                if further is not None and further <= start:
-                    raise ValueError("its change map does not end")
-                start = further
+                start = None if further is None else _check_further(start, further, disk.changes.size)
             except (KeyError, TypeError, ValueError) as error:
                 raise Refusal(f"the secondary {agreement.uri} is of another version: {error}") from error
 
@@ -303,6 +312,8 @@ class Dialler:
         if connection.description in FOR_GUESTS:
             # A primary (the old one, or this very process), or the wrong face: that guest's writes would be lost.
             raise DiskError(f"{uri} is no secondary, but a guest writes there ({connection.description})")
+        if not 0 < size <= SIZE_MAX:
+            raise DiskError(f"{uri} has {size} bytes: that is no size of a disk")
         if disk.size and size != disk.size:
             raise DiskError(f"disk '{disk.name}' has {disk.size} bytes here, but {size} on the secondary {uri}")
 
@@ -337,6 +348,7 @@ class Dialler:
             self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or keeps else lineage)
             return
         marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
+        former = self._ancestry.lineage
         if agreement.verdict is Verdict.FULL or (agreement.verdict is Verdict.EQUAL and marked):
             # Not equal as long as something is marked: a failover there would make a mere ancestor of this node.
             self._ancestry.become(lambda lineage: lineage.renewed(new_id()))
@@ -344,9 +356,14 @@ class Dialler:
             self._ancestry.become(lambda lineage: lineage.paired_as_equal(new_id()))
             if any(disk.changes.outdated if sync == "none" else disk.changes.missing for disk in self._disks):
                 self._ancestry.part()  # a write since the look above, which nobody will forward
+        settled = self._ancestry.lineage
         try:
-            self._tell(agreement, agreement.verdict.value, self._ancestry.lineage, marked)
+            self._tell(agreement, agreement.verdict.value, settled, marked)
         except PeerError as error:
+            if not former.shared:
+                # It has changed nothing there, and nobody else has what this node had: so nothing has changed here.
+                with contextlib.suppress(StateError):
+                    self._ancestry.become(lambda lineage: former if lineage == settled else lineage)
             raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
 
     def tell_complete(self, agreement: Agreement) -> None:
@@ -379,6 +396,21 @@ class Dialler:
             },
         )
         agreement.generation = mine.current
+
+
+def _check_token(token: object) -> str:
+    """What names a session is part of an export's name; ValueError unless it can be."""
+    if not isinstance(token, str) or not re.fullmatch("[0-9A-Za-z]{1,64}", token):
+        raise ValueError("its token is none")
+    return token
+
+
+def _check_further(start: int, further: object, size: int) -> int:
+    """Where the next part of a change map begins; ValueError when that is not worth another message: one that has said
+    all, or says it in steps so small that they would never end."""
+    if type(further) is not int or not start + _PART_MIN <= further < size:
+        raise ValueError("its change map does not end")
+    return further
 
 
 def _nothing(_name: str, _data: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.forward import cut
 from replication.primary.link import Link
 from replication.primary.peer import Peer, PeerError
-from replication.record.state import EPOCH_MAX
+from replication.record.state import check_epoch
 from replication.side import Setting
 from replication.stage import Mode, Stage
 
@@ -67,8 +67,8 @@ class Epochs:
         self._lock = threading.Lock()
         self._held: Epoch | None = None
         # Of the last one that was cut. One that was aborted keeps its number, so that a commit that comes too late does
-        # not hit another epoch.
-        self._number = 0
+        # not hit another epoch; a process that follows knows it, too.
+        self._number = setting.state.last_held
 
     @property
     def held(self) -> int | None:
@@ -87,6 +87,7 @@ class Epochs:
         """Cut an epoch now and return its number; CommandError."""
         self._check_free()
         epoch = self._cut()
+        self._set.state.note_held(epoch.number)
         timer = threading.Timer(self._set.options.timeout_s, self._forgotten, (epoch,))
         timer.daemon = True
         with self._lock:
@@ -207,14 +208,15 @@ class Epochs:
             self._link.synchronized()  # the resync's last pass has not got so far, but the cut has
         arguments = {"token": epoch.agreement.token, "epoch": epoch.number}
         try:
-            number = int(peer.call("replication-checkpoint", arguments, self._take_s)["epoch"])
-            if not 0 <= number < EPOCH_MAX:
-                raise ValueError(f"epoch {number}")
-            return number
+            return check_epoch(peer.call("replication-checkpoint", arguments, self._take_s)["epoch"])
         except PeerError as error:
             raise self._refused(epoch.agreement, peer, error) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise CommandError("The secondary answers the checkpoint with something else") from error
+            self._link.broken(epoch.agreement, DiskError("the secondary answers a checkpoint with something else"))
+            raise CommandError(
+                f"It is not known whether the secondary has taken checkpoint {epoch.number}: it answers with something "
+                "else"
+            ) from error
         except DiskError as error:
             # Perhaps it has taken it: the link must not be used as if it had not.
             self._link.broken(epoch.agreement, error)
@@ -230,7 +232,8 @@ class Epochs:
         except (DiskError, PeerError) as failure:
             log(f"it is not known in which stage the secondary has refused a checkpoint: {failure}")
         else:
-            mode, stage = status.get("mode"), status.get("stage")
+            known = isinstance(status, dict)
+            mode, stage = (str(status.get(name))[:20] if known else "?" for name in ("mode", "stage"))
             if mode != Mode.SECONDARY.value or stage not in (Stage.NONE.value, Stage.RUNNING.value):
                 self._link.broken(agreement, DiskError(f"the secondary has become a {mode} in stage {stage}"))
         # Until it says otherwise (watch.py), or takes one.

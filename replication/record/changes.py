@@ -346,6 +346,11 @@ class ChangeMap:
         return first * GRAIN, min(stop * GRAIN, self._size) - first * GRAIN
 
     @property
+    def size(self) -> int:
+        """Of the disk, in bytes."""
+        return self._size
+
+    @property
     def marked_bytes(self) -> int:
         """Upper bound of the bytes that the secondary lacks."""
         return min(self._dirty * GRAIN, self._size)

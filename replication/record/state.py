@@ -58,8 +58,24 @@ _OPENED = 4
 """Which word of the epoch page stands for the boot in which a primary has opened the folder and not yet closed it."""
 _TAKEN = 5
 """Which words of the epoch page have the boot-time clock of the last checkpoint, and the boot in which it ran."""
+_HELD = 16
+"""Which words of the epoch page have the number of the last epoch that a primary has cut to be held, and its boot."""
+_ASKED = 18
+"""Which word of the epoch page has the number of the last checkpoint if that is the primary's for it, else 0."""
+_UNKNOWN_HOLDS = 1 << 20
+"""More epochs than a primary can have held since its page was last written out: 30 s."""
 EPOCH_MAX = 1 << 62
 """So that the next ones fit into their word as well: 10^11 years of a checkpoint every second."""
+FOREIGN_MAX = 1 << 48
+"""Up to here the other node's number of an epoch is taken over. What is beyond it nobody has counted, and a number near
+EPOCH_MAX, once taken over, would leave no room for the next ones: this node then counts by itself."""
+
+
+def check_epoch(number: object) -> int:
+    """The number of an epoch that came from elsewhere; ValueError unless it is one."""
+    if type(number) is not int or not 0 <= number < EPOCH_MAX:
+        raise ValueError("it is not the number of an epoch")
+    return number
 
 
 class StateError(ReplicationError):
@@ -334,14 +350,17 @@ class StateFolder:
 
     def next_epoch(self, number: int = 0) -> int:
         """The number that `begin_epoch` would give."""
-        return self.epoch if self.emptying else max(self.epoch + 1, number)
+        return self.epoch if self.emptying else max(self.epoch + 1, _countable(number))
 
     def begin_epoch(self, number: int = 0) -> None:
         """From here on the next checkpoint will be finished, if not by this process then by the next, which begins
         the same one again. It gets the primary's `number`, if that is a later one than its own would be. StateError,
         with nothing changed, only when `durable`."""
         if not self.emptying:
-            self._store(0, self.next_epoch(number) << 1 | 1)
+            following = self.next_epoch(number)
+            # Before: with the word of the epoch it is stored, stable and all.
+            self._put_if_room(_ASKED, following if following == number else 0)
+            self._store(0, following << 1 | 1)
 
     def end_epoch(self, duration_s: float) -> None:
         """The checkpoint is complete. StateError only when `durable`: the next process completes it again."""
@@ -354,12 +373,30 @@ class StateFolder:
         the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
         self._note_taken()
         self._put_if_room(1, *_clock(duration_s))
-        self._put_if_room(0, max(self.epoch + (not joins), number) << 1)
+        self._put_if_room(0, max(self.epoch + (not joins), _countable(number)) << 1)
 
     def count_from(self, number: int) -> None:
         """The next epoch comes after `number`, too: the other node has got so far."""
-        if number > self.epoch and not self.emptying:
+        if _countable(number) > self.epoch and not self.emptying:
             self._store(0, number << 1)
+
+    @property
+    def asked(self) -> bool:
+        """Whether the last checkpoint has the number that its primary gave it: it is the one that was asked for by that
+        number, and no other."""
+        return self._words[_ASKED] == self.epoch
+
+    def note_held(self, number: int) -> None:
+        """An epoch of that number was cut to be held: whatever becomes of it, no other one gets its number."""
+        self._put_if_room(_HELD, number, _boot_word())
+
+    @property
+    def last_held(self) -> int:
+        """The highest number that an epoch can have had that was held; 0 when none was."""
+        number = self._words[_HELD]
+        if not 0 < number <= EPOCH_MAX:
+            return 0
+        return number if self._words[_HELD + 1] == _boot_word() else number + _UNKNOWN_HOLDS
 
     # -- a primary's host ----------------------------------------------------------------------------------
 
@@ -481,6 +518,11 @@ class StateFolder:
             if fd >= 0:
                 os.close(fd)
         self._epoch_fd = self._lock_fd = -1
+
+
+def _countable(number: int) -> int:
+    """The other node's number, 0 where it is beyond what anybody has counted."""
+    return number if number <= FOREIGN_MAX else 0
 
 
 def _make_folder(path: str) -> None:

@@ -242,9 +242,9 @@ class Pairing:
         session.agreed = True
 
     def _complete(self, generation: str, history: tuple[str, ...]) -> None:
-        self._offered = (generation, history)
         if self._set.record.resync:
             self._become(lambda lineage: lineage, False)
+        self._offered = (generation, history)
 
     def _begin_full(self, generation: str) -> None:
         """Nothing here is a state of that primary's disks, so there is no checkpoint to keep meanwhile."""
@@ -266,6 +266,10 @@ class Pairing:
         former, lineage = (record.resync, record.paired), self._ancestry.lineage
         if former == (resync, True) and change(lineage) == lineage:
             return
+        try:
+            Lineage.from_json(change(lineage).to_json())
+        except ValueError as error:  # a generation that stands in this node's history, say
+            raise CommandError(f"what the primary says of its generations does not fit: {error}") from error
         record.resync, record.paired = resync, True
         take_back = self._ancestry.note(change)
         try:

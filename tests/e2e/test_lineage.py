@@ -32,13 +32,13 @@ import nbd
 import pytest
 
 from content import KIB, changed, make_raw, pattern, whole
+from fakeprimary import FakePrimary
 from lab import Lab
 from nbdprocess import silent
 from nodes import Server, drained, nbd_refusal, refused
 from pausepoints import PausePoints
 from qmp import Qmp, QmpError
-from replication.options import CONTROL_EXPORT, DATA_EXPORT
-from replication.record.lineage import OUTDATED, SPLIT_BRAIN, UNRELATED, Lineage
+from replication.record.lineage import OUTDATED, SPLIT_BRAIN, UNRELATED
 from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
@@ -939,59 +939,6 @@ def test_what_a_guest_writes_after_a_discard_nobody_has_given_up(world: World) -
 # -- one primary at a time ------------------------------------------------------------------------------------
 
 
-class FakePrimary:
-    """Says over the control export of a secondary what it is told to."""
-
-    def __init__(self, server: Server, node: str) -> None:
-        self._handle = server.connect(CONTROL_EXPORT)
-        self._server = server
-        self._node = node
-        self._buffer = b""
-        self._serial = 0
-        self.call("qmp_capabilities")
-
-    def call(self, command: str, **arguments: object) -> Any:
-        """What the secondary returns; QmpError when it refuses."""
-        self._serial += 1
-        message = {"execute": command, "arguments": arguments, "id": self._serial}
-        self._handle.pwrite(json.dumps(message).encode() + b"\n", 0)
-        deadline = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            self._buffer += bytes(self._handle.pread(16 * KIB, 0))
-            *lines, self._buffer = self._buffer.split(b"\n")
-            for answer in (json.loads(line) for line in lines if line):
-                if answer.get("id") == self._serial:
-                    if "error" in answer:
-                        raise QmpError(answer["error"]["desc"], answer["error"]["class"])
-                    return answer["return"]
-        raise AssertionError(f"no answer to {command}")
-
-    def pair(self, timeout_s: float = 60.0) -> str:
-        """Begin a session; its token."""
-        answer = self.call(
-            "replication-pair",
-            node=self._node,
-            lineage=Lineage().to_json(),
-            disks={"disk0": SIZE},
-            epoch=0,
-            timeout=timeout_s,
-        )
-        return str(answer["token"])
-
-    def refused_pair(self) -> str:
-        """Why a session is refused."""
-        with pytest.raises(QmpError) as caught:
-            self.pair()
-        return caught.value.desc
-
-    def data(self, token: str) -> nbd.NBD:
-        """A connection for data."""
-        return self._server.connect(f"{DATA_EXPORT}:{token}:disk0")
-
-    def close(self) -> None:
-        self._handle.shutdown()
-
-
 @pytest.fixture
 def secondary(world: World) -> Server:
     """That of node B, running and new."""
@@ -1003,7 +950,7 @@ def secondary(world: World) -> Server:
 def test_while_a_primary_is_paired_others_read_the_target_face_but_do_not_write(secondary: Server) -> None:
     stranger = secondary.connect("disk0")
     stranger.pwrite(pattern(2, BLOCK), 0)
-    fake = FakePrimary(secondary, "1" * 16)
+    fake = FakePrimary(secondary, "1" * 16, SIZE)
     token = fake.pair()
     data = fake.data(token)
     for other in (stranger, secondary.connect("disk0")):
@@ -1027,7 +974,7 @@ def test_while_a_primary_is_paired_others_read_the_target_face_but_do_not_write(
 
 
 def test_a_connection_with_a_former_or_an_invented_token_does_not_write(secondary: Server) -> None:
-    fake = FakePrimary(secondary, "1" * 16)
+    fake = FakePrimary(secondary, "1" * 16, SIZE)
     former = fake.data(fake.pair())
     former.pwrite(pattern(2, BLOCK), 0)
     token = fake.pair()
@@ -1044,7 +991,7 @@ def test_a_connection_with_a_former_or_an_invented_token_does_not_write(secondar
 
 
 def test_the_session_ends_with_the_control_connection(secondary: Server) -> None:
-    fake = FakePrimary(secondary, "1" * 16)
+    fake = FakePrimary(secondary, "1" * 16, SIZE)
     token = fake.pair()
     for verdict in ("equal", "complete"):
         fake.call("replication-pair-sync", token=token, verdict=verdict, generation="2" * 16, marked=False)
@@ -1057,7 +1004,7 @@ def test_the_session_ends_with_the_control_connection(secondary: Server) -> None
 
 
 def test_a_silent_primary_counts_as_lost_although_its_connection_is_open(secondary: Server) -> None:
-    fake = FakePrimary(secondary, "1" * 16)
+    fake = FakePrimary(secondary, "1" * 16, SIZE)
     token = fake.pair(0.3)
     for verdict in ("equal", "complete"):
         fake.call("replication-pair-sync", token=token, verdict=verdict, generation="2" * 16, marked=False)
@@ -1071,7 +1018,7 @@ def test_a_silent_primary_counts_as_lost_although_its_connection_is_open(seconda
 
 
 def test_a_second_primary_is_refused_until_the_first_was_silent_for_twice_its_timeout(secondary: Server) -> None:
-    first, second = (FakePrimary(secondary, digit * 16) for digit in "12")
+    first, second = (FakePrimary(secondary, digit * 16, SIZE) for digit in "12")
     first.pair()
     assert second.refused_pair().startswith(f"it has a primary already (node {'1' * 16}), which was heard of ")
     timeout_s = 0.3
