@@ -309,7 +309,11 @@ class Node:
                 raise CommandError("The commit after failover is still under way: try again in stage done")
             if self.stage is Stage.RUNNING and self._record.led and mode is not Mode.PRIMARY and secondary is None:
                 self._record.led = False
-                self._save()
+                try:
+                    self._save()
+                except BaseException:
+                    self._record.led = True
+                    raise
                 return
             if self.stage not in (Stage.NONE, Stage.DONE):
                 raise CommandError("Block replication is running or done")
@@ -336,6 +340,8 @@ class Node:
             if self.side is side:  # also when only the secondary's checkpoint could not be given up
                 side.take_account()
                 former.retire()
+            else:
+                side.end_threads()
 
     def demote(self) -> None:
         """replication-demote: a secondary that was promoted becomes one again, with its disks as they are, and runs.
@@ -350,6 +356,7 @@ class Node:
     def _become_secondary(self) -> None:
         former, record = self.side, self._record
         kind, kept = type(former), replace(record)
+        take_back = self._ancestry.note(lambda lineage: lineage)
         try:
             former.settle()  # what takes long, while the guest's face is still there
         except DiskError as error:
@@ -372,6 +379,7 @@ class Node:
                 raise
         except (ConfigError, CommandError, GateStuck, StateError) as error:
             record.take(kept)
+            take_back()
             try:
                 self._restore(kind)
             except ConfigError as failure:
@@ -379,18 +387,25 @@ class Node:
             raise CommandError(f"cannot become a secondary: {error}") from error
         self._faults.clear()
         side.launch()
+        try:
+            self._state.closed_well()  # as a primary
+        except StateError as error:
+            log(f"after a loss of power this node would take all of its disks for changed: {error}")
 
     def _restore(self, kind: type[Side]) -> None:
-        """As it was before; ConfigError when its own disks cannot be opened any more."""
+        """As it was before, which needs no save: a side that makes room for another one has not ended in good order
+        (Side.close). ConfigError when its own disks cannot be opened any more."""
         side: Side = kind(self._setting(lambda: side))
         side.open()
-        self._save()  # the good end of the former side counts no longer
         side.show_stage(self.stage)
         with self.gate.closed():
             self.side = side
             self.faces.clear()
             self.faces.update(side.faces())
-        side.launch()
+        try:
+            side.launch()
+        except StateError as error:  # the page says already that it is open
+            log(str(error))
 
     def checkpoint(self) -> tuple[int, float]:
         """replication-checkpoint: the epoch and the seconds that it took."""
@@ -436,9 +451,9 @@ class Node:
             raise CommandError(f"This is a secondary: to {what} an epoch is a matter of its primary")
         return self.side
 
-    def discard(self, checkpoint: bool = False) -> None:
+    def discard(self, checkpoint: bool | None = None) -> None:
         """replication-discard: what was written here may be overwritten by a primary, or (`checkpoint`) the last
-        checkpoint by the one that is connected."""
+        checkpoint by the one that is connected; None: whichever keeps one from going on."""
         with self._commanding():
             self.side.discard(checkpoint)
 
@@ -460,7 +475,10 @@ class Node:
             secondary = self._secondary()
             self._ledger.tidy()
             token = secondary.pairing.pair(channel, node, lineage, disks, timeout_s)
-            self._state.count_from(epoch)
+            try:
+                self._state.count_from(epoch)
+            except StateError as error:  # with a checkpoint it can be, the number comes along
+                log(f"the primary's epoch {epoch} is not counted from: {error}")
             return {
                 "token": token,
                 "node": self._record.node,
@@ -519,6 +537,9 @@ class Node:
         with ExitStack() as parted:
             side = self.side
             if not failover and isinstance(side, SecondarySide) and self._check_running():
+                with self._commanding():
+                    if self._check_running():
+                        side.prepare_stop()
                 # Without the command lock: the primary says good-bye by a command.
                 parted.enter_context(side.pairing.parting(PARTING_S))
             with self._commanding(urgent=failover):

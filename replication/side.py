@@ -143,7 +143,7 @@ class Side(ABC):
         """From failover-failed back to failover. `force`: although there is no valid checkpoint."""
 
     @abstractmethod
-    def discard(self, checkpoint: bool) -> None:
+    def discard(self, checkpoint: bool | None) -> None:
         """Give up what was written here, if a primary wants to overwrite it; `checkpoint`: the last checkpoint, for a
         resync that is at work."""
 
@@ -175,7 +175,8 @@ class Side(ABC):
     @abstractmethod
     def close(self, wait_s: float | None = None) -> bool:
         """End threads, and let go of disks when everything is on stable storage. False when that takes longer than
-        `wait_s` seconds (as long as the end of a process may take, if nothing is said): then it keeps the disks."""
+        `wait_s` seconds (as long as the end of a process may take, if nothing is said): then it keeps the disks. Only
+        the end of a process is noted as a good one: with `wait_s` another side follows, or this one again."""
 
 
 def disk_list(disks: dict[str, int]) -> str:

@@ -119,10 +119,14 @@ def retry(client: Session, options: argparse.Namespace) -> None:
 
 def discard(client: Session, options: argparse.Namespace) -> None:
     """Allow the next primary to overwrite what was written here."""
+    # Nothing but what the person has agreed to: a primary may connect, or leave, while the text is read.
+    status = client.call("query-replication")
+    stands_in_the_way = "discard --checkpoint" in str(status.get("checkpoint-obstacle"))
+    checkpoint = options.checkpoint or (stands_in_the_way and bool((status.get("link") or {}).get("primary")))
     if not options.yes:
-        confirm(options, DISCARD_CHECKPOINT_TEXT if options.checkpoint else DISCARD_TEXT, "discard")
-    client.call("replication-discard", **({"checkpoint": True} if options.checkpoint else {}))
-    if options.checkpoint or (client.call("query-replication").get("link") or {}).get("primary"):
+        confirm(options, DISCARD_CHECKPOINT_TEXT if checkpoint else DISCARD_TEXT, "discard")
+    client.call("replication-discard", checkpoint=checkpoint)
+    if checkpoint:
         tell(options, "the last checkpoint was given up; the next one is taken when the primary has sent everything")
     else:
         tell(options, "what was written here may be overwritten by the primary that connects next")

@@ -50,9 +50,9 @@ class Replicated(Protocol):
     def demote(self) -> None:
         """Make an owner of disks a secondary again."""
 
-    def discard(self, checkpoint: bool = False) -> None:
+    def discard(self, checkpoint: bool | None = None) -> None:
         """Allow that what was written here is overwritten by a primary; `checkpoint`: give up the last checkpoint, for
-        a resync that is at work."""
+        a resync that is at work; None: what can be given up as things are."""
 
     def lost_heartbeat(self) -> None:
         """The peer is dead: a secondary fails over, a primary stops."""
@@ -154,8 +154,8 @@ class Commands:
         return {}
 
     def _discard(self, arguments: Mapping[str, Any]) -> Any:
-        if arguments.get("checkpoint", False):
-            self._node.discard(checkpoint=True)
+        if "checkpoint" in arguments:
+            self._node.discard(checkpoint=arguments["checkpoint"])
         else:
             self._node.discard()
         return {}

@@ -180,8 +180,9 @@ class Link:
         """Start the thread. `resume`: a former process was running."""
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="link", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="link", daemon=True)
+                thread.start()
+                self._thread = thread
             if resume:
                 self._wanted = True
                 self._show_locked(LinkState.CONNECTING)

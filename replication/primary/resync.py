@@ -184,8 +184,9 @@ class Resync:
         with self._changed:
             if self._thread is not None:
                 return
-            self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="resync", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def request(self) -> None:
         """Something is missing: send it, but not sooner than after the last failure."""

@@ -18,6 +18,7 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.fault import Case, Fault
 from replication.log import log
 from replication.options import check_uri
+from replication.order.gate import GateStuck
 from replication.order.pause import pause
 from replication.primary.backlog import Budget, Entry
 from replication.primary.dial import ANSWER_S, Agreement, Refusal
@@ -171,8 +172,8 @@ class PrimarySide(Side):
 
     def _learn_size(self, disk: PrimaryDisk, size: int) -> None:
         if not disk.size:
-            disk.changes.close()
-            disk.changes = ChangeMap(None, size)
+            former, disk.changes = disk.changes, ChangeMap(None, size)
+            former.close()
             disk.size = size
             self._set.record.disks[disk.name] = size
 
@@ -197,6 +198,11 @@ class PrimarySide(Side):
                 secondary = absolute(secondary, self._set.options.folder)
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
+        try:
+            # Before anything else: a node that has no thread left for them must not have begun.
+            self._start_threads()
+        except RuntimeError as error:
+            raise CommandError(f"cannot start: {error}") from error
         if not self._link.wait_unattempted(ANSWER_S):
             raise CommandError("cannot start: an attempt to reach the former secondary has not ended yet; try again")
         if not all(disk.forwarder.wait_down(self._set.options.timeout_s) for disk in self.disks):
@@ -245,9 +251,6 @@ class PrimarySide(Side):
             if isinstance(error, DiskError | Refusal):
                 raise CommandError(f"cannot start: {error}") from error
             raise
-        self._resync.start()
-        self._watch.start()
-        self._link.launch(resume=False)
         self._link.establish(agreement, begin=True)
         if discard_checkpoint:
             try:
@@ -256,6 +259,18 @@ class PrimarySide(Side):
                 raise CommandError(
                     f"Replication has been started, but the secondary's last checkpoint was not given up: {error}"
                 ) from error
+
+    def _start_threads(self) -> None:
+        """Those that are not there yet; they have nothing to do before there is a link. RuntimeError."""
+        self._resync.start()
+        self._watch.start()
+        self._link.launch(resume=False)
+
+    def end_threads(self) -> None:
+        """A start has failed of a side that is nobody's, and is given up: the disks are another side's."""
+        self._resync.stop(_STOP_S)
+        self._link.close(_STOP_S)
+        self._watch.stop(_STOP_S)
 
     def checkpoint(self) -> None:
         """With a secondary that takes checkpoints, one of the pair (epochs.py); else a barrier: every write answered
@@ -345,7 +360,7 @@ class PrimarySide(Side):
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""
 
-    def discard(self, checkpoint: bool) -> None:
+    def discard(self, checkpoint: bool | None) -> None:
         if checkpoint:
             raise CommandError("This is a primary: the last checkpoint is its secondary's, so give it up there")
         raise CommandError(
@@ -384,10 +399,16 @@ class PrimarySide(Side):
         )
 
     def stop(self, failover: bool, force: bool) -> None:
+        held = self._epochs.held
         self._epochs.drop()  # first: writes of protocol=sync that wait for the end of a hold are in the gate
-        with self._set.gate.closed():
-            whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
-            self._set.enter(Stage.DONE)
+        try:
+            with self._set.gate.closed():
+                whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
+                self._set.enter(Stage.DONE)
+        except (GateStuck, StateError) as error:
+            if held is None:
+                raise
+            raise CommandError(f"{error}; replication goes on, but epoch {held}, which was held, is aborted") from error
         self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
 
     def retry(self, force: bool) -> None:
@@ -496,10 +517,11 @@ class PrimarySide(Side):
             self.settle()
             for disk in self.disks:
                 disk.changes.flush()
-            if self._set.record.stage is not Stage.NONE:
-                self._set.record.clean = True
-                self._set.save()
-            self._set.state.closed_well()
+            if wait_s is None:
+                if self._set.record.stage is not Stage.NONE:
+                    self._set.record.clean = True
+                    self._set.save()
+                self._set.state.closed_well()
         except (DiskError, StateError) as error:
             log(f"not everything is on stable storage: {error}")
         self._let_go()

@@ -68,8 +68,9 @@ class Watch:
     def start(self) -> None:
         """Start the thread, once."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def stop(self, timeout_s: float) -> None:
         """End it, within `timeout_s` seconds if the secondary answers."""

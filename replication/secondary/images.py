@@ -66,6 +66,7 @@ class _Opening:
         self._torn = record.cut_off
         self._trusted = record.durability == Durability.POWER.value
         self._running = record.stage is Stage.RUNNING
+        self._committing = record.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
         self._opened: dict[str, Overlay | None] = {}
         self._refusals: dict[str, str] = {}
 
@@ -93,6 +94,11 @@ class _Opening:
                         _refuse_memory(
                             f"data file of the {role} disk of '{disk.name}'", f"disk '{disk.name}'", layout.data_path
                         )
+                elif self._committing and not self._rebooted:
+                    raise ConfigError(
+                        f"{path} of disk '{disk.name}' is gone, and with it what the failover has not brought down "
+                        "yet: bring it back. The disk alone has a part of it, and no other node has the rest"
+                    )
                 elif not self._fresh and not self._rebooted:
                     raise ConfigError(
                         f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back, or "

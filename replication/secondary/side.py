@@ -259,6 +259,20 @@ class SecondarySide(Side):
     def _start(self, number: int, led: bool = False) -> None:
         """The first checkpoint. `number`: the primary's for it, `led`: who has asked for it."""
         self._prepare_emptying()
+        record = self._set.record
+        former = (record.backup, record.led)
+        self._set.save()  # what cannot be saved shows before the overlays are emptied
+        try:
+            self._start_alone(number, led)
+        except BaseException:
+            record.backup, record.led = former
+            raise
+        self._hindrance.over()
+        self._backup.begin()
+        self._reclaimer.wake()
+
+    def _start_alone(self, number: int, led: bool) -> None:
+        """With the gate closed. The save of the stage is the point of no return."""
         with self._set.gate.closed():
             self._set.record.backup = RUNNING
             lacking = next((disk.name for disk in self.disks if disk.lost.missing), None)
@@ -274,9 +288,6 @@ class SecondarySide(Side):
             # What a resync has not completed is no state of any disk, so there is nothing to keep.
             lost = None if lacking is None else f"disk '{lacking}' has lost something that was written before the start"
             self._enter_with(Stage.RUNNING, self.pairing.incomplete or lost)
-        self._hindrance.over()
-        self._backup.begin()
-        self._reclaimer.wake()
 
     def checkpoint(self) -> None:
         if self._set.record.stage is not Stage.RUNNING:
@@ -423,6 +434,13 @@ class SecondarySide(Side):
             self._checkpoint_lost(f"disk '{lacking}' has lost something while the checkpoint was taken")
         return failure
 
+    def prepare_stop(self) -> None:
+        """What would refuse a planned stop refuses it here, before the primary is asked to end its stream. CommandError
+        or StateError."""
+        self._check_complete()
+        self._prepare_emptying(flush=True)
+        self._set.save()
+
     def stop(self, failover: bool, force: bool) -> None:
         if failover:
             self._fail_over(force)
@@ -454,6 +472,7 @@ class SecondarySide(Side):
         try:
             with self._set.gate.closed(_FAILOVER_S):
                 if inconsistent is not None:
+                    self._set.save()  # what cannot be saved shows before anything is emptied
                     if self._empty_all() is not None:
                         raise CommandError(
                             f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied"
@@ -533,10 +552,11 @@ class SecondarySide(Side):
                 take_back()
             raise
 
-    def discard(self, checkpoint: bool) -> None:
+    def discard(self, checkpoint: bool | None) -> None:
         # While a primary is connected there is nothing else to be given up; and nobody need look up the argument when
-        # it is the checkpoint alone that keeps a resync from going on.
-        if checkpoint or (self.pairing.primary is not None and self._backup.blocked):
+        # it is the checkpoint alone that keeps a resync from going on. Who gives it means what it says.
+        implied = checkpoint is None and self.pairing.primary is not None and self._backup.blocked
+        if checkpoint or implied:
             self._discard_checkpoint()
             return
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
@@ -615,7 +635,10 @@ class SecondarySide(Side):
                 self._flush_disk(disk)
 
     def _check_in_place(self) -> None:
-        """What is in use has not been removed: otherwise the next process would not find it."""
+        """What is in use has not been removed: otherwise the next process would not find it. And what a server below
+        has lost shows now, not when the checkpoint is taken."""
+        for disk in self.disks:
+            disk.disk.look()
         try:
             self._set.state.check()
         except StateError as error:
@@ -708,6 +731,7 @@ class SecondarySide(Side):
     def query(self) -> dict[str, Any]:
         return {
             "consistent": self._set.record.inconsistent is None,
+            "checkpoint-of-primary": self._set.state.asked,
             "checkpoint-obstacle": self.obstacle,
             "peer-node": self.pairing.primary,
             "stopping": self.pairing.leaving,
@@ -757,35 +781,38 @@ class SecondarySide(Side):
             disk.settle()
 
     def close(self, wait_s: float | None = None) -> bool:
+        last = wait_s is None
         wait_s = _CLOSE_S if wait_s is None else wait_s
         deadline = time.monotonic() + wait_s
         self._hindrance.end(0.0)
         ended = self._failover.end(wait_s)
         self._reclaimer.stop(max(0.0, deadline - time.monotonic()))
         # Not with a portion of a commit still under way: it changes disk and overlays after they were flushed.
-        if not (ended and self._end_clean(deadline)):
+        if not (ended and self._end_clean(deadline, last)):
             return False
         self._let_go()
         return True
 
-    def _end_clean(self, deadline: float) -> bool:
-        """Make everything stable and say so, for a restart of the host; False when that is still going on at the
-        deadline: the process ends all the same, and another one of this boot finds everything in place."""
+    def _end_clean(self, deadline: float, last: bool) -> bool:
+        """Make everything stable and, where the process ends (`last`), say so, for a restart of the host; False when
+        that is still going on at the deadline: the process ends all the same, and another one of this boot finds
+        everything in place."""
         if self._set.record.stage is Stage.NONE:
             return True
-        flusher = threading.Thread(target=self._flush_everything, name="flush", daemon=True)
+        flusher = threading.Thread(target=self._flush_everything, args=(last,), name="flush", daemon=True)
         flusher.start()
         flusher.join(max(0.0, deadline - time.monotonic()))
         return not flusher.is_alive()
 
-    def _flush_everything(self) -> None:
+    def _flush_everything(self, last: bool) -> None:
         try:
             self.settle()
             for disk in self.disks:
                 disk.lost.flush()
                 disk.changes.flush()
-            self._set.record.clean = True
-            self._set.save()
+            if last:
+                self._set.record.clean = True
+                self._set.save()
         except (DiskError, StateError) as error:
             log(f"not everything is on stable storage: {error}")
 

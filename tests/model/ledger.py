@@ -49,6 +49,7 @@ SIZE = GRAIN * GRAINS
 STEPS = 14
 SETTLE_S = 90.0
 TIMEOUT_S = 1
+_LINES = 40
 
 Values = set[int]
 
@@ -95,6 +96,11 @@ class Host:
         for process in (self.below, self.node):
             if not process.running:
                 process.start()
+
+    @property
+    def said(self) -> str:
+        """The end of the log of its last process, for a history that went wrong."""
+        return "".join(self.node.stderr().splitlines(keepends=True)[-_LINES:])
 
     def content(self, export: str) -> list[int]:
         """The value of each grain; Wrong when a grain is torn."""
@@ -399,7 +405,8 @@ def replay(seed: str, number: int) -> str | None:
         try:
             history.run()
         except (Wrong, Stuck) as error:
-            return f"history {number} of seed {seed}: {' '.join(history.told)}: {type(error).__name__}: {error}"
+            said = "".join(f"\n--- {host.name}\n{host.said}" for host in (history.first, history.second))
+            return f"history {number} of seed {seed}: {' '.join(history.told)}: {type(error).__name__}: {error}{said}"
     return None
 
 

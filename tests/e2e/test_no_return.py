@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The point of no return of each command: one that answers with an error has changed nothing.
+
+The state folder cannot be written: at the first save of the command, at the second, and so on, until it succeeds. After
+each refusal everything is as before: what the node says of itself, what it has on disk, what the guest sees; and a kill
+makes no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkout import PLUGIN
+from content import KIB, MIB, pattern, whole
+from lab import Lab
+from nodes import Primary, Secondary, drained, refused
+from qmp import QmpError
+from waiting import wait_until
+
+FULL = """
+import builtins, os, sys
+sys.path[:0] = [{repository!r}]
+__file__ = {plugin!r}
+exec(compile(builtins.open(__file__).read(), __file__, "exec"))
+from replication.record.state import StateError, StateFolder
+
+def save(self, record, real=StateFolder.save):
+    if os.path.exists({plan!r}):
+        with builtins.open({plan!r}, "r+") as file:
+            left = int(file.read())
+            if not left:
+                raise StateError("cannot write state.json: No space left on device")
+            file.seek(0)
+            file.write(f"{{left - 1:9}}")
+    real(self, record)
+
+StateFolder.save = save
+"""
+
+BLOCK = 4 * KIB
+STEPS_MAX = 8
+
+
+class Folder:
+    """Makes the state folder of a node fail."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._plan = folder / f"{name}.plan"
+        self.script = folder / f"{name}-full.py"
+        self.script.write_text(FULL.format(repository=str(PLUGIN.parent), plugin=str(PLUGIN), plan=str(self._plan)))
+
+    def fill(self, after: int) -> None:
+        """No room any more after so many saves."""
+        fresh = self._plan.with_suffix(".new")
+        fresh.write_text(f"{after:9}")
+        fresh.replace(self._plan)
+
+    def make_room(self) -> None:
+        """It works."""
+        self._plan.unlink(missing_ok=True)
+
+
+class FullSecondary(Secondary):
+    """A secondary whose state folder can be full."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.room = Folder(folder, self.name)
+
+    def command(self) -> list[str]:
+        return [str(self.room.script) if part == str(PLUGIN) else part for part in super().command()]
+
+
+class FullPrimary(Primary):
+    """A primary whose state folder can be full."""
+
+    def __init__(self, folder: Path, secondary: str, **options: Any) -> None:
+        super().__init__(folder, secondary, **options)
+        self.room = Folder(folder, self.name)
+
+    def command(self) -> list[str]:
+        return [str(self.room.script) if part == str(PLUGIN) else part for part in super().command()]
+
+
+class Nodes:
+    """A pair in some state; `node` is the one that is given the command, `full` the one whose folder is full."""
+
+    def __init__(self, lab: Lab) -> None:
+        content = pattern(1, MIB)
+        self.lab = lab
+        self.secondary = lab.start(FullSecondary(lab.folder, contents=[content]))
+        self.primary = lab.start(FullPrimary(lab.folder, self.secondary.uri(), contents=[content]))
+
+    def running(self) -> None:
+        """In sync, with writes of both guests since the last checkpoint."""
+        self.secondary.execute("replication-start")
+        self.primary.execute("replication-start")
+        self.in_sync()
+        self.primary.checkpoint()
+        self.primary.connect("disk0").pwrite(pattern(2, BLOCK), 0)
+        drained(self.primary)
+        self.secondary.connect("top0").pwrite(pattern(3, BLOCK), MIB // 2)
+
+    def in_sync(self) -> None:
+        wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "in sync")
+
+    def stopped(self) -> None:
+        """Running, and then stopped by the primary."""
+        self.running()
+        self.primary.execute("replication-stop")
+        wait_until(lambda: self.secondary.status()["link"]["primary"] is None, "the primary has left")
+
+    def promoted(self) -> None:
+        """The secondary owns its disk."""
+        self.running()
+        self.primary.kill()
+        self.secondary.failover()
+        self.secondary.connect("top0").pwrite(pattern(4, BLOCK), 8 * BLOCK)
+
+    def without_checkpoint(self) -> None:
+        """The secondary has none, because a person gave it up in the midst of a resync."""
+        self.running()
+        self.primary.kill()
+        self.primary.disks[0].write_bytes(pattern(7, MIB))
+        self.primary.start()
+        self.in_sync()
+
+    def others(self) -> None:
+        """The secondary has writes that its primary does not know; both are secondaries to be."""
+        self.promoted()
+        self.secondary.execute("replication-demote")
+
+
+def said(node: Primary | Secondary, *unsaid: str) -> dict[str, Any]:
+    """What a command that was refused must not have changed."""
+    status = node.status()
+    kept = ("mode", "stage", "epoch", "consistent", "generation", "held-epoch", "peer-node")
+    disks = [{name: disk[name] for name in ("out-of-sync-bytes", "marks")} for disk in status["disks"]]
+    shown = {name: status.get(name) for name in kept} | {"disks": disks}
+    return {name: value for name, value in shown.items() if name not in unsaid}
+
+
+def seen(node: Primary | Secondary) -> bytes | None:
+    """What the guest sees."""
+    try:
+        return whole(node.connect("top0" if isinstance(node, Secondary) else "disk0"))
+    except Exception:  # noqa: BLE001 (there is nothing to be seen, before and afterwards)
+        return None
+
+
+def refuse_until_done(
+    nodes: Nodes, node: FullPrimary | FullSecondary, command: Callable[[], object], *unsaid: str
+) -> int:
+    """Give the command with a folder that is full, from one save later each time, until it succeeds; how often it was
+    refused."""
+    for steps in range(STEPS_MAX):
+        before, guest = said(node, *unsaid), seen(node)
+        node.room.fill(steps)
+        refusal = None
+        try:
+            command()
+        except QmpError as error:
+            refusal = error.desc
+        node.room.make_room()
+        if refusal is None:
+            return steps
+        assert "Internal error" not in refusal
+        assert said(node, *unsaid) == before, (steps, refusal)
+        assert seen(node) == guest, (steps, refusal)
+    raise AssertionError(f"it does not succeed with {STEPS_MAX} saves")
+
+
+def kept(node: FullPrimary | FullSecondary) -> dict[str, Any]:
+    """The record on disk, but for what is of one process or attempt."""
+    saved = json.loads((node.state / "state.json").read_text())
+    return {name: saved.get(name) for name in ("mode", "stage", "inconsistent", "promoted", "led")}
+
+
+@pytest.fixture
+def nodes(lab: Lab) -> Nodes:
+    return Nodes(lab)
+
+
+def test_start_of_a_secondary(nodes: Nodes) -> None:
+    node = nodes.secondary
+    # The save of the stage comes after the first checkpoint, which empties what nobody has looked at.
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-start"), "epoch") >= 2
+    assert (node.status()["stage"], kept(node)["stage"]) == ("running", "running")
+
+
+def test_start_of_a_secondary_that_its_primary_has_started(nodes: Nodes) -> None:
+    nodes.primary.execute("replication-start")
+    nodes.in_sync()
+    nodes.primary.checkpoint()
+    node = nodes.secondary
+    assert kept(node)["led"] is True
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-start")) == 1
+    assert "running or done" in refused(node, "replication-start")
+
+
+def test_start_of_a_primary(nodes: Nodes) -> None:
+    nodes.secondary.execute("replication-start")
+    node = nodes.primary
+    refuse_until_done(nodes, node, lambda: node.execute("replication-start"), "generation")
+    nodes.in_sync()
+    node.checkpoint()
+
+
+def test_start_of_a_primary_that_its_secondary_refuses(nodes: Nodes) -> None:
+    """The secondary cannot save what it is going to receive: neither side has changed, and the next start finds two new
+    nodes again."""
+    nodes.secondary.execute("replication-start")
+    nodes.secondary.room.fill(0)
+    before = said(nodes.primary), said(nodes.secondary)
+    assert "No space left" in refused(nodes.primary, "replication-start")
+    assert (said(nodes.primary), said(nodes.secondary)) == before
+    nodes.secondary.room.make_room()
+    nodes.primary.execute("replication-start")
+    nodes.in_sync()
+    assert nodes.primary.status()["disks"][0]["totals"]["forwarded"] == 0  # taken as equal
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_checkpoint(nodes: Nodes, role: str) -> None:
+    """With what has been received since the link was lost, so that it changes the lineage as well."""
+    nodes.running()
+    nodes.secondary.kill()
+    nodes.primary.connect("disk0").pwrite(pattern(5, BLOCK), 64 * KIB)
+    nodes.secondary.start()
+    nodes.in_sync()
+    drained(nodes.primary)
+    node: FullPrimary | FullSecondary = nodes.primary if role == "primary" else nodes.secondary
+    refuse_until_done(nodes, node, nodes.primary.checkpoint)
+    assert whole(nodes.secondary.connect("top0")) == whole(nodes.primary.connect("disk0"))
+
+
+def test_stop_of_a_primary_says_that_what_was_held_is_aborted(nodes: Nodes) -> None:
+    nodes.running()
+    node = nodes.primary
+    held = node.execute("replication-checkpoint", hold=True)["epoch"]
+    node.room.fill(0)
+    assert f"epoch {held}, which was held, is aborted" in refused(node, "replication-stop")
+    node.room.make_room()
+    assert node.status()["held-epoch"] is None
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop")) == 1
+    assert kept(node)["stage"] == "done"
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_planned_stop_of_a_secondary(nodes: Nodes, connected: bool) -> None:
+    """While its primary is connected, that is asked to end its stream only when nothing here refuses the stop."""
+    (nodes.running if connected else nodes.stopped)()
+    node = nodes.secondary
+    generation = nodes.primary.status()["generation"]
+    unsaid = ("peer-node",) if connected else ()
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop"), *unsaid) >= 1
+    assert kept(node)["stage"] == "done"
+    assert nodes.primary.status()["generation"] == generation
+    assert whole(node.connect("top0"))[:BLOCK] == pattern(2, BLOCK)
+
+
+def test_a_refused_stop_of_a_secondary_leaves_the_link_alone(nodes: Nodes) -> None:
+    nodes.running()
+    with nodes.primary.qmp() as events:
+        nodes.secondary.room.fill(0)
+        assert "No space left" in refused(nodes.secondary, "replication-stop")
+        nodes.secondary.room.make_room()
+        nodes.primary.checkpoint()
+        events.wait_event("REPLICATION_CHECKPOINT")
+        assert not [event for event in events.events if event["event"] == "REPLICATION_LINK"]
+
+
+def test_failover(nodes: Nodes) -> None:
+    nodes.running()
+    node = nodes.secondary
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop", failover=True)) == 1
+    assert node.wait_stage("done")["stage"] == "done"
+    assert whole(node.connect("top0"))[:BLOCK] == pattern(1, MIB)[:BLOCK]
+
+
+def test_demote(nodes: Nodes) -> None:
+    """Its guest's face goes on when it fails, and it can be killed meanwhile."""
+    nodes.promoted()
+    node = nodes.secondary
+    steps = refuse_until_done(nodes, node, lambda: node.execute("replication-demote"), "epoch")
+    assert steps >= 1
+    assert kept(node)["stage"] == "running"
+
+
+def test_demote_that_is_refused_is_the_owner_after_a_kill_as_well(nodes: Nodes) -> None:
+    nodes.promoted()
+    node = nodes.secondary
+    before, guest = said(node), seen(node)
+    node.room.fill(0)
+    assert "cannot become a secondary" in refused(node, "replication-demote")
+    node.connect("top0").pwrite(pattern(5, BLOCK), 0)
+    node.connect("top0").flush()
+    node.kill()
+    node.room.make_room()
+    node.start()
+    after = seen(node)
+    assert after is not None
+    assert guest is not None
+    assert after == pattern(5, BLOCK) + guest[BLOCK:]
+    assert said(node, "disks") == {name: value for name, value in before.items() if name != "disks"}
+
+
+def test_a_promoted_one_becomes_a_primary(nodes: Nodes) -> None:
+    nodes.promoted()
+    other = nodes.lab.start(Secondary(nodes.lab.folder, name="third"))
+    node = nodes.secondary
+    refuse_until_done(
+        nodes,
+        node,
+        lambda: node.execute("replication-start", mode="primary", secondary=other.uri()),
+        "generation",
+        "disks",
+        "consistent",
+        "held-epoch",
+    )
+    wait_until(lambda: node.status()["link"]["state"] == "in-sync", "in sync")
+    node.checkpoint()
+
+
+def test_discard(nodes: Nodes) -> None:
+    nodes.others()
+    node = nodes.secondary
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-discard")) == 1
