@@ -125,9 +125,10 @@ def stamp_s(event: dict[str, Any]) -> float:
     return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
 
 
-def checkpoint_of(control: Monitor) -> tuple[int, float | None]:
-    """Number and time (seconds since 1970) of the last checkpoint that a secondary has taken; FtError."""
+def checkpoint_of(control: Monitor) -> tuple[int, bool]:
+    """Number of the last checkpoint that a secondary has taken, and whether its primary has asked for that one, by this
+    number; FtError."""
     status = control.execute("query-replication")
     if status["mode"] != "secondary":
         raise FtError(f"{control.name} is a {status['mode']}")
-    return int(status["epoch"]), status["checkpoint"]["time"]
+    return int(status["epoch"]), status["checkpoint-of-primary"] is True

@@ -15,8 +15,12 @@ checkpoint on B: one word, which the plugin changes in one store. So the order i
 The other order would be as good for the choice, but with it a record could say of a unit that it is committed while it
 is none. `Record.of` is the choice. It is made after the failover of the disk: then no checkpoint can be added.
 
-A prepared state counts only if the disk's checkpoint came soon after it. A number that was given up may be used again,
-by a checkpoint of somebody else, when nbdkit of A was started again meanwhile.
+A unit is known by its number alone; no clock says anything of it. That is enough because nbdkit of A gives no number
+of an epoch that was held to another one, not even when it is started anew, and nbdkit of B says whether its checkpoint
+is the one that A has asked for by its number (`checkpoint-of-primary`) or one of somebody on B.
+
+A state is brought back once. Who goes on with it says so in the record, on stable storage, before the guest runs; and
+one at a time does (`resuming`).
 
     Record      what is there, in one small file that is replaced by rename
     Store       the folder: the record and the files it names, nothing else outlives a start; at most two states
@@ -26,18 +30,16 @@ The record and the states outlive every process, not a power cut of B: for that 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .monitor import FtError
-
-SOON_S = 60.0
-"""From a prepared state to the disk's checkpoint: `timeout` (30 s at most) until a hold is given up, and 30 s that the
-secondary may take."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,14 @@ class Unit:
     file: str
     bytes: int
     prepared: float
-    """When it was complete, in seconds since 1970, by B's clock."""
+    """When it was complete, in seconds since 1970, by B's clock; for people."""
+
+    def check(self) -> None:
+        """TypeError or ValueError when it is none."""
+        if type(self.epoch) is not int or type(self.bytes) is not int or not isinstance(self.prepared, int | float):
+            raise TypeError("a unit has numbers")
+        if not isinstance(self.file, str) or Path(self.file).name != self.file:
+            raise ValueError("a state outside the folder")
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,11 @@ class Record:
     """The number of the state with which a guest has gone on here. It has written since, so that state belongs to the
     disk no longer."""
 
-    def of(self, epoch: int, taken: float | None) -> Unit | None:
-        """The state that belongs to the disk's checkpoint `epoch`, which it took at `taken` (seconds since 1970)."""
+    def of(self, epoch: int, asked: bool) -> Unit | None:
+        """The state that belongs to the disk's checkpoint `epoch`; `asked`: A has asked for it by that number."""
         if self.committed is not None and self.committed.epoch == epoch:
             return self.committed
-        unit = self.prepared
-        if unit is None or unit.epoch != epoch or taken is None:
-            return None
-        return unit if unit.prepared <= taken <= unit.prepared + SOON_S else None
+        return self.prepared if asked and self.prepared is not None and self.prepared.epoch == epoch else None
 
     @property
     def files(self) -> set[str]:
@@ -81,8 +87,9 @@ class Record:
         try:
             values = json.loads(text)
             units = {name: None if values[name] is None else Unit(**values[name]) for name in ("committed", "prepared")}
-            if any(unit is not None and Path(unit.file).name != unit.file for unit in units.values()):
-                raise ValueError("a state outside the folder")
+            for unit in units.values():
+                if unit is not None:
+                    unit.check()
             resumed = values.get("resumed")
             if resumed is not None and type(resumed) is not int:
                 raise TypeError("resumed is a number")
@@ -127,11 +134,24 @@ class Store:
 
     def save(self, record: Record) -> None:
         """Replace the record at one instant, and remove the states that it does not name any more."""
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(record)))
-        partial.chmod(0o600)
-        partial.replace(self._path)
+        self._replace(record, stable=False)
         self.sweep()
+
+    def _replace(self, record: Record, stable: bool) -> None:
+        partial = self._path.with_suffix(".partial")
+        with open(partial, "w") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(json.dumps(asdict(record)))
+            if stable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(self._path)
+        if stable:
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def prepare(self, epoch: int, file: str, length: int) -> None:
         """Name a complete state as the one of the checkpoint that the disk is about to take."""
@@ -148,11 +168,28 @@ class Store:
         """What is prepared will never be committed: no checkpoint of the disk can get its number any more."""
         self.save(replace(self.load(), prepared=None))
 
-    def resume(self, epoch: int) -> None:
-        """A guest is about to go on with that state."""
-        self.save(replace(self.load(), resumed=epoch))
+    @contextlib.contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Be the only one who brings a state back; FtError if there is one already."""
+        descriptor = os.open(self.folder / "resuming", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FtError(f"another ft-agent brings a state of {self.folder} back") from None
+            yield
+        finally:
+            os.close(descriptor)
 
-    def settle(self, epoch: int, taken: float | None) -> None:
+    def resume(self, epoch: int) -> None:
+        """A guest is about to go on with that state. On stable storage: the disk, on which that guest writes, may
+        outlive a loss of power as well. FtError when one has gone on with it already."""
+        record = self.load()
+        if record.resumed == epoch:
+            raise FtError(f"a guest has gone on with state {epoch} already")
+        self._replace(replace(record, resumed=epoch), stable=True)
+
+    def settle(self, epoch: int, asked: bool) -> None:
         """The disk's last checkpoint is known, and no other is on its way: what belongs to it is committed."""
         record = self.load()
-        self.save(Record(committed=record.of(epoch, taken), resumed=record.resumed))
+        self.save(Record(committed=record.of(epoch, asked), resumed=record.resumed))

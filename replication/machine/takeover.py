@@ -34,9 +34,9 @@ class TakenOver:
 
 def unit_of(store: Store, control: Monitor) -> Unit:
     """The state that belongs to the last checkpoint of B's disk; FtError if there is none."""
-    epoch, taken = checkpoint_of(control)
+    epoch, asked = checkpoint_of(control)
     record = store.load()
-    unit = record.of(epoch, taken)
+    unit = record.of(epoch, asked)
     if unit is None:
         known = [str(each.epoch) for each in (record.committed, record.prepared) if each is not None]
         raise FtError(
@@ -63,7 +63,7 @@ def _monitors(control: Path, qmp: Path, timeout_s: float) -> Iterator[tuple[Moni
 def take_over(store: Store, control: Path, qmp: Path, limits: Limits, say: Callable[[str], None]) -> TakenOver:
     """Host A is dead: the guest goes on here. `qmp` is the monitor of a QEMU that was started with `-incoming defer` on
     the guest face. FtError; nothing has changed if what is needed was not there."""
-    with _monitors(control, qmp, limits.answer_s) as (nbdkit, qemu):
+    with store.resuming(), _monitors(control, qmp, limits.answer_s) as (nbdkit, qemu):
         state = qemu.execute("query-status")["status"]
         if state != "inmigrate":
             raise FtError(f"QEMU of B does not wait for a state (-incoming defer), it is {state}")

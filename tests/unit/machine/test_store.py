@@ -16,7 +16,7 @@ import pytest
 from replication.machine.monitor import FtError, Late, Monitor, Refused
 from replication.machine.receiver import Receiver, is_whole
 from replication.machine.remote import Remote
-from replication.machine.store import SOON_S, Record, Store, Unit
+from replication.machine.store import Record, Store, Unit
 from replication.machine.takeover import unit_of
 from waiting import DEADLINE_S, begin, wait_until
 
@@ -36,23 +36,21 @@ BOTH = Record(committed=THREE, prepared=FOUR)
 
 
 @pytest.mark.parametrize(
-    ("record", "epoch", "taken", "expected"),
+    ("record", "epoch", "asked", "expected"),
     [
-        pytest.param(BOTH, 3, 1001.0, THREE, id="A has died before the disk took it"),
-        pytest.param(BOTH, 4, 2001.0, FOUR, id="A has died after the disk took it"),
-        pytest.param(BOTH, 4, 1999.0, None, id="the number was given to somebody else before"),
-        pytest.param(BOTH, 4, 2001.0 + SOON_S, None, id="the number was given to somebody else later"),
-        pytest.param(BOTH, 4, None, None, id="nothing is known of the time"),
-        pytest.param(BOTH, 5, 2001.0, None, id="somebody else has taken a checkpoint"),
-        pytest.param(Record(committed=FOUR), 4, 9000.0, FOUR, id="marked: the time does not matter"),
-        pytest.param(Record(prepared=FOUR), 4, 2000.0, FOUR, id="the first one ever"),
-        pytest.param(Record(), 1, 2000.0, None, id="none yet"),
+        pytest.param(BOTH, 3, True, THREE, id="A has died before the disk took it"),
+        pytest.param(BOTH, 4, True, FOUR, id="A has died after the disk took it"),
+        pytest.param(BOTH, 4, False, None, id="somebody on B has taken a checkpoint, and that is its number"),
+        pytest.param(BOTH, 5, True, None, id="somebody else has taken a checkpoint"),
+        pytest.param(Record(committed=FOUR), 4, False, FOUR, id="marked: A knows that the disk has taken it"),
+        pytest.param(Record(prepared=FOUR), 4, True, FOUR, id="the first one ever"),
+        pytest.param(Record(), 1, True, None, id="none yet"),
     ],
 )
 def test_the_state_is_the_one_of_the_disks_last_checkpoint(
-    record: Record, epoch: int, taken: float | None, expected: Unit | None
+    record: Record, epoch: int, asked: bool, expected: Unit | None
 ) -> None:
-    assert record.of(epoch, taken) is expected
+    assert record.of(epoch, asked) is expected
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def test_the_state_before_stays_until_the_next_is_committed(store: Store) -> Non
     assert states(store) == {"2.state", "3.state"}
     store.commit(3)
     assert states(store) == {"3.state"}
-    assert store.load().committed == store.load().of(3, None)
+    assert store.load().committed == store.load().of(3, False)
 
 
 def test_what_is_given_up_goes_and_what_is_committed_stays(store: Store) -> None:
@@ -100,9 +98,7 @@ def test_what_is_undecided_is_settled_by_the_disk(store: Store, epoch: int, left
     put(store, 2)
     store.commit(2)
     put(store, 3)
-    prepared = store.load().prepared
-    assert prepared is not None
-    store.settle(epoch, prepared.prepared + 1)
+    store.settle(epoch, True)
     assert states(store) == left
     assert store.load().prepared is None
 
@@ -197,7 +193,7 @@ def served(tmp_path: Path, store: Store) -> Iterator[Served]:
     # The thread that serves ends with the process, as it does in ft-agent.
     begin(receiver.serve, listener(path))
     with listener(control) as asked:
-        yield Served(store, path, asked, {"mode": "secondary", "epoch": 0, "checkpoint": {"time": None}})
+        yield Served(store, path, asked, {"mode": "secondary", "epoch": 0, "checkpoint-of-primary": False})
 
 
 def test_a_unit_comes_step_by_step(served: Served) -> None:
@@ -276,9 +272,8 @@ def test_the_next_begin_asks_the_disk_whether_it_has_taken_what_is_undecided(
     first = served.agent()
     served.bring(first, 3)
     first.close()
-    prepared = served.store.load().prepared
-    assert prepared is not None
-    served.status |= {"epoch": epoch, "checkpoint": {"time": prepared.prepared + 1}}
+    assert served.store.load().prepared is not None
+    served.status |= {"epoch": epoch, "checkpoint-of-primary": True}
     told = begin(served.tell_status)
     second = served.agent()
     second.call("begin", DEADLINE_S)
@@ -288,7 +283,15 @@ def test_the_next_begin_asks_the_disk_whether_it_has_taken_what_is_undecided(
     second.close()
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b'{"do": "dance"}\n', b'{"do": "prepare", "epoch": "x"}\n', b"{]\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}\n",
+        b'{"do": "dance"}\n',
+        b"{]\n",
+        *(b'{"do": "prepare", "epoch": %s}\n' % odd for odd in (b'"x"', b"1e999", b"NaN", b"-1", b"1.5", b"9" * 30)),
+    ],
+)
 def test_what_is_not_understood_is_answered_with_an_error(served: Served, line: bytes) -> None:
     with served.stream(line) as connection:
         connection.settimeout(DEADLINE_S)
@@ -312,7 +315,7 @@ class Disk:
 
     def execute(self, command: str, *_arguments: object, **_named: object) -> Any:
         assert command == "query-replication"
-        return {"mode": "secondary", "epoch": self._epoch, "checkpoint": {"time": 2000.0}}
+        return {"mode": "secondary", "epoch": self._epoch, "checkpoint-of-primary": True}
 
 
 def test_a_state_with_which_a_guest_has_gone_on_is_not_brought_back_once_more(store: Store) -> None:
@@ -323,6 +326,31 @@ def test_a_state_with_which_a_guest_has_gone_on_is_not_brought_back_once_more(st
     store.resume(3)
     with pytest.raises(FtError, match="gone on with state 3 already"):
         unit_of(store, disk)
-    store.settle(3, 2000.0)  # the agent of a new pair asks the disk where it stands
+    store.settle(3, True)  # the agent of a new pair asks the disk where it stands
     with pytest.raises(FtError, match="gone on with state 3 already"):
         unit_of(store, disk)
+
+
+def test_a_state_is_brought_back_by_one_at_a_time_and_once(store: Store) -> None:
+    store.save(BOTH)
+    with store.resuming():
+        store.resume(3)
+        with pytest.raises(FtError, match="another ft-agent brings"), Store(store.folder).resuming():
+            pass
+    with store.resuming(), pytest.raises(FtError, match="gone on with state 3 already"):
+        store.resume(3)  # who had looked before the other one went on
+
+
+def test_that_a_guest_has_gone_on_is_stable_before_it_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a power cut is the one that was synced: its guest's writes may be on the disk."""
+    store.save(BOTH)
+    synced: list[bytes] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(path.read_bytes() if path.is_file() else path.name.encode())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.resume(3)
+    assert b'"resumed": 3' in synced[0]
+    assert synced[1] == store.folder.name.encode()
