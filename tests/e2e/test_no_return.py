@@ -15,54 +15,15 @@ from typing import Any
 
 import pytest
 
-from checkout import PLUGIN
 from content import KIB, MIB, pattern, whole
+from fullstate import FullState
 from lab import Lab
 from nodes import Primary, Secondary, drained, refused
 from qmp import QmpError
 from waiting import wait_until
 
-FULL = """
-import builtins, os, sys
-sys.path[:0] = [{repository!r}]
-__file__ = {plugin!r}
-exec(compile(builtins.open(__file__).read(), __file__, "exec"))
-from replication.record.state import StateError, StateFolder
-
-def save(self, record, real=StateFolder.save):
-    if os.path.exists({plan!r}):
-        with builtins.open({plan!r}, "r+") as file:
-            left = int(file.read())
-            if not left:
-                raise StateError("cannot write state.json: No space left on device")
-            file.seek(0)
-            file.write(f"{{left - 1:9}}")
-    real(self, record)
-
-StateFolder.save = save
-"""
-
 BLOCK = 4 * KIB
 STEPS_MAX = 8
-
-
-class Folder:
-    """Makes the state folder of a node fail."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._plan = folder / f"{name}.plan"
-        self.script = folder / f"{name}-full.py"
-        self.script.write_text(FULL.format(repository=str(PLUGIN.parent), plugin=str(PLUGIN), plan=str(self._plan)))
-
-    def fill(self, after: int) -> None:
-        """No room any more after so many saves."""
-        fresh = self._plan.with_suffix(".new")
-        fresh.write_text(f"{after:9}")
-        fresh.replace(self._plan)
-
-    def make_room(self) -> None:
-        """It works."""
-        self._plan.unlink(missing_ok=True)
 
 
 class FullSecondary(Secondary):
@@ -70,10 +31,10 @@ class FullSecondary(Secondary):
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        self.room = Folder(folder, self.name)
+        self.room = FullState(folder, self.name)
 
     def command(self) -> list[str]:
-        return [str(self.room.script) if part == str(PLUGIN) else part for part in super().command()]
+        return self.room.instead(super().command())
 
 
 class FullPrimary(Primary):
@@ -81,10 +42,10 @@ class FullPrimary(Primary):
 
     def __init__(self, folder: Path, secondary: str, **options: Any) -> None:
         super().__init__(folder, secondary, **options)
-        self.room = Folder(folder, self.name)
+        self.room = FullState(folder, self.name)
 
     def command(self) -> list[str]:
-        return [str(self.room.script) if part == str(PLUGIN) else part for part in super().command()]
+        return self.room.instead(super().command())
 
 
 class Nodes:

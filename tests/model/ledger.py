@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a pair claims of its disks, held against the truth: random histories of two nodes, on disks that lose what was
-not flushed.
+"""What a pair claims of its disks, held against the truth: random histories of three nodes, of which two are a pair, on
+disks that lose what was not flushed.
 
 The truth is kept per grain of the guest's disk: the values that it may have. A write gives a grain one value once it is
 answered; a flush makes what was answered stable; a server below that is killed gives it back any of the values since
@@ -12,10 +12,12 @@ the last flush. The claims are
     in the end      with everything up again, the pair is in sync by itself, and says no error
     nobody's loss   who has taken writes of its own is overwritten only after a discard
 
-A step: write, flush, checkpoint; kill of a node, of both, of the server below either (its cache goes with it); cut (the
-secondary stands still for longer than the primary waits); stop and start; the primary's change map removed while it is
-down; a planned switch-over; a failover, after which the old primary comes back as the secondary, with or without writes
-of its own in between.
+A step: write, flush, checkpoint; a flush that fails on either disk, and loses half of what it was for; kill of a node,
+of both, of the server below either (its cache goes with it); a server below that hangs; cut (the secondary stands still
+for longer than the primary waits); a state folder that is full; stop and start; the primary's change map removed while
+it is down; a planned switch-over; a failover. After those two the old primary comes back as the secondary, or the third
+node takes its place and the old one later that of another: each with or without writes of its own in between, and
+perhaps as a primary that still looks for its secondary.
 
     make ledger [SEED=TEXT] [HISTORIES=COUNT] [HISTORY=NUMBER]
 
@@ -31,14 +33,17 @@ import random
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import nbd
 
 from content import KIB, make_raw
-from endpoints import DelayedEndpoint
+from fullstate import FullState
 from lab import Lab
+from losingendpoint import LosingEndpoint
 from nodes import Server
 from qmp import QmpError
 from waiting import Stuck, wait_until
@@ -62,6 +67,17 @@ class Wrong(AssertionError):
     """A claim that is not so."""
 
 
+class _Roomy(Server):
+    """A node whose state folder can be full."""
+
+    def __init__(self, folder: Path, name: str, arguments: list[str], room: FullState) -> None:
+        super().__init__(folder, name, arguments)
+        self._room = room
+
+    def command(self) -> list[str]:
+        return self._room.instead(super().command())
+
+
 class Host:
     """A node, the server below its disk, and its state folder."""
 
@@ -70,17 +86,11 @@ class Host:
         self._lab = lab
         self.state = lab.folder / f"{name}.state"
         raw = make_raw(lab.folder / f"{name}.raw", SIZE)
-        # Without extents: nbdkit 1.32's cache answers with those of the file, which lacks what is in the cache.
-        self.below = lab.start(
-            DelayedEndpoint(
-                lab.folder,
-                path=raw,
-                name=f"{name}-below",
-                filters=["noextents", "cache"],
-                filter_arguments=["cache=writeback"],
-            )
-        )
-        self.node: Server
+        self.below = lab.start(LosingEndpoint(lab.folder, raw, f"{name}-below"))
+        self.room = FullState(lab.folder, name)
+        self.own: list[int] | None = None
+        """What the disk has, if the last of it is its guest's own and nobody has given that up."""
+        self._node: Server | None = None
         self._count = 0
 
     def begin(self, mode: str, secondary: str = "") -> None:
@@ -89,13 +99,42 @@ class Host:
         arguments = [f"mode={mode}", f"state={self.state}", f"disk=disk0:{self.below.uri()}"]
         arguments += ["top-id=top0"] if mode == "secondary" else [f"secondary={secondary}", f"timeout={TIMEOUT_S}"]
         self.export = "top0" if mode == "secondary" else "disk0"
-        self.node = self._lab.start(Server(self._lab.folder, f"{self.name}{self._count}", arguments))
+        self._node = self._lab.start(_Roomy(self._lab.folder, f"{self.name}{self._count}", arguments, self.room))
+
+    @property
+    def node(self) -> Server:
+        """Its process."""
+        assert self._node is not None
+        return self._node
+
+    def as_secondary(self) -> None:
+        """It becomes one, whatever it was."""
+        if self._node is None:
+            self.begin("secondary")
+            return
+        self.up()
+        if self.export != "top0":
+            self.node.terminate()
+            self.begin("secondary")
+            return
+        status = self.node.status()
+        if status["mode"] == "primary" and status["stage"] == "running":
+            self.node.execute("replication-stop")
+        elif status["stage"] == "failover-failed":
+            raise _Over
+        if self.node.status()["stage"] == "done":
+            self.node.execute("replication-demote")
 
     def up(self) -> None:
         """Everything runs."""
         for process in (self.below, self.node):
             if not process.running:
                 process.start()
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has ever run."""
+        return self._node is not None
 
     @property
     def said(self) -> str:
@@ -141,7 +180,7 @@ class History:
         self.told: list[str] = []
         self._refusal = ""
         self._serial = 0
-        self.first, self.second = Host(lab, "a"), Host(lab, "b")
+        self.first, self.second, self.spare = (Host(lab, name) for name in "abc")
         self.second.begin("secondary")
         self.first.begin("primary", self.second.node.uri())
         # Of the primary's disk: what each grain may hold now, and what it may have held since the last flush.
@@ -166,6 +205,12 @@ class History:
             (self._kill_both, 1),
             (self._kill_below_first, 1),
             (self._kill_below_second, 2),
+            (self._fail_flush_of_first, 1),
+            (self._fail_flush_of_second, 1),
+            (self._hang_below_first, 1),
+            (self._hang_below_second, 1),
+            (self._fill_first, 1),
+            (self._fill_second, 1),
             (self._cut, 1),
             (self._stop, 1),
             (self._remove_map, 1),
@@ -273,6 +318,55 @@ class History:
         finally:
             os.kill(self.second.node.pid, signal.SIGCONT)
 
+    def _fail_flush_of_first(self) -> None:
+        """The guest's: it must be told, whether something was lost or not."""
+        self.first.below.fail_flush()
+        answered = self._guest(lambda handle: handle.flush())
+        if self.first.below.work() and answered:
+            raise Wrong(f"a flush of {self.first.name} has failed, and the guest was told that it had not")
+        self._doubt()
+
+    def _fail_flush_of_second(self) -> None:
+        """Of whoever flushes next: a checkpoint's, soon after it."""
+        self.second.below.fail_flush()
+        self._write()
+        self._checkpoint(compare=False)
+        deadline = time.monotonic() + 2 * TIMEOUT_S
+        while time.monotonic() < deadline and not self.second.below.work():
+            self.second.below.fail_flush()
+            time.sleep(0.05)
+        self.second.below.work()
+
+    def _hang_below_first(self) -> None:
+        self._hang(self.first)
+
+    def _hang_below_second(self) -> None:
+        self._hang(self.second)
+
+    def _hang(self, host: Host) -> None:
+        """The server below stands still for longer than the primary waits for its secondary."""
+        os.kill(host.below.pid, signal.SIGSTOP)
+        go_on = threading.Timer(1.5 * TIMEOUT_S, os.kill, (host.below.pid, signal.SIGCONT))
+        go_on.start()
+        self._write()
+        go_on.join()
+
+    def _fill_first(self) -> None:
+        self._fill(self.first)
+
+    def _fill_second(self) -> None:
+        self._fill(self.second)
+
+    def _fill(self, host: Host) -> None:
+        """The state folder is full while the link is lost and comes back, and for some saves not yet."""
+        host.room.fill(self._random.randrange(4))
+        try:
+            self._cut()
+            self._write()
+            self._checkpoint(compare=False)
+        finally:
+            host.room.make_room()
+
     def _remove_map(self) -> None:
         self.first.node.kill()
         for path in self.first.state.glob("*.changes"):
@@ -295,16 +389,19 @@ class History:
 
     # -- claims --------------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> None:
-        """If it is taken in sync, the two are equal; if not, it may have been taken or not."""
+    def _checkpoint(self, compare: bool = True) -> None:
+        """If it is taken in sync, the two are equal; if not, it may have been taken or not. Without `compare` something
+        is about to be lost of it, perhaps."""
         before = self.first.node.status()
         taken = self._command(self.first, "replication-checkpoint")
         if not taken:
             self._checkpoints.append([set(values) for values in self._may])
             return
         after = self.first.node.status()
-        if before["stage"] == after["stage"] == "running":
+        if before["stage"] == after["stage"] == "running" and compare:
             self._compare()
+        else:
+            self._checkpoints.append([set(values) for values in self._may])
 
     def _compare(self) -> None:
         mine = self._see()
@@ -368,15 +465,19 @@ class History:
         """The second is the owner; the first comes back as its secondary. `own_writes`: it has taken some before."""
         former, owner = self.first, self.second
         if own_writes:
+            before = former.content(former.export)
             self._write()  # to the old primary, which does not know
-            own = former.content(former.export)
-        former.up()
-        if former.export == "top0":
-            if self._command(former, "replication-stop") and not self._command(former, "replication-demote"):
-                raise Wrong(f"{former.name} cannot be demoted: {self._refusal}")
-        else:
-            former.node.terminate()
-            former.begin("secondary")
+            self._guest(lambda handle: handle.flush())
+            after = former.content(former.export)
+            former.own = None if after == before else after
+        owner.own = None
+        if self._random.random() < 0.4:
+            # The old one stays as it is: a primary that looks for its secondary, perhaps.
+            former, self.spare = self.spare, former
+        try:
+            former.as_secondary()
+        except QmpError as error:
+            raise Wrong(f"{former.name} cannot become a secondary: {error}") from error
         self.first, self.second = owner, former
         values = owner.content(owner.export)
         self._may = [{value} for value in values]
@@ -386,7 +487,7 @@ class History:
         started = self._command(owner, "replication-start", mode="primary", secondary=former.node.uri())
         if not started:
             refusal = self._refusal
-            if own_writes and former.content("disk0") != own:
+            if former.own is not None and former.content("disk0") != former.own:
                 raise Wrong(f"{former.name} was refused, and overwritten")
             if not self._command(former, "replication-discard"):
                 raise Wrong(f"{former.name} was refused ({refusal}), and cannot be discarded ({self._refusal})")
@@ -395,6 +496,9 @@ class History:
                 "a start after the discard",
                 SETTLE_S,
             )
+        elif former.own is not None:
+            raise Wrong(f"{former.name} has writes of its own, and was not refused")
+        former.own = None
         self._settle()
 
 
@@ -405,7 +509,11 @@ def replay(seed: str, number: int) -> str | None:
         try:
             history.run()
         except (Wrong, Stuck) as error:
-            said = "".join(f"\n--- {host.name}\n{host.said}" for host in (history.first, history.second))
+            said = "".join(
+                f"\n--- {host.name}\n{host.said}"
+                for host in (history.first, history.second, history.spare)
+                if host.begun
+            )
             return f"history {number} of seed {seed}: {' '.join(history.told)}: {type(error).__name__}: {error}{said}"
     return None
 
