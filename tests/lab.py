@@ -151,9 +151,9 @@ class Lab:
         self._mounted.append(small)
         return small
 
-    def sharing_folder(self) -> SharingFolder:
+    def sharing_folder(self, kind: str = "xfs") -> SharingFolder:
         """A folder whose files can share blocks, mounted for as long as this lab's processes; PermissionError."""
-        sharing = SharingFolder(self.folder / f"sharing{len(self._mounted)}")
+        sharing = SharingFolder(self.folder / f"sharing{len(self._mounted)}", kind)
         self._mounted.append(sharing)
         return sharing
 

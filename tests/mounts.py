@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -21,7 +22,7 @@ class MountedFolder:
         folder.mkdir()
         done = self._run("mount", *mount)
         if done.returncode:
-            raise PermissionError(f"mounting needs root: {done.stderr.strip()}")
+            raise PermissionError(f"mounting needs root, and a kernel that can: {done.stderr.strip()}")
 
     @property
     def free(self) -> int:
@@ -73,11 +74,43 @@ class SmallFolder(MountedFolder):
 
 
 class SharingFolder(MountedFolder):
-    """An XFS, in which files can share blocks (reflinks)."""
+    """A file system in which files can share blocks (reflinks): XFS, or btrfs, which copies on write besides."""
 
-    def __init__(self, folder: Path) -> None:
-        image = folder.with_suffix(".xfs")
+    def __init__(self, folder: Path, kind: str = "xfs") -> None:
+        """PermissionError also where the kernel does not have `kind`."""
+        image = folder.with_suffix(f".{kind}")
         with open(image, "wb") as file:
             file.truncate(320 * MIB)
-        subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, timeout=DEADLINE_S)
-        super().__init__(folder, "-o", "loop", str(image))
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+        super().__init__(folder, "-t", kind, "-o", "loop", str(image))
+        self.kind = kind
+
+    def fill(self) -> None:
+        """Leave no room, also none that the file system only promises: until what was written is on the disk, some
+        comes back."""
+        for _ in range(3):
+            with contextlib.suppress(OSError), open(self.folder / "filler", "ab", buffering=0) as filler:
+                size = MIB
+                while size >= 4 * KIB:
+                    try:
+                        filler.write(bytes(size))
+                    except OSError:
+                        size //= 2
+            self._run("sync", "-f")
+
+    def make_room(self) -> None:
+        """Take back what `fill` did."""
+        (self.folder / "filler").unlink()
+
+    def share(self) -> None:
+        """Have a second owner for all blocks of all files, as after a backup: a snapshot, or copies."""
+        self._run("sync", "-f").check_returncode()
+        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        if self.kind == "btrfs":
+            command = ["btrfs", "-q", "subvolume", "snapshot", str(self.folder), str(self.folder / "snapshot")]
+            subprocess.run(command, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+            return
+        (self.folder / "copies").mkdir()
+        for number, path in enumerate(files):
+            command = ["cp", "--reflink=always", str(path), str(self.folder / "copies" / f"{number}")]
+            subprocess.run(command, check=True, timeout=DEADLINE_S)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import DEADLINE_S, REPOSITORY, SharingFolder, SmallFolder
+from lab import DEADLINE_S, REPOSITORY, Lab, SharingFolder, SmallFolder
 from replication.disk import files, mapped
 from replication.disk.mapped import MappedFile
 
@@ -118,21 +118,33 @@ def test_on_a_full_xfs_a_file_that_a_copy_shares_answers_enospc_and_no_signal(
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "mapped\n"
-        sync = ["sync", "-f", str(sharing_folder.folder)]
-        subprocess.run(sync, check=True, timeout=DEADLINE_S)
-        subprocess.run(["cp", "--reflink=always", path, f"{path}.copy"], check=True, timeout=DEADLINE_S)
+        sharing_folder.share()
         process.stdin.write("own\n" if own else "go\n")
         process.stdin.flush()
         if own:
             assert process.stdout.readline() == "owned\n"
-        for _ in range(3):
-            with contextlib.suppress(OSError), open(sharing_folder.folder / "filler", "ab", buffering=0) as filler:
-                size = 1 << 20
-                while size >= 4096:
-                    try:
-                        filler.write(bytes(size))
-                    except OSError:
-                        size //= 2
-            subprocess.run(sync, check=False, timeout=DEADLINE_S)
+        sharing_folder.fill()
         said, _ = process.communicate("\n", DEADLINE_S)
         assert (process.returncode, said) == (0, "stored\n" if own else "ENOSPC\n")
+
+
+def test_on_a_full_btrfs_a_store_answers_enospc_and_no_signal(lab: Lab) -> None:
+    """It copies on write: each store needs a new block, although nobody else has the old one."""
+    try:
+        btrfs = lab.sharing_folder("btrfs")
+    except PermissionError as error:
+        pytest.skip(str(error))
+    path = btrfs.folder / "m"
+    path.write_bytes(os.urandom(1 << 20))
+    with subprocess.Popen(
+        [sys.executable, "-c", STORES, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mapped\n"
+        btrfs.fill()
+        said, _ = process.communicate("go\n\n", DEADLINE_S)
+        assert (process.returncode, said) == (0, "ENOSPC\n")
