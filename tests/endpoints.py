@@ -106,12 +106,10 @@ class DelayedEndpoint(NbdProcess):
         command += ["memory", str(self.size)] if self.path is None else ["file", str(self.path)]
         return command + parameters
 
-    def close(self) -> None:
+    def excused(self, code: int) -> bool:
         # nbdkit 1.32 may abort when it answers a client that has gone. The plugin guards its own process against that
         # (hangup.py). Here nobody does, and a test that still needed the endpoint has noticed.
-        if self._process is not None and self._process.poll() == -signal.SIGABRT and ABORT in self.stderr():
-            self._process = None
-        super().close()
+        return code == -signal.SIGABRT and ABORT in self.stderr()
 
     def fail(self) -> None:
         """From now on requests fail as `error` says."""

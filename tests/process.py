@@ -104,8 +104,12 @@ class Process:
             self.kill()
             raise Stuck(f"{self.name} did not end within {timeout_s:g} s: {self.stderr()}") from None
         self._process = None
-        if code != 0:
+        if code != 0 and not self.excused(code):
             raise AssertionError(f"{self.name} ended with {code}: {self.stderr()}")
+
+    def excused(self, _code: int) -> bool:
+        """Whether a server that is not ours may end like this: a defect of its own, which is no concern of a test."""
+        return False
 
     def restart(self, how: signal.Signals = signal.SIGTERM) -> Self:
         """End by SIGTERM or SIGKILL and start again."""
@@ -117,8 +121,10 @@ class Process:
 
     def close(self) -> None:
         """End it, at the end of a test. What was wrong is left in `misbehaviour`."""
-        if self._process is not None and self._process.poll() is not None:
-            self.misbehaviour.append(f"{self.name} ended by itself with {self._process.returncode}: {self.stderr()}")
+        code = None if self._process is None else self._process.poll()
+        if code is not None:
+            if not self.excused(code):
+                self.misbehaviour.append(f"{self.name} ended by itself with {code}: {self.stderr()}")
             self._process = None
         with contextlib.suppress(Stuck):  # terminate has noted it in `misbehaviour`
             self.terminate()
