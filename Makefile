@@ -33,12 +33,15 @@ PLUGINDIR = $(shell nbdkit --dump-config | sed -n 's/^plugindir=//p')
 LIBRARY := $(PREFIX)/lib/nbdkit-replication
 VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
 # For administrators. They find the library by their own place: ../lib/nbdkit-replication.
-INSTALLED_SCRIPTS := replctl ft-agent nbdkit-replication
+INSTALLED_SCRIPTS := replctl ft-agent nbdkit-replication replication-monitor
 # For systemd, which looks below /usr/local as well.
-UNITS     := nbdkit-replication@.service nbdkit-replication@.socket
+UNITS     := nbdkit-replication@.service nbdkit-replication@.socket replication-monitor.service
 UNITDIR   := $(PREFIX)/lib/systemd/system
 # Who the service is, and its folders: PREFIX/lib/NAME.d/nbdkit-replication.conf.
 USER_CONF := sysusers tmpfiles
+# For Prometheus and Grafana.
+MONITORING := alerts.yml grafana.json
+SHARE      := $(PREFIX)/share/nbdkit-replication
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo -prune -o \
@@ -47,7 +50,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh) completion/replctl
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-debian test-vm torture ledger power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-vm torture ledger power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -70,7 +73,7 @@ test-parallel: # All tests that may run side by side, or those in the files and 
 	@$(PYTHON) -m pytest -q --durations=50 -n $(WORKERS) --dist worksteal -m 'not alone' $(TESTS)
 
 # NAME.SECTION of each page; its source is man/NAME.pod.
-MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8 nbdkit-replication.8
+MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8 nbdkit-replication.8 replication-monitor.8
 MANDIR    := $(PREFIX)/share/man
 # Where the package bash-completion looks.
 BASHDIR   := $(PREFIX)/share/bash-completion/completions
@@ -92,6 +95,10 @@ test-compiled: compile ## Run the tests that start the plugin with the compiled 
 	@scripts/setup test
 	@REPLICATION_PLUGIN='$(CURDIR)/build/compiled/plugin.py' $(PYTHON) -m pytest -q --durations=5 -n $(WORKERS) \
 	    --dist worksteal -m 'not alone' $(or $(TESTS),tests/torture tests/e2e tests/model)
+
+test-monitor: ## Try the monitor with a real Prometheus and a real browser (TESTS= picks some)
+	@scripts/setup test metrics
+	@$(PYTHON) -m pytest -q --durations=5 $(or $(TESTS),tests/monitor)
 
 test-debian: ## Run the tests on another Debian, in a root under build/ (RELEASE=trixie, bookworm; TESTS= picks some)
 	@test -n '$(RELEASE)' || { echo "test-debian: say which, for example: make test-debian RELEASE=trixie" >&2; exit 2; }
@@ -143,10 +150,11 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	rm -rf "$(DESTDIR)$(LIBRARY)" # modules of an older version
 	for module in $(MODULES); do install -D -m 644 "$(FROM)/$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
 	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
+	for file in $(MONITORING); do install -D -m 644 "monitoring/$$file" "$(DESTDIR)$(SHARE)/$$file" || exit 1; done
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
-	for unit in $(UNITS); do sed 's,/usr/bin/nbdkit-replication,$(PREFIX)/bin/nbdkit-replication,' "systemd/$$unit" | \
+	for unit in $(UNITS); do sed 's,/usr/bin/\(nbdkit-replication\|replication-monitor\),$(PREFIX)/bin/\1,' "systemd/$$unit" | \
 	    install -D -m 644 /dev/stdin "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
 	for conf in $(USER_CONF); do install -D -m 644 "systemd/$$conf.conf" \
 	    "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done
@@ -158,6 +166,7 @@ uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
+	for file in $(MONITORING); do rm -f "$(DESTDIR)$(SHARE)/$$file"; done
 	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
 	for unit in $(UNITS); do rm -f "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
 	for conf in $(USER_CONF); do rm -f "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done

@@ -68,6 +68,15 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         store.py                the states on host B, and which of them belongs to the disk
         monitor.py              QMP with the errors and limits of this wing
         pauses.py               how long the guest stood still
+    monitor/                    watches all nodes of a host: what replication-monitor is
+        service.py              a fleet and a web server, from beginning to end
+        web.py                  who reads what over HTTP
+        metrics.py              what Prometheus reads
+        fleet.py                which nodes are watched
+        watcher.py              the conversation with one node
+        journal.py              its events, its last hour, counters
+        sight.py                what was learned of it
+        access.py               where to listen, and who may read
     replctl/                    the command line of replctl, and the nodes of this host
         line.py                 from what was typed to an exit code
         completion.py           what bash offers for a word

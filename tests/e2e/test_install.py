@@ -17,13 +17,14 @@ from waiting import DEADLINE_S
 
 PREFIX = "/usr/local"
 PLUGINS = "/usr/lib/nbdkit/plugins"
-SCRIPTS = ("replctl", "ft-agent", "nbdkit-replication")
+SCRIPTS = ("replctl", "ft-agent", "nbdkit-replication", "replication-monitor")
 PAGES = (
     "man1/nbdkit-replication-plugin.1",
     "man5/replication.toml.5",
     "man8/ft-agent.8",
     "man8/nbdkit-replication.8",
     "man8/replctl.8",
+    "man8/replication-monitor.8",
 )
 
 
@@ -105,6 +106,10 @@ def test_the_units_start_what_is_installed(installed: Installed) -> None:
     folder = installed.root / PREFIX.lstrip("/") / "lib"
     unit = (folder / "systemd/system/nbdkit-replication@.service").read_text()
     assert f"\nExecStart={PREFIX}/bin/nbdkit-replication %i\n" in unit
+    assert (
+        f"\nExecStart={PREFIX}/bin/replication-monitor"
+        in (folder / "systemd/system/replication-monitor.service").read_text()
+    )
     assert (installed.bin / "nbdkit-replication").is_file()
     assert "ListenStream=" in (folder / "systemd/system/nbdkit-replication@.socket").read_text()
     for conf in ("sysusers", "tmpfiles"):

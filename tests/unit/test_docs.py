@@ -320,6 +320,11 @@ def test_every_option_of_the_tools(tool: str) -> None:
         assert _bold(entry.head + entry.text) <= known[command], f"{command}: an option that there is not"
 
 
+def test_every_option_of_the_monitor() -> None:
+    stated = _bold("".join(entry.head for entry in PAGES["replication-monitor"].entries("OPTIONS")))
+    assert stated == _options("replication-monitor") - {"--help"}
+
+
 # The pages themselves
 
 
@@ -347,7 +352,9 @@ def test_pages_name_each_other() -> None:
     known = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in re.findall(r"\S+\.\d", _pages_of_makefile())}
     for text in (*DOCUMENTS.values(), *(page.text for page in PAGES.values())):
         for name, section in re.findall(
-            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent|nbdkit-replication)\((\d)\)", text
+            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent|nbdkit-replication|replication-monitor)"
+            r"\((\d)\)",
+            text,
         ):
             assert known[name] == section
 
