@@ -17,7 +17,7 @@ SEED    ?=
 KILLS   ?=
 HISTORY ?=
 
-# For `make test-debian`: the release, by its name.
+# For `make test-debian` and `make test-deb`: the release, by its name.
 RELEASE ?=
 
 # For `make install`: 1 installs the modules compiled.
@@ -47,10 +47,10 @@ FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo -prune -o \
     '(' -name '*.py' -o -name '*.so' ')' -print 2>/dev/null)
 # Scripts have no suffix; their first line says what they are.
-PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/*)
-SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh) completion/replctl
+PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/* debian/tests/*)
+SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh debian/*) completion/replctl
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-vm torture ledger power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm torture ledger power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -105,6 +105,17 @@ test-debian: ## Run the tests on another Debian, in a root under build/ (RELEASE
 	@scripts/setup debian
 	@scripts/debian '$(RELEASE)' scripts/setup test
 	@scripts/debian '$(RELEASE)' make test TESTS='$(TESTS)' WORKERS='$(WORKERS)'
+
+deb: ## Build the Debian package for this release, in build/deb
+	@scripts/setup package
+	@scripts/deb
+
+test-deb: ## Build and try the package on each supported Debian, in roots under build/ (RELEASE= for one of them)
+	@scripts/setup debian
+	@for release in $(or $(RELEASE),bookworm trixie); do \
+	    scripts/debian "$$release" make deb && \
+	    scripts/debian "$$release" tests/package_lint.sh && \
+	    scripts/debian --clean "$$release" tests/package_lifecycle.sh || exit 1; done
 
 test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
 	@scripts/setup test vm

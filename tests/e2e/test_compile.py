@@ -70,7 +70,9 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     tree = Tree(tmp_path / "tree")
-    tree.python("for file in ${@:3}; do touch ${file%.py}.abi.so; done; mkdir build; touch build/scrap.so")
+    tree.python(
+        "for file in ${@:3}; do [[ $file == -* ]] || touch ${file%.py}.abi.so; done; mkdir build; touch build/scrap.so"
+    )
     return tree
 
 
@@ -123,6 +125,19 @@ def test_a_copy_that_fails_half_way_leaves_what_was_there(tree: Tree, monkeypatc
     shutil.rmtree(tools)
     assert tree.files() == before
     assert tree.compile().returncode == 0
+
+
+def test_another_python_compiles_for_itself(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a package's build, which has no .venv; what it asks of the compiler stays, and no path of the run gets in."""
+    other = tree.root / "python"
+    (tree.root / ".venv/bin/python").rename(other)
+    other.write_text(f'{other.read_text()}\necho "$CFLAGS" "$PWD" >{tree.root}/told\n')
+    monkeypatch.setenv("COMPILE_PYTHON", str(other))
+    monkeypatch.setenv("CFLAGS", "-O2 -g")
+    done = tree.compile()
+    assert (done.returncode, done.stderr) == (0, "")
+    *flags, where = (tree.root / "told").read_text().split()
+    assert flags == ["-O2", "-g", f"-ffile-prefix-map={where}=."]
 
 
 def test_without_the_environment_it_says_what_to_do(tree: Tree) -> None:

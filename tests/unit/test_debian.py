@@ -93,8 +93,9 @@ def machine(tmp_path: Path) -> Machine:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "usage: scripts/debian RELEASE COMMAND"),
-        ((OTHER,), "usage: scripts/debian RELEASE COMMAND"),
+        ((), "usage: scripts/debian [--clean] RELEASE COMMAND"),
+        ((OTHER,), "usage: scripts/debian [--clean] RELEASE COMMAND"),
+        (("--clean", OTHER), "usage: scripts/debian [--clean] RELEASE COMMAND"),
         (("13", "true"), "'13' is not the name of a release"),
         (("../escape", "true"), "'../escape' is not the name of a release"),
     ],
@@ -177,6 +178,14 @@ def test_the_root_has_the_checkout_as_it_is_now(machine: Machine) -> None:
     machine.debian(OTHER, "true")
     assert files() == {"a/new.py", "scripts/debian", ".venv/stamp", "build/made", ".hypothesis/examples"}
     assert (copy / "a/new.py").read_text() == "2"
+
+
+def test_a_clean_root_is_another_one(machine: Machine) -> None:
+    machine.debian(OTHER, "true")
+    assert machine.debian("--clean", OTHER, "true").returncode == 7
+    *_, root, _, _, _ = machine.call("mmdebstrap")
+    assert root == f"{machine.root()}-clean.new"
+    assert machine.call("unshare")[-2:] == [f"{machine.root()}-clean", "true"]
 
 
 def test_two_runs_do_not_share_a_root(machine: Machine) -> None:
