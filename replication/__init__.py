@@ -82,6 +82,12 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         completion.py           what bash offers for a word
         table.py                one row for each command
         listing.py              all nodes in one table
+        doctor.py               looks at what is often wrong
+        hostchecks.py           of this host: files, disks, folders, ports, certificates
+        peerchecks.py           of the other side
+        finding.py              what a check has found, and what it looks at
+        initial.py              the file of a new node; checking files
+        guest.py                libvirt's XML and QEMU's arguments for a node
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host

@@ -42,6 +42,14 @@ def lock_for_writing(fd: int, path: str) -> None:
             )
 
 
+def used_by_other(fd: int) -> bool:
+    """Whether another process uses the image in a way that keeps a writer off. `fd` may be open for reading only, and
+    takes no lock."""
+    claims = [_UNSHARED + permission for permission in _WRITER_USES]
+    claims += [_USED + permission for permission in _WRITER_UNSHARES]
+    return any(_held_by_other(fd, byte) for byte in claims)
+
+
 def _share(fd: int, byte: int, path: str) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))

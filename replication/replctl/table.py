@@ -17,6 +17,8 @@ from typing import Any
 
 WATCH_S = 2.0
 LIST_S = 3.0
+RECONNECT_S = 60
+"""A restart of a node takes seconds, a repair by hand longer."""
 
 _COMMANDS = "replication.client.commands"
 
@@ -77,7 +79,22 @@ def positive_seconds(text: str) -> float:
     return value
 
 
+def whole_seconds(text: str) -> int:
+    """argparse's type for a duration that QEMU takes in whole seconds."""
+    if not text.isascii() or not text.isdigit() or int(text) > 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of seconds from 0 to 86400")
+    return int(text)
+
+
 YES = flag("--yes", "do not ask")
+
+RECONNECT = argument(
+    "--reconnect",
+    metavar="SECONDS",
+    type=whole_seconds,
+    default=RECONNECT_S,
+    help="how long the guest's requests wait for a node that has gone; 0: not at all (default: %(default)s)",
+)
 
 
 def _unless_yes(options: argparse.Namespace) -> bool:
@@ -186,6 +203,72 @@ TABLE: tuple[Row, ...] = (
         f"{_COMMANDS}:cancel",
         "cancel a background job",
         (argument("job", metavar="JOB", help="its name, from `replctl jobs`"),),
+    ),
+    Row(
+        "init",
+        "replication.replctl.initial:init",
+        "write the file of a new node of this host, with comments; never over one that is there",
+        (
+            argument("name", metavar="NAME", help="what the node is to be called"),
+            argument("--mode", choices=("primary", "secondary"), required=True, help="mode of the node"),
+            argument(
+                "--disk",
+                metavar="[NAME:]PATH",
+                action="append",
+                required=True,
+                complete="files",
+                help="a disk of the guest, by path or NBD URI; again for each disk",
+            ),
+            argument("--peer", metavar="HOST[:PORT]", help="where the secondary listens (needed for a primary)"),
+            argument(
+                "--listen",
+                metavar="[ADDRESS]:PORT",
+                action="append",
+                help="where the other host connects (default: a secondary :10809, a primary nowhere)",
+            ),
+            argument("--tls", metavar="DIR", complete="folders", help="the folder of the certificates, for TLS"),
+            argument("--top-id", metavar="EXPORT", help="a secondary's export for the guest (default: guest)"),
+            argument("--overlays", metavar="DIR", complete="folders", help="where a secondary has its overlays"),
+            argument(
+                "--checkpoint-interval",
+                metavar="SECONDS",
+                type=positive_seconds,
+                help="how often a primary takes a checkpoint (default: 1)",
+            ),
+        ),
+        on=On.HOST,
+    ),
+    Row(
+        "check-config",
+        "replication.replctl.initial:check",
+        "check the file of a node, or of all",
+        (
+            argument(
+                "what", metavar="NAME|FILE", nargs="?", complete="nodes", help="a node, or a file (default: all nodes)"
+            ),
+        ),
+        on=On.ANY,
+    ),
+    Row(
+        "doctor",
+        "replication.replctl.doctor:show",
+        "look at what is often wrong with a node, or with all, and say what to do",
+        (argument("name", metavar="NAME", nargs="?", complete="nodes", help="a node (default: all)"),),
+        on=On.ANY,
+    ),
+    Row(
+        "domain-xml",
+        "replication.replctl.guest:domain_xml",
+        "print the disks of this node for the XML of a libvirt domain",
+        (RECONNECT,),
+        on=On.CONFIG,
+    ),
+    Row(
+        "qemu-args",
+        "replication.replctl.guest:qemu_args",
+        "print the disks of this node as arguments of QEMU",
+        (RECONNECT,),
+        on=On.CONFIG,
     ),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row("error", f"{_COMMANDS}:error", "exit with code 1 and an error if replication has failed"),

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a guest needs in order to use a node: the disks as libvirt's XML, or as arguments of QEMU.
+
+The guest reaches the node over its Unix socket, and waits while there is no answer (`reconnect-delay`): a restart of
+the node, an upgrade say, costs it a pause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from xml.sax.saxutils import quoteattr
+
+from replication.client.session import Unusable
+from replication.errors import ConfigError
+from replication.options import DiskOptions
+from replication.service import config
+from replication.stage import Mode
+
+from . import nodes
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def domain_xml(name: str, options: argparse.Namespace) -> None:
+    """Print a <disk> element for each disk."""
+    socket, exports = _faces(name)
+    text = "\n".join(_element(export, socket, index, options.reconnect) for index, export in enumerate(exports))
+    print(json.dumps({"xml": text}) if options.json else text)
+
+
+def qemu_args(name: str, options: argparse.Namespace) -> None:
+    """Print a -blockdev and a -device for each disk, quoted for a shell."""
+    socket, exports = _faces(name)
+    arguments: list[str] = []
+    for index, export in enumerate(exports):
+        node = f"replicated{index}"
+        blockdev = {
+            "driver": "raw",
+            "node-name": node,
+            "cache": {"direct": True},
+            "discard": "unmap",
+            "file": {
+                "driver": "nbd",
+                "server": {"type": "unix", "path": socket},
+                "export": export,
+                "reconnect-delay": options.reconnect,
+            },
+        }
+        arguments += ["-blockdev", json.dumps(blockdev), "-device", f"virtio-blk-pci,drive={node}"]
+    if options.json:
+        print(json.dumps({"arguments": arguments}))
+    else:
+        pairs = (shlex.join(arguments[index : index + 2]) for index in range(0, len(arguments), 2))
+        print(" \\\n".join(pairs))
+
+
+def _element(export: str, socket: str, index: int, delay_s: int) -> str:
+    # The schema of libvirt 9.0 (Debian 12) does not know this element; 11.3 (Debian 13) does.
+    reconnect = f"    <reconnect delay='{delay_s}'/>\n" if delay_s else ""
+    return f"""\
+<disk type='network' device='disk'>
+  <driver name='qemu' type='raw' cache='none' discard='unmap'/>
+  <source protocol='nbd' name={quoteattr(export)}>
+    <host transport='unix' socket={quoteattr(socket)}/>
+{reconnect}  </source>
+  <target dev='vd{_letters(index)}' bus='virtio'/>
+</disk>"""
+
+
+def _letters(index: int) -> str:
+    """a, b, ... z, aa, ab, ..."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + _LETTERS[index % 26]
+
+
+def _faces(name: str) -> tuple[str, list[str]]:
+    """(the guest's socket, the export of each disk)"""
+    nodes.known(name)
+    try:
+        found = config.load(name)
+    except ConfigError as error:
+        raise Unusable(str(error)) from error
+    return found.guest_socket, [_export(disk, found.options.mode) for disk in found.options.disks]
+
+
+def _export(disk: DiskOptions, mode: Mode) -> str:
+    if mode is Mode.PRIMARY:
+        return disk.name
+    assert disk.top_id is not None  # a secondary has one for each disk
+    return disk.top_id
