@@ -29,10 +29,10 @@ def _field(name: str) -> set[str]:
 
 
 def _table(*purposes: str) -> set[str]:
-    text = (REPOSITORY / "scripts/setup").read_text(encoding="utf-8")
-    return {
-        name for purpose, name in re.findall(r"^(\w+) +([a-z0-9.+-]+) {2}", text, re.MULTILINE) if purpose in purposes
-    }
+    match = re.search(r"^TABLE='\n(.*?)^'", (REPOSITORY / "scripts/setup").read_text(encoding="utf-8"), re.M | re.S)
+    assert match is not None
+    rows = [line.split(maxsplit=2) for line in match[1].splitlines()]
+    return {name for purpose, name, _ in rows if purpose in purposes}
 
 
 def test_the_package_has_the_version_of_the_program() -> None:
