@@ -17,6 +17,9 @@ SEED    ?=
 KILLS   ?=
 HISTORY ?=
 
+# For `make soak`: how many seconds; SEED= is any text.
+SOAK ?= 3600
+
 # For `make test-debian` and `make test-deb`: the release, by its name.
 RELEASE ?=
 
@@ -50,7 +53,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/* debian/tests/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh debian/*) completion/replctl
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm torture ledger power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm torture ledger soak power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -136,6 +139,10 @@ torture: ## Kill processes at random and compare (SEED=, KILLS=, HISTORY=)
 ledger: ## Hold what a pair claims against the truth, at random (SEED=, HISTORIES=, HISTORY=)
 	@scripts/setup test
 	@PYTHONPATH=.:tests $(PYTHON) -m model.ledger --seed '$(SEED)' --histories '$(HISTORIES)' --history '$(HISTORY)'
+
+soak: ## Everything that can go wrong, at once and at random, held to its bounds (SOAK= seconds, SEED=)
+	@scripts/setup test
+	@PYTHONPATH=.:tests $(PYTHON) -m soak --seed '$(SEED)' --seconds '$(SOAK)'
 
 power: ## Cut the power at random and compare (SEED=, HISTORIES=, SAMPLES=)
 	@scripts/setup test
