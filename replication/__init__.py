@@ -98,6 +98,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         config.py               what a NAME stands for: its file
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         commands.py             replctl's commands
+        check.py                a node as Nagios sees it
+        history.py              what replication-monitor knows of all nodes
         switchover.py           the planned move of a disk
         progress.py             jobs as bars
         status.py               query-replication as lines and a table

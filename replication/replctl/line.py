@@ -105,7 +105,7 @@ def run(arguments: list[str]) -> Exit:
 def _run(options: argparse.Namespace) -> None:
     row: Row = options.row
     given = options.control is not None or options.state is not None
-    if row.on is not On.NODE and given:
+    if row.on not in (On.NODE, On.SOCKET) and given:
         raise Unusable(f"{row.name} takes no control socket and no state folder")
     if row.on is On.HOST:
         if options.node is not None:
@@ -121,6 +121,10 @@ def _run(options: argparse.Namespace) -> None:
         row.function()(options.node, options)
         return
     path = socket_path(options)
+    if row.on is On.SOCKET:
+        if code := int(row.function()(path, options)):
+            raise Failed(Exit(code))
+        return
     if row.asks(options) and not sys.stdin.isatty():
         # Before connecting: the answer is the same whatever the node would say.
         raise Unusable(f"{row.name} asks for confirmation, and there is no terminal to ask on; use --yes")

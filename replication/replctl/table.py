@@ -28,6 +28,8 @@ class On(Enum):
 
     NODE = "node"
     """One node that answers: a client.session.Session."""
+    SOCKET = "socket"
+    """One node that need not answer: the path of its control socket. The function returns an exit code."""
     CONFIG = "config"
     """One node of this host by its name, running or not: its name. (`replctl NAME command`)"""
     ANY = "any"
@@ -50,10 +52,10 @@ class Row:
     asks: Callable[[argparse.Namespace], bool] = lambda options: False
     """Whether it will ask for confirmation: refused before anything else where there is nobody to ask."""
 
-    def function(self) -> Callable[..., None]:
+    def function(self) -> Callable[..., Any]:
         """Imports the module."""
         module, _, name = self.run.partition(":")
-        found: Callable[..., None] = getattr(importlib.import_module(module), name)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return found
 
 
@@ -86,6 +88,13 @@ def whole_seconds(text: str) -> int:
     return int(text)
 
 
+def limits(text: str) -> dict[str, float]:
+    """argparse's type for the limits of check."""
+    from replication.client.check import limits as read  # noqa: PLC0415 (loaded by the command that needs it)
+
+    return read(text)
+
+
 YES = flag("--yes", "do not ask")
 
 RECONNECT = argument(
@@ -94,6 +103,14 @@ RECONNECT = argument(
     type=whole_seconds,
     default=RECONNECT_S,
     help="how long the guest's requests wait for a node that has gone; 0: not at all (default: %(default)s)",
+)
+
+MONITOR = (
+    argument("--monitor", metavar="URL", help="the monitor (default: $REPLCTL_MONITOR or http://127.0.0.1:10810)"),
+    argument("--token-file", metavar="FILE", complete="files", help="a file whose first line is its token"),
+    argument(
+        "--tls-ca", metavar="FILE", complete="files", help="who has signed its certificate (default: the system's)"
+    ),
 )
 
 
@@ -272,6 +289,45 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row("error", f"{_COMMANDS}:error", "exit with code 1 and an error if replication has failed"),
+    Row(
+        "check",
+        "replication.client.check:run",
+        "check the node as a plugin of Nagios does, with its exit codes and performance data",
+        (
+            argument(
+                "--warning",
+                metavar="LIMITS",
+                type=limits,
+                help="age=SECONDS, out-of-sync=BYTES, overlay=PERCENT, with commas (default: age=60,overlay=80)",
+            ),
+            argument("--critical", metavar="LIMITS", type=limits, help="the same (default: age=300,overlay=95)"),
+        ),
+        on=On.SOCKET,
+    ),
+    Row(
+        "top",
+        "replication.client.history:top",
+        "show all nodes of this host and their last hour, from replication-monitor",
+        (
+            *MONITOR,
+            flag("--once", "show them once"),
+            argument(
+                "--interval",
+                metavar="SECONDS",
+                type=positive_seconds,
+                default=WATCH_S,
+                help="repeat so often (default: %(default)g)",
+            ),
+        ),
+        on=On.HOST,
+    ),
+    Row(
+        "history",
+        "replication.client.history:history",
+        "print the events that replication-monitor has kept, of one node or of all",
+        MONITOR,
+        on=On.ANY,
+    ),
 )
 
 
