@@ -34,7 +34,7 @@ from replication.control.server import ControlServer
 from replication.errors import ConfigError, DiskError, Refusal, ReplicationError
 from replication.events import EventHub
 from replication.image.qcow2 import BLOCK
-from replication.log import LOG, log, log_defect, log_uncaught, printable
+from replication.log import LOG, debug, log, log_defect, log_uncaught, printable
 from replication.node import Node
 from replication.options import Durability, OptionParser, Options
 from replication.record.state import StateFolder
@@ -49,6 +49,7 @@ from replication.server.placement import Placement
 from replication.server.threads import ThreadStates
 from replication.service.notify import Notifier
 from replication.service.pulse import Pulse
+from replication.service.reload import Reloader
 
 API_VERSION = 2
 
@@ -87,6 +88,7 @@ class Process:
     placement: Placement | None = None
     host_watch = clients.HostWatch()
     pulse: Pulse | None = None
+    reloader: Reloader | None = None
 
 
 _format_exception: Callable[..., list[str]] = traceback.format_exception
@@ -201,7 +203,10 @@ def _get_ready() -> None:
         raise
     Process.node = node
     Process.pulse = Pulse(Notifier(os.environ), Process.options.control, hub)
-    Process.disconnector = Disconnector(_shutdown, Process.options.control, _unended, cleanup)
+    Process.reloader = reloader = Reloader.of(os.environ, node.configure, Process.pulse)
+    Process.disconnector = Disconnector(
+        _shutdown, Process.options.control, _unended, cleanup, None if reloader is None else reloader.reload
+    )
     commands = Commands(node, Process.disconnector.end)
     Process.commands = commands
 
@@ -226,6 +231,8 @@ def _check_identities() -> None:
 
 def _execute(name: str, arguments: dict[str, Any]) -> Answer:
     """A control command; clients are served only after `after_fork`, when all is there."""
+    if not name.startswith("query-"):
+        debug(f"command {name}")
     return Process.commands.execute(name, arguments)
 
 
@@ -257,6 +264,8 @@ def after_fork() -> None:
     if Process.options.placement:
         Process.placement = Placement(Process.node.traffic, nbdkit.debug)
         Process.placement.start()
+    if Process.reloader is not None:
+        Process.reloader.start()
     if Process.pulse is not None:
         Process.pulse.start()
 
@@ -297,6 +306,7 @@ def open(readonly: bool) -> Handle:
     clients.watch(client)
     name = nbdkit.export_name()
     nbdkit.debug(f"export {name!r}: {client.details}")
+    debug(f"export {name!r}: {client.details}")
     return Handle(Process.exports.open(name, client))
 
 

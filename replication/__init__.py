@@ -91,6 +91,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host
+        reload.py               takes over what has changed in the file
         launch.py               folders, sockets, nbdkit's command line; becomes nbdkit
         sockets.py              those of systemd, and those that are missing
         pulse.py                tells systemd that the node answers, and how it is

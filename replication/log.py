@@ -74,6 +74,8 @@ class Log:
 
     def __init__(self, sink: Callable[[str], None]) -> None:
         self._sink = sink
+        self.verbose = False
+        """Whether `debug` writes anything."""
         # Protects everything below; never held while a line is written. Below all other locks: any thread may log.
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[str] = deque()
@@ -204,6 +206,13 @@ def log(text: str) -> None:
     caller = sys._getframe(1)
     name = f"{caller.f_code.co_name} in {caller.f_globals.get('__name__', '?')}"
     LOG.put(f"{NAME}: {printable(text)}", (caller.f_code.co_filename, caller.f_lineno), name)
+
+
+def debug(text: str) -> None:
+    """Write one line if somebody wants to see what the process does (Log.verbose)."""
+    if LOG.verbose:
+        caller = sys._getframe(1)
+        LOG.put(f"{NAME}: debug: {printable(text)}", (caller.f_code.co_filename, caller.f_lineno), "debug lines")
 
 
 def log_defect(error: BaseException) -> None:

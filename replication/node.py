@@ -21,10 +21,10 @@ from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
 from replication.log import log, surviving
-from replication.options import Durability, Options
+from replication.options import CHANGEABLE, Durability, Options
 from replication.order.gate import Gate, GateStuck
 from replication.order.pause import pause
-from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
+from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
@@ -54,9 +54,6 @@ SAVE_AGAIN_MIN_S, SAVE_AGAIN_MAX_S = 0.5, 10.0
 
 _AUTOSTART_RETRY_S = 1.0
 
-_TICKER_S = 0.2
-"""At the end of the process, longest wait for an automatic checkpoint that is at work; then its link goes."""
-
 
 class Node:
     """A primary or a secondary: by `options.mode`, or what a former process of the state folder has become."""
@@ -74,7 +71,8 @@ class Node:
         self._saving = threading.Lock()
         self._unsaved = False
         self._closing = threading.Event()
-        self._tickers: list[Ticker] = []
+        self._looks = Ticker("disks", LOOK_S, self._look_at_disks)
+        self._clocks = Clocks(self._checkpoint_when_ready, self._checkpoint_age, lambda: self._state.epoch, hub)
         self._state = state
         self._record = self._former_record() or Record(options.mode)
         self._jobs = JobList(hub)
@@ -155,17 +153,8 @@ class Node:
         if self.stage is not Stage.NONE:
             self._save()  # from here on the former process's good end counts no longer
         self.side.launch()
-        if self._options.checkpoint_interval_s is not None:
-            self._tickers.append(AutomaticCheckpoints(self._options.checkpoint_interval_s, self._checkpoint_when_ready))
-        if self._options.checkpoint_age_limit_s is not None:
-            self._tickers.append(
-                AgeWatch(
-                    self._options.checkpoint_age_limit_s, self._checkpoint_age, lambda: self._state.epoch, self._hub
-                )
-            )
-        self._tickers.append(Ticker("disks", LOOK_S, self._look_at_disks))
-        for ticker in self._tickers:
-            ticker.start()
+        self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
+        self._looks.start()
         if self._options.autostart and self.stage is Stage.DONE:
             log("autostart=true starts nothing in stage done: a person says who owns the disks now")
         if self._options.autostart and self.stage is Stage.NONE:
@@ -192,10 +181,18 @@ class Node:
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""
         self._closing.set()
-        for ticker in self._tickers:
-            ticker.stop(_TICKER_S)
+        self._clocks.stop()
+        self._looks.stop(STOP_S)
         self.side.close()
         self._state.close()
+
+    def configure(self, options: Options) -> None:
+        """Take over what can change while the node runs (options.CHANGEABLE), after `launch`. From any thread, without
+        waiting for a command."""
+        for name in CHANGEABLE:
+            setattr(self._options, name, getattr(options, name))
+        self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
+        self.side.configure()
 
     def _look_at_disks(self) -> None:
         try:
@@ -235,6 +232,7 @@ class Node:
             self.side = side
             self.faces.clear()
             self.faces.update(side.faces())
+            side.configure()  # what was changed while it was not the node's yet
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
 
     def _save(self) -> None:

@@ -108,6 +108,10 @@ class Options:
     """Where nbdkit was started: relative paths count from there, also those that a command brings later on."""
 
 
+CHANGEABLE = ("queue_limit", "overlay_watermark", "checkpoint_interval_s", "checkpoint_age_limit_s", "resync_rate")
+"""Members of Options that a running node takes over (Node.configure): rates, intervals and limits."""
+
+
 @dataclass
 class _Disk:
     name: str | None

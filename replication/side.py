@@ -118,6 +118,10 @@ class Side(ABC):
         """Start the threads, and go on with what a former process had begun."""
 
     @abstractmethod
+    def configure(self) -> None:
+        """Take over what has changed in the options (options.CHANGEABLE); also from other threads than the node's."""
+
+    @abstractmethod
     def look(self) -> None:
         """Called every LOOK_S seconds by a thread of its own: find out what the disks have lost meanwhile."""
 

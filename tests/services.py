@@ -47,7 +47,7 @@ class NotifySocket:
 
         def found() -> dict[str, str] | None:
             told = self.listen()[since:]
-            return next((message for message in told if value in message.get(key, "\0")), None)
+            return next((message for message in told if key in message and value in message[key]), None)
 
         message: dict[str, str] = wait_until(found, f"{key}={value} is told; told was {self.heard[-5:]}", timeout_s)
         return message

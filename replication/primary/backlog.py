@@ -154,6 +154,12 @@ class Budget:
                     return False
             woken = waiter.woken.acquire(timeout=timeout_s if patient else max(0.0, until - time.monotonic()))
 
+    def resize(self, limit: int) -> None:
+        """Another limit from now on; what is in use beyond it leaves as it would have."""
+        with self._lock:
+            self.limit = limit
+            self._admit_locked()
+
     @property
     def behind(self) -> bool:
         """Whether nobody waits for room."""

@@ -160,7 +160,7 @@ class Resync:
         self._jobs = jobs
         self._unreadable = unreadable
         self._pass_ended = pass_ended
-        self._pace = Pace(rate)  # only the thread's
+        self._pace = Pace(rate)  # only the thread's, but for taking another one
         # Protects the fields below. Never held across I/O.
         self._changed = threading.Condition()
         # Somebody asked for a pass at once; if not, when the next one is due.
@@ -178,6 +178,10 @@ class Resync:
         self._sent: _Pass | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
+
+    def limit(self, rate: int | None) -> None:
+        """Another rate from the next piece on."""
+        self._pace = Pace(rate)
 
     def start(self) -> None:
         """Start the thread, once; it has nothing to do yet."""

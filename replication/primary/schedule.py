@@ -15,6 +15,9 @@ _AGE_LOOKS = 10
 """How often, within the limit, the age is looked at: the event is late by a tenth of the limit at most."""
 _LOOK_MAX_S = 1.0
 
+STOP_S = 0.2
+"""Longest wait for an automatic checkpoint that is at work; at the end of the process its link goes then."""
+
 
 class Ticker:
     """Calls `action` every `period_s` seconds, from the beginning of one call to that of the next, until `stop`; a call
@@ -86,3 +89,50 @@ class AgeWatch(Ticker):
         if old and not self._told:
             self._hub.emit("REPLICATION_CHECKPOINT_AGE", epoch=self._epoch(), age=age_s, limit=self._limit_s)
         self._told = old
+
+
+class Clocks:
+    """The automatic checkpoints and the age watch of a node, with periods that can change while it runs."""
+
+    def __init__(
+        self, take: Callable[[], None], age: Callable[[], float | None], epoch: Callable[[], int], hub: EventHub
+    ) -> None:
+        """The arguments are those of AutomaticCheckpoints and AgeWatch."""
+        self._take = take
+        self._age = age
+        self._epoch = epoch
+        self._hub = hub
+        # Protects what follows. Held while a ticker is told to end, which may be in a checkpoint: STOP_S at most.
+        self._lock = threading.Lock()
+        self._periods: dict[str, float | None] = {}
+        self._tickers: dict[str, Ticker] = {}
+        self._ended = False
+
+    def set(self, interval_s: float | None, limit_s: float | None) -> None:
+        """Take a checkpoint every `interval_s` seconds and warn of one that is older than `limit_s`; None for neither.
+        What stays as it was goes on undisturbed."""
+        with self._lock:
+            for name, period_s in (("interval", interval_s), ("limit", limit_s)):
+                if self._ended or self._periods.get(name) == period_s:
+                    continue
+                self._periods[name] = period_s
+                self._stop_locked(name)
+                if period_s is not None:
+                    self._tickers[name] = self._ticker(name, period_s)
+                    self._tickers[name].start()
+
+    def _ticker(self, name: str, period_s: float) -> Ticker:
+        if name == "interval":
+            return AutomaticCheckpoints(period_s, self._take)
+        return AgeWatch(period_s, self._age, self._epoch, self._hub)
+
+    def stop(self) -> None:
+        """End both for good."""
+        with self._lock:
+            self._ended = True
+            for name in [*self._tickers]:
+                self._stop_locked(name)
+
+    def _stop_locked(self, name: str) -> None:
+        if name in self._tickers:
+            self._tickers.pop(name).stop(STOP_S)

@@ -482,6 +482,10 @@ class PrimarySide(Side):
             ],
         }
 
+    def configure(self) -> None:
+        self._budget.resize(self._set.options.queue_limit)
+        self._resync.limit(self._set.options.resync_rate)
+
     @property
     def bytes_served(self) -> int:
         return sum(disk.bytes_read + disk.bytes_written for disk in self.disks)

@@ -53,6 +53,13 @@ class FillWatch:
         for disk_name, stack in stacks:
             stack.room.grown = partial(self.look, disk_name)
 
+    def warn_at(self, watermark: float) -> None:
+        """Another watermark from the next write on that makes an overlay grow."""
+        with self._lock:
+            self._watermark = watermark
+            for overlay in self._overlays:
+                overlay.watch_at = 0
+
     def look(self, disk_name: str, overlay: Overlay) -> None:
         """Called by a request when `overlay` has grown to its `watch_at`."""
         try:

@@ -67,6 +67,7 @@ class SecondarySide(Side):
         self._ledger = setting.ledger
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
+        self._fill: FillWatch | None = None
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class SecondarySide(Side):
             if disk.stack is not None:
                 disk.stack.room.shortage = shortage
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
-        FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
+        self._fill = FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
         if self._set.options.durability is Durability.POWER:
             self._settle_images()
         if state.emptying:
@@ -766,6 +767,10 @@ class SecondarySide(Side):
     @property
     def default(self) -> str:
         return ""
+
+    def configure(self) -> None:
+        if self._fill is not None:
+            self._fill.warn_at(self._set.options.overlay_watermark)
 
     def retire(self) -> None:
         """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from replication.log import LOG, log
+from replication.log import LOG, debug, log
 from replication.server.clients import sockets
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -40,14 +40,16 @@ class Disconnector:
         control_path: str | None,
         unended: Callable[[], bool],
         cleanup: Callable[[], None],
+        reload: Callable[[], None] | None = None,
     ) -> None:
         """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients. `unended()` is asked
         while nbdkit is ending: True when no request is in flight and nbdkit would wait in vain; then the process is
-        ended from here, after `cleanup`."""
+        ended from here, after `cleanup`. With `reload()`, SIGHUP calls that, in a thread, and ends nothing."""
         self._shutdown = shutdown
         self._control_path = control_path
         self._unended = unended
         self._cleanup = cleanup
+        self._reload = reload
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def start(self) -> None:
@@ -64,7 +66,9 @@ class Disconnector:
         os.write(self._write, b"\0")
 
     def _wait(self) -> None:
-        os.read(self._read, 1)
+        while (signal_number := os.read(self._read, 1)[0]) == signal.SIGHUP and self._reload is not None:
+            threading.Thread(target=self._reload, name="reload", daemon=True).start()
+        debug(f"ending, by signal {signal_number}" if signal_number else "ending, by command")
         threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
         self._shutdown()
         # A client that nbdkit was just accepting is found the next time round.

@@ -8,6 +8,8 @@ what the watchdog hears of. A thread that only ran by the clock would also run i
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from replication.client.qmp import Refused
@@ -72,6 +74,18 @@ class Pulse:
                 self._watchdog_s = wanted
                 self._notifier.tell(WATCHDOG_USEC=round((wanted or 0) * 1e6))
         self._changed.set()
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Tell the beginning and the end of a reload, of a node that is ready."""
+        told = self._ready and not self._closing.is_set()
+        if told:
+            self._notifier.reloading()
+        try:
+            yield
+        finally:
+            if told:
+                self._notifier.tell(READY=1)
 
     def _on_event(self, event: Event) -> None:
         if event["event"].startswith(_TOLD_OF):

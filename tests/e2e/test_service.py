@@ -66,6 +66,10 @@ def size(uri: str) -> int:
         handle.shutdown()
 
 
+def in_sync(primary: ServiceNode) -> None:
+    wait_until(lambda: primary.status()["link"]["state"] == "in-sync", "the link is up and nothing is missing")
+
+
 def test_a_pair_by_name_over_a_restart_of_each(lab: Lab, port: int) -> None:
     listen = f'listen = ["127.0.0.1:{port}"]'
     secondary = lab.start(ServiceNode(lab.folder, secondary_file(lab.folder, "autostart = true", listen), name="b"))
@@ -76,11 +80,11 @@ def test_a_pair_by_name_over_a_restart_of_each(lab: Lab, port: int) -> None:
     primary.execute("replication-checkpoint")
     for node in (primary, secondary):
         node.restart(signal.SIGKILL)
-        primary.notify.wait_for("STATUS", "primary, running; link in-sync", since=len(primary.notify.listen()))
+        in_sync(primary)
         node.restart(signal.SIGTERM)
         assert node.notify.count("STOPPING") == 1
         assert node.status()["stage"] == "running"
-        primary.notify.wait_for("STATUS", "link in-sync", since=len(primary.notify.listen()))
+        in_sync(primary)
     primary.connect("disk0").pwrite(b"y" * 4096, 0)
     primary.execute("replication-checkpoint")
     assert content(f"nbd+unix:///guest?socket={secondary.socket_path}") == b"y" * 4096
@@ -302,3 +306,60 @@ def test_another_processs_watchdog_is_not_fed(lab: Lab) -> None:
     node.execute("replication-start")
     node.notify.wait_for("STATUS", "secondary, running")
     assert node.notify.count("WATCHDOG") == 0
+
+
+# -- reload ----------------------------------------------------------------------------------------------------
+
+
+def reload(node: ServiceNode, text: str) -> None:
+    """Another file, and systemd's ExecReload=; returns when the node says that it is done."""
+    told = len(node.notify.listen())
+    node.write(text)
+    os.kill(node.pid, signal.SIGHUP)
+    begun = node.notify.wait_for("RELOADING", "1", since=told)
+    assert 0 < time.monotonic_ns() // 1000 - int(begun["MONOTONIC_USEC"]) < DEADLINE_S * 1e6
+    node.notify.wait_for("READY", "1", since=node.notify.heard.index(begun))
+
+
+def test_a_reload_takes_over_what_can_change(lab: Lab) -> None:
+    secondary = lab.start(ServiceNode(lab.folder, secondary_file(lab.folder, "autostart = true"), name="b"))
+    uri = f"nbd+unix:///?socket={secondary.socket_path}"
+    primary = lab.start(ServiceNode(lab.folder, primary_file(lab.folder, uri, "autostart = true"), name="a"))
+    primary.notify.wait_for("STATUS", "link in-sync")
+
+    fast = 'autostart = true\ncheckpoint-interval = 0.05\nresync-rate = "1M"\nqueue-limit = "2M"'
+    reload(primary, primary_file(lab.folder, uri, fast, 'log-level = "debug"\nwatchdog = 60'))
+    assert "reload: queue-limit, checkpoint-interval, resync-rate, log-level, watchdog changed\n" in primary.stderr()
+    assert primary.notify.wait_for("WATCHDOG_USEC")["WATCHDOG_USEC"] == "60000000"
+    epoch = primary.status()["epoch"]
+    wait_until(lambda: primary.status()["epoch"] >= epoch + 3, "automatic checkpoints are taken")
+    primary.connect("disk0")
+    assert "debug: export 'disk0': " in primary.stderr()
+
+    reload(primary, primary_file(lab.folder, uri, "autostart = true"))
+    primary.execute("replication-checkpoint")  # the last automatic one, if it was at work, has ended
+    assert "debug: command" not in primary.stderr()
+    epoch = primary.status()["epoch"]
+    time.sleep(0.3)
+    assert primary.status()["epoch"] == epoch
+
+
+def test_what_cannot_change_is_named_until_the_restart(lab: Lab) -> None:
+    node = lab.start(ServiceNode(lab.folder, secondary_file(lab.folder)))
+    changed = secondary_file(lab.folder, "timeout = 7\noverlay-watermark = 70", "threads = 3")
+    reload(node, changed)
+    assert "reload: overlay-watermark changed\n" in node.stderr()
+    reload(node, changed)
+    assert "reload: nothing changed\n" in node.stderr()
+    assert node.stderr().count("reload: the node has to be restarted for another value of timeout, threads\n") == 2
+    node.restart()
+    reload(node, changed)
+    assert node.stderr().count("has to be restarted") == 2
+
+
+def test_a_wrong_file_changes_nothing(lab: Lab) -> None:
+    node = lab.start(ServiceNode(lab.folder, secondary_file(lab.folder)))
+    reload(node, secondary_file(lab.folder, "overlay-watermark = 70", "thread = 3"))
+    assert f"reload: {node.config}: unknown key 'thread' in [service]" in node.stderr()
+    assert node.stderr().count("; nothing has changed\n") == 1
+    assert node.status()["mode"] == "secondary"

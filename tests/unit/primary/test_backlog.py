@@ -476,3 +476,15 @@ def test_a_signal_does_not_cut_a_wait_short() -> None:
         teller.result(DEADLINE_S)
     finally:
         signal.signal(signal.SIGUSR1, former)
+
+
+def test_more_room_is_given_at_once_and_less_waits_until_it_is_free() -> None:
+    budget = full()
+    waiting = Waiting(budget, 10)
+    budget.resize(LIMIT + 10)
+    assert waiting.result.result(DEADLINE_S)
+    budget.resize(100)
+    assert not budget.take_now(1)
+    budget.give(LIMIT - 80)
+    assert budget.take_now(10)
+    assert not budget.take_now(1)

@@ -1063,3 +1063,11 @@ def _fail_first(real: Callable[[Entry], bool]) -> Callable[[Entry], bool]:
         return arrived and not first
 
     return answer
+
+
+def test_another_rate_counts_from_the_next_piece_on(slow: Bench) -> None:
+    slow.disk.changes.mark_all()
+    slow.resync.now()
+    wait_sent(slow, 3 * RATE // 8)
+    slow.resync.limit(None)  # the clock stands still: at the former rate nothing more would be sent
+    wait_until(lambda: sent_bytes(slow) >= SIZE, "the rest is sent")

@@ -12,7 +12,7 @@ import pytest
 from replication.errors import CommandError
 from replication.events import Event, EventHub
 from replication.primary import schedule
-from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Ticker
+from replication.primary.schedule import AgeWatch, AutomaticCheckpoints, Clocks, Ticker
 from waiting import DEADLINE_S, wait_until
 
 PERIOD_S = 0.01
@@ -173,3 +173,23 @@ def test_the_watch_looks_by_itself(run: Callable[[Ticker], Ticker]) -> None:
     watched.watch._period_s = PERIOD_S
     run(watched.watch)
     wait_until(lambda: watched.events, "it is told")
+
+
+def test_clocks_follow_new_periods_and_leave_alone_what_stays() -> None:
+    taken = threading.Semaphore(0)
+    clocks = Clocks(taken.release, lambda: None, lambda: 0, EventHub())
+    clocks.set(None, 3600.0)
+    limit = clocks._tickers["limit"]
+    clocks.set(PERIOD_S, 3600.0)
+    assert taken.acquire(timeout=DEADLINE_S)
+    assert clocks._tickers["limit"] is limit
+    fast = clocks._tickers["interval"]
+    clocks.set(3600.0, None)
+    wait_until(lambda: not fast._thread.is_alive(), "the former interval has ended")
+    assert [*clocks._tickers] == ["interval"]
+    assert not limit._thread.is_alive()
+    slow = clocks._tickers["interval"]
+    clocks.stop()
+    assert not slow._thread.is_alive()
+    clocks.set(PERIOD_S, PERIOD_S)
+    assert not clocks._tickers, "what has ended does not begin again"

@@ -202,3 +202,16 @@ def test_a_level_that_cannot_be_seen_is_said_and_fails_no_write(
     assert said.count("cannot see how full the file system of") == 1
     assert "Input/output error" in said
     assert bench.stack.active.watch_at == sys.maxsize
+
+
+def test_another_watermark_counts_from_the_next_write_on_that_grows(bench: Bench) -> None:
+    bench.used = 700
+    bench.watch.look("disk0", bench.stack.active)
+    assert bench.stack.active.watch_at > 0
+    bench.watch.warn_at(60.0)
+    assert bench.stack.active.watch_at == bench.stack.hidden.watch_at == 0, "the next one looks"
+    bench.watch.look("disk0", bench.stack.active)
+    assert [event["percent"] for event in bench.events] == [70.0]
+    bench.watch.warn_at(90.0)
+    bench.watch.look("disk0", bench.stack.active)
+    assert len(bench.events) == 1

@@ -67,6 +67,23 @@ def test_when_nbdkit_waits_in_vain_the_process_ends_in_good_order(how: str) -> N
     assert (done.returncode, done.stdout, done.stderr) == (0, "shutdown\ncleanup\n", "")
 
 
+def test_a_hangup_reloads_where_there_is_something_to_reload_and_ends_nothing() -> None:
+    done = run(
+        """
+disconnect._GRACE_S = 0.0
+reloaded = threading.Semaphore(0)
+it = disconnect.Disconnector(lambda: say("shutdown"), None, lambda: True, lambda: say("cleanup"), reloaded.release)
+it.start()
+for _ in range(2):
+    send(signal.SIGHUP)
+    say(reloaded.acquire(timeout=15.0))
+send()
+wait_long()
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\nshutdown\ncleanup\n", "")
+
+
 def test_nbdkit_has_the_time_of_grace_to_end_by_itself() -> None:
     done = run(
         """

@@ -7,14 +7,16 @@ import configparser
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from checkout import REPOSITORY
 from manpages import Page
+from replication.options import ALL_KEYS, CHANGEABLE, Options
 from replication.server.disconnect import END_S
-from replication.service import config
+from replication.service import config, reload
 from waiting import DEADLINE_S
 
 SYSTEMD = REPOSITORY / "systemd"
@@ -89,3 +91,27 @@ def test_the_exit_codes_are_those_of_the_page() -> None:
     heads = [entry.plain for entry in Page("nbdkit-replication").entries("EXIT CODES")]
     assert heads == ["0", codes[1], "2", codes[2]]
     assert unit("service")["Service"]["RestartPreventExitStatus"] == codes[2]
+
+
+def test_what_a_reload_changes_is_in_the_documents() -> None:
+    keys = {reload._key(member) for member in (*CHANGEABLE, *reload._SERVICE_CHANGEABLE)}
+    page = Page("nbdkit-replication").section("SIGNALS AND NOTIFICATIONS")
+    listed = re.findall(r"^(?:C<[a-z-]+>[,.]\s+)+", page, re.MULTILINE)
+    assert set(re.findall(r"C<([a-z-]+)>", "".join(listed))) == keys
+    rows = re.findall(r"^\| (.*) \| changes at once \|$", (REPOSITORY / "docs/service.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`([a-z-]+)`", "".join(rows))) == keys
+    known = (*ALL_KEYS, *config.SERVICE_KEYS)
+    members = {field.name for kind in (Options, config.Service) for field in fields(kind)} - reload._NO_KEYS
+    assert {reload._key(member) for member in members if " " not in reload._key(member)} <= set(known)
+
+
+def test_the_unit_reloads_by_the_signal_that_the_node_hears() -> None:
+    assert unit("service")["Service"]["ExecReload"] == "/bin/kill -HUP $MAINPID"
+
+
+def test_the_files_of_the_document_are_taken(tmp_path: Path) -> None:
+    files = re.findall(r"^```toml\n(.*?)^```", (REPOSITORY / "docs/service.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(files) == 2
+    for name, text in zip(("b", "a"), files, strict=True):
+        (tmp_path / f"{name}.toml").write_text(text)
+        assert config.load(name, str(tmp_path)).options.autostart
