@@ -100,7 +100,7 @@ test-compiled: compile ## Run the tests that start the plugin with the compiled 
 	    --dist worksteal -m 'not alone' $(or $(TESTS),tests/torture tests/e2e tests/model)
 
 test-monitor: ## Try the monitor with a real Prometheus and a real browser (TESTS= picks some)
-	@scripts/setup test metrics
+	@scripts/setup test metrics browser
 	@$(PYTHON) -m pytest -q --durations=5 $(or $(TESTS),tests/monitor)
 
 test-debian: ## Run the tests on another Debian, in a root under build/ (RELEASE=trixie, bookworm; TESTS= picks some)

@@ -72,6 +72,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         service.py              a fleet and a web server, from beginning to end
         web.py                  who reads what over HTTP
         metrics.py              what Prometheus reads
+        page.py                 what people read
         fleet.py                which nodes are watched
         watcher.py              the conversation with one node
         journal.py              its events, its last hour, counters

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The web server: metrics, and the same and more as JSON.
+"""The web server: metrics, the page for people, and what the page and replctl read as JSON.
 
     /metrics               Prometheus' text format
+    /                      the page
     /api/state             all nodes, as they are known
     /api/events            all events, oldest first; ?node=NAME those of one node
     /api/samples           the last hour of each node
@@ -27,6 +28,7 @@ from replication.log import log
 from replication.monitor import metrics
 from replication.monitor.access import Access
 from replication.monitor.fleet import Fleet
+from replication.monitor.page import PAGE, POLICY
 from replication.monitor.watcher import Watcher
 
 REQUESTS_MAX = 64
@@ -179,6 +181,8 @@ class _Request(BaseHTTPRequestHandler):
         }
         if where.path == "/metrics":
             self._send(200, metrics.CONTENT_TYPE, metrics.render(fleet))
+        elif where.path == "/":
+            self._send(200, "text/html; charset=utf-8", PAGE.encode(), {"Content-Security-Policy": POLICY})
         elif where.path in documents:
             self._send(200, "application/json", json.dumps(documents[where.path]()).encode())
         elif where.path == "/api/stream" and self.command == "GET":

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import os
+import re
 import socket
 import ssl
 import threading
@@ -23,6 +25,7 @@ from replication.errors import ConfigError
 from replication.monitor import web
 from replication.monitor.access import Access, make_access
 from replication.monitor.fleet import Fleet
+from replication.monitor.page import POLICY
 from replication.monitor.service import Given, split_node
 from replication.monitor.web import WebServer
 from waiting import DEADLINE_S, begin, wait_until
@@ -82,6 +85,12 @@ def test_what_is_served(node: Nodes, fleet: Fleets) -> None:
         assert [one["event"] for one in json.loads(get(server, "/api/events?node=a")[2])] == ["MONITOR_NODE_UP"]
         assert json.loads(get(server, "/api/events?node=gone")[2]) == []
         assert set(json.loads(get(server, "/api/samples")[2])) == {"a", "gone"}
+        code, kind, body = get(server, "/")
+        assert (code, kind) == (200, "text/html; charset=utf-8")
+        assert not re.findall(rb"(?:src|href)=.(?!/metrics|data:,|#nodes)", body), "something from elsewhere"
+        script = re.findall(rb"<script>(.*?)</script>", body, re.DOTALL)
+        assert len(script) == 1
+        assert base64.b64encode(hashlib.sha256(script[0]).digest()).decode() in POLICY
         assert get(server, "/metrics", "HEAD")[2] == b""
         assert get(server, "/api/stream", "HEAD")[0] == 404
         assert get(server, "/../etc/passwd")[0] == 404
@@ -110,7 +119,7 @@ def test_the_stream_tells_what_happens(node: Nodes, fleet: Fleets) -> None:
         there.die()
         assert told("node", lambda data: not data["up"])["name"] == "a"
         watched.stop()
-        assert stream.read().endswith(b"\n\n")
+        assert stream.read().endswith(b"\n")  # it ends, and after a whole line
 
 
 def test_requests_and_streams_are_bounded(fleet: Fleets, monkeypatch: pytest.MonkeyPatch) -> None:
