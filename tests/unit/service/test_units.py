@@ -54,7 +54,8 @@ def analyzed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_systemd_understands_the_units(host: Path) -> None:
-    done = analyzed("verify", *sorted(host.iterdir()))
+    # Of these units alone: what is wrong in others of this machine is not ours.
+    done = analyzed("verify", "--man=no", "--recursive-errors=no", *sorted(host.iterdir()))
     said = [line for line in done.stderr.splitlines() if "nbdkit-replication" in line]
     assert (done.returncode, said) == (0, [])
 
