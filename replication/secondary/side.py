@@ -639,7 +639,8 @@ class SecondarySide(Side):
         """What is in use has not been removed: otherwise the next process would not find it. And what a server below
         has lost shows now, not when the checkpoint is taken."""
         for disk in self.disks:
-            disk.disk.look()
+            if not disk.disk.outlives:
+                self._set.gate.urgency.run(disk.disk.look)  # it may have to connect anew
         try:
             self._set.state.check()
         except StateError as error:
