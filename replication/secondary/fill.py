@@ -47,9 +47,11 @@ class FillWatch:
         self._overlays = [overlay for _, stack in stacks for overlay in (stack.active, stack.hidden)]
         self._watermark = watermark
         self._hub = hub
-        # Protects `_warned` and the overlays' `watch_at`. Never held across I/O.
+        # Protects `_warned`, `_limits` and the overlays' `watch_at`. Never held across I/O.
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+        self._limits: dict[str, int] = {}
+        """What the overlays could hold at the last look, by their paths."""
         for disk_name, stack in stacks:
             stack.room.grown = partial(self.look, disk_name)
 
@@ -59,6 +61,13 @@ class FillWatch:
             self._watermark = watermark
             for overlay in self._overlays:
                 overlay.watch_at = 0
+
+    def limit(self, overlay: Overlay) -> int | None:
+        """What `overlay` can hold, in bytes, as of the last look, which its growing brings about: so this asks no file
+        system, which may hang. None before the first look, and where there is no limit but the disk's size."""
+        with self._lock:
+            found = self._limits.get(overlay.path)
+        return None if found is None else min(found, overlay.layout.size)
 
     def look(self, disk_name: str, overlay: Overlay) -> None:
         """Called by a request when `overlay` has grown to its `watch_at`."""
@@ -73,6 +82,7 @@ class FillWatch:
         room = int(level.size * self._watermark / 100) - level.used
         step = max(_STEP_MIN, abs(room) // 2 // BLOCK) // len(level.sharers)
         with self._lock:
+            self._limits[overlay.path] = overlay.data_blocks * BLOCK + max(0, level.size - level.used)
             # The first look since a checkpoint may come with a request that fills everything at once.
             was_lower = room > 0 or (overlay.watch_at == 0 and room + level.held > 0)
             if was_lower:

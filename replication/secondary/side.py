@@ -745,6 +745,8 @@ class SecondarySide(Side):
                     "size": disk.size,
                     "active-bytes": stack.active.bytes_held if stack else 0,
                     "hidden-bytes": stack.hidden.bytes_held if stack else 0,
+                    "active-limit-bytes": self._fill.limit(stack.active) if stack and self._fill else None,
+                    "hidden-limit-bytes": self._fill.limit(stack.hidden) if stack and self._fill else None,
                     "out-of-sync-bytes": disk.lost.marked_bytes,
                     "marks": -(-(disk.lost.marked_bytes + disk.changes.marked_bytes) // GRAIN),
                     "totals": dict(disk.totals),

@@ -74,7 +74,8 @@ def of_pair(pair: Pair) -> list[str]:
 def test_a_pair_from_its_start_to_a_failover(lab: Lab) -> None:
     pair = lab.pair((MIB,))
     with monitor(*of_pair(pair)) as watching:
-        wait_until(lambda: watching.value("stage", node="a", stage="none") == 1, "both are seen")
+        for node in "ab":
+            wait_until(lambda node=node: watching.value("stage", node=node, stage="none") == 1, "both are seen")
         pair.secondary.start_replication()
         pair.primary.start_replication()
         pair.primary.connect("disk0").pwrite(b"x" * 8192, 0)

@@ -84,6 +84,25 @@ def test_at_the_watermark_there_is_one_event_with_what_is_known(bench: Bench) ->
     assert len(bench.events) == 1, "once"
 
 
+def test_the_limit_is_what_it_holds_and_the_room_at_the_last_look(bench: Bench) -> None:
+    active, hidden = bench.stack.active, bench.stack.hidden
+    assert bench.watch.limit(active) is None
+    bench.stack.write_top(pattern(2, 4 * BLOCK), 0)
+    held = active.data_blocks * BLOCK
+    assert held
+    bench.used = 990
+    bench.watch.look("disk0", active)
+    limit = bench.watch.limit(active)
+    assert limit is not None
+    assert held + 10 * FRAME <= limit <= held + 10 * FRAME + active.data.status().st_blocks * 512
+    bench.used = 0
+    assert bench.watch.limit(active) == limit
+    assert bench.watch.limit(hidden) is None
+    bench.frames = 10**9
+    bench.watch.look("disk0", active)
+    assert bench.watch.limit(active) == SIZE
+
+
 def test_it_warns_again_after_the_level_was_lower(bench: Bench) -> None:
     for used in (850, 799, 850):
         bench.used = used
