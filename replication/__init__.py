@@ -169,6 +169,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         ledger.py               what becomes true with a checkpoint
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
+        keeper.py               who writes the record: one write at a time, and in time or not at all
         twin.py                 a document that is overwritten in place, crash-safe
         changes.py              the change map
         lineage.py              who has what: generations, and what two nodes that meet may do
@@ -213,7 +214,7 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
                        disk (guest writes). Held across the I/O of the request that it orders.
                        Before it the commit, and nobody else, takes Descent._many. Stack._flushing is held across a
                        flush, without a range.
-    4. Ancestry._lock, then StateFolder._saving (only when a fault is latched, the stage changes, or the nodes part)
+    4. Ancestry._lock, then Keeper._writing (only when a fault is latched, the stage changes, or the nodes part)
     5. PrimaryDisk._order (m)
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
     7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m), Resync._changed (m)

@@ -20,10 +20,11 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
-from replication.log import log, surviving
+from replication.log import log, log_defect, surviving
 from replication.options import CHANGEABLE, Durability, Options
 from replication.order.gate import Gate, GateStuck
 from replication.order.pause import pause
+from replication.order.urgency import Haste
 from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
 from replication.record.ancestry import Ancestry
@@ -43,8 +44,17 @@ COMMAND_S = 120.0
 ROLE_S = 600.0
 """Longest wait for a side to let its disks go when another takes its place; at the end of the process it is shorter."""
 
-URGENT_S = 1.0
-"""The same for a failover, which others give way to: it answers within 2 seconds."""
+FAILOVER_S = 1.7
+"""A failover is answered within 2 seconds, whatever the storage does: so long its steps may take together."""
+
+URGENT_S = 0.5
+"""Longest wait of a failover for another command to end, which gives way to it."""
+
+SAVE_S = 30.0
+"""Longest wait of others for the storage of the state folder: above what a slow disk needs for two syncs."""
+
+LATCH_S = 1.0
+"""The same where a fault is to be kept that a request has met: it is saved later."""
 
 PARTING_S = 10.0
 """How long the primary has to end its stream before a planned stop of its secondary: it may be in a checkpoint."""
@@ -67,7 +77,7 @@ class Node:
         # One command at a time. First in the lock order. Held across I/O (a start connects, a stop drains), but no
         # request waits for it.
         self._command = threading.Lock()
-        # The latched fault and the file that has it, together. Held across the writing of the file.
+        # Protects the next one, and puts the latched fault into the record. Never held across I/O.
         self._saving = threading.Lock()
         self._unsaved = False
         self._closing = threading.Event()
@@ -103,7 +113,7 @@ class Node:
             self.gate,
             self._ancestry,
             self._ledger,
-            lambda stage: self._enter(side(), stage),
+            lambda stage, haste=None: self._enter(side(), stage, haste),
             self._save,
             lambda: side().show_stage(self.stage),
             self._commanding,
@@ -211,8 +221,9 @@ class Node:
         """The stage of all disks. Told only once it has been saved: what somebody has seen is so after a kill, too."""
         return self._stage
 
-    def _enter(self, side: Side, stage: Stage) -> None:
-        """Make a stage last, then follow it. StateError, with nothing changed, when it cannot be made to last.
+    def _enter(self, side: Side, stage: Stage, haste: Haste | None = None) -> bool:
+        """Make a stage last, then follow it. StateError, with nothing changed, when it cannot be made to last, in a
+        failover's time. With `force` of that it is followed all the same, and saved later; whether it was saved.
 
         Called by the side at work; one that is not the node's yet becomes it. The gate is closed.
         """
@@ -221,11 +232,15 @@ class Node:
         if stage not in TRANSITIONS[record.stage]:
             raise AssertionError(f"no way from stage {record.stage.value} to {stage.value}")
         record.stage, record.mode, record.promoted = stage, side.mode, record.promoted or side.mode is not record.mode
+        saved = True
         try:
-            self._save()
-        except StateError:
-            record.stage, record.mode, record.promoted = former
-            raise
+            self._save(haste)
+        except StateError as error:
+            if haste is None or not haste.force:
+                record.stage, record.mode, record.promoted = former
+                raise
+            log(f"stage {stage.value} is not saved yet, and the end of this process would undo it (force): {error}")
+            saved = False
         self._stage = stage
         side.show_stage(stage)
         if side is not self.side:
@@ -234,18 +249,34 @@ class Node:
             self.faces.update(side.faces())
             side.configure()  # what was changed while it was not the node's yet
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
+        return saved
 
-    def _save(self) -> None:
+    def _save(self, haste: Haste | None = None) -> None:
+        """Make the record last. StateError when it does not within SAVE_S, or when a failover has come first, or
+        (`haste`) not in the failover's time: then, too, it is saved again as the caller has left it."""
         with self._saving:
             fault = self._faults.fault
             self._record.fault = None if fault is None else fault.to_json()
-            self._state.save(self._record)
+        if self._state.path is None:
+            return
+        within_s = SAVE_S if haste is None else haste.left_s
+        deadline = time.monotonic() + within_s
+
+        def write() -> None:
+            self._state.save(self._record, deadline, hasty=haste is not None)
+
+        try:
+            # A little longer than the write itself may wait, which knows better why it was not done.
+            self.gate.urgency.run(write, within_s + 0.1, yields=haste is None, name="save")
+        except CommandError as error:
+            self._save_later()
+            raise StateError(f"cannot write the record to {self._state.path}: {error}") from error
 
     def _keep_fault(self) -> None:
         """The fault is latched all the same, and there is nobody to give an error to: until the record can be saved,
         only a restart would forget what it says."""
         try:
-            self._save()
+            self._save(Haste(time.monotonic() + LATCH_S))
         except StateError as error:
             log(str(error))
             self._save_later()
@@ -258,7 +289,7 @@ class Node:
             self._unsaved = True
         try:
             threading.Thread(target=self._save_again, name="save", daemon=True).start()
-        except RuntimeError as error:  # no more threads: the next thing that is saved brings it along
+        except (RuntimeError, MemoryError) as error:  # no thread: the next thing that is saved brings it along
             self._unsaved = False
             log(f"the record is not saved later: {error}")
 
@@ -270,7 +301,9 @@ class Node:
                 self._unsaved = False  # before: whoever fails from here on starts another one
             try:
                 self._save()
-            except StateError:
+            except Exception as error:  # noqa: BLE001 (nobody else saves what is not saved)
+                if not isinstance(error, StateError):
+                    log_defect(error)
                 with self._saving:
                     if self._unsaved:
                         return
@@ -279,14 +312,18 @@ class Node:
                 return
 
     @contextmanager
-    def _commanding(self, urgent: bool = False) -> Iterator[None]:
-        """One command at a time, and failures as the control client sees them. Who holds up an `urgent` one gives way
-        to it, and it waits for URGENT_S seconds only: then what has no end is not a wait for a disk that others had to
-        give up."""
-        if urgent:
+    def _commanding(self, haste: Haste | None = None) -> Iterator[None]:
+        """One command at a time, and failures as the control client sees them. Who holds up a failover (`haste`) gives
+        way to it, and it waits for URGENT_S seconds only."""
+        if haste is not None:
             with self.gate.urgency.asking():
-                if not self._command.acquire(timeout=URGENT_S):
-                    raise CommandError("another command is at a step that cannot be interrupted: try again")
+                if not self._command.acquire(timeout=URGENT_S / 2):
+                    self.side.make_way()
+                    if not self._command.acquire(timeout=URGENT_S / 2):
+                        raise CommandError(
+                            "another command is at a step that cannot be interrupted: a checkpoint or a stop whose "
+                            "storage (of the state folder or the overlays) does not answer; try again"
+                        )
         elif not self._command.acquire(timeout=COMMAND_S):
             raise CommandError(f"another command has been at work for {COMMAND_S:.0f} s")
         try:
@@ -532,6 +569,7 @@ class Node:
         """replication-stop."""
         if failover and not self._check_running():
             return  # without waiting for whoever is at work
+        haste = Haste(time.monotonic() + FAILOVER_S, force) if failover else None
         with ExitStack() as parted:
             side = self.side
             if not failover and isinstance(side, SecondarySide) and self._check_running():
@@ -540,9 +578,22 @@ class Node:
                         side.prepare_stop()
                 # Without the command lock: the primary says good-bye by a command.
                 parted.enter_context(side.pairing.parting(PARTING_S))
-            with self._commanding(urgent=failover):
-                if self._check_running():
-                    self.side.stop(failover, force)
+            with self._commanding(haste):
+                if not self._check_running():
+                    return
+                if haste is None:
+                    self.side.stop()
+                else:
+                    self._hasten(haste)
+
+    def _hasten(self, haste: Haste) -> None:
+        try:
+            self.side.fail_over(haste)
+        except StateError as error:
+            raise CommandError(
+                f"{error}. Nothing has changed. Try again when the storage of the state folder answers, or use force: "
+                "then this process fails over all the same, and saves that as soon as it can"
+            ) from error
 
     def _check_running(self) -> bool:
         """Whether a stop has anything to do; CommandError when replication has not begun."""
@@ -560,8 +611,8 @@ class Node:
             self.side.retry(force)
 
     def lost_heartbeat(self) -> None:
-        """x-colo-lost-heartbeat: the other host is dead."""
-        self.stop(failover=self.side.mode is Mode.SECONDARY)
+        """x-colo-lost-heartbeat: the other host is dead. A primary stops, without waiting for it."""
+        self.stop(failover=True)
 
     def query(self) -> dict[str, Any]:
         """query-replication."""

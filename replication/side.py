@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from replication.batch import Write
 from replication.disk.face import Extent
@@ -18,6 +18,7 @@ from replication.fault import FaultLatch
 from replication.jobs import JobList
 from replication.options import Options
 from replication.order.gate import Gate
+from replication.order.urgency import Haste
 from replication.record.ancestry import Ancestry
 from replication.record.ledger import Ledger
 from replication.record.state import Record, StateFolder
@@ -66,6 +67,14 @@ class Face(NamedTuple):
     """`write_batch(writes)`: writes of a primary, as if one after the other (batch.py)."""
 
 
+class Enter(Protocol):
+    """How a side enters a stage."""
+
+    def __call__(self, stage: Stage, haste: Haste | None = None) -> bool:
+        """StateError, with nothing changed, when that cannot be made to last, for a failover in its time; with `force`
+        of `haste` the stage is entered all the same. Whether it has been saved."""
+
+
 @dataclass
 class Setting:
     """What a side works with; the node owns it."""
@@ -79,8 +88,8 @@ class Setting:
     gate: Gate
     ancestry: Ancestry
     ledger: Ledger
-    enter: Callable[[Stage], None]
-    """`enter(stage)`: make the stage last, show it to all disks, tell the clients. The gate is closed."""
+    enter: Enter
+    """Make the stage last, show it to all disks, tell the clients. The gate is closed."""
     save: Callable[[], None]
     """Make the record last; StateError."""
     show: Callable[[], None]
@@ -139,8 +148,17 @@ class Side(ABC):
         """A checkpoint, or on a primary a barrier, in stage running."""
 
     @abstractmethod
-    def stop(self, failover: bool, force: bool) -> None:
-        """Leave stage running. `force`: fail over although there is no valid checkpoint."""
+    def stop(self) -> None:
+        """Leave stage running as planned."""
+
+    @abstractmethod
+    def fail_over(self, haste: Haste) -> None:
+        """Leave stage running at once: a secondary fails over, a primary goes on without its secondary. CommandError,
+        StateError or GateStuck, with nothing changed, in the time of `haste`."""
+
+    def make_way(self) -> None:  # noqa: B027 (most need not)
+        """A failover waits for another command, which waits for what only this side can end. Harmless, and soon
+        done."""
 
     @abstractmethod
     def retry(self, force: bool) -> None:

@@ -14,7 +14,7 @@ __file__ = {plugin!r}
 exec(compile(builtins.open(__file__).read(), __file__, "exec"))
 from replication.record.state import StateError, StateFolder
 
-def save(self, record, real=StateFolder.save):
+def save(self, record, *arguments, real=StateFolder.save, **options):
     if os.path.exists({plan!r}):
         with builtins.open({plan!r}, "r+") as file:
             left = int(file.read())
@@ -22,7 +22,7 @@ def save(self, record, real=StateFolder.save):
                 raise StateError("cannot write state.json: No space left on device")
             file.seek(0)
             file.write(f"{{left - 1:9}}")
-    real(self, record)
+    real(self, record, *arguments, **options)
 
 StateFolder.save = save
 """

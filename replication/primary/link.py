@@ -133,11 +133,10 @@ class Link:
         missing = any(disk.changes.missing for disk in self._disks)
         return self._agreement is not None and (self._state is LinkState.IN_SYNC or (obstructed and not missing))
 
-    def wait_connected(self, timeout_s: float) -> bool:
-        """Wait for the first attempts after a restart, `timeout_s` seconds at most; whether the link is up."""
+    def await_connected(self, timeout_s: float) -> None:
+        """Wait for the first attempts after a restart, `timeout_s` seconds at most."""
         with self._changed:
             self._changed.wait_for(lambda: self._state is not LinkState.CONNECTING or self._closing, timeout_s)
-            return self._agreement is not None
 
     # -- coming up -----------------------------------------------------------------------------------------
 
@@ -303,9 +302,18 @@ class Link:
         if self._agreement is agreement:
             self.lost(None, error)
 
-    def stop(self, drain_s: float, farewell_s: float, whole: bool) -> None:
+    def cut(self, error: DiskError) -> None:
+        """The link is lost, and whoever waits for an answer of the secondary learns it at once."""
+        agreement = self._agreement
+        if agreement is not None:
+            self.broken(agreement, error)
+            if agreement.peer is not None:
+                agreement.peer.cut(str(error))
+
+    def stop(self, drain_s: float, farewell_s: float, whole: bool, *, hasty: bool = False) -> None:
         """Send what is queued, for at most `drain_s` seconds, and let the link go. `whole`: nothing else was missing.
-        Then, if it has arrived, the secondary is told that this was all, which it has `farewell_s` seconds to note."""
+        Then, if it has arrived, the secondary is told that this was all, which it has `farewell_s` seconds to note.
+        `hasty`: the end of the peer channel, which may take seconds, is not waited for."""
         with self._changed:
             self._wanted = False
         if self._agreement is None:
@@ -324,7 +332,11 @@ class Link:
                 agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
             except (DiskError, PeerError) as error:
                 log(f"cannot tell the secondary that it has everything: {error}")
-        if agreement.peer is not None:
+        if hasty:
+            with self._changed:
+                self._leaving.append(agreement)
+                self._changed.notify_all()
+        elif agreement.peer is not None:
             agreement.peer.close()
 
     def wait_unattempted(self, timeout_s: float) -> bool:

@@ -168,6 +168,10 @@ class Peer:
             raise call.error
         return call.value
 
+    def cut(self, cause: str) -> None:
+        """End the link without manners; calls that wait fail. Returns at once. `close` must follow."""
+        self._connection.fail(cause)
+
     def close(self) -> None:
         """End the link, within CLOSE_S and a little; calls that wait fail. No callback runs after this has returned,
         but one that is running already (it may be the caller) is waited for only so long."""

@@ -20,6 +20,7 @@ from replication.log import log
 from replication.options import check_uri
 from replication.order.gate import GateStuck
 from replication.order.pause import pause
+from replication.order.urgency import Haste
 from replication.primary.backlog import Budget, Entry
 from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
@@ -41,6 +42,9 @@ _RESYNC_S = 30.0
 
 _REPAIRED_BY_RESYNC = (Case.FORWARD, Case.LINK, Case.PRIMARY_DISK)
 """Errors that end when nothing is missing any more; of case 1 those of a resync, and losses of what was not flushed."""
+
+_GATE_S = 0.4
+"""Longest wait, twice, of a primary that goes on without its secondary for the requests in flight."""
 
 _STOP_S = 3.0
 """At the end of the process the queue is sent for at most this long; what is left is in the change map."""
@@ -277,8 +281,10 @@ class PrimarySide(Side):
         before it is on the secondary's disk when it returns."""
         if self._set.record.stage is not Stage.RUNNING:
             raise CommandError("Block replication is not running")
-        self._check_in_place()
-        self._link.wait_connected(self._set.options.timeout_s)
+        urgency = self._set.gate.urgency
+        urgency.run(self._check_in_place, name="look")
+        if self._link.agreement is None:
+            urgency.run(lambda: self._link.await_connected(self._set.options.timeout_s), name="await-link")
         agreement = self._link.agreement
         if agreement is not None and agreement.peer is None:
             self._plain_checkpoint()
@@ -287,7 +293,7 @@ class PrimarySide(Side):
             self._epochs.checkpoint()
         except Lacking:
             # Something was refused a while ago, or a resync is under way.
-            self._resync.complete(_RESYNC_S)
+            urgency.run(self._await_resync, name="await-resync")
             with self._lacking_explained():
                 self._epochs.checkpoint()
         except CommandError as error:
@@ -325,12 +331,15 @@ class PrimarySide(Side):
         begun = time.monotonic()
         complete = self._barrier()
         if not complete and any(disk.forwarder.up and disk.local is not None for disk in self.disks):
-            self._resync.complete(_RESYNC_S)
+            self._set.gate.urgency.run(self._await_resync, name="await-resync")
             complete = self._barrier()
         if not complete:
             raise CommandError(self._why_incomplete())
         self._set.state.count_epoch(time.monotonic() - begun)
         self._set.faults.clear(self._is_repaired)
+
+    def _await_resync(self) -> None:
+        self._resync.complete(_RESYNC_S)
 
     @property
     def ready(self) -> bool:
@@ -398,7 +407,7 @@ class PrimarySide(Side):
             "a resync is needed"
         )
 
-    def stop(self, failover: bool, force: bool) -> None:
+    def stop(self) -> None:
         held = self._epochs.held
         self._epochs.drop()  # first: writes of protocol=sync that wait for the end of a hold are in the gate
         try:
@@ -410,6 +419,26 @@ class PrimarySide(Side):
                 raise
             raise CommandError(f"{error}; replication goes on, but epoch {held}, which was held, is aborted") from error
         self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
+
+    def fail_over(self, haste: Haste) -> None:
+        """The secondary gets what arrives in the time."""
+        self._epochs.drop()
+        try:
+            whole = self._leave(haste)
+        except GateStuck:
+            self.make_way()  # a guest's writes of protocol=sync wait for the secondary inside the gate
+            whole = self._leave(haste)
+        self._link.stop(haste.left_s / 2, haste.left_s / 2, whole, hasty=True)
+
+    def _leave(self, haste: Haste) -> bool:
+        with self._set.gate.closed(min(_GATE_S, haste.left_s)):
+            whole = not any(disk.changes.missing for disk in self.disks)
+            self._set.enter(Stage.DONE, haste)
+            return whole
+
+    def make_way(self) -> None:
+        """Nobody waits for the secondary any more. If replication goes on, the link comes back by itself."""
+        self._link.cut(DiskError("it was given up: this primary is to go on without its secondary"))
 
     def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")

@@ -19,6 +19,9 @@ from replication.errors import DiskError
 from replication.record.lineage import Lineage, new_id
 from replication.record.state import Record, StateError, StateFolder
 
+NOTE_S = 0.5
+"""Longest wait of a command for another thread's store or save; a failover is answered within 2 seconds."""
+
 
 class Ancestry:
     """The lineage of one node."""
@@ -28,13 +31,16 @@ class Ancestry:
         self._state = state
         self._record = record
         self._save = save
-        # Protects the lineage. Held across the save of the record (it is in the lock order above StateFolder._saving);
-        # a guest's write waits for it only when it is the first one after the nodes have parted.
+        # Protects the lineage. Held across the save of the record (it is in the lock order above Keeper._writing) by
+        # `become`, which gives way to a failover, and across one store by `part`; never across a flush. A guest's write
+        # waits for it only when it is the first one after the nodes have parted.
         self._lock = threading.Lock()
         self._lineage = Lineage() if record.lineage is None else Lineage.from_json(record.lineage)
         record.next_generation = record.next_generation or new_id()
         # What a killed process has begun may be in memory only, and the guest's next flush is for its writes, too.
         self._unstable = state.moved_to == record.next_generation
+        # How often `part` has begun a generation.
+        self._parted = 0
         if self._unstable:
             self._note(self._lineage.moved(record.next_generation))
         self.shared = self._lineage.shared
@@ -42,9 +48,8 @@ class Ancestry:
 
     @property
     def lineage(self) -> Lineage:
-        """As it is now."""
-        with self._lock:
-            return self._lineage
+        """As it is now. Without the lock, which may be held for as long as a storage takes: it is replaced as one."""
+        return self._lineage
 
     @property
     def known(self) -> bool:
@@ -63,6 +68,7 @@ class Ancestry:
                 except StateError as error:
                     raise DiskError(str(error), errno.ENOSPC) from error
                 self._unstable = True
+                self._parted += 1
                 self._lineage = self._lineage.moved(self._record.next_generation)
                 self.shared = False
 
@@ -71,11 +77,14 @@ class Ancestry:
         if not self._unstable:
             return
         with self._lock:
-            try:
-                self._state.flush_page()
-            except StateError as error:
-                raise DiskError(str(error)) from error
-            self._unstable = False
+            parted = self._parted
+        try:
+            self._state.flush_page()
+        except StateError as error:
+            raise DiskError(str(error)) from error
+        with self._lock:
+            if self._parted == parted:  # else another one has been begun, which the flush may have missed
+                self._unstable = False
 
     def become(self, change: Callable[[Lineage], Lineage]) -> Lineage:
         """Replace the lineage by `change(lineage)` and make it last; StateError, with nothing changed."""
@@ -96,11 +105,16 @@ class Ancestry:
 
     def note(self, change: Callable[[Lineage], Lineage]) -> Callable[[], None]:
         """As `become`, for a caller that saves the record itself, with more in it, before anybody acts on it. Returns
-        what takes it back, should that save fail."""
-        with self._lock:
+        what takes it back, should that save fail. StateError when the storage of the state folder holds up whoever
+        changes the lineage now."""
+        if not self._lock.acquire(timeout=NOTE_S):
+            raise StateError(f"the storage of the state folder has not answered for {NOTE_S:g} s")
+        try:
             former = (self._lineage, self._record.lineage, self._record.next_generation, self.shared)
             self._note(change(self._lineage))
             self.shared = self._lineage.shared
+        finally:
+            self._lock.release()
 
         def take_back() -> None:
             with self._lock:

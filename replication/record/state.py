@@ -33,7 +33,6 @@ import math
 import mmap
 import os
 import struct
-import threading
 import time
 from array import array
 from dataclasses import dataclass, field, fields, replace
@@ -45,7 +44,9 @@ from replication.disk.unflushed import GRAIN, Unflushed
 from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.log import log
+from replication.order.pause import pause
 from replication.record.boot import boot_clock_s, boot_id
+from replication.record.keeper import Keeper
 from replication.record.lineage import Lineage, check_id, new_id
 from replication.record.twin import TwinFile
 from replication.stage import Mode, Stage
@@ -230,10 +231,8 @@ class StateFolder:
         self._durable = durable
         self._lock_fd = -1
         self._epoch_fd = -1
-        # Serializes saving. Held across the write of the state file, which no request waits for except one that
-        # reports the first fault.
-        self._saving = threading.Lock()
         self._file = None if path is None else TwinFile(self.file("state.json"))
+        self._keeper = None if self._file is None else Keeper(self._file)
         self._epoch: MappedFile | None = None
         page = mmap.mmap(-1, _PAGE)
         if path is not None:
@@ -326,15 +325,16 @@ class StateFolder:
                 raise ConfigError(said) from error
             log(f"{said}; the next change of stage needs it")
 
-    def save(self, record: Record) -> None:
-        """Make the record last, also over a power cut; StateError when it cannot."""
-        if self._file is None:
+    def save(self, record: Record, deadline: float = math.inf, *, hasty: bool = False) -> None:
+        """Make the record last as it is when its turn comes, also over a power cut; StateError when it cannot, or when
+        its turn has not come by time.monotonic() `deadline`. `hasty`: or when it cannot be expected to last by then
+        (keeper.py). Takes as long as the storage does."""
+        if self._file is None or self._keeper is None:
             return
-        with self._saving:
-            try:
-                self._file.write(record.to_json())
-            except OSError as error:
-                raise StateError(f"cannot write {self._file.path}: {error.strerror}") from error
+        try:
+            self._keeper.write(record.to_json, deadline, hasty=hasty)
+        except OSError as error:
+            raise StateError(f"cannot write {self._file.path}: {error.strerror}") from error
 
     # -- epoch ---------------------------------------------------------------------------------------------
 
@@ -443,6 +443,7 @@ class StateFolder:
         former = self._words[index : index + len(values)].tobytes()
         try:
             files.pwritev(self._epoch_fd, [struct.pack(f"{len(values)}Q", *values)], 8 * index)
+            pause("epoch.sync")
             files.fdatasync(self._epoch_fd)
             self._words[index : index + len(values)] = memoryview(array("Q", values))
         except OSError as error:

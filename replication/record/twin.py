@@ -30,6 +30,7 @@ from typing import Any
 
 from replication.disk import files
 from replication.disk.mapped import overwrites_in_place, take_blocks
+from replication.order.pause import pause
 
 ROOM_MIN = 16 << 10
 """Bytes of each file, unless the document wants more when the process starts: a record of one disk takes 1 to 3 KiB."""
@@ -140,17 +141,25 @@ class TwinFile:
         if not all(_is_room(fd, _room(self._sealed)) for fd in (self._fd, self._twin_fd)):
             self._replace(self._sealed)
 
-    def write(self, members: dict[str, Any]) -> None:
-        """Replace the document and make it last, also over a power cut. OSError: the former one still counts."""
+    def probe(self) -> None:
+        """Write what counts anyway, into the twin: whether the storage takes a write, and how long. OSError."""
+        if _is_room(self._twin_fd, len(self._sealed)):
+            self._twin_follows = False
+            self._overwrite(self._twin_fd, self._sealed)
+            self._twin_follows = True
+
+    def write(self, members: dict[str, Any], *, twin: bool = True) -> None:
+        """Replace the document and make it last, also over a power cut. OSError: the former one still counts. Without
+        `twin` the twin is left for the next write, which begins with it."""
         sealed = _sealed(members, self._serial + 1)
         if all(_is_room(fd, len(sealed)) for fd in (self._fd, self._twin_fd)):
-            self._write_in_place(sealed)
+            self._write_in_place(sealed, twin)
         else:
             self._replace(sealed)
         self._sealed = sealed
         self._serial += 1
 
-    def _write_in_place(self, sealed: bytes) -> None:
+    def _write_in_place(self, sealed: bytes, twin: bool) -> None:
         if not self._twin_follows:
             self._overwrite(self._twin_fd, self._sealed)
             self._twin_follows = True
@@ -162,6 +171,8 @@ class TwinFile:
                 self._overwrite(self._fd, self._sealed)
             raise
         self._twin_follows = False
+        if not twin:
+            return
         with contextlib.suppress(OSError):  # the document lasts all the same; the next write begins with the twin
             self._overwrite(self._twin_fd, sealed)
             self._twin_follows = True
@@ -178,6 +189,7 @@ class TwinFile:
     def _overwrite(self, fd: int, sealed: bytes) -> None:
         if not files.write_all(fd, sealed.ljust(os.fstat(fd).st_size), 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        pause("record.sync")
         files.fdatasync(fd)
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.log import log
 from replication.order.gate import DRAIN_S, GateStuck
+from replication.order.urgency import Haste
 from replication.record.state import StateError
 from replication.secondary.commit import Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
@@ -27,6 +28,10 @@ _RATE_FROM = 16 << 20
 """Bytes of a commit from which on its speed says something."""
 
 _SETTLE_RETRY_S = 1.0
+
+_SETTLE_S = 20.0
+"""So long the guest waits at most for the stage in which a commit has ended to be saved, by a storage that has just
+taken a write."""
 
 _DRAIN_MIN_S = 0.25
 """First wait with the gate closed for requests that do not end, after which it is open for as long; then twice as long,
@@ -73,21 +78,22 @@ class Failover:
             "commit-rate": rate,
         }
 
-    def prepare_drained(self, drained: Callable[[], None]) -> Callable[[bool], None]:
-        """As `begin`, in the background, as soon as no request is in flight any more: then `drained()` is called with
-        the gate closed. To be called before the stage, since it may fail: CommandError when there is no thread for it.
-        What is returned takes whether the stage is there."""
+    def prepare_drained(self, drained: Callable[[], None]) -> Callable[[bool, bool], None]:
+        """As `begin`, in the background, as soon as the stage is saved and no request is in flight any more: then
+        `drained()` is called with the gate closed. To be called before the stage, since it may fail: CommandError when
+        there is no thread for it. What is returned takes whether the stage is there, and whether it is saved."""
         decided = threading.Event()
-        wanted: list[bool] = []
+        decision: list[tuple[bool, bool]] = []
 
-        def decide(entered: bool) -> None:
-            wanted.append(entered)
+        def decide(entered: bool, saved: bool) -> None:
+            decision.append((entered, saved))
             decided.set()
 
         def drain() -> None:
             decided.wait()  # for the thread that fails over, which always says
+            entered, saved = decision[0]
             try:
-                if wanted[0] and self._alone(drained):
+                if entered and (saved or self._saved()) and self._alone(drained):
                     self.begin()
             except Exception as error:  # noqa: BLE001 (nobody else works in this stage)
                 self._lost(error)
@@ -95,10 +101,22 @@ class Failover:
         self._drainer = threading.Thread(target=drain, name="drain", daemon=True)
         try:
             self._drainer.start()
-        except RuntimeError as error:  # no more threads
+        except (RuntimeError, MemoryError) as error:  # no thread
             self._drainer = None
             raise CommandError(f"Failover cannot begin while requests are in flight: {error}; try again") from error
         return decide
+
+    def _saved(self) -> bool:
+        """Save the record, however long that takes; False when the process ends before."""
+        while not self._closing.is_set():
+            try:
+                self._set.save()
+            except StateError:
+                self._closing.wait(_SETTLE_RETRY_S)
+            else:
+                log("the failover is saved now")
+                return True
+        return False
 
     def _alone(self, action: Callable[[], None]) -> bool:
         """Call `action()` with the gate closed, however long that takes; False when the process ends before."""
@@ -173,10 +191,11 @@ class Failover:
         wait_s = _DRAIN_MIN_S
         while not self._closing.is_set():
             try:
+                self._set.save()  # while nobody waits: whether the storage answers
                 with self._set.gate.closed(wait_s):
                     if not still():
                         return False
-                    self._set.enter(stage)
+                    self._set.enter(stage, Haste(time.monotonic() + _SETTLE_S))
                     if stage is Stage.DONE:
                         self._empty()
                     return True

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from replication.disk.face import Disk
@@ -21,6 +21,7 @@ from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
 from replication.order.pause import pause
+from replication.order.urgency import Haste, Overdue
 from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
@@ -37,6 +38,9 @@ from replication.stage import Mode, Stage
 
 _FAILOVER_S = 0.5
 """Longest wait of a failover for the requests in flight; with the wait for another command it answers within 2 s."""
+
+_LOOK_S = 0.5
+"""Longest wait of a query for the storage of the overlays."""
 
 GIVEN_UP = "the last checkpoint was given up for a resync"
 BACKUP_CANCELLED = "Backup job was cancelled unexpectedly"
@@ -68,6 +72,9 @@ class SecondarySide(Side):
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
         self._fill: FillWatch | None = None
+        # Held by who looks at the overlays, across that, and what was found last.
+        self._looking = threading.Lock()
+        self._seen: str | None = None
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -373,14 +380,27 @@ class SecondarySide(Side):
         return self._hindrance.why or self._damage()
 
     def _damage(self) -> str | None:
-        """What has become of an overlay since it was opened."""
+        """What has become of an overlay since it was opened. Whoever asks for the status does not wait for a storage
+        that hangs, nor have two look at once: the second one gets what was found last."""
+        if not self._looking.acquire(blocking=False):
+            return self._seen
+
+        def look() -> None:
+            try:
+                for disk in self.disks:
+                    if (stack := disk.stack) is not None:
+                        stack.check_images()
+                self._seen = None
+            except (DiskError, OSError) as error:  # OSError: another side has just taken the disks
+                self._seen = str(error)
+            finally:
+                self._looking.release()
+
         try:
-            for disk in self.disks:
-                if (stack := disk.stack) is not None:
-                    stack.check_images()
-        except (DiskError, OSError) as error:  # OSError: another side has just taken the disks
-            return str(error)
-        return None
+            self._set.gate.urgency.run(look, _LOOK_S, yields=False, name="look")
+        except Overdue as error:
+            self._seen = f"the storage of the overlays: {error}"
+        return self._seen
 
     def _check_complete(self) -> None:
         """CommandError when the disks are not what the primary has written."""
@@ -442,10 +462,7 @@ class SecondarySide(Side):
         self._prepare_emptying(flush=True)
         self._set.save()
 
-    def stop(self, failover: bool, force: bool) -> None:
-        if failover:
-            self._fail_over(force)
-            return
+    def stop(self) -> None:
         self._check_complete()
         self._prepare_emptying(flush=True)
         with self._set.gate.closed():
@@ -466,13 +483,49 @@ class SecondarySide(Side):
         self._backup.conclude(None)
         self._reclaimer.wake()
 
-    def _fail_over(self, force: bool) -> None:
-        inconsistent = self._set.record.inconsistent
-        if inconsistent is not None and not force:
-            raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
+    def fail_over(self, haste: Haste) -> None:
+        if self._set.record.inconsistent is not None:
+            self._fail_over_without(self._set.record.inconsistent, haste)
+            return
         try:
-            with self._set.gate.closed(_FAILOVER_S):
-                if inconsistent is not None:
+            with self._set.gate.closed(min(_FAILOVER_S, haste.left_s)):
+                self._enter_failover(haste._replace(force=False))
+        except GateStuck as stuck:
+            self._fail_over_around(str(stuck), haste)
+            return
+        except StateError as error:
+            if not haste.force:
+                raise
+            self._fail_over_around(str(error), haste)
+            return
+        self._entered(haste)
+
+    def _entered(self, haste: Haste) -> None:
+        """In stage failover, with nothing in the way of the commit."""
+        try:
+            self._backup.conclude(None)
+            pause("failover.entered")
+        finally:
+            # What it notes in the maps may have to wait for their storage.
+            with suppress(Overdue):
+                self._set.gate.urgency.run(self._failover.begin, haste.left_s, yields=False, name="begin")
+
+    def _enter_failover(self, haste: Haste) -> bool:
+        take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
+        return self._enter(Stage.FAILOVER, None, take_back, haste)
+
+    def _fail_over_without(self, inconsistent: str, haste: Haste) -> None:
+        """Without a checkpoint: the disks are taken as they are. What the guest sees from then on is another content,
+        so its requests must be out."""
+        if not haste.force:
+            raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
+        deciding = threading.Lock()
+        given_up = False
+        with ExitStack() as alone:
+
+            def empty() -> None:
+                with ExitStack() as closing:
+                    closing.enter_context(self._set.gate.closed(min(_FAILOVER_S, haste.left_s)))
                     self._set.save()  # what cannot be saved shows before anything is emptied
                     if self._empty_all() is not None:
                         raise CommandError(
@@ -480,43 +533,43 @@ class SecondarySide(Side):
                         )
                     for disk in self.disks:
                         disk.changes.mark_all()
-                self._enter_failover()
-        except GateStuck as error:
-            if inconsistent is not None:
-                raise  # what the guest sees from then on is another content, so its requests must be out
-            self._fail_over_around(error)
-            return
-        try:
-            self._backup.conclude(None)
-            pause("failover.entered")
-        finally:
-            self._failover.begin()
+                    with deciding:
+                        if not given_up:
+                            alone.push(closing.pop_all())
 
-    def _enter_failover(self) -> None:
-        take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
-        self._enter(Stage.FAILOVER, None, take_back)
+            try:
+                self._set.gate.urgency.run(empty, haste.left_s, yields=False, name="empty")
+                self._enter_failover(haste._replace(force=False))
+            except Overdue as error:
+                raise CommandError(f"Failover is not possible: emptying the overlays: {error}; try again") from error
+            finally:
+                with deciding:
+                    given_up = True
+        self._entered(haste)
 
-    def _fail_over_around(self, stuck: GateStuck) -> None:
-        """Fail over although some requests do not end: their disk is slow, or hangs. The old primary is kept out at
-        once; what was in flight of it goes on as in stage running, so what it overwrites is preserved, and the guest's
-        writes go to active. When these requests have left, the commit begins."""
+    def _fail_over_around(self, why: str, haste: Haste) -> None:
+        """Fail over although some requests do not end, because their disk is slow or hangs, or (force) although that
+        cannot be saved. The old primary is kept out at once; what was in flight of it goes on as in stage running, so
+        what it overwrites is preserved, and the guest's writes go to active. When these requests have left, and the
+        stage is saved, the commit begins: a process that ends before finds everything as in stage running."""
         begin = self._failover.prepare_drained(self._drained)
         self._draining = True
+        saved = False
         try:
             for disk in self.disks:
                 disk.fenced = True
-            self._enter_failover()
+            saved = self._enter_failover(haste)
         except BaseException:
-            begin(False)
+            begin(False, False)
             self._draining = False
             self.show_stage(self._set.record.stage)
             raise
         try:
-            log(f"failover: {stuck}; the commit begins when they have")
+            log(f"failover: {why}; the commit begins when {'they have' if saved else 'that is over'}")
             self._backup.conclude(None)
             pause("failover.entered")
         finally:
-            begin(True)
+            begin(True, saved)
 
     def _drained(self) -> None:
         """All requests that had begun before the failover have left. The gate is closed."""
@@ -541,12 +594,19 @@ class SecondarySide(Side):
         if adopted:
             self.pairing.adopted()
 
-    def _enter(self, stage: Stage, inconsistent: str | None, take_back: Callable[[], None] | None = None) -> None:
-        """Enter a stage, with why there is no valid checkpoint; if that fails, `take_back` what was noted for it."""
+    def _enter(
+        self,
+        stage: Stage,
+        inconsistent: str | None,
+        take_back: Callable[[], None] | None = None,
+        haste: Haste | None = None,
+    ) -> bool:
+        """Enter a stage, with why there is no valid checkpoint; if that fails, `take_back` what was noted for it.
+        Whether it is saved."""
         record = self._set.record
         former, record.inconsistent = record.inconsistent, inconsistent
         try:
-            self._set.enter(stage)
+            return self._set.enter(stage, haste)
         except BaseException:
             record.inconsistent = former
             if take_back is not None:
@@ -625,13 +685,9 @@ class SecondarySide(Side):
         """All that may fail, before anything is emptied (case 6), and most of what takes time, before the gate is
         closed. `flush`: the disks as well, which durability=power needs anyway."""
         self._ledger.tidy()
-        self._check_in_place()
+        self._set.gate.urgency.run(self._check_in_place, name="look")
         for disk in self.disks:
             assert disk.stack is not None
-            try:
-                disk.stack.check_images()
-            except LayerError as error:
-                raise self._cannot_empty(disk, error) from error
             if flush or disk.stack.power:
                 self._flush_disk(disk)
 
@@ -655,6 +711,12 @@ class SecondarySide(Side):
             except DiskError as error:
                 self._set.faults.report(Case.SECONDARY_DISK, disk.name, "checkpoint", 0, disk.size, error)
                 raise CommandError(f"the secondary disk '{disk.name}' is gone: {error}") from error
+        for disk in self.disks:
+            assert disk.stack is not None
+            try:
+                disk.stack.check_images()
+            except LayerError as error:
+                raise self._cannot_empty(disk, error) from error
 
     def _flush_disk(self, disk: SecondaryDisk) -> None:
         """What the primary has written becomes stable, so that it may count as a checkpoint."""

@@ -188,7 +188,7 @@ def test_a_start_that_finds_nobody_changes_nothing(host: Host) -> None:
 
 
 def test_a_start_whose_state_cannot_be_written_changes_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise StateError("cannot write it")
 
     node = host.promoted()
@@ -310,7 +310,7 @@ def test_a_fault_that_could_not_be_saved_is_saved_later(host: Host, monkeypatch:
     node = host.start()
     real, works = StateFolder.save, False
 
-    def save(folder: StateFolder, record: Record) -> None:
+    def save(folder: StateFolder, record: Record, *_: float, **__: bool) -> None:
         if not works:
             raise StateError("no room")
         real(folder, record)

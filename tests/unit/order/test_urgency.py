@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from replication.errors import CommandError, DiskError
-from replication.order.urgency import Urgency
+from replication.order.urgency import Overdue, Urgency
 
 DEADLINE_S = 20.0
 
@@ -58,3 +58,18 @@ def test_without_threads_the_action_is_done_all_the_same(monkeypatch: pytest.Mon
     done: list[int] = []
     Urgency().run(lambda: done.append(1))
     assert done == [1]
+
+
+def test_an_action_that_is_overdue_goes_on_and_a_failover_s_own_does_not_give_way() -> None:
+    urgency = Urgency()
+    release, ended = threading.Event(), threading.Event()
+
+    def action() -> None:
+        assert release.wait(DEADLINE_S)
+        ended.set()
+
+    with urgency.asking(), pytest.raises(Overdue, match=r"no answer within 0\.1 s"):
+        urgency.run(action, 0.05, yields=False)
+    assert not ended.is_set()
+    release.set()
+    assert ended.wait(DEADLINE_S)

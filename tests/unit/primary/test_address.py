@@ -120,7 +120,7 @@ def test_a_refused_start_changes_nothing(
     node.launch()
     node.stop(failover=False)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise StateError("no room")
 
     with monkeypatch.context() as patched:
