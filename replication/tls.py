@@ -19,11 +19,13 @@ Facts about libnbd 1.14 (Debian 12) and 1.22 (Debian 13), from lib/crypto.c and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import ssl
 import struct
+import tempfile
 import time
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -42,6 +44,9 @@ _FIXED_NEWSTYLE_NO_ZEROES = 3
 _OPT_STARTTLS = 5
 _REPLY_BYTES = 20
 _REPLY_ACK = struct.pack(">I", 1)
+
+_OUT_OF_DATE = (9, 10)
+"""X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
 
 _TCP = "nbds://"
 
@@ -184,12 +189,18 @@ def explain(uri: str, said: str, tls: Tls, deadline: float) -> str:
 def _own(tls: Tls) -> str:
     """Which client certificate was shown, and its dates: one that was renewed is read at the next attempt."""
     path = os.path.join(tls.certificates or "", "client-cert.pem")
+    dates = _dates(path)
+    return "" if dates is None else f": {path} {dates}"
+
+
+def _dates(path: str) -> str | None:
+    """From when until when the certificate in a file is valid, None if that cannot be said."""
     try:
         # What the ssl module decodes a peer's certificate with; it is not public, so it may be missing.
         shown = ssl._ssl._test_decode_cert(path)  # type: ignore[attr-defined]
-        return f": {path} is valid from {shown['notBefore']} until {shown['notAfter']}"
+        return f"is valid from {shown['notBefore']} until {shown['notAfter']}"
     except (OSError, AttributeError, KeyError):  # ssl.SSLError is an OSError
-        return ""
+        return None
 
 
 def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
@@ -200,12 +211,11 @@ def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
     authority = None if tls.certificates is None else os.path.join(tls.certificates, "ca-cert.pem")
     try:
         context = ssl.create_default_context(cafile=authority)
-        with connect(*server, deadline) as link:
-            _start_tls(link, deadline)
-            link.settimeout(_left_s(deadline))
-            context.wrap_socket(link, server_hostname=server[0]).close()
+        _shake_hands(context, server, deadline)
     except ssl.SSLCertVerificationError as error:
         found = error.verify_message.rstrip(".")
+        if error.verify_code in _OUT_OF_DATE:
+            return f"{found}{_out_of_date(server, authority, deadline)}"
         if error.verify_code not in _UNKNOWN_CA:
             return found
         if authority is None:
@@ -215,6 +225,31 @@ def _verdict(uri: str, tls: Tls, deadline: float) -> str | None:
         # The failure that is to be explained has been noticed; this one would only be another.
         return None
     return None
+
+
+def _shake_hands(context: ssl.SSLContext, server: tuple[str, int], deadline: float) -> bytes:
+    """The certificate that the server shows, as DER; OSError or ValueError."""
+    with connect(*server, deadline) as link:
+        _start_tls(link, deadline)
+        link.settimeout(_left_s(deadline))
+        with context.wrap_socket(link, server_hostname=server[0]) as shaken:
+            return shaken.getpeercert(binary_form=True) or b""
+
+
+def _out_of_date(server: tuple[str, int], authority: str | None, deadline: float) -> str:
+    """Which files these are, and their dates: the server's, which only it has, and that of the CA."""
+    said = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent: its dates are all that is wanted
+    with contextlib.suppress(OSError, ValueError), tempfile.NamedTemporaryFile("w", suffix=".pem") as shown:
+        shown.write(ssl.DER_cert_to_PEM_cert(_shake_hands(context, server, deadline)))
+        shown.flush()
+        said.append(f"server-cert.pem in the folder of the server's --tls-certificates {_dates(shown.name)}")
+    dates = None if authority is None else _dates(authority)
+    if dates is not None:
+        said.append(f"{authority} {dates}")
+    return f" ({'; '.join(said)}; nbdkit reads its own when it starts)" if said else ""
 
 
 def _left_s(deadline: float) -> float:

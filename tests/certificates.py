@@ -57,9 +57,9 @@ class Authority:
         """A folder for a server that `hosts` (subjectAltName) may call itself; with `days` 0 it has expired."""
         return self._folder_with("server", name, hosts, days)
 
-    def client(self, name: str = "client") -> Path:
-        """A folder for a client that can say who it is."""
-        return self._folder_with("client", name, f"DNS:{name}", 30)
+    def client(self, name: str = "client", days: int = 30) -> Path:
+        """A folder for a client that can say who it is: CN=NAME; with `days` 0 its certificate has expired."""
+        return self._folder_with("client", name, f"DNS:{name}", days)
 
     def nobody(self, name: str = "nobody") -> Path:
         """A folder for a client without a certificate."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,10 +21,10 @@ from certificates import Authority, EndpointWithTwoDoors, SecondaryWithTwoDoors,
 from checkout import REPOSITORY
 from content import KIB, MIB, make_raw, pattern
 from lab import Lab
-from nodes import Primary, Server, refused
+from nodes import Primary, Server, nbdkit_has, refused
 from replication.disk.connection import Connection
 from replication.tls import Tls
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 8 * MIB
 
@@ -127,7 +129,11 @@ def unknown_ca(secrets: Secrets) -> Wrong:
 
 def expired(secrets: Secrets) -> Wrong:
     old = secrets.ours.server("old", days=0)
-    return [f"--tls-certificates={old}"], [f"tls-certificates={secrets.client}"], "certificate has expired"
+    text = (
+        "certificate has expired (server-cert.pem in the folder of the server's --tls-certificates is valid from "
+        f"Jan  1 00:00:00 2020 GMT until Jan  2 00:00:00 2020 GMT; {secrets.client}/ca-cert.pem is valid from "
+    )
+    return [f"--tls-certificates={old}"], [f"tls-certificates={secrets.client}"], text
 
 
 def wrong_host(secrets: Secrets) -> Wrong:
@@ -211,7 +217,6 @@ WITH_SYSTEM_CA = f"""
 import subprocess, sys
 subprocess.run(["mount", "--bind", sys.argv[2], "{SYSTEM_CAS}"], check=True)
 from replication.disk.connection import Connection
-from replication.errors import DiskError
 from replication.tls import Tls
 try:
     connection = Connection(sys.argv[1], "", 20.0, Tls(sys.argv[3] if sys.argv[3:] else None))
@@ -294,6 +299,98 @@ def test_parameters_in_the_uri_take_the_place_of_the_keys(lab: Lab, secrets: Sec
     primary.connect("disk0").pwrite(b"x" * 4096, 0)
     primary.checkpoint()
     assert (lab.folder / "secondary-disk0.raw").read_bytes()[:4096] == b"x" * 4096
+
+
+# -- who has the certificate of another ------------------------------------------------------------------------------
+
+
+def test_the_pair_and_the_guest_are_for_the_certificates_that_are_named(lab: Lab, secrets: Secrets) -> None:
+    """Others of the same CA get neither, nor does each what is the other's."""
+    if not nbdkit_has("peer_tls_dn"):
+        pytest.skip("this nbdkit does not say which certificate a client has shown")
+    server, client = options(secrets, "certificates")
+    secondary = SecondaryWithTwoDoors(
+        lab.folder,
+        [SIZE],
+        options=["--tls=require", *server],
+        extra_arguments=["primary-identity=CN=client", "guest-identity=CN=guest"],
+    )
+    lab.start(secondary)
+    secondary.start_replication()
+    guest, stranger = secrets.ours.client("guest"), secrets.ours.client("stranger")
+    for folder, who in ((stranger, "stranger"), (guest, "guest")):
+        named = {"name": who, "extra_arguments": [f"tls-certificates={folder}"]}
+        start_refusal(lab.start(Primary(lab.folder, secondary.tcp_uri(), [SIZE], **named)))
+        said = f"is for 'CN=client', and the client at 127.0.0.1 port [0-9]+ has shown the certificate of 'CN={who}'"
+        assert re.search(said, secondary.stderr())
+    primary = lab.start(Primary(lab.folder, secondary.tcp_uri(), [SIZE], extra_arguments=client))
+    primary.start_replication()
+    primary.connect("disk0").pwrite(b"x" * 4096, 0)
+    primary.checkpoint()
+    assert guest_reads(secondary, guest) == b"x" * 4096
+    for folder in (stranger, secrets.client):
+        with pytest.raises(nbd.Error):
+            guest_reads(secondary, folder)
+
+
+def guest_reads(secondary: SecondaryWithTwoDoors, folder: Path) -> bytes:
+    handle = nbd.NBD()
+    handle.set_tls_certificates(str(folder))
+    handle.connect_uri(secondary.tcp_uri(export="top0"))
+    return bytes(handle.pread(4096, 0))
+
+
+# -- renewal -----------------------------------------------------------------------------------------------------------
+
+
+def renew(folder: Path, fresh: Path) -> None:
+    """As a person does: each new file is put in place by a rename."""
+    for name in ("client-key.pem", "client-cert.pem"):
+        copy = folder / f"{name}.new"
+        copy.write_bytes((fresh / name).read_bytes())
+        copy.rename(folder / name)
+
+
+def test_a_client_certificate_that_is_renewed_on_disk_counts_at_the_next_connection(lab: Lab, secrets: Secrets) -> None:
+    """A link that is up goes on with the old one; one that was refused for it comes up by itself."""
+    server, client = options(secrets, "certificates")
+    primary = pair(lab, server, client, lambda secondary: secondary.tcp_uri())
+    primary.start_replication()
+    renew(secrets.client, secrets.ours.client("expired", days=0))
+    primary.connect("disk0").pwrite(b"a" * 4096, 0)
+    primary.checkpoint()
+    assert primary.status()["link"]["state"] == "in-sync"
+    primary.restart(signal.SIGKILL)
+
+    def reason() -> str | None:
+        found: str | None = primary.status()["link"]["reason"]
+        return found if found and "client certificate" in found else None
+
+    said = wait_until(reason, "the link is refused")
+    assert f"{secrets.client}/client-cert.pem is valid from Jan  1 00:00:00 2020 GMT until Jan  2" in str(said)
+    primary.connect("disk0").pwrite(b"b" * 4096, 0)
+    renew(secrets.client, secrets.ours.client("renewed"))
+    wait_until(lambda: primary.status()["link"]["state"] == "in-sync", "the link is up by itself")
+    primary.checkpoint()
+    assert (lab.folder / "secondary-disk0.raw").read_bytes()[:4096] == b"b" * 4096
+
+
+def test_a_server_certificate_that_is_renewed_counts_when_nbdkit_is_restarted(lab: Lab, secrets: Secrets) -> None:
+    """The primary, with its guest, goes on; the link comes back by itself."""
+    old = secrets.ours.server("old", days=0)
+    secondary = SecondaryWithTwoDoors(lab.folder, [SIZE], options=["--tls=require", f"--tls-certificates={old}"])
+    lab.start(secondary)
+    secondary.start_replication()
+    client = [f"tls-certificates={secrets.client}"]
+    primary = lab.start(Primary(lab.folder, secondary.tcp_uri(), [SIZE], extra_arguments=client))
+    assert "certificate has expired" in start_refusal(primary)
+    for name in ("server-key.pem", "server-cert.pem"):
+        (old / name).write_bytes((secrets.server / name).read_bytes())
+    assert "certificate has expired" in start_refusal(primary), "it was read when nbdkit started"
+    secondary.restart(signal.SIGTERM)
+    primary.start_replication()
+    primary.connect("disk0").pwrite(b"x" * 4096, 0)
+    primary.checkpoint()
 
 
 # -- before serving ----------------------------------------------------------------------------------------------------
