@@ -193,6 +193,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     order/                      who waits for whom
         gate.py rangelock.py    the gate before all requests; ranges, first come first served
         urgency.py              who gives way to a failover
+        worker.py               a thread that works in rounds, and comes back
         ended.py                how who waits for an answer learns of it
         pause.py                where a test can hold a thread
     compiled.py                 which modules run: compiled ones, or their sources

@@ -95,7 +95,7 @@ class Log:
         self._threaded = True
         try:
             thread.start()
-        except RuntimeError:  # no more threads
+        except (RuntimeError, MemoryError):  # no thread
             self._threaded = False
 
     @contextlib.contextmanager

@@ -20,11 +20,12 @@ from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
-from replication.log import log, log_defect, surviving
+from replication.log import log, log_defect
 from replication.options import CHANGEABLE, Durability, Options
 from replication.order.gate import Gate, GateStuck
 from replication.order.pause import pause
 from replication.order.urgency import Haste
+from replication.order.worker import NO_THREAD, Worker
 from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
 from replication.record.ancestry import Ancestry
@@ -44,7 +45,7 @@ COMMAND_S = 120.0
 ROLE_S = 600.0
 """Longest wait for a side to let its disks go when another takes its place; at the end of the process it is shorter."""
 
-FAILOVER_S = 1.7
+FAILOVER_S = 1.4
 """A failover is answered within 2 seconds, whatever the storage does: so long its steps may take together."""
 
 URGENT_S = 0.5
@@ -83,6 +84,8 @@ class Node:
         self._closing = threading.Event()
         self._looks = Ticker("disks", LOOK_S, self._look_at_disks)
         self._clocks = Clocks(self._checkpoint_when_ready, self._checkpoint_age, lambda: self._state.epoch, hub)
+        self._autostarter = Worker("autostart", self._autostart)
+        self._autostart_failure = ""
         self._state = state
         self._record = self._former_record() or Record(options.mode)
         self._jobs = JobList(hub)
@@ -168,9 +171,9 @@ class Node:
         if self._options.autostart and self.stage is Stage.DONE:
             log("autostart=true starts nothing in stage done: a person says who owns the disks now")
         if self._options.autostart and self.stage is Stage.NONE:
-            failure = self._autostarted("")
-            if failure:
-                threading.Thread(target=self._autostart, args=(failure,), name="autostart", daemon=True).start()
+            self._autostart_failure = self._autostarted("")
+            if self._autostart_failure:
+                self._autostarter.start(_AUTOSTART_RETRY_S)
 
     def _autostarted(self, former: str) -> str:
         """Start; why that failed, empty if it did not. The `former` reason is not said again."""
@@ -182,15 +185,18 @@ class Node:
             return str(error)
         return ""
 
-    def _autostart(self, failure: str) -> None:
+    def _autostart(self) -> float | None:
         """Try again until the secondary is there, somebody has started by hand, or the process ends."""
-        while failure and not self._closing.wait(_AUTOSTART_RETRY_S) and self.stage is Stage.NONE:
-            with surviving():
-                failure = self._autostarted(failure)
+        if self.stage is Stage.NONE:
+            self._autostart_failure = self._autostarted(self._autostart_failure)
+            if self._autostart_failure:
+                return _AUTOSTART_RETRY_S
+        return None
 
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""
         self._closing.set()
+        self._autostarter.stop(0.0)
         self._clocks.stop()
         self._looks.stop(STOP_S)
         self.side.close()
@@ -289,7 +295,7 @@ class Node:
             self._unsaved = True
         try:
             threading.Thread(target=self._save_again, name="save", daemon=True).start()
-        except (RuntimeError, MemoryError) as error:  # no thread: the next thing that is saved brings it along
+        except NO_THREAD as error:  # the next thing that is saved brings it along
             self._unsaved = False
             log(f"the record is not saved later: {error}")
 

@@ -32,7 +32,8 @@ from replication.control.server import DRAIN_S, QUEUE_BYTES_MAX, QUEUE_MESSAGES_
 from replication.disk.face import Extent
 from replication.errors import DiskError
 from replication.events import Event, EventHub
-from replication.log import log
+from replication.log import log, log_defect
+from replication.order.worker import NO_THREAD
 from replication.primary.peer import CONTROL_DESCRIPTION, CONTROL_SIZE
 
 WAIT_S = 0.25
@@ -140,14 +141,21 @@ class ControlExport:
         if not self._working:
             try:
                 threading.Thread(target=self._work, name="control-inband", daemon=True).start()
-            except RuntimeError as error:
+            except NO_THREAD as error:
                 raise DiskError(f"cannot serve a control client: {error}", errno.ENOMEM) from error
             self._working = True
         self._input.append(piece)
         self._input_bytes += len(piece)
 
     def _work(self) -> None:
-        """Run the commands, until none has come for IDLE_S."""
+        """Run the commands, until none has come for IDLE_S. After a defect nobody would answer: the session ends."""
+        try:
+            self._serve()
+        except Exception as defect:  # noqa: BLE001 (see above)
+            log_defect(defect)
+            self._end("internal error, see the log")
+
+    def _serve(self) -> None:
         subscribed = self._session.negotiated
         while (piece := self._next()) is not None:
             with contextlib.closing(self._session.feed(piece)) as answers:

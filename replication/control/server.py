@@ -39,7 +39,8 @@ from replication.control.qmp import Answer
 from replication.disk import files
 from replication.errors import CommandError, ConfigError
 from replication.events import Event, EventHub
-from replication.log import log, surviving
+from replication.log import log, log_defect, surviving
+from replication.order.worker import NO_THREAD
 
 CLIENTS_MAX = 16
 # Beyond these, for who has something urgent to say (commands.URGENT).
@@ -163,7 +164,7 @@ class _Client:
         self._writer.start()
         try:
             self._reader.start()
-        except RuntimeError:
+        except NO_THREAD:
             self.drop()
             raise
 
@@ -221,6 +222,9 @@ class _Client:
             self._serve()
         except OSError:
             pass  # the connection is gone, which is the usual way for a client to leave
+        except Exception as defect:  # noqa: BLE001 (the client is to be let go of all the same)
+            log_defect(defect)
+            self.drop()
         finally:
             self.finish()
             if not self.join_writer(time.monotonic() + DRAIN_S):
@@ -256,6 +260,9 @@ class _Client:
                 self._connection.sendall(message, socket.MSG_NOSIGNAL)
         except OSError:
             self.drop()  # the peer is gone: the reader has nobody to work for either
+        except Exception as defect:  # noqa: BLE001 (the same)
+            log_defect(defect)
+            self.drop()
 
 
 class ControlServer:
@@ -439,7 +446,7 @@ class ControlServer:
             return
         try:
             client.start()
-        except RuntimeError as error:
+        except NO_THREAD as error:
             log(f"cannot serve a control client: {error}")
             self._forget(client)
             _turn_away(connection, f"Cannot serve this client: {error}")

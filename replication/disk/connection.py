@@ -36,6 +36,7 @@ from replication.addresses import HEAD_START_S, Rivals, take_place
 from replication.disk.direct import DirectCalls
 from replication.disk.fence import Fence
 from replication.errors import ConfigError, DiskError
+from replication.order.worker import NO_THREAD
 from replication.tls import Tls, explain
 from replication.uri import host_of
 
@@ -195,10 +196,15 @@ class Connection:
                 self._connect(export)
             except (ConfigError, DiskError, OSError) as error:
                 self._connecting.set_exception(error)
+            except Exception as defect:  # noqa: BLE001 (who waits is to learn of it)
+                self._connecting.set_exception(DiskError.from_defect(defect))
             else:
                 self._connecting.set_result(None)
 
-        threading.Thread(target=connect, name="tls-connect", daemon=True).start()
+        try:
+            threading.Thread(target=connect, name="tls-connect", daemon=True).start()
+        except NO_THREAD as error:
+            raise DiskError(f"cannot connect to {self.uri}: {error}", errno.ENOMEM) from error
         try:
             self._connecting.result(self._timeout_s * (1 + 2 / _LOOKS))
         except TimeoutError as error:

@@ -28,6 +28,7 @@ import threading
 from collections.abc import Sequence
 
 from replication.log import log
+from replication.order.worker import NO_THREAD
 
 _SIMPLE, _STRUCTURED = 0x67446698, 0x668E33EF
 """Magic numbers of the two kinds of answers (NBD specification)."""
@@ -62,15 +63,35 @@ class Fence:
         self._over = threading.Event()
         with contextlib.suppress(OSError):  # it may have ended already
             self._ask_for_life()
-        threading.Thread(target=self._run, name="fence", daemon=True).start()
+        # Protects the next one.
+        self._starting = threading.Lock()
+        self._started = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the thread, unless there is one. Where there is none to be had it is tried again whenever somebody
+        asks: until then the changes are in doubt."""
+        with self._starting:
+            if self._started:
+                return
+            try:
+                threading.Thread(target=self._run, name="fence", daemon=True).start()
+            except NO_THREAD as error:
+                log(f"{self.name}: the connection that was given up cannot be watched yet: {error}")
+            else:
+                self._started = True
 
     @property
     def pending(self) -> bool:
         """Whether a change may still come."""
+        if not self._started:
+            self._begin()
         return not self._over.is_set()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until none can come, `timeout_s` seconds at most; whether it is so."""
+        if not self._started:
+            self._begin()
         return self._over.wait(timeout_s)
 
     def covers(self, offset: int, length: int) -> bool:

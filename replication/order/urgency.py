@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from replication.errors import CommandError
+from replication.order.worker import NO_THREAD
 
 GIVES_WAY = "a failover has come first"
 
@@ -86,7 +87,7 @@ class Urgency:
 
         try:
             threading.Thread(target=work, name=name, daemon=True).start()
-        except (RuntimeError, MemoryError):  # no more threads: then nobody can be let go first
+        except NO_THREAD:  # then nobody can be let go first
             action()
             return
         with self._changed:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from replication.errors import CommandError, DiskError
 from replication.log import log
 from replication.order.pause import pause
+from replication.order.worker import NO_THREAD
 from replication.primary.backlog import Entry
 from replication.primary.dial import Agreement
 from replication.primary.disk import PrimaryDisk
@@ -94,7 +95,7 @@ class Epochs:
             self._held = epoch
         try:
             timer.start()
-        except RuntimeError as error:  # no more threads
+        except NO_THREAD as error:
             self.drop()
             raise CommandError(f"Epoch {epoch.number} cannot be held: {error}") from error
         epoch.timer = timer

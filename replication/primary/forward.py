@@ -141,7 +141,7 @@ class Forwarder:
             self._up = True
         try:
             self._sender.start()
-        except RuntimeError as error:  # no more threads
+        except (RuntimeError, MemoryError) as error:  # no thread
             self._sender = None
             with self._lock:
                 self._up = False

@@ -13,7 +13,7 @@ over which the secondary says something four times a second, so that an idle lin
 disks lose their link at that moment. The guest waits for none of it.
 
 Invariants
-* One attempt to connect at a time, by `_thread` or (a start) by the node's command, never by both: the thread tries
+* One attempt to connect at a time, by the thread or (a start) by the node's command, never by both: the thread tries
   only while `_wanted`, which a start sets last, and a start waits for an attempt that a stop has torn loose.
 * An attempt begins when the former connections have given back everything that was in flight.
 """
@@ -30,6 +30,7 @@ from replication.errors import DiskError, ReplicationError
 from replication.fault import Case
 from replication.log import log, surviving
 from replication.order.pause import pause
+from replication.order.worker import Worker
 from replication.primary.dial import Agreement, Dialler, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import PeerError
@@ -92,7 +93,7 @@ class Link:
         self._untold: str | None = None
         # Lost ones, whose peer channel the thread closes: who notices a loss may be a thread of theirs.
         self._leaving: list[Agreement] = []
-        self._thread: threading.Thread | None = None
+        self._worker = Worker("link", self._serve)
         # Held for the whole of an attempt to connect. Above all other locks here.
         self._attempting = threading.Lock()
 
@@ -175,17 +176,17 @@ class Link:
         self._resync_now(begin)
         return True
 
-    def launch(self, resume: bool) -> None:
-        """Start the thread. `resume`: a former process was running."""
+    def start(self) -> None:
+        """Start the thread, once; it has nothing to do yet. CommandError when there is none to be had."""
+        self._worker.start()
+
+    def resume(self) -> None:
+        """A former process was running: bring the link back."""
         with self._changed:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="link", daemon=True)
-                thread.start()
-                self._thread = thread
-            if resume:
-                self._wanted = True
-                self._show_locked(LinkState.CONNECTING)
-                self._changed.notify_all()
+            self._wanted = True
+            self._show_locked(LinkState.CONNECTING)
+            self._changed.notify_all()
+        self._worker.wake()
 
     def synchronized(self) -> None:
         """A pass of the resync has ended, or the link is up: if nothing is missing, say so to the secondary."""
@@ -284,6 +285,7 @@ class Link:
                 latched = self._tell_lost_locked(self._disks[at].name, error)
             self._leaving.append(agreement)
             self._changed.notify_all()
+        self._worker.wake()
         if news:
             log(f"the link to the secondary is lost: {error}")
             self._told = str(error)
@@ -355,12 +357,12 @@ class Link:
         deadline = time.monotonic() + timeout_s
         self.stop(timeout_s / 2, timeout_s / 2, not any(disk.changes.missing for disk in self._disks))
         self.dialler.interrupt()
-        if self._thread is not None:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._worker.stop(max(0.0, deadline - time.monotonic()))
 
     # -- the thread ----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _serve(self) -> float | None:
+        """Until the end: one round is all of it."""
         again_s = _AGAIN_MIN_S
         up_since: float | None = None
         patient_until = time.monotonic() + self._set.options.timeout_s
@@ -368,7 +370,7 @@ class Link:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._has_work_locked(), _IDLE_S)
                 if self._closing:
-                    return
+                    return None
                 leaving, self._leaving = self._leaving, []
                 due = self._wanted and self._agreement is None and not self._losing
             for agreement in leaving:

@@ -21,7 +21,6 @@ import json
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,7 +29,9 @@ import nbd
 
 from replication.disk.connection import Completion, Connection, ExportRefused, Request
 from replication.errors import DiskError, ReplicationError
+from replication.log import log_defect
 from replication.options import CONTROL_EXPORT
+from replication.order.worker import NO_THREAD
 
 CONTROL_DESCRIPTION = "control: QMP for the primary"
 CONTROL_SIZE = 1 << 20
@@ -212,7 +213,7 @@ class Peer:
     def _start(self) -> None:
         try:
             self._thread.start()
-        except RuntimeError as error:
+        except NO_THREAD as error:
             self._connection.close()
             raise DiskError(f"no thread for the control link to {self.uri}: {error}", errno.ENOMEM) from error
 
@@ -226,7 +227,7 @@ class Peer:
             error = failure
         except Exception as defect:  # noqa: BLE001
             # A defect of ours, most likely of the owner's `event`: the log gets the trace, the link ends.
-            traceback.print_exc()
+            log_defect(defect)
             error = DiskError(f"{self.uri}: internal error, see the log: {type(defect).__name__}")
         self._wind_up(error)
 

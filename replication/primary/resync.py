@@ -27,6 +27,7 @@ from replication.errors import DiskError
 from replication.image.qcow2 import BLOCK
 from replication.jobs import Job, JobList
 from replication.log import log, surviving
+from replication.order.worker import Worker
 from replication.primary.backlog import DATA_MAX, Entry
 from replication.primary.content import Unreadable, look
 from replication.primary.disk import PrimaryDisk
@@ -177,27 +178,22 @@ class Resync:
         self._announced: dict[str, _Pass] = {}
         self._sent: _Pass | None = None
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._worker = Worker("resync", self._round)
 
     def limit(self, rate: int | None) -> None:
         """Another rate from the next piece on."""
         self._pace = Pace(rate)
 
     def start(self) -> None:
-        """Start the thread, once; it has nothing to do yet."""
-        with self._changed:
-            if self._thread is not None:
-                return
-            thread = threading.Thread(target=self._run, name="resync", daemon=True)
-            thread.start()
-            self._thread = thread
+        """Start the thread, once; it has nothing to do yet. CommandError when there is none to be had."""
+        self._worker.start()
 
     def request(self) -> None:
         """Something is missing: send it, but not sooner than after the last failure."""
         with self._changed:
             if self._due is None:
                 self._due = time.monotonic() + self._again_s
-                self._changed.notify_all()
+                self._worker.wake()
 
     def now(self, explicit: bool = True) -> None:
         """Send what is missing at once; `explicit`: a person asks for it, so also what was cancelled. The jobs are
@@ -207,7 +203,7 @@ class Resync:
                 self._left_alone.clear()
             self._announce_locked(self._disks)
             self._asked = True
-            self._changed.notify_all()
+            self._worker.wake()
 
     def complete(self, timeout_s: float) -> bool:
         """Send what is missing at once, also what was cancelled, and wait for it, `timeout_s` seconds at most; whether
@@ -222,7 +218,7 @@ class Resync:
             for _ in range(_COMPLETE_PASSES):
                 pass_ended = self._begun + 1
                 self._asked = True
-                self._changed.notify_all()
+                self._worker.wake()
                 left_s = max(0.0, deadline - time.monotonic())
                 self._changed.wait_for(partial(self._has_ended, pass_ended), left_s)
                 if self._ended < pass_ended or not self._overtaken:
@@ -237,39 +233,53 @@ class Resync:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join(timeout_s)
+        if not self._worker.stop(timeout_s):
+            return  # the pass that is at work ends soon, and with it what was announced for the next
+        self._conclude_announced()
 
-    # -- the thread ----------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while self._wait_pass():
-            failed: Sequence[PrimaryDisk] = self._disks  # unless it is known better
-            with surviving():
-                failed = [work.disk for work in self._works() if self._send(work)]
-                self._pass_ended()
-            with self._changed:
-                self._ended = self._begun
-                self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if failed else _AGAIN_MIN_S
-                if any(disk.forwarder.up for disk in failed):
-                    # Also instead of what was requested meanwhile: the failures of this very pass ask for the next.
-                    self._due = time.monotonic() + self._again_s
-                self._changed.notify_all()
-        for work in self._announced.values():
+    def _conclude_announced(self) -> None:
+        with self._changed:
+            announced, self._announced = self._announced, {}
+        for work in announced.values():
             work.finish()
             self._jobs.conclude(work.job, self._obstacle(work))
 
-    def _wait_pass(self) -> bool:
-        """Wait for the next pass and begin it; False at the end."""
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _round(self) -> float:
+        """A pass, if one was asked for or is due; in how many seconds the next one is."""
+        if not self._begin_pass():
+            return self._idle_s()
+        failed: Sequence[PrimaryDisk] = self._disks  # unless it is known better
+        with surviving():
+            failed = [work.disk for work in self._works() if self._send(work)]
+            self._pass_ended()
         with self._changed:
-            while not self._closing and not self._asked and (self._due is None or self._due > time.monotonic()):
-                self._changed.wait(_IDLE_S if self._due is None else max(0.0, self._due - time.monotonic()))
+            self._ended = self._begun
+            self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if failed else _AGAIN_MIN_S
+            if any(disk.forwarder.up for disk in failed):
+                # Also instead of what was requested meanwhile: the failures of this very pass ask for the next.
+                self._due = time.monotonic() + self._again_s
+            self._changed.notify_all()
+        if self._closing:
+            self._conclude_announced()
+        return self._idle_s()
+
+    def _idle_s(self) -> float:
+        with self._changed:
+            if self._asked:
+                return 0.0
+            return _IDLE_S if self._due is None else max(0.0, self._due - time.monotonic())
+
+    def _begin_pass(self) -> bool:
+        with self._changed:
+            if self._closing or not (self._asked or (self._due is not None and self._due <= time.monotonic())):
+                return False
             self._asked = False
             self._due = None
             self._overtaken = False
-            self._begun += not self._closing
-            return not self._closing
+            self._begun += 1
+            return True
 
     def _has_work_locked(self, disk: PrimaryDisk) -> bool:
         """An export that only forwards has nothing from which it could send again."""

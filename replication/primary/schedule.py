@@ -10,6 +10,7 @@ from collections.abc import Callable
 from replication.errors import CommandError
 from replication.events import EventHub
 from replication.log import log, surviving
+from replication.order.worker import Worker
 
 _AGE_LOOKS = 10
 """How often, within the limit, the age is looked at: the event is late by a tenth of the limit at most."""
@@ -26,25 +27,23 @@ class Ticker:
     def __init__(self, name: str, period_s: float, action: Callable[[], None]) -> None:
         self._period_s = period_s
         self._action = action
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._due = 0.0
+        self._worker = Worker(name, self._tick)
 
     def start(self) -> None:
-        """Begin; the first call comes after one period."""
-        self._thread.start()
+        """Begin; the first call comes after one period. CommandError when there is no thread for it."""
+        self._due = time.monotonic() + self._period_s
+        self._worker.start(self._period_s)
 
     def stop(self, timeout_s: float) -> None:
         """End; waits at most `timeout_s` seconds for a call that is at work."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._worker.stop(timeout_s)
 
-    def _run(self) -> None:
-        due = time.monotonic() + self._period_s
-        while not self._closing.wait(max(0.0, due - time.monotonic())):
-            due = max(due, time.monotonic()) + self._period_s
-            with surviving():
-                self._action()
+    def _tick(self) -> float:
+        self._due = max(self._due, time.monotonic()) + self._period_s
+        with surviving():  # the period stays what it is
+            self._action()
+        return max(0.0, self._due - time.monotonic())
 
 
 class AutomaticCheckpoints(Ticker):
@@ -115,11 +114,12 @@ class Clocks:
             for name, period_s in (("interval", interval_s), ("limit", limit_s)):
                 if self._ended or self._periods.get(name) == period_s:
                     continue
-                self._periods[name] = period_s
+                self._periods.pop(name, None)
                 self._stop_locked(name)
                 if period_s is not None:
                     self._tickers[name] = self._ticker(name, period_s)
-                    self._tickers[name].start()
+                    self._tickers[name].start()  # CommandError without a thread: the next time sets it
+                self._periods[name] = period_s
 
     def _ticker(self, name: str, period_s: float) -> Ticker:
         if name == "interval":

@@ -152,9 +152,9 @@ class PrimarySide(Side):
         self._set.state.open_until_closed()
         for disk in self.disks:
             disk.lose_former()
-        self._resync.start()
-        self._watch.start()
-        self._link.launch(resume=self._set.record.stage is Stage.RUNNING)
+        self._start_threads()
+        if self._set.record.stage is Stage.RUNNING:
+            self._link.resume()
 
     def look(self) -> None:
         for disk in self.disks:
@@ -202,10 +202,10 @@ class PrimarySide(Side):
                 secondary = absolute(secondary, self._set.options.folder)
             except ConfigError as error:
                 raise CommandError(f"Parameter 'secondary': {error}") from error
+        # Before anything else: a node that has no thread left for them must not have begun.
         try:
-            # Before anything else: a node that has no thread left for them must not have begun.
             self._start_threads()
-        except RuntimeError as error:
+        except CommandError as error:
             raise CommandError(f"cannot start: {error}") from error
         if not self._link.wait_unattempted(ANSWER_S):
             raise CommandError("cannot start: an attempt to reach the former secondary has not ended yet; try again")
@@ -265,10 +265,10 @@ class PrimarySide(Side):
                 ) from error
 
     def _start_threads(self) -> None:
-        """Those that are not there yet; they have nothing to do before there is a link. RuntimeError."""
+        """Those that are not there yet; they have nothing to do before there is a link. CommandError."""
         self._resync.start()
         self._watch.start()
-        self._link.launch(resume=False)
+        self._link.start()
 
     def end_threads(self) -> None:
         """A start has failed of a side that is nobody's, and is given up: the disks are another side's."""

@@ -16,7 +16,6 @@ What was found stays until the secondary says otherwise or a checkpoint succeeds
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 from replication.errors import DiskError, ReplicationError
 from replication.fault import Case
 from replication.log import log
+from replication.order.worker import Worker
 from replication.primary.dial import ANSWER_S, Agreement
 from replication.primary.disk import PrimaryDisk
 from replication.primary.link import Link
@@ -56,9 +56,9 @@ class Watch:
         self._link = link
         self._lacking = lacking
         self._part = part
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        # Of the thread alone.
+        self._worker = Worker("watch", self._round)
+        # Of the thread alone. The first: what the log has of a secondary that does not say how it is.
+        self._said = ""
         self._watched: Agreement | None = None
         self._consistent = False
         self._suspect = False
@@ -66,31 +66,29 @@ class Watch:
         self._again_at = 0.0
 
     def start(self) -> None:
-        """Start the thread, once."""
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            thread.start()
-            self._thread = thread
+        """Start the thread, once. CommandError when there is none to be had."""
+        self._worker.start(WATCH_S)
 
     def stop(self, timeout_s: float) -> None:
         """End it, within `timeout_s` seconds if the secondary answers."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        self._worker.stop(timeout_s)
 
-    def _run(self) -> None:
-        while not self._closing.wait(WATCH_S):
-            agreement = self._link.agreement
-            if agreement is None or agreement.peer is None:
-                continue
-            try:
-                self._look(agreement)
-            except ReplicationError as error:
-                # A lost link shows by itself. One that is busy (a checkpoint is being made stable) is asked again.
-                if self._link.agreement is agreement and not isinstance(error, DiskError):
-                    log(f"the secondary does not say how it is: {error}")
-            except Exception as defect:  # noqa: BLE001 (what a peer sends must not end this thread)
-                self._link.broken(agreement, DiskError.from_defect(defect))
+    def _round(self) -> float:
+        agreement = self._link.agreement
+        if agreement is None or agreement.peer is None:
+            return WATCH_S
+        try:
+            self._look(agreement)
+            self._said = ""
+        except ReplicationError as error:
+            # A lost link shows by itself. One that is busy (a checkpoint is being made stable) is asked again. The same
+            # reason is said once.
+            if self._link.agreement is agreement and not isinstance(error, DiskError) and str(error) != self._said:
+                log(f"the secondary does not say how it is: {error}")
+                self._said = str(error)
+        except Exception as defect:  # noqa: BLE001 (what a peer sends is to cost the link, not this thread)
+            self._link.broken(agreement, DiskError.from_defect(defect))
+        return WATCH_S
 
     def _look(self, agreement: Agreement) -> None:
         assert agreement.peer is not None

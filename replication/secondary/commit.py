@@ -21,6 +21,7 @@ from replication.image.layer import LayerError
 from replication.image.qcow2 import BLOCK
 from replication.image.stack import Stack
 from replication.jobs import Job, JobList
+from replication.order.worker import NO_THREAD
 
 _ROUND = 2048
 """Portions between two flushes: 2 GiB where all is held. More would be much to bring down again after a kill."""
@@ -91,7 +92,7 @@ class Commit:
         helper = threading.Thread(target=self._copy, args=(portions,), name="commit", daemon=True)
         try:
             helper.start()
-        except RuntimeError:  # no more threads: then without
+        except NO_THREAD:  # then without
             self._copy(portions)
         else:
             self._copy(portions)

@@ -14,6 +14,7 @@ from replication.image.layer import LayerError
 from replication.log import log
 from replication.order.gate import DRAIN_S, GateStuck
 from replication.order.urgency import Haste
+from replication.order.worker import NO_THREAD
 from replication.record.state import StateError
 from replication.secondary.commit import Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
@@ -101,7 +102,7 @@ class Failover:
         self._drainer = threading.Thread(target=drain, name="drain", daemon=True)
         try:
             self._drainer.start()
-        except (RuntimeError, MemoryError) as error:  # no thread
+        except NO_THREAD as error:
             self._drainer = None
             raise CommandError(f"Failover cannot begin while requests are in flight: {error}; try again") from error
         return decide
@@ -148,7 +149,7 @@ class Failover:
         self._commit = CommitThread(commits, self._closing, self._committed, self._failed)
         try:
             self._commit.start()
-        except RuntimeError as error:  # no more threads
+        except NO_THREAD as error:
             self._commit = None
             failure = DiskError(f"the commit has no thread: {error}")
             for commit in commits:

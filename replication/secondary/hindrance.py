@@ -10,10 +10,11 @@ part that can be tried without taking one, later and later.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from replication.errors import ReplicationError
-from replication.log import log, log_defect
+from replication.order.worker import Worker
 
 _AGAIN_MIN_S, _AGAIN_MAX_S = 0.25, 10.0
 
@@ -25,10 +26,11 @@ class Hindrance:
         """`attempt()` tries what a checkpoint needs, and changes nothing; ReplicationError when it does not work."""
         self._attempt = attempt
         # Protects the fields below. Never held across I/O.
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._why: str | None = None
-        self._thread: threading.Thread | None = None
-        self._closing = False
+        self._again_s = _AGAIN_MIN_S
+        self._due = 0.0
+        self._worker = Worker("hindrance", self._try)
 
     @property
     def why(self) -> str | None:
@@ -37,50 +39,38 @@ class Hindrance:
 
     def note(self, why: str) -> None:
         """A checkpoint was refused."""
-        with self._changed:
+        with self._lock:
+            if self._why is None:
+                self._again_s = _AGAIN_MIN_S
+                self._due = time.monotonic() + self._again_s
             self._why = why
-            if self._closing or self._thread is not None:
-                return
-            thread = threading.Thread(target=self._run, name="hindrance", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # no more threads: the next checkpoint that succeeds ends it
-                log(f"what hinders checkpoints is not tried again: {error}")
-                return
-            self._thread = thread
+        self._worker.wake()  # without a thread the next checkpoint that is refused or taken helps
 
     def over(self) -> None:
         """One was taken."""
-        with self._changed:
+        with self._lock:
             self._why = None
-            self._changed.notify_all()
 
     def end(self, timeout_s: float) -> None:
         """The disks are about to be in other hands; waits at most `timeout_s` seconds for an attempt."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join(timeout_s)
+        self._worker.stop(timeout_s)
 
-    def _run(self) -> None:
-        again_s = _AGAIN_MIN_S
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._why is None, again_s)
-                tried = self._why
-                if self._closing or tried is None:
-                    self._thread = None
-                    return
-            again_s = min(2 * again_s, _AGAIN_MAX_S)
-            try:
-                self._attempt()
-            except ReplicationError:
-                continue
-            except Exception as defect:  # noqa: BLE001 (nobody would start this thread again)
-                log_defect(defect)
-                continue
-            with self._changed:
-                if self._why == tried:  # else another checkpoint was refused meanwhile
-                    self._why = None
+    def _try(self) -> float | None:
+        """Try it, if it is time; when again."""
+        with self._lock:
+            tried, left_s = self._why, self._due - time.monotonic()
+            if tried is None:
+                return None
+            if left_s > 0:
+                return left_s
+            self._due = time.monotonic() + self._again_s
+            again_s = self._again_s = min(2 * self._again_s, _AGAIN_MAX_S)
+        try:
+            self._attempt()
+        except ReplicationError:
+            return again_s
+        with self._lock:
+            if self._why == tried:  # else another checkpoint was refused meanwhile
+                self._why = None
+                return None
+        return again_s

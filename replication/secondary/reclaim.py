@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from replication.errors import DiskError
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
-from replication.log import log, log_defect
+from replication.log import log, surviving
 from replication.order.gate import Gate
+from replication.order.worker import Worker
 from replication.stage import Stage
 
 AFTER_S = 5.0
@@ -31,7 +32,7 @@ every block that was ever in it."""
 _STEPS = 4
 _SHARE = 4
 """One part in so many of the time goes to giving back; guests want the gate, the ranges and the file system, too."""
-_LOOK_S = 1.0
+_IDLE_S = 3600.0
 
 
 class Reclaimer:
@@ -41,41 +42,38 @@ class Reclaimer:
         self._gate = gate
         self._stage = stage
         self._stacks: Sequence[Stack] = ()
-        self._closing = threading.Event()
         self._stale = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._worker = Worker("reclaim", self._round)
 
     def start(self, stacks: Sequence[Stack]) -> None:
         """Begin, with what a former process has left behind."""
         self._stacks = stacks
-        self._stale.set()
-        self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
-        self._thread.start()
+        self.wake()
 
     def wake(self) -> None:
-        """Overlays have been emptied."""
+        """Overlays have been emptied. Without a thread the next time helps."""
         self._stale.set()
+        self._worker.wake()
 
     def stop(self, timeout_s: float) -> None:
         """End the thread, if it was started."""
         self._closing.set()
         self._stale.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        self._worker.stop(timeout_s)
 
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            if not self._stale.wait(_LOOK_S):
-                continue
-            self._await_quiet()
-            for stack in self._stacks:
-                for overlay in (stack.active, stack.hidden):
+    def _round(self) -> float:
+        if not self._stale.is_set():
+            return _IDLE_S
+        self._await_quiet()
+        for stack in self._stacks:
+            for overlay in (stack.active, stack.hidden):
+                with surviving():  # the others' space is given back all the same
                     try:
                         self._reclaim(stack, overlay)
                     except DiskError as error:
                         log(f"cannot give back space of {overlay.path}: {error}")
-                    except Exception as defect:  # noqa: BLE001 (nobody would start this thread again)
-                        log_defect(defect)
+        return _IDLE_S
 
     def _await_quiet(self) -> None:
         """Return when no checkpoint has come for AFTER_S, or after LATEST_S, or at the end."""

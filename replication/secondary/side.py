@@ -22,6 +22,7 @@ from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
 from replication.order.pause import pause
 from replication.order.urgency import Haste, Overdue
+from replication.order.worker import NO_THREAD
 from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
@@ -870,7 +871,11 @@ class SecondarySide(Side):
         if self._set.record.stage is Stage.NONE:
             return True
         flusher = threading.Thread(target=self._flush_everything, args=(last,), name="flush", daemon=True)
-        flusher.start()
+        try:
+            flusher.start()
+        except NO_THREAD:  # then as long as it takes
+            self._flush_everything(last)
+            return True
         flusher.join(max(0.0, deadline - time.monotonic()))
         return not flusher.is_alive()
 

@@ -16,12 +16,12 @@ import ipaddress
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from replication.log import log, surviving
+from replication.order.worker import Worker
 from replication.server.abilities import Abilities, Credentials
 
 IDLE_S = 10
@@ -129,22 +129,21 @@ class HostWatch:
     """
 
     def __init__(self) -> None:
-        self._closing = threading.Event()
         self._owing: dict[tuple[str, int], float] = {}
-        self._thread = threading.Thread(target=self._run, name="watch-hosts", daemon=True)
+        self._worker = Worker("watch-hosts", self._round)
 
     def start(self) -> None:
-        """Begin; after nbdkit has forked."""
-        self._thread.start()
+        """Begin; after nbdkit has forked. CommandError when there is no thread for it."""
+        self._worker.start(_LOOK_S)
 
     def stop(self) -> None:
         """End, without waiting: a look takes no time."""
-        self._closing.set()
+        self._worker.stop(0.0)
 
-    def _run(self) -> None:
-        while not self._closing.wait(_LOOK_S):
-            with surviving(), contextlib.suppress(OSError):  # no descriptors left, say: the next look may find some
-                self.look(time.monotonic())
+    def _round(self) -> float:
+        with surviving(), contextlib.suppress(OSError):  # no descriptors left, say: the next look may find some
+            self.look(time.monotonic())
+        return _LOOK_S
 
     def look(self, now: float) -> None:
         """Look at all TCP connections once; `now` is a monotonic clock's, in seconds."""

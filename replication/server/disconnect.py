@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from replication.log import LOG, debug, log
+from replication.log import LOG, debug, log, surviving
+from replication.order.worker import NO_THREAD
 from replication.server.clients import sockets
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -67,26 +68,37 @@ class Disconnector:
 
     def _wait(self) -> None:
         while (signal_number := os.read(self._read, 1)[0]) == signal.SIGHUP and self._reload is not None:
-            threading.Thread(target=self._reload, name="reload", daemon=True).start()
+            try:
+                threading.Thread(target=self._reload, name="reload", daemon=True).start()
+            except NO_THREAD as error:
+                log(f"nothing is read anew: {error}")
         debug(f"ending, by signal {signal_number}" if signal_number else "ending, by command")
-        threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
+        try:
+            threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
+        except NO_THREAD as error:
+            log(f"nobody sees to it that the process ends within {END_S:g} s: {error}")
         self._shutdown()
         # A client that nbdkit was just accepting is found the next time round.
         again = threading.Event()
         deadline = time.monotonic() + _GRACE_S
         while True:
             if time.monotonic() > deadline and self._unended():
-                self._cleanup()
+                with surviving():
+                    self._cleanup()
                 LOG.flush()
                 os._exit(0)
-            for connection in self._clients():
-                try:
-                    connection.shutdown(socket.SHUT_RD)
-                except OSError as error:
-                    log(f"a client had gone before it was disconnected: {error.strerror}")
-                finally:
-                    connection.close()
+            with surviving():  # nobody else lets go of the clients
+                self._let_go_of_clients()
             again.wait(_AGAIN_S)
+
+    def _let_go_of_clients(self) -> None:
+        for connection in self._clients():
+            try:
+                connection.shutdown(socket.SHUT_RD)
+            except OSError as error:
+                log(f"a client had gone before it was disconnected: {error.strerror}")
+            finally:
+                connection.close()
 
     @staticmethod
     def _end_late() -> None:

@@ -37,6 +37,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from replication.log import surviving
+from replication.order.worker import NO_THREAD
+
 LOOK_S = 0.1
 IDLE_LOOK_S = 0.2
 """Between two looks at the requests while there are some, and while there are none. A look at nothing costs 0.15 ms,
@@ -216,7 +219,7 @@ class Placement:
         try:
             if len(self._cores.given()) > 1:
                 self._thread.start()
-        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
+        except (OSError, *NO_THREAD) as error:
             self._debug(f"placement: {error}")
 
     def stop(self) -> None:
@@ -231,7 +234,8 @@ class Placement:
 
     def _run(self) -> None:
         while not self._over.wait(self._period()):
-            self.look()
+            with surviving():
+                self.look()
 
     def _period(self) -> float:
         if self._idle:

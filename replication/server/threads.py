@@ -24,6 +24,8 @@ import ctypes
 import os
 import threading
 
+from replication.order.worker import NO_THREAD
+
 _api = ctypes.pythonapi  # keeps the GIL
 _api.PyGILState_Ensure.restype = ctypes.c_int
 _api.PyGILState_Release.argtypes = (ctypes.c_int,)
@@ -83,8 +85,7 @@ class ThreadStates:
             deleting = threading.Thread(target=_delete, args=(ended,), name="client-gone")
             try:
                 deleting.start()
-            except RuntimeError:
-                # There are no more threads to be had: when the next client goes.
+            except NO_THREAD:  # when the next client goes
                 with _lock:
                     _left.extend(ended)
                 return

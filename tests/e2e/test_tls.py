@@ -217,6 +217,7 @@ WITH_SYSTEM_CA = f"""
 import subprocess, sys
 subprocess.run(["mount", "--bind", sys.argv[2], "{SYSTEM_CAS}"], check=True)
 from replication.disk.connection import Connection
+from replication.errors import DiskError
 from replication.tls import Tls
 try:
     connection = Connection(sys.argv[1], "", 20.0, Tls(sys.argv[3] if sys.argv[3:] else None))

@@ -348,14 +348,31 @@ def test_an_idle_session_has_no_thread_and_goes_on_with_the_next_command(
     assert len(client.hub._subscribers) == 1
 
 
-def test_a_system_without_threads_refuses_the_command(ready: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["none", "memory"])
+def test_a_system_without_threads_refuses_the_command(
+    ready: Client, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     fresh = ControlExport(ready._execute, ready.hub, ready._count)
 
     def none_left(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", none_left)
         assert refusal(lambda: fresh.write(memoryview(NEGOTIATE), 0, False)).errno == errno.ENOMEM
     fresh.write(memoryview(NEGOTIATE), 0, False)
     fresh.close()
+
+
+def test_a_defect_in_the_thread_ends_the_session_which_nobody_would_serve(
+    ready: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = ControlExport(ready._execute, ready.hub, ready._count)
+
+    def fail(_data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fresh._session, "feed", fail)
+    fresh.write(memoryview(NEGOTIATE), 0, False)
+    wait_until(lambda: fresh._ended is not None, "the session has ended")
+    assert "internal error, see the log" in str(refusal(lambda: fresh.read(memoryview(bytearray(512)), 0)))

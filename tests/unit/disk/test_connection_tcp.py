@@ -447,3 +447,18 @@ def test_who_is_refused_for_its_certificate_is_asked_again_only_within_the_deadl
             assert time.monotonic() - begun < 4 * 2.0
         finally:
             os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["none", "memory"])
+@pytest.mark.parametrize("where", ["start", "body"])
+def test_a_connection_over_tls_that_gets_no_thread_or_no_memory_fails_at_once(
+    monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((threading.Thread, "start") if where == "start" else (Connection, "_connect")), fail)
+    begun = time.monotonic()
+    with pytest.raises(DiskError):
+        Connection("nbds://localhost:1", None, DEADLINE_S, Tls())
+    assert time.monotonic() - begun < DEADLINE_S / 2

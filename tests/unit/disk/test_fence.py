@@ -170,3 +170,21 @@ def test_a_connection_of_which_nothing_is_known_stays_in_doubt(monkeypatch: pyte
     assert ended.wait(10)
     assert not fence.wait(0.1)
     theirs.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["none", "memory"])
+def test_without_a_thread_the_changes_are_in_doubt_until_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    ours, theirs = socket.socketpair()
+
+    def none_left(_: threading.Thread) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        fence = Fence("disk0", ours, [(0, 4096)], 1, True)
+        theirs.close()
+        assert fence.pending
+        assert not fence.wait(0.0)
+    wait_until(lambda: not fence.pending, "the end of the server has been seen")

@@ -129,7 +129,7 @@ class Bench:
         """Time goes on, and the thread looks at the clock."""
         with self.resync._changed:
             self.clock.now += seconds
-            self.resync._changed.notify_all()
+        self.resync._worker.wake()
 
     def wait_passes(self, count: int) -> None:
         wait_until(lambda: self.passes >= count, f"{count} passes have ended")
@@ -153,8 +153,7 @@ class Bench:
 
     def close(self) -> None:
         self.resync.stop(DEADLINE_S)
-        assert self.resync._thread is not None
-        assert not self.resync._thread.is_alive()
+        assert not self.resync._worker.alive
         for disk in self.disks:
             disk.close()
 
@@ -469,9 +468,9 @@ def test_stopping_before_starting_and_starting_twice_are_of_no_consequence() -> 
     resync.stop(DEADLINE_S)
     running = Resync([], JobList(EventHub()), lambda disk, error: None, lambda: None)
     running.start()
-    thread = running._thread
+    thread = running._worker._thread
     running.start()
-    assert running._thread is thread
+    assert running._worker._thread is thread
     running.stop(DEADLINE_S)
 
 

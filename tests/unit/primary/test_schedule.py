@@ -31,7 +31,7 @@ def run() -> Iterator[Callable[[Ticker], Ticker]]:
     yield start
     for ticker in started:
         ticker.stop(DEADLINE_S)
-        assert not ticker._thread.is_alive()
+        assert not ticker._worker.alive
 
 
 def test_a_ticker_calls_again_and_again_until_it_is_stopped(run: Callable[[Ticker], Ticker]) -> None:
@@ -40,7 +40,7 @@ def test_a_ticker_calls_again_and_again_until_it_is_stopped(run: Callable[[Ticke
     for _ in range(5):
         assert calls.acquire(timeout=DEADLINE_S)
     ticker.stop(DEADLINE_S)
-    assert not ticker._thread.is_alive()
+    assert not ticker._worker.alive
 
 
 def test_the_first_call_comes_after_one_period_and_none_after_a_stop(run: Callable[[Ticker], Ticker]) -> None:
@@ -49,7 +49,7 @@ def test_the_first_call_comes_after_one_period_and_none_after_a_stop(run: Callab
     begun = time.monotonic()
     ticker.stop(DEADLINE_S)
     assert time.monotonic() - begun < DEADLINE_S, "it does not sleep through its period"
-    assert not ticker._thread.is_alive()
+    assert not ticker._worker.alive
     assert not called.is_set()
 
 
@@ -58,34 +58,29 @@ def test_a_ticker_that_was_never_started_can_be_stopped() -> None:
 
 
 def test_a_call_that_takes_long_delays_the_next_and_is_not_made_up_for(
-    run: Callable[[Ticker], Ticker], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The clock is the test's: nothing waits, and each wait is noted."""
-    now, waits = [100.0], []
-    enough = threading.Event()
-
-    class Closing(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            assert timeout is not None
-            waits.append(timeout)
-            now[0] += timeout
-            return enough.is_set()
-
-    def action() -> None:
-        now[0] += {1: 0.25, 2: 3.5, 3: 0.0, 4: 0.0}[len(waits)]
-        if len(waits) == 4:
-            enough.set()
+    """The clock is the test's: nothing waits, and what the thread is told to wait is noted."""
+    now = [100.0]
 
     class Clock:
         monotonic = staticmethod(lambda: now[0])
 
+    def action() -> None:
+        now[0] += next(takes)
+
+    takes = iter([0.25, 3.5, 0.0, 0.0])
     monkeypatch.setattr(schedule, "time", Clock)
     ticker = Ticker("test", 1.0, action)
-    ticker._closing = Closing()
-    run(ticker)
-    ticker._thread.join(DEADLINE_S)
+    ticker._due = now[0] + 1.0
+    waits = []
+    for _ in range(4):
+        waits.append(ticker._due - now[0])
+        now[0] = max(now[0], ticker._due)
+        left_s = ticker._tick()
+        assert left_s == max(0.0, ticker._due - now[0])
     # From the beginning of one call to that of the next; after the one of 3.5 s at once, and then every second again.
-    assert waits == [1.0, 0.75, 0.0, 1.0, 1.0]
+    assert [max(0.0, wait_s) for wait_s in waits] == [1.0, 0.75, 0.0, 1.0]
 
 
 def test_a_stop_waits_no_longer_than_it_may_for_a_call_that_is_at_work(run: Callable[[Ticker], Ticker]) -> None:
@@ -98,10 +93,10 @@ def test_a_stop_waits_no_longer_than_it_may_for_a_call_that_is_at_work(run: Call
     ticker = run(Ticker("test", PERIOD_S, action))
     assert entered.wait(DEADLINE_S)
     ticker.stop(0.01)
-    assert ticker._thread.is_alive()
+    assert ticker._worker.alive
     release.set()
     ticker.stop(DEADLINE_S)
-    assert not ticker._thread.is_alive()
+    assert not ticker._worker.alive
 
 
 # -- automatic checkpoints ---------------------------------------------------------------------------------------
@@ -185,11 +180,11 @@ def test_clocks_follow_new_periods_and_leave_alone_what_stays() -> None:
     assert clocks._tickers["limit"] is limit
     fast = clocks._tickers["interval"]
     clocks.set(3600.0, None)
-    wait_until(lambda: not fast._thread.is_alive(), "the former interval has ended")
+    wait_until(lambda: not fast._worker.alive, "the former interval has ended")
     assert [*clocks._tickers] == ["interval"]
-    assert not limit._thread.is_alive()
+    assert not limit._worker.alive
     slow = clocks._tickers["interval"]
     clocks.stop()
-    assert not slow._thread.is_alive()
+    assert not slow._worker.alive
     clocks.set(PERIOD_S, PERIOD_S)
     assert not clocks._tickers, "what has ended does not begin again"

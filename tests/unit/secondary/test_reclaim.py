@@ -59,8 +59,7 @@ def at_work(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     assert stack.asked.wait(DEADLINE_S)
     yield SimpleNamespace(stack=stack, reclaimer=reclaimer)
     reclaimer.stop(DEADLINE_S)
-    assert reclaimer._thread is not None
-    assert not reclaimer._thread.is_alive()
+    assert not reclaimer._worker.alive
 
 
 @pytest.fixture
