@@ -87,7 +87,7 @@ dump=$(nbdkit replication --dump-plugin)
 grep -qx "replication_version=${version%%~*}" <<<"$dump" || fail "nbdkit replication has another version: $dump"
 # See debian/rules.
 compiled=yes
-if [[ $version == *~deb12 ]]; then compiled=no; fi
+if [[ $version == *~deb1[23] ]]; then compiled=no; fi
 grep -qx "replication_compiled=$compiled" <<<"$dump" || fail "that nbdkit replication is compiled: not $compiled: $dump"
 for command in replctl ft-agent nbdkit-replication replication-monitor; do
     if [[ -e $ROOT/scripts/$command ]]; then quiet "$command" --help; fi
