@@ -20,20 +20,22 @@ from replication.stage import Mode
 
 from . import nodes
 
+_TLS_ID = "replicated-tls"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def domain_xml(name: str, options: argparse.Namespace) -> None:
     """Print a <disk> element for each disk."""
-    socket, exports = _faces(name)
-    text = "\n".join(_element(export, socket, index, options.reconnect) for index, export in enumerate(exports))
+    found, exports = _faces(name)
+    text = "\n".join(_element(export, found, index, options.reconnect) for index, export in enumerate(exports))
     print(json.dumps({"xml": text}) if options.json else text)
 
 
 def qemu_args(name: str, options: argparse.Namespace) -> None:
     """Print a -blockdev and a -device for each disk, quoted for a shell."""
-    socket, exports = _faces(name)
-    arguments: list[str] = []
+    found, exports = _faces(name)
+    arguments = _credentials(found.service)
+    more = {"tls-creds": _TLS_ID} if arguments else {}
     for index, export in enumerate(exports):
         node = f"replicated{index}"
         blockdev = {
@@ -43,9 +45,10 @@ def qemu_args(name: str, options: argparse.Namespace) -> None:
             "discard": "unmap",
             "file": {
                 "driver": "nbd",
-                "server": {"type": "unix", "path": socket},
+                "server": {"type": "unix", "path": found.guest_socket},
                 "export": export,
                 "reconnect-delay": options.reconnect,
+                **more,
             },
         }
         arguments += ["-blockdev", json.dumps(blockdev), "-device", f"virtio-blk-pci,drive={node}"]
@@ -56,14 +59,29 @@ def qemu_args(name: str, options: argparse.Namespace) -> None:
         print(" \\\n".join(pairs))
 
 
-def _element(export: str, socket: str, index: int, delay_s: int) -> str:
+def _credentials(service: config.Service) -> list[str]:
+    """nbdkit demands TLS at its Unix socket as well, and then a certificate, or the key. Who listens there is a matter
+    of its folder's permissions, so the guest does not verify it."""
+    if service.tls != "require":
+        return []
+    if service.tls_certificates is not None:
+        what = f"tls-creds-x509,id={_TLS_ID},endpoint=client,verify-peer=off,dir={service.tls_certificates}"
+        return ["-object", what]
+    raise Unusable(
+        "the node demands TLS with a pre-shared key of its guest, too: give QEMU the key as in its manual "
+        "(tls-creds-psk), or the node certificates"
+    )
+
+
+def _element(export: str, found: config.ServiceConfig, index: int, delay_s: int) -> str:
     # The schema of libvirt 9.0 (Debian 12) does not know this element; 11.3 (Debian 13) does.
     reconnect = f"    <reconnect delay='{delay_s}'/>\n" if delay_s else ""
+    tls = " tls='yes'" if found.service.tls == "require" else ""
     return f"""\
 <disk type='network' device='disk'>
   <driver name='qemu' type='raw' cache='none' discard='unmap'/>
-  <source protocol='nbd' name={quoteattr(export)}>
-    <host transport='unix' socket={quoteattr(socket)}/>
+  <source protocol='nbd' name={quoteattr(export)}{tls}>
+    <host transport='unix' socket={quoteattr(found.guest_socket)}/>
 {reconnect}  </source>
   <target dev='vd{_letters(index)}' bus='virtio'/>
 </disk>"""
@@ -74,14 +92,14 @@ def _letters(index: int) -> str:
     return (_letters(index // 26 - 1) if index >= 26 else "") + _LETTERS[index % 26]
 
 
-def _faces(name: str) -> tuple[str, list[str]]:
-    """(the guest's socket, the export of each disk)"""
+def _faces(name: str) -> tuple[config.ServiceConfig, list[str]]:
+    """(the node's file, the export of each disk)"""
     nodes.known(name)
     try:
         found = config.load(name)
     except ConfigError as error:
         raise Unusable(str(error)) from error
-    return found.guest_socket, [_export(disk, found.options.mode) for disk in found.options.disks]
+    return found, [_export(disk, found.options.mode) for disk in found.options.disks]
 
 
 def _export(disk: DiskOptions, mode: Mode) -> str:

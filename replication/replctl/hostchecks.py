@@ -258,6 +258,11 @@ def certificates(node: Subject) -> Iterator[Finding]:
     folder = service.tls_certificates
     if service.tls != "off" and folder is not None:
         yield from _folder(folder, "server")
+        if service.tls == "require" and service.tls_verify_peer and not os.path.exists(f"{folder}/client-cert.pem"):
+            yield warning(
+                "the node demands a certificate of its guest, too, also over the Unix socket",
+                f"put client-cert.pem and client-key.pem into {folder}: qemu-args uses them",
+            )
     if options.tls.certificates is not None and os.path.exists(f"{options.tls.certificates}/client-cert.pem"):
         yield from _folder(options.tls.certificates, "client")
     open_to_all = [str(address) for address in service.listen if address.host not in ("127.0.0.1", "::1", "localhost")]

@@ -8,13 +8,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from certificates import Authority
 from checkout import REPOSITORY
 from content import MIB
 from lab import Lab
@@ -77,6 +80,19 @@ class Host:
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def doctor(self) -> list[dict[str, Any]]:
+        """What `replctl doctor` has found."""
+        done = subprocess.run(
+            [REPOSITORY / "scripts/replctl", "doctor", "web1", "--json"],
+            env={**os.environ, **folders(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        rows: list[dict[str, Any]] = json.loads(done.stdout)
+        return rows
+
 
 def test_from_nothing_to_a_protected_vm_and_over_a_failover(lab: Lab, port: int) -> None:
     found = steps()
@@ -108,6 +124,48 @@ def test_from_nothing_to_a_protected_vm_and_over_a_failover(lab: Lab, port: int)
     face = json.loads(arguments[1])["file"]
     assert face["server"]["path"] == str(b.node.socket_path)
     assert bytes(b.node.connect(face["export"]).pread(SIZE, 0)) == a.disk.read_bytes()
+
+
+def test_the_same_with_tls_and_what_doctor_says_of_a_wrong_name(lab: Lab, port: int, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    a, b = Host(lab, "a", port), Host(lab, "b", port)
+    a.disk.write_bytes(bytes(SIZE))
+    b.type("truncate -s 20G /srv/vm/disk.img")
+    server, client = str(authority.server()), authority.client()
+    for name in ("client-cert.pem", "client-key.pem"):
+        shutil.copy(client / name, server)
+    listen = ("--listen", f"127.0.0.1:{port}")
+    b.type("replctl init web1 --mode secondary --disk /srv/vm/disk.img", "--tls", server, *listen)
+    a.type("replctl init web1 --mode primary --disk /srv/vm/disk.img --peer hostb", "--tls", str(client))
+    for host in (b, a):
+        host.type("systemctl enable --now nbdkit-replication@web1")
+        host.type("replctl web1 start")
+    wait_until(lambda: json.loads(a.type("replctl list --json"))[0]["link"] == "in-sync", "the link is up")
+    assert not [row for row in a.doctor() if row["result"] == "bad"]
+    assert {"sizes", "versions", "certificates"} <= {row["check"] for row in a.doctor() if row["result"] == "ok"}
+    assert "protocol='nbd' name=\"guest\" tls='yes'" in b.type("replctl web1 domain-xml")
+    arguments = json.loads(b.type("replctl web1 qemu-args --json"))["arguments"]
+    begun = tmp_path / "qsd.pid"
+    daemon = subprocess.Popen(
+        ["qemu-storage-daemon", "--pidfile", begun, *(f"-{each}" if each[0] == "-" else each for each in arguments[:4])]
+    )
+    try:
+        # It writes the file when it has opened the export, and ends if it cannot.
+        wait_until(lambda: begun.exists() or daemon.poll() is not None, "QEMU has connected")
+        assert daemon.poll() is None
+    finally:
+        daemon.kill()
+        daemon.wait(DEADLINE_S)
+    elsewhere = authority.server("elsewhere", hosts="DNS:elsewhere")
+    text = (b.folder / "etc/web1.toml").read_text()
+    assert b.node is not None
+    b.node.kill()
+    b.node.write(text.replace(server, str(elsewhere)))
+    b.node.start()
+    [row] = [row for row in a.doctor() if row["check"] == "sizes"]
+    assert row["result"] == "bad"
+    assert "the server's certificate is refused" in row["text"]
+    assert "the name in the URI has to be in the server's" in row["advice"]
 
 
 def test_every_command_is_one_that_a_host_has() -> None:

@@ -227,6 +227,8 @@ def test_certificates(secondary: Node, tmp_path: Path) -> None:
     sound = authority.server("sound", days=30)
     (sound / "server-key.pem").chmod(0o600)
     assert look(sound).keys() == {Result.OK}
+    secondary.service.append("tls-verify-peer = true")
+    assert "demands a certificate of its guest" in warned(hostchecks.certificates, secondary)
     (sound / "server-key.pem").chmod(0o644)
     assert "can be read by everybody" in look(sound)[Result.WARNING]
     assert "expires at" in look(authority.server("soon", days=5))[Result.WARNING]
