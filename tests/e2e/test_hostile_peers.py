@@ -20,7 +20,7 @@ from fakeprimary import FakePrimary
 from lab import Lab
 from nodes import Primary, Secondary
 from qmp import QmpError
-from replication.record.state import EPOCH_MAX, FOREIGN_MAX
+from replication.record.state import EPOCH_MAX, FOREIGN_MAX, Record
 from waiting import wait_until
 
 LONG = "x" * 100_000
@@ -85,12 +85,12 @@ def lie_about_numbers(fake: FakePrimary, _secondary: Secondary) -> None:
 
 
 def lie_about_generations(fake: FakePrimary, secondary: Secondary) -> None:
-    token = paired(fake)
     known = own(secondary)
     current, history = known.get("current") or IDS[0], known.get("history") or []
     generations = ("", "0" * 16, LONG, IDS[0].upper() + "x", current, *history[:1])
     for generation in generations:
         for verdict in ("equal", "quick", "full", "complete"):
+            token = paired(fake)
             for past in ([], [generation], IDS, [IDS[5]] * 2):
                 told(
                     fake,
@@ -102,6 +102,8 @@ def lie_about_generations(fake: FakePrimary, secondary: Secondary) -> None:
                     marked=verdict == "full",
                 )
                 told(fake, "replication-checkpoint", token=token, epoch=1)
+            saved = json.loads((secondary.state / "state.json").read_text())
+            Record.from_json({name: saved[name] for name in saved if name not in ("serial", "checksum")})
 
 
 def lie_about_itself(fake: FakePrimary, _secondary: Secondary) -> None:
