@@ -163,8 +163,8 @@ class Node:
 
     def launch(self) -> None:
         """Start the threads; after nbdkit has forked. StateError when the record cannot be written."""
-        if self.stage is not Stage.NONE:
-            self._save()  # from here on the former process's good end counts no longer
+        # From here on the former process's good end counts no longer.
+        self._state.bind(self._record, self._save, needed=self.stage is not Stage.NONE)
         self.side.launch()
         self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
         self._looks.start()
@@ -199,8 +199,8 @@ class Node:
         self._autostarter.stop(0.0)
         self._clocks.stop()
         self._looks.stop(STOP_S)
-        self.side.close()
-        self._state.close()
+        good = self.side.close()
+        self._state.close(good)
 
     def configure(self, options: Options) -> None:
         """Take over what can change while the node runs (options.CHANGEABLE), after `launch`. From any thread, without

@@ -99,9 +99,11 @@ class Unflushed:
         self.on_loss: Callable[[Loss], bool] = _nobody
         """Takes note of a loss for good; whether a flush has to tell it, too. May be called by any thread that uses the
         disk, and does not use it itself. NotKept: `again` tells the loss once more, or the next process does."""
+        self.closed: Callable[[], None] = _closed
+        """Called when the map was let go."""
         self.kept = True
         """Whether the last loss was kept; `again`."""
-        states = np.frombuffer(self._bytes, np.uint8)
+        states = np.frombuffer(self._bytes, np.uint8)[: self._count]
         for page in range(len(self._pages)):
             part = states[page * _PAGE : (page + 1) * _PAGE]
             if part.any():
@@ -298,6 +300,11 @@ class Unflushed:
         """Let the map go."""
         self._states = np.empty(0, np.uint8)  # a mapping with a view of it cannot be closed
         self._bytes.close()
+        self.closed()
+
+
+def _closed() -> None:
+    """Nobody has to know."""
 
 
 def _nobody(_loss: Loss) -> bool:

@@ -237,6 +237,8 @@ class Entry:
     memory: Buffers | None = None
     spare = False
     """Of a resync: sent where the guest has nothing to send, and without room in the queue."""
+    flush_number = 0
+    """Of a flush: by which the change map knows it."""
     settled = False
     left = False
     """Nobody waits for its end any more (PrimaryDisk)."""

@@ -24,7 +24,8 @@ by the secondary is still marked.
 
 The mark of a write ends when its entry does (async), or when the guest's thread goes on (sync): half the work, and the
 forwarding thread has less to do while the guest waits. What the secondary did not get is marked as missing before
-anybody is told of its end in either case, so that a barrier behind it finds that.
+anybody is told of its end in either case, so that a barrier behind it finds that. Towards a plain NBD server, of which
+nobody knows whether it was started anew, a flush that was sent after that has to succeed as well.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from replication.disk.connection import Connection, Request
 from replication.errors import DiskError
 from replication.order.pause import pause
 from replication.primary.backlog import PATIENCE, Budget, Entry, Flows, InFlight, Kind, cost
+from replication.record.changes import ChangeMap
 
 WINDOW = 256
 """Entries in flight that are sent one by one. On one machine 64 are enough for 77k a second, but over a
@@ -60,6 +61,9 @@ _ACTIVE_S = 0.02
 
 
 _ZEROES_WEIGHT = 4 << 10
+
+PROVE_S = 0.25
+"""Between two flushes that end marks: towards a secondary whose answers are no proof (ChangeMap.need_flushes)."""
 
 _SMALL = 32 << 10
 """Longest write that is sent together with others: larger ones cost a request little."""
@@ -116,6 +120,12 @@ class Forwarder:
         self._batch_at: int | None = None
         self._window = WINDOW
         self._singly_until = 0.0
+        # Of what the secondary has answered, what a flush has covered; None where its answers are proof enough. Only
+        # the forwarding thread uses it: when the next flush is due, and what has become of those that were sent.
+        self._proof: ChangeMap | None = None
+        self._prove_at = 0.0
+        self._proving = False
+        self._proved: deque[tuple[int, int]] = deque()
         self._sender: threading.Thread | None = None
         self.bytes_forwarded = 0
 
@@ -126,10 +136,13 @@ class Forwarder:
         """Whether entries put now will be sent."""
         return self._up
 
-    def adopt(self, connection: Connection, batch_at: int | None = None) -> None:
+    def adopt(self, connection: Connection, batch_at: int | None = None, proof: ChangeMap | None = None) -> None:
         """Begin to forward over a fresh connection; the former one, if any, has wound up (`wait_down`). `batch_at`: the
-        offset for batches, if the other side takes them."""
+        offset for batches, if the other side takes them. `proof`: the map that learns of flushes, where they end
+        marks."""
         connection.timeout_s = self.timeout_s
+        self._proof, self._prove_at, self._proving = proof, 0.0, False
+        self._proved.clear()
         self._sender = threading.Thread(target=self._run, args=(connection,), name="forward", daemon=True)
         with self._lock:
             self._connection = connection
@@ -340,6 +353,7 @@ class Forwarder:
             # What a lost connection has given back ends when the loss is known, in `_wind_up`.
             if not connection.dead:
                 self._end_answered(connection)
+                self._prove(connection)
             if self._stopping or connection.dead:  # whoever says so pokes the connection, so it is not slept over
                 break
             with self._lock:
@@ -361,7 +375,7 @@ class Forwarder:
                 connection.drain_alone()
                 connection.check_progress()
             else:
-                connection.drive(_IDLE_S)
+                connection.drive(_IDLE_S if self._proof is None else PROVE_S)
                 connection.drain_alone()
 
     def _next_locked(self) -> list[Entry]:
@@ -424,6 +438,8 @@ class Forwarder:
             self._answered.append((entries, request.errno))
 
         first = entries[0]
+        if first.kind is Kind.FLUSH and self._proof is not None:
+            first.flush_number = self._proof.begin_flush()
         try:
             if len(entries) > 1:
                 assert self._batch_at is not None
@@ -437,6 +453,42 @@ class Forwarder:
         except DiskError as error:
             self._answered.append((entries, error.errno))
 
+    def _prove(self, connection: Connection) -> None:
+        """Where answers are no proof, flush some times a second, beside all that is sent: a flush covers what was
+        answered before it, so nothing waits for it."""
+        proof = self._proof
+        if proof is None or self._proving or not proof.unproven or time.monotonic() < self._prove_at:
+            return
+        pause("forward.prove")
+        number = proof.begin_flush()
+        try:
+            connection.issue(
+                lambda handle, done: handle.aio_flush(done),
+                0,
+                lambda request: self._proved.append((number, request.errno)),
+            )
+        except DiskError as error:
+            self._proved.append((number, error.errno))
+        self._proving = True
+        self._prove_at = time.monotonic() + PROVE_S
+
+    def _end_proved(self, connection: Connection) -> None:
+        """The flushes of `_prove` that were answered. A failed one is told once, as the queue's are."""
+        while self._proved:
+            number, failure = self._proved.popleft()
+            self._proving = False
+            self._learn_flushed(number, failure)
+            if failure and not connection.dead:
+                what = f"the secondary answered flush with: {os.strerror(failure)}"
+                self._failed(Entry(Kind.FLUSH), DiskError(what, failure))
+
+    def _learn_flushed(self, number: int, failure: int) -> None:
+        proof = self._proof
+        if proof is not None and failure:
+            proof.unflushed()
+        elif proof is not None:
+            proof.flushed(number)
+
     def _learn(self, count: int, arrived: bool, age_s: float) -> None:
         """A batch was answered: how much may be in flight, and whether anything may be sent together."""
         if not arrived:
@@ -448,6 +500,7 @@ class Forwarder:
 
     def _end_answered(self, connection: Connection) -> None:
         """End the entries that the secondary has answered; the link's own failure is told once, not for each."""
+        self._end_proved(connection)
         while self._answered:
             entries, number = self._answered.popleft()
             if number and not connection.dead:
@@ -457,8 +510,12 @@ class Forwarder:
                         self._send(connection, [entry])
                     continue
                 first = entries[0]
+                if first.kind is Kind.FLUSH:
+                    self._learn_flushed(first.flush_number, number)
                 what = f"the secondary answered {first.kind.value} of {first.length} bytes at {first.offset} with"
                 self._failed(first, DiskError(f"{what}: {os.strerror(number)}", number))
+            if entries[0].kind is Kind.FLUSH and not number:
+                self._learn_flushed(entries[0].flush_number, 0)
             waiting = [entry.ended for entry in entries if entry.ended is not None]
             with self._lock:
                 self._in_flight.remove(entries)
@@ -506,6 +563,8 @@ class Forwarder:
         for entry in left:
             self._budget.give(entry.cost)
             entry.end(False)
+        if self._proof is not None:
+            self._proof.unflushed()
         connection.close()
         self._budget.wake()
 

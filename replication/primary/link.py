@@ -153,8 +153,12 @@ class Link:
                 self._reason = self._obstacle = self._untold = None
                 told, self._told = self._told, None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
+                    # A plain server keeps no account of what it has not flushed, and may be started anew unseen.
+                    plain = agreement.peer is None
+                    disk.changes.need_flushes(plain)
+                    batch_at = agreement.disk_size(connection) if agreement.batches else None
                     try:
-                        disk.forwarder.adopt(connection, agreement.disk_size(connection) if agreement.batches else None)
+                        disk.forwarder.adopt(connection, batch_at, disk.changes if plain else None)
                     except DiskError as error:
                         # The link is lost as soon as it is up (below): the other disks forward already, and their
                         # connections are no longer ours to close.

@@ -30,7 +30,9 @@ from replication.primary.link import Link
 from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
 from replication.primary.watch import Watch
+from replication.record.binding import Doubts
 from replication.record.changes import ChangeMap
+from replication.record.lineage import new_id
 from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
 from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
@@ -110,18 +112,29 @@ class PrimarySide(Side):
             for disk, local in zip(options.disks, locals_, strict=True):
                 # The maps last: a start that is refused because of a disk has made none.
                 kept = sizes[disk.name] > 0 and (local is not None or record.stage is not Stage.NONE)
-                changes = ChangeMap(state.map_file(disk.name, "changes") if kept else None, max(sizes[disk.name], 1))
+                size = max(sizes[disk.name], 1)
+                changes = state.open_map(disk.name, "changes", size) if kept else ChangeMap(None, size)
                 self._add(disk.name, disk.top_id, local, changes, sizes[disk.name])
                 if local is not None:
                     self.disks[-1].watch(state.account_of(disk.name, local.size))
                 if record.cut_off or (local is not None and record.stage is Stage.NONE and state.cut_off):
                     changes.mark_all()  # neither what it said nor what the disk had not flushed is known any more
+            self._note_doubts(state.take_doubts())
         except BaseException:
             for local in locals_[len(self.disks) :]:
                 if local is not None:
                     local.close()
             self._let_go()
             raise
+
+    def _note_doubts(self, doubts: Doubts) -> None:
+        """Files of the state folder are not believed, so everything may differ. Nobody knows either whether the guest
+        has written without the secondary, so it is taken for that."""
+        for disk in self.disks:
+            if doubts.of(disk.name, "unflushed") is not None:
+                disk.changes.mark_all()
+        if self._ancestry.shared and any(doubts.of(disk.name, "unflushed") for disk in self.disks):
+            self._ancestry.note(lambda lineage: lineage.moved(new_id()))
 
     def adopt(self, promoted: Sequence[SecondaryDisk]) -> None:
         """Instead of `open`: go on with the disks of a promoted secondary, and with what it knows of their changes."""
@@ -185,7 +198,7 @@ class PrimarySide(Side):
         """An export that only forwards is about to: what the secondary lacks must outlive this process, too, because
         nobody can send it again. Before, there is nothing to keep, and the size may be another one. DiskError."""
         try:
-            changes = ChangeMap(self._set.state.map_file(disk.name, "changes"), disk.size)
+            changes = self._set.state.open_map(disk.name, "changes", disk.size)
         except ConfigError as error:
             raise DiskError(str(error)) from error
         disk.changes.close()
@@ -453,6 +466,8 @@ class PrimarySide(Side):
             # Noted before it is told, so that a resync which ends at this moment does not take it for repaired.
             next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
             self._link.desynchronized()
+        elif any(disk.changes.missing for disk in self.disks):
+            self._link.desynchronized()  # a flush has failed, and with it what it was to prove
         self._set.faults.report(Case.FORWARD, name, entry.kind.value, entry.offset, entry.length, error)
         if error.errno != errno.ESHUTDOWN:
             self._resync.request()

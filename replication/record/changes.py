@@ -11,9 +11,11 @@ One byte for every 64 KiB grain, in a mapped file, so that it outlives the proce
     1 ON_ITS_WAY  writes to it are queued or in flight; when the last has arrived it is clean
     2 MISSING   something of it was not sent or did not arrive; only sending the grain anew (`begin` with
                 `repair`) makes it clean
+    3 ARRIVED   answered by a secondary that keeps no account of what it has not flushed (`unproven`): clean when
+                a flush that was sent after the answer has succeeded, missing when it fails or the link is lost
 
 A byte is set before the disk changes, so a killed primary knows what to send without scanning. What the next process
-finds on its way did not arrive: it is missing.
+finds on its way, or arrived, it takes for missing.
 
 Cost on the write path: a lock, a dictionary entry and a store in memory (about 1 us for a small write, 4 us for a
 megabyte).
@@ -31,24 +33,27 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from replication.disk import files
 from replication.disk.mapped import MappedFile
 from replication.disk.unflushed import GRAIN
-from replication.errors import ConfigError, DiskError
+from replication.errors import DiskError
 from replication.log import log
+from replication.record.grainfile import DISTRUSTED, GrainFile
 
 RUN_MAX = 64 << 20
 """Most bytes in one of `missing_ranges`: a sparse disk of 1 TiB takes 16,384 of them, and the extents of one fit into
 one answer."""
 
-CLEAN, ON_ITS_WAY, MISSING = 0, 1, 2
-_CLEAN, _ON_ITS_WAY, _MISSING = (bytes([state]) for state in (CLEAN, ON_ITS_WAY, MISSING))
+CLEAN, ON_ITS_WAY, MISSING, ARRIVED = 0, 1, 2, 3
+_CLEAN, _ON_ITS_WAY, _MISSING, _ARRIVED = (bytes([state]) for state in (CLEAN, ON_ITS_WAY, MISSING, ARRIVED))
+_BEGUN = bytes([ON_ITS_WAY, ON_ITS_WAY, MISSING, ON_ITS_WAY, *range(4, 256)])
+"""What a state becomes when a write begins."""
 _RUN_GRAINS = RUN_MAX // GRAIN
 _SCAN_STEP = 16 << 10
 """Grains looked at together: few enough that what became missing ahead of a resync is not overlooked for long."""
 _NONE = range(0)
+_COVER_STEP = 1 << 10
+"""Grains that become clean together: no request waits for more of them."""
 _STORE_MAX = 1 << 20
-_DISTRUSTED = ".distrusted"
 _States = npt.NDArray[np.uint8]
 _Chosen = npt.NDArray[np.bool_]
 
@@ -56,64 +61,41 @@ _Chosen = npt.NDArray[np.bool_]
 class ChangeMap:
     """The map of one disk. Offsets and lengths are bytes."""
 
-    def __init__(self, path: str | None, size: int) -> None:
-        """Open or make the map; ConfigError when the file is not one for a disk of this size. Without a path it
-        is kept in memory."""
+    def __init__(self, source: GrainFile | mmap.mmap | None, size: int) -> None:
+        """The map in a file, or in memory that the caller keeps for the next one, or in memory of its own
+        (StateFolder.open_map)."""
         self._count = -(-size // GRAIN)
         self._size = size
         # Protects the bytes and the fields below. Never held across I/O.
         self._lock = threading.Lock()
         # Writes begun and not ended, by grain. Bounded by the forward queue and the requests in flight.
         self._open: dict[int, int] = {}
+        # A mark ends by a flush. Then: what has arrived and no flush has covered, and how many had begun by then.
+        self._unproven = False
+        self._arrived: dict[int, int] = {}
+        self._flushes = 0
         # The grains of `watch`, none once one of them was marked.
         self._watched = _NONE
         # By grain, what was marked since `claim`; None when nobody has claimed anything.
         self._since: bytearray | None = None
-        self._path = path
+        self._path = source.path if isinstance(source, GrainFile) else None
         self._file: MappedFile | None = None
         self._distrusted = False
         """The file has not all of it, and has another name meanwhile."""
-        if path is None:
-            self._bytes = mmap.mmap(-1, self._count)
-        else:
-            self._file = self._map(path)
+        if isinstance(source, GrainFile):
+            self._file = source.mapped
             self._bytes = self._file.map
+        else:
+            self._bytes = mmap.mmap(-1, self._count) if source is None else source
+        self._source = source
         self._kept_first = self._file is not None and not self._file.in_place
         """A change is written to the file before it is stored (disk/mapped.py)."""
-        self._grain_states = np.frombuffer(self._bytes, np.uint8)
+        self._grain_states = np.frombuffer(self._bytes, np.uint8, self._count)
         if (self._grain_states == ON_ITS_WAY).any() or (self._grain_states > MISSING).any():
             states = self._grain_states.copy()
             states[states != CLEAN] = MISSING
             self._store_locked(0, states.tobytes())
         self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
-
-    def _map(self, path: str) -> MappedFile:
-        try:
-            if os.path.exists(path + _DISTRUSTED):
-                self._restore(path)
-            fd = files.create(path, 0)
-            try:
-                size = os.fstat(fd).st_size
-                if size not in (0, self._count):
-                    raise ConfigError(f"{path} is the change map of a disk of another size; move it away to start anew")
-                if not size:
-                    files.never_copy_on_write(fd)
-                    os.ftruncate(fd, self._count)
-                    # Written: where blocks are not overwritten in place, a hole would want one with its first change.
-                    for at in range(0, self._count, _STORE_MAX):
-                        files.write_all(fd, _CLEAN * min(_STORE_MAX, self._count - at), at)
-                return MappedFile(fd, self._count)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise ConfigError(f"cannot use the change map {path}: {error.strerror}") from error
-
-    def _restore(self, path: str) -> None:
-        """A former process could not keep the map: all that is known is that everything may differ."""
-        with open(path + _DISTRUSTED, "r+b") as file:
-            file.write(_MISSING * self._count)
-            os.fsync(file.fileno())
-        os.rename(path + _DISTRUSTED, path)
 
     def _store_locked(self, grain: int, states: bytes) -> None:
         """Change the states from `grain` on. Where the file has no room for that, it gets another name, for which a
@@ -131,7 +113,7 @@ class ChangeMap:
         self._distrusted = True
         log(f"cannot write {self._path}: {error.strerror}; after a kill before there is room, all is resent")
         try:
-            os.rename(self._path, self._path + _DISTRUSTED)
+            os.rename(self._path, self._path + DISTRUSTED)
         except OSError as failure:
             log(
                 f"cannot rename {self._path}: {failure.strerror}; after a kill the change map would be wrong: remove it"
@@ -145,8 +127,8 @@ class ChangeMap:
         try:
             if self._distrusted:
                 with self._lock:
-                    self._file.keep(0, bytes(self._bytes))
-                    os.rename(f"{self._path}{_DISTRUSTED}", str(self._path))
+                    self._file.keep(0, self._bytes[: self._count])
+                    os.rename(f"{self._path}{DISTRUSTED}", str(self._path))
                     self._distrusted = False
             self._file.own_blocks()
         except OSError:
@@ -185,6 +167,7 @@ class ChangeMap:
         with self._lock:
             since, self._since = self._since, None
             self._open.clear()
+            self._arrived.clear()
             self._watched = _NONE
             if since is not None:
                 states = (np.frombuffer(since, np.uint8) * np.uint8(MISSING)).tobytes()
@@ -228,8 +211,10 @@ class ChangeMap:
         if not repair and offset + length <= (grain + 1) * GRAIN:
             # As below, for the writes that are many: without ranges.
             with self._lock:
-                if not self._bytes[grain]:
-                    self._dirty += 1
+                state = self._bytes[grain]
+                if state in (CLEAN, ARRIVED):
+                    if state == CLEAN:
+                        self._dirty += 1
                     if self._kept_first:
                         self._store_locked(grain, _ON_ITS_WAY)
                     else:
@@ -243,7 +228,7 @@ class ChangeMap:
                 self._open_locked(grains)
             else:
                 states = self._bytes[grains.start : grains.stop]
-                self._put_locked(grains, states.replace(_CLEAN, _ON_ITS_WAY))
+                self._put_locked(grains, states.translate(_BEGUN))
                 self._open_locked(grains)
 
     def end(self, offset: int, length: int, arrived: bool) -> None:
@@ -254,6 +239,9 @@ class ChangeMap:
                 left = self._open.pop(grain) - 1
                 if left:
                     self._open[grain] = left
+                elif self._bytes[grain] == ON_ITS_WAY and self._unproven:
+                    self._arrived[grain] = self._flushes
+                    self._store_locked(grain, _ARRIVED)
                 elif self._bytes[grain] == ON_ITS_WAY:
                     self._dirty -= 1
                     if self._kept_first:
@@ -267,10 +255,13 @@ class ChangeMap:
             if not arrived:
                 self._put_locked(grains, _MISSING * len(grains))
                 return
-            states = bytearray(self._bytes[grains.start : grains.stop].replace(_ON_ITS_WAY, _CLEAN))
+            ended = _ARRIVED if self._unproven else _CLEAN
+            states = bytearray(self._bytes[grains.start : grains.stop].replace(_ON_ITS_WAY, ended))
             for grain in still_open:
                 states[grain - grains.start] = self._bytes[grain]
             self._put_locked(grains, states)
+            if self._unproven:
+                self._arrived.update(dict.fromkeys(grains, self._flushes))
 
     def _open_locked(self, grains: range) -> None:
         if self._open.keys().isdisjoint(grains):
@@ -296,6 +287,50 @@ class ChangeMap:
         self._dirty += former.count(CLEAN) - states.count(CLEAN)
         self._missing += states.count(MISSING) - former.count(MISSING)
         self._store_locked(grains.start, bytes(states))
+
+    # -- a secondary that keeps no account of its flushes ----------------------------------------------------
+
+    def need_flushes(self, needed: bool) -> None:
+        """Whether an answer is no proof from here on. Nothing may be in flight."""
+        with self._lock:
+            self._unproven = needed
+
+    @property
+    def unproven(self) -> bool:
+        """Whether something has arrived that no flush has covered."""
+        return bool(self._arrived)
+
+    def begin_flush(self) -> int:
+        """A flush is about to be sent; its number, for `flushed`."""
+        with self._lock:
+            self._flushes += 1
+            return self._flushes - 1
+
+    def flushed(self, number: int) -> None:
+        """That flush has succeeded: what had arrived before it is clean."""
+        with self._lock:
+            covered = [grain for grain, begun in self._arrived.items() if begun <= number]
+        for at in range(0, len(covered), _COVER_STEP):
+            with self._lock:
+                for grain in covered[at : at + _COVER_STEP]:
+                    begun = self._arrived.get(grain)
+                    if begun is None or begun > number:
+                        continue  # it was written again meanwhile
+                    del self._arrived[grain]
+                    if self._bytes[grain] == ARRIVED:
+                        self._dirty -= 1
+                        self._store_locked(grain, _CLEAN)
+
+    def unflushed(self) -> bool:
+        """A flush has failed, or the link is lost: what no flush has covered is missing, what is on its way too.
+        Whether there was anything."""
+        with self._lock:
+            grains = {*self._arrived, *self._open} if self._unproven else set()
+            self._arrived.clear()
+            for grain in grains:
+                self._put_locked(range(grain, grain + 1), _MISSING)
+            self._watched = _NONE
+        return bool(grains)
 
     def repaired(self, offset: int, length: int) -> None:
         """The range was written anew as a whole: the grains that it covers are missing no longer."""
@@ -358,7 +393,7 @@ class ChangeMap:
     @property
     def missing_bytes(self) -> int:
         """Bytes of the grains that have to be sent anew."""
-        beyond = self._count * GRAIN - self._size if self._bytes[-1] == MISSING else 0
+        beyond = self._count * GRAIN - self._size if self._bytes[self._count - 1] == MISSING else 0
         return max(0, self._missing * GRAIN - beyond)
 
     @property
@@ -380,6 +415,7 @@ class ChangeMap:
             else:
                 self._grain_states[:] = state
             self._watched = _NONE
+            self._arrived.clear()
             if self._since is not None and state == MISSING:
                 self._since[:] = b"\1" * self._count
             self._dirty = self._missing = missing
@@ -399,7 +435,7 @@ class ChangeMap:
     def close(self) -> None:
         """Let the file go."""
         self._grain_states = np.empty(0, np.uint8)  # a mapping with a view of it cannot be closed
-        if self._file is None:
+        if self._source is None:
             self._bytes.close()
-        else:
-            self._file.close()
+        elif isinstance(self._source, GrainFile):
+            self._source.close()

@@ -17,6 +17,23 @@ happened). So the record promises it first, for the number of that one epoch:
     SETTLED
 
 A process that finds a promise looks at the epoch (`settled`): the same number makes it true, any other makes it void.
+
+What a secondary holds, which follows from the record and its maps and is stored nowhere else:
+
+    WHOLE     nothing is lost, no resync, no link lost in the midst of an epoch: its next checkpoint will be valid
+       |  ^   lost marks, `resync`, `paired` without a primary / all repaired, the primary says "complete"
+    LACKING   something of the primary's is missing; the last checkpoint stays valid, and none is taken
+       |  ^   `inconsistent` is set: what is lost was the checkpoint's, a full resync, a restart, a file of the folder
+       |  |   that is not believed (binding.py) / never by itself
+    INVALID   there is no checkpoint; the one that is fulfilled next (above) leads to WHOLE
+
+What is kept in memory only, and what its loss with the process costs:
+
+    Pairing._offered             no adoption; the primary offers again when it pairs again
+    Session.agreed               `paired` stays, so it counts as a link that was lost in the midst of an epoch: LACKING
+    SecondaryDisk.strange        goes with `_offered`, so nothing is cleared because of it; the marks are in the map
+    Agreement.completed, refused the primary pairs again, and the maps say what is missing
+    Hindrance                    found again with the next checkpoint that is refused
 """
 
 from __future__ import annotations

@@ -5,27 +5,31 @@
     state.json      the Record below; with state.json.twin it is overwritten in place (twin.py)
     epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
                     generation that this node's own writes have begun (ancestry.py), the boot of the host in which
-                    a primary has opened the folder, until it closes it, and the boot-time clock of that checkpoint
+                    a primary has opened the folder, until it closes it, the boot-time clock of that checkpoint, and
+                    what binds the files of the folder together (binding.py)
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
+    NAME.unflushed  what of a disk was written and not flushed (disk/unflushed.py)
     *.qcow2 *.data  default overlays
 
 Invariants
 * All that records a transition has its space from the start: the record, the epoch page and the maps. With every file
   system of the host full a node that has started once starts, fails over, stops and goes on.
 * A process finds the old or the new record, whole.
+* A file that is missing, cut off, or not of this folder and its last process is not believed: everything may differ.
 * The epoch word is one aligned 64-bit store, epoch * 2 + (1 while overlays are being emptied): a kill leaves the
   checkpoint either not begun, or to be finished by the next process before it serves anything. It cannot fail,
   unlike a file operation, so a checkpoint never ends half done for want of space.
 * With `durability=power` (`durable`) the word is written and synced instead: begun before a bit goes from the images,
   complete after all have gone from stable storage. Between the two a power cut leads to the new checkpoint.
 
-Without a folder (`state` not given) the same calls keep everything in memory.
+Without a folder (`state` not given) the same calls keep everything in memory, the maps over a change of role, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +39,7 @@ import os
 import struct
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -45,7 +50,10 @@ from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.log import log
 from replication.order.pause import pause
+from replication.record.binding import Binding, Doubts
 from replication.record.boot import boot_clock_s, boot_id
+from replication.record.changes import MISSING, ChangeMap
+from replication.record.grainfile import GrainFile
 from replication.record.keeper import Keeper
 from replication.record.lineage import Lineage, check_id, new_id
 from replication.record.twin import TwinFile
@@ -150,6 +158,9 @@ class Record:
 
     promise: dict[str, Any] | None = None
     """What becomes true with the next checkpoint (ledger.py)."""
+    identity: str = ""
+    """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
+    opens: int = 0
 
     def as_secondary(self) -> Record:
         """An owner of disks that comes back as a secondary: what it knows of its content stays."""
@@ -203,8 +214,11 @@ class Record:
         if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
             raise TypeError("disks is not a table of sizes")
         check_id("node", record.node)
-        if record.next_generation:
-            check_id("next_generation", record.next_generation)
+        for name in ("next_generation", "identity"):
+            if getattr(record, name):
+                check_id(name, getattr(record, name))
+        if type(record.opens) is not int or not 0 <= record.opens <= EPOCH_MAX:
+            raise ValueError("opens is no number of an opening")
         if record.lineage is not None:
             Lineage.from_json(record.lineage)
         if record.promise is not None:
@@ -214,7 +228,7 @@ class Record:
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("backup", "durability", "node", "next_generation"), str),
+    **dict.fromkeys(("backup", "durability", "node", "next_generation", "identity"), str),
     **dict.fromkeys(("secondary", "replaced", "boot", "inconsistent", "partner"), str | None),
     **dict.fromkeys(("promoted", "clean", "paired", "led", "resync"), bool),
     "commit_rate": float | None,
@@ -231,6 +245,9 @@ class StateFolder:
         self._durable = durable
         self._lock_fd = -1
         self._epoch_fd = -1
+        self._binding = Binding(self)
+        # Without a folder: the maps, by name.
+        self._kept: dict[str, mmap.mmap] = {}
         self._file = None if path is None else TwinFile(self.file("state.json"))
         self._keeper = None if self._file is None else Keeper(self._file)
         self._epoch: MappedFile | None = None
@@ -260,6 +277,7 @@ class StateFolder:
         self._epoch_fd = files.create(self.file("epoch"), 0)
         if os.fstat(self._epoch_fd).st_size != _PAGE:
             files.never_copy_on_write(self._epoch_fd)
+            os.ftruncate(self._epoch_fd, 0)
             os.pwrite(self._epoch_fd, bytes(_PAGE), 0)
             os.fsync(self._epoch_fd)
         return MappedFile(self._epoch_fd, _PAGE)
@@ -269,31 +287,54 @@ class StateFolder:
         assert self.path is not None
         return os.path.join(self.path, name)
 
-    def map_file(self, disk_name: str, kind: str) -> str | None:
-        """The path of a map of a disk (changes.py), None without a folder."""
-        return None if self.path is None else self.file(f"{disk_name}.{kind}")
+    # -- maps ----------------------------------------------------------------------------------------------
+
+    def open_map(self, disk_name: str, kind: str, size: int) -> ChangeMap:
+        """The map of that kind ("changes", "lost") of a disk of `size` bytes: the only way to one. All is marked where
+        it is not believed (`take_doubts`). Without a folder it is what was kept of it in this process. ConfigError."""
+        if self.path is None:
+            kept = self._kept.setdefault(f"{disk_name}.{kind}/{size}", mmap.mmap(-1, max(-(-size // GRAIN), 1)))
+            return ChangeMap(kept, size)
+        return ChangeMap(self._grain_file(disk_name, kind, size, MISSING), size)
 
     def account_of(self, disk_name: str, size: int) -> Unflushed:
-        """What of a disk of `size` bytes is unflushed; ConfigError."""
-        path = self.map_file(disk_name, "unflushed")
-        if path is None or not size:
+        """What of a disk of `size` bytes is unflushed: nothing where it is not believed (`take_doubts`). ConfigError"""
+        if self.path is None or not size:
             return Unflushed(size)
-        count = -(-size // GRAIN)
+        file = self._grain_file(disk_name, "unflushed", size, 0)
+        mapped = file.mapped
+        account = Unflushed(size, mapped.map, None if mapped.in_place else mapped.keep)
+        account.closed = file.close
+        return account
+
+    def _grain_file(self, disk_name: str, kind: str, size: int, doubtful: int) -> GrainFile:
+        path = self.file(f"{disk_name}.{kind}")
+        file = self._binding.open(path, disk_name, kind, -(-size // GRAIN), doubtful)
         try:
-            fd = files.create(path, 0)
-            try:
-                found = os.fstat(fd).st_size
-                if found not in (0, count):
-                    raise ConfigError(f"{path} is the map of a disk of another size; move it away to start anew")
-                if not found:
-                    files.never_copy_on_write(fd)
-                    os.ftruncate(fd, count)
-                mapped = MappedFile(fd, count)
-            finally:
-                os.close(fd)
+            self._binding.add(f"{disk_name}.{kind}")
         except OSError as error:
             raise ConfigError(f"cannot use the map {path}: {error.strerror}") from error
-        return Unflushed(size, mapped.map, None if mapped.in_place else mapped.keep)
+        except StateError as error:
+            raise ConfigError(str(error)) from error
+        return file
+
+    def take_doubts(self) -> Doubts:
+        """What was not believed of the record and the page, and of the maps opened since the last call."""
+        return self._binding.take_doubts()
+
+    def bind(self, record: Record, save: Callable[[], None], needed: bool) -> None:
+        """Bind all that was opened to this process; once, before anything is served. `save()` saves the record, which
+        is also done when it was saved before, or must be (`needed`). StateError (Binding.bind)."""
+        twin = self._file
+        if twin is None:
+            return
+
+        def saved() -> int:
+            if needed or twin.found or self._binding.doubted:
+                save()
+            return twin.serial
+
+        self._binding.bind(record, saved, needed)
 
     # -- record --------------------------------------------------------------------------------------------
 
@@ -304,13 +345,15 @@ class StateFolder:
         path = self._file.path
         try:
             members = self._file.read()
-            return None if members is None else Record.from_json(members)
+            record = None if members is None else Record.from_json(members)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not a state file of this program ({error}); move it away to start anew"
             ) from error
+        self._binding.examine(record, self._file.serial)
+        return record
 
     def reserve(self, record: Record) -> None:
         """After `load`: take the room that `save` needs. Until the first one the file shows `record`. ConfigError when
@@ -335,6 +378,7 @@ class StateFolder:
             self._keeper.write(record.to_json, deadline, hasty=hasty)
         except OSError as error:
             raise StateError(f"cannot write {self._file.path}: {error.strerror}") from error
+        self._binding.note_saved(self._file.serial)
 
     # -- epoch ---------------------------------------------------------------------------------------------
 
@@ -359,7 +403,7 @@ class StateFolder:
         if not self.emptying:
             following = self.next_epoch(number)
             # Before: with the word of the epoch it is stored, stable and all.
-            self._put_if_room(_ASKED, following if following == number else 0)
+            self.put_if_room(_ASKED, following if following == number else 0)
             self._store(0, following << 1 | 1)
 
     def end_epoch(self, duration_s: float) -> None:
@@ -372,8 +416,8 @@ class StateFolder:
         """A primary's checkpoint, which empties nothing: it cannot fail, and a power cut may forget it. `number`: as
         the secondary counts it, if that is a later one; `joins`: it is the secondary's last one already."""
         self._note_taken()
-        self._put_if_room(1, *_clock(duration_s))
-        self._put_if_room(0, max(self.epoch + (not joins), _countable(number)) << 1)
+        self.put_if_room(1, *_clock(duration_s))
+        self.put_if_room(0, max(self.epoch + (not joins), _countable(number)) << 1)
 
     def count_from(self, number: int) -> None:
         """The next epoch comes after `number`, too: the other node has got so far."""
@@ -388,7 +432,7 @@ class StateFolder:
 
     def note_held(self, number: int) -> None:
         """An epoch of that number was cut to be held: whatever becomes of it, no other one gets its number."""
-        self._put_if_room(_HELD, number, _boot_word())
+        self.put_if_room(_HELD, number, _boot_word())
 
     @property
     def last_held(self) -> int:
@@ -408,12 +452,12 @@ class StateFolder:
 
     def open_until_closed(self) -> None:
         """A primary begins to use its disks. StateError."""
-        self._put(_OPENED, _boot_word())
+        self.put(_OPENED, _boot_word())
         self.flush_page()
 
     def closed_well(self) -> None:
         """All of its maps and disks are on stable storage. StateError: it counts as cut off then."""
-        self._put(_OPENED, 0)
+        self.put(_OPENED, 0)
         self.flush_page()
 
     # -- generation ----------------------------------------------------------------------------------------
@@ -426,7 +470,21 @@ class StateFolder:
     def move_to(self, generation: str) -> None:
         """Note it: one store, which a kill does not undo. StateError when a copy of the folder shares the page's block
         and there is no room for another one (disk/mapped.py)."""
-        self._put(_MOVED, int(generation, 16))
+        self.put(_MOVED, int(generation, 16))
+
+    def word(self, index: int) -> int:
+        """A word of the epoch page."""
+        return self._words[index]
+
+    def write_words(self, index: int, *values: int) -> None:
+        """Write words of the epoch page, for what a power cut must find in order (`flush_page`); StateError."""
+        data = struct.pack(f"{len(values)}Q", *values)
+        try:
+            if files.pwritev(self._epoch_fd, [data], 8 * index) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
+        self._words[index : index + len(values)] = memoryview(array("Q", values))
 
     def flush_page(self) -> None:
         """Make `move_to`, say, stable; StateError."""
@@ -438,7 +496,7 @@ class StateFolder:
 
     def _store(self, index: int, *values: int) -> None:
         if self._epoch_fd < 0 or not self._durable:
-            self._put(index, *values)
+            self.put(index, *values)
             return
         former = self._words[index : index + len(values)].tobytes()
         try:
@@ -451,7 +509,7 @@ class StateFolder:
                 self._epoch_page().put(8 * index, former)
             raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
 
-    def _put(self, index: int, *values: int) -> None:
+    def put(self, index: int, *values: int) -> None:
         """Store words, each at once; StateError when there is no room (disk/mapped.py), with nothing changed."""
         for at, value in enumerate(values, index):
             if self._epoch is not None:
@@ -461,10 +519,10 @@ class StateFolder:
                     raise StateError(f"cannot write {self.file('epoch')}: {error.strerror}") from error
             self._words[at] = value
 
-    def _put_if_room(self, index: int, *values: int) -> None:
+    def put_if_room(self, index: int, *values: int) -> None:
         """As `_put`, for what the next process may do without."""
         try:
-            self._put(index, *values)
+            self.put(index, *values)
         except StateError:
             self._words[index : index + len(values)] = memoryview(array("Q", values))
 
@@ -483,7 +541,10 @@ class StateFolder:
             self._epoch.own_blocks()
             at = self._file.path
             self._file.check()
+            at = ""
+            self._binding.check()
         except OSError as error:
+            at = at or str(error.filename)
             raise StateError(f"{at} was removed or replaced while in use") from error
 
     @property
@@ -497,7 +558,7 @@ class StateFolder:
     def _note_taken(self) -> None:
         """Never synced: in another boot nobody looks at it."""
         (taken,) = struct.unpack("Q", struct.pack("d", boot_clock_s()))
-        self._put_if_room(_TAKEN, taken, _boot_word())
+        self.put_if_room(_TAKEN, taken, _boot_word())
 
     def _age_s(self, moment: float) -> float:
         """How old the checkpoint of `moment` (seconds since 1970) is: within a boot by the clock that nobody sets,
@@ -507,8 +568,10 @@ class StateFolder:
             return max(0.0, boot_clock_s() - float(taken))
         return max(0.0, time.time() - moment)
 
-    def close(self) -> None:
-        """Let the folder go."""
+    def close(self, good: bool = False) -> None:
+        """Let the folder go; `good`: the process ends in good order."""
+        if good and self._epoch is not None:
+            self._binding.close()
         if self._file is not None:
             self._file.close()
         if self._epoch is not None:

@@ -119,6 +119,11 @@ class TwinFile:
         """Whether `read` has found a document, or one was written."""
         return self._serial > 0
 
+    @property
+    def serial(self) -> int:
+        """The number of the last write, 0 before the first."""
+        return self._serial
+
     @staticmethod
     def _content(path: str) -> bytes | None:
         try:

@@ -23,7 +23,7 @@ from replication.order.gate import GateStuck
 from replication.order.pause import pause
 from replication.order.urgency import Haste, Overdue
 from replication.order.worker import NO_THREAD
-from replication.record.changes import ChangeMap
+from replication.record.binding import Doubts
 from replication.record.lineage import new_id
 from replication.record.state import StateError
 from replication.secondary.backup import RUNNING, Backup
@@ -64,6 +64,8 @@ class SecondarySide(Side):
         self._refusals: dict[str, str] = {}
         self._backup = Backup(setting, self.disks)
         self._unflushed = False
+        # Why everything counts as lost, where the map of that is not believed.
+        self._doubt: str | None = None
         self._reclaimer = Reclaimer(setting.gate, lambda: setting.record.stage)
         self._failover = Failover(setting, self.disks, self._reclaimer.wake)
         # The stage is failover and the old primary kept out, but requests that had begun before are still inside the
@@ -87,11 +89,12 @@ class SecondarySide(Side):
                 for disk in self.disks:
                     self._open_maps(disk)
                     disk.lost.clear()  # the failover has marked it in the change map, a planned stop had nothing
+                self._note_doubts_of_owner(state.take_doubts())
             else:
                 # The maps after the images: a start that is refused because of an image has made none.
                 found = open_images(self.disks, self._set.options, record, self._open_maps)
                 self._refusals = found.refusals
-                self._note_restart(found)
+                self._note_restart(self._with_doubts(found, state.take_doubts()))
             self._claim_own_writes()
             if record.cut_off:
                 for disk in self.disks:
@@ -172,8 +175,32 @@ class SecondarySide(Side):
             raise
 
     def _open_maps(self, disk: SecondaryDisk) -> None:
-        disk.open_maps(lambda kind: ChangeMap(self._set.state.map_file(disk.name, kind), disk.size))
+        disk.open_maps(lambda kind: self._set.state.open_map(disk.name, kind, disk.size))
         disk.watch(self._set.state.account_of(disk.name, disk.size))
+
+    def _note_doubts_of_owner(self, doubts: Doubts) -> None:
+        """Files of the state folder are not believed, so everything may differ. Nobody knows either whether the guest
+        has written since the nodes parted, so it is taken for that."""
+        for disk in self.disks:
+            if doubts.of(disk.name, "unflushed") is not None:
+                disk.changes.mark_all()
+        if self._set.ancestry.shared and any(doubts.of(disk.name, "unflushed") for disk in self.disks):
+            self._set.ancestry.note(lambda lineage: lineage.moved(new_id()))
+
+    def _with_doubts(self, found: Found, doubts: Doubts) -> Found:
+        """What a restart has left, where files of the state folder are not believed: no valid checkpoint without the
+        record, the epoch, or the account of what is unflushed; without the map of what is lost all may be."""
+        wrong = [why for disk in self.disks if (why := doubts.of(disk.name, "unflushed")) is not None]
+        if doubts.folder is not None and any(disk.changes.marked_bytes for disk in self.disks):
+            # Writes of its own, which the record may not know of: nobody has allowed that they are overwritten.
+            self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
+        if wrong and self._set.record.stage is Stage.NONE:
+            for disk in self.disks:
+                disk.lost.mark_all()
+        elif wrong:
+            found = found._replace(lost=found.lost or wrong[0])
+        self._doubt = next((why for disk in self.disks if (why := doubts.of(disk.name, "lost")) is not None), None)
+        return found
 
     def _note_restart(self, found: Found) -> None:
         """What a restart of the host has done to a checkpoint outlives this process, too."""
@@ -197,6 +224,8 @@ class SecondarySide(Side):
         if self._unflushed:
             why = "the host was restarted: what the primary wrote after the last flush may be missing"
             self._report_restart(Case.SECONDARY_DISK, why)
+        if self._doubt is not None and record.stage is Stage.RUNNING and not self._unflushed:
+            self._report_restart(Case.SECONDARY_DISK, f"{self._doubt}: the primary has to send everything again")
         for disk in self.disks:
             disk.lose_former()
         if record.stage is Stage.FAILOVER and record.inconsistent is not None:

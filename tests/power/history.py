@@ -82,6 +82,8 @@ class History:
     commands: list[Command]
     mapped: dict[str, tuple[bytes, bytes]]
     """First and last content of the files that are only mapped."""
+    seals: dict[str, list[tuple[int, int, bytes]]]
+    """Of the maps: when, where and what was written."""
     last: int
     """The last tick."""
     interesting: list[int] = field(default_factory=list)
@@ -221,6 +223,7 @@ class Life:
             self._requests,
             self._commands,
             {path: (content, Path(path).read_bytes()) for path, content in mapped.items()},
+            recorder.seals,
             recorder.now,
             sorted({tick for tick in interesting if 0 < tick <= recorder.now}),
             self._critical,

@@ -14,7 +14,8 @@ The model of the storage, by file:
                 version of a page, so a sector has one of the versions that it had since the last stable one.
     mapped      files whose changes need not survive a power cut (MAPPED): each sector as at the beginning or as at the
                 end of the history; X.live may also be missing. What is written to them passes the seam where blocks
-                are not overwritten in place (replication/disk/mapped.py), and when they are made; it is not recorded.
+                are not overwritten in place (replication/disk/mapped.py), and when they are made; it is not recorded,
+                but for the seals of maps (replication/record/grainfile.py), which count from their writing on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from replication.image.overlay import Overlay
 SECTOR = 512
 ZERO = bytes(SECTOR)
 NEVER = 1 << 60
+_SEAL = b"grains 1"
+"""Begins the seal of a map."""
 
 MAPPED = (".live", ".lost", ".changes", ".unflushed")
 """How the names of files end whose changes need not survive a power cut."""
@@ -154,6 +157,8 @@ class Recorder:
         """What was written to state.json, in this order."""
         self.epochs: dict[int, int] = {}
         """When each checkpoint was begun."""
+        self.seals: dict[str, list[tuple[int, int, bytes]]] = {}
+        """By map, when, where and what was written of its seal."""
         self.now = 0
         self.failing: Callable[[str, int], bool] = lambda path, offset: False
         """Whether a write fails (EIO)."""
@@ -237,9 +242,11 @@ class Recorder:
         path = _path(fd)
         if self.failing(path, offset):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if path.endswith(MAPPED):
-            return os.pwritev(fd, buffers, offset, flags)
         data = b"".join(buffers)
+        if path.endswith(MAPPED):
+            if data.startswith(_SEAL):
+                self.seals.setdefault(path, []).append((self.tick(), offset, data))
+            return os.pwritev(fd, [data], offset, flags)
         self.delay()
         # Done under the lock: what is recorded first has been done first, also where two writes meet.
         with self._lock:
@@ -274,6 +281,8 @@ class Recorder:
         """Nothing is synced: what that would do is in `File.cut`."""
         self._check_alive()
         path = _path(fd)
+        if path.endswith(MAPPED):
+            return
         begun = self.tick()
         self.delay()
         with self._lock:

@@ -88,6 +88,11 @@ class Sample:
             for at in range(0, len(mixed), SECTOR):
                 if first[at : at + SECTOR] != last[at : at + SECTOR] and self._choice.random() < 0.5:
                     mixed[at : at + SECTOR] = last[at : at + SECTOR]
+            for number, (begun, at, seal) in enumerate(self._history.seals.get(path, ())):
+                if not number:
+                    mixed[at : at + len(seal)] = first[at : at + len(seal)]
+                if begun <= self._cut:
+                    mixed[at : at + len(seal)] = seal
             Path(path).write_bytes(mixed)
 
     def _find_record(self) -> tuple[dict[str, Any], int]:

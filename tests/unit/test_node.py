@@ -61,7 +61,7 @@ class Host:
         monkeypatch.setattr(Peer, "open", lambda *_: None)
         monkeypatch.setattr(Dialler, "_plain", lambda dialler, disk, uri: self.connect())
         monkeypatch.setattr(Dialler, "_check_open", staticmethod(lambda connection: None))
-        monkeypatch.setattr(Forwarder, "adopt", lambda forwarder, connection, batch_at: None)
+        monkeypatch.setattr(Forwarder, "adopt", lambda *_: None)
         self.node: Node | None = None
 
     def connect(self) -> NewSecondary:

@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from replication.disk import files, mapped
 from replication.errors import ConfigError, DiskError
 from replication.record import changes as changes_module
-from replication.record.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, RUN_MAX, ChangeMap
+from replication.record.changes import ARRIVED, CLEAN, GRAIN, MISSING, ON_ITS_WAY, RUN_MAX, ChangeMap
+from replication.record.grainfile import Found, GrainFile, Seal
 
 BLOCK = 16 << 10
 BLOCKS_PER_GRAIN = GRAIN // BLOCK
@@ -28,6 +29,14 @@ GRAINS = 5
 SIZE = GRAINS * GRAIN - BLOCK - 100
 """The last grain is short, and ends within a block of the model."""
 BLOCKS = -(-SIZE // BLOCK)
+
+
+def opened(path: Path, size: int) -> ChangeMap:
+    """The map in a file, which is believed if there is one of that size."""
+    file = GrainFile(str(path), -(-size // GRAIN))
+    believed = isinstance(file.found, Seal) or file.found is Found.BARE
+    file.map(None if believed else CLEAN if file.found is Found.NOTHING else MISSING)
+    return ChangeMap(file, size)
 
 
 @dataclass
@@ -58,7 +67,7 @@ class Replication(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.path = self.folder / "0"
-        self.map = ChangeMap(str(self.path), SIZE)
+        self.map = opened(self.path, SIZE)
 
     def teardown(self) -> None:
         self.map.close()
@@ -134,7 +143,7 @@ class Replication(RuleBasedStateMachine):
         shutil.copy(self.path, copy)  # instead of closing it, which a killed process does not do
         self.map.close()
         self.path = copy
-        self.map = ChangeMap(str(copy), SIZE)
+        self.map = opened(copy, SIZE)
 
     @rule()
     def take_the_disks_as_equal(self) -> None:
@@ -223,7 +232,7 @@ TestShared = Shared.TestCase
 
 
 def test_a_map_that_was_removed_while_in_use_is_noticed(tmp_path: Path) -> None:
-    kept = ChangeMap(str(tmp_path / "m"), SIZE)
+    kept = opened(tmp_path / "m", SIZE)
     kept.settle()
     (tmp_path / "m").unlink()
     with pytest.raises(DiskError, match="m was removed or replaced while in use"):
@@ -236,7 +245,7 @@ def test_a_map_has_blocks_for_all_of_it_also_where_a_copy_of_the_folder_had_hole
     size = 1 << 40
     with open(path, "wb") as file:
         file.truncate(size // GRAIN)
-    ChangeMap(str(path), size).close()
+    opened(path, size).close()
     assert path.stat().st_blocks * 512 >= size // GRAIN
 
 
@@ -252,9 +261,9 @@ def test_a_write_that_arrived_leaves_nothing_behind() -> None:
 
 def test_a_write_on_its_way_is_missing_for_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "disk0.changes"
-    killed = ChangeMap(str(path), SIZE)
+    killed = opened(path, SIZE)
     killed.begin(3 * GRAIN + 5, 1)
-    following = ChangeMap(str(path), SIZE)
+    following = opened(path, SIZE)
     assert list(following.missing_ranges()) == [(3 * GRAIN, GRAIN)]
     following.close()
     killed.close()
@@ -413,20 +422,9 @@ def test_missing_bytes_are_exact_at_the_disks_end(grain: int, missing: int) -> N
     changes.close()
 
 
-def test_the_map_of_another_disk_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "disk0.changes"
-    changes = ChangeMap(str(path), SIZE)
-    changes.mark(0, 1)
-    changes.close()
-    kept = path.read_bytes()
-    with pytest.raises(ConfigError, match="another size"):
-        ChangeMap(str(path), SIZE + GRAIN)
-    assert path.read_bytes() == kept
-
-
 def test_a_map_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot use the change map .*: No such file or directory"):
-        ChangeMap(str(tmp_path / "nowhere" / "x"), SIZE)
+        opened(tmp_path / "nowhere" / "x", SIZE)
 
 
 def states(changes: ChangeMap) -> list[int]:
@@ -435,13 +433,13 @@ def states(changes: ChangeMap) -> list[int]:
 
 def test_everything_is_missing_when_nothing_is_known(tmp_path: Path) -> None:
     path = tmp_path / "disk0.changes"
-    changes = ChangeMap(str(path), SIZE)
+    changes = opened(path, SIZE)
     changes.mark(0, 1)
     changes.mark_all()
     assert list(changes.missing_ranges()) == [(0, SIZE)]
     assert (changes.missing, changes.marked_bytes) == (True, SIZE)
     changes.close()
-    after = ChangeMap(str(path), SIZE)
+    after = opened(path, SIZE)
     assert list(after.missing_ranges()) == [(0, SIZE)]
     after.clear()
     assert (after.missing, after.marked_bytes, list(after.missing_ranges())) == (False, 0, [])
@@ -511,3 +509,88 @@ def test_a_claim_of_which_nothing_comes_changes_nothing(how: str) -> None:
         changes.mark_all()
         changes.clear_claimed()
     assert changes.marked_bytes == (GRAIN if how == "dropped" else SIZE)
+
+
+class Unproven:
+    """The map of a primary whose secondary is a plain NBD server."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.changes = ChangeMap(None, SIZE) if path is None else opened(path, SIZE)
+        self.changes.need_flushes(True)
+
+    def arrive(self, offset: int, length: int = 1) -> None:
+        self.changes.begin(offset, length)
+        self.changes.end(offset, length, True)
+
+    @property
+    def states(self) -> list[int]:
+        return states(self.changes)
+
+
+def test_an_answer_is_no_proof_but_a_flush_that_was_sent_after_it_is() -> None:
+    primary = Unproven()
+    primary.arrive(0)
+    primary.arrive(GRAIN, 2 * GRAIN)
+    assert primary.states == [ARRIVED, ARRIVED, ARRIVED, CLEAN, CLEAN]
+    assert (primary.changes.unproven, primary.changes.missing) == (True, False)
+    assert primary.changes.marked_bytes == 3 * GRAIN
+    first = primary.changes.begin_flush()
+    primary.arrive(0)
+    primary.arrive(3 * GRAIN)
+    primary.changes.flushed(first)
+    assert primary.states == [ARRIVED, CLEAN, CLEAN, ARRIVED, CLEAN], "what came after it was sent it does not cover"
+    primary.changes.flushed(primary.changes.begin_flush())
+    assert not any(primary.states)
+    assert (primary.changes.unproven, primary.changes.marked_bytes) == (False, 0)
+    primary.changes.close()
+
+
+def test_a_flush_does_not_end_the_mark_of_a_write_that_is_on_its_way() -> None:
+    primary = Unproven()
+    primary.arrive(0)
+    primary.changes.begin(0, 1)
+    primary.changes.begin(0, 2 * GRAIN)
+    primary.changes.flushed(primary.changes.begin_flush())
+    assert primary.states[:2] == [ON_ITS_WAY, ON_ITS_WAY]
+    primary.changes.end(0, 1, True)
+    primary.changes.end(0, 2 * GRAIN, True)
+    assert primary.states[:2] == [ARRIVED, ARRIVED]
+    primary.changes.close()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_after_a_flush_that_failed_nothing_that_it_was_to_cover_is_proven_by_a_later_one(later: bool) -> None:
+    primary = Unproven()
+    primary.arrive(0)
+    primary.changes.begin(2 * GRAIN, 1)
+    if later:
+        primary.changes.begin(0, 1)
+    primary.changes.begin_flush()
+    assert primary.changes.unflushed()
+    primary.changes.end(2 * GRAIN, 1, True)
+    if later:
+        primary.changes.end(0, 1, True)
+    primary.changes.flushed(primary.changes.begin_flush())
+    assert list(primary.changes.missing_ranges()) == [(0, GRAIN), (2 * GRAIN, GRAIN)]
+    primary.changes.close()
+
+
+def test_what_no_flush_has_covered_is_missing_for_the_next_process(tmp_path: Path) -> None:
+    killed = Unproven(tmp_path / "m")
+    killed.arrive(3 * GRAIN)
+    following = opened(tmp_path / "m", SIZE)
+    assert list(following.missing_ranges()) == [(3 * GRAIN, GRAIN)]
+    following.close()
+    killed.changes.close()
+
+
+def test_a_repair_that_arrived_has_to_be_flushed_as_well() -> None:
+    primary = Unproven()
+    primary.changes.mark_all()
+    primary.changes.watch(0, 2 * GRAIN)
+    primary.changes.begin(0, 2 * GRAIN, repair=True)
+    primary.changes.end(0, 2 * GRAIN, True)
+    assert primary.states == [ARRIVED, ARRIVED, MISSING, MISSING, MISSING]
+    primary.changes.clear()
+    assert not primary.changes.unproven
+    primary.changes.close()

@@ -562,9 +562,10 @@ def test_age_over_a_boot_is_what_the_wall_clock_says(tmp_path: Path, monkeypatch
 
 def test_maps_of_a_disk_are_in_the_folder_or_in_memory(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as folder:
-        assert folder.map_file("a", "changes") == str(tmp_path / "s" / "a.changes")
-        assert folder.map_file("a", "lost") == str(tmp_path / "s" / "a.lost")
-    assert StateFolder(None).map_file("a", "lost") is None
+        for kind in ("changes", "lost"):
+            folder.open_map("a", kind, 1).close()
+            assert (tmp_path / "s" / f"a.{kind}").exists()
+    StateFolder(None).open_map("a", "lost", 1).close()
 
 
 # -- the folder --------------------------------------------------------------------------------------------------
