@@ -76,6 +76,8 @@ class Doubts(NamedTuple):
     """The record or the page."""
     maps: dict[tuple[str, str], str]
     """By disk name and kind."""
+    record: bool = False
+    """The record itself is not believed, so it may not know of writes that nobody has allowed to lose."""
 
     def of(self, disk: str, *kinds: str) -> str | None:
         """Why a disk is concerned, by the folder or its maps of these kinds; None if it is not."""
@@ -120,28 +122,27 @@ class Binding:
         identity, opening = word(IDENTITY), word(OPENING)
         if record is None:
             if word(SERIAL):
-                self._doubt("state.json is missing")
+                self._doubt("state.json is missing", record=True)
             return
         own = int(record.identity or "0", 16)
         if self._bare and own in (0, identity):
             self._former = not own
         elif not identity or self._bare:
-            self._doubt_page("epoch is missing, empty or of another state folder")
+            self._doubt("epoch is missing, empty or of another state folder", page=True)
         elif own != identity:
-            self._doubt_page("state.json and epoch are of different state folders" if own else _OLDER)
+            self._doubt(
+                "state.json and epoch are of different state folders" if own else _OLDER, record=True, page=True
+            )
         elif record.opens > max(opening, word(NEXT)) or (record.boot == boot_id() and serial > word(SERIAL) + 1):
-            self._doubt_page("epoch is an older copy than state.json")
+            self._doubt("epoch is an older copy than state.json", page=True)
         elif record.opens < opening or serial < word(SERIAL):
-            self._doubt(_OLDER)
+            self._doubt(_OLDER, record=True)
 
-    def _doubt(self, why: str) -> None:
+    def _doubt(self, why: str, *, record: bool = False, page: bool = False) -> None:
         log(f"{why}: everything may differ")
-        self._doubts = self._doubts._replace(folder=why)
+        self._doubts = self._doubts._replace(folder=why, record=record)
+        self._page_doubted = page
         self._doubted = True
-
-    def _doubt_page(self, why: str) -> None:
-        self._page_doubted = True
-        self._doubt(why)
 
     def take_doubts(self) -> Doubts:
         """What was not believed since the last call; whoever takes it marks what may differ."""

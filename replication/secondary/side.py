@@ -191,7 +191,7 @@ class SecondarySide(Side):
         """What a restart has left, where files of the state folder are not believed: no valid checkpoint without the
         record, the epoch, or the account of what is unflushed; without the map of what is lost all may be."""
         wrong = [why for disk in self.disks if (why := doubts.of(disk.name, "unflushed")) is not None]
-        if doubts.folder is not None and any(disk.changes.marked_bytes for disk in self.disks):
+        if doubts.record and any(disk.changes.marked_bytes for disk in self.disks):
             # Writes of its own, which the record may not know of: nobody has allowed that they are overwritten.
             self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
         if wrong and self._set.record.stage is Stage.NONE:
