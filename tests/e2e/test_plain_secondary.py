@@ -86,7 +86,7 @@ def test_a_mark_ends_soon_and_without_a_checkpoint(lab: Lab) -> None:
 
 def test_an_export_that_only_forwards_does_not_go_on_as_if_nothing_was_lost(lab: Lab) -> None:
     """Nobody can send again what the server has lost."""
-    plain = Plain(lab, "disk=disk0", sizes=())
+    plain = Plain(lab, sizes=())
     plain.lose()
     wait_until(lambda: "no local disk to send" in str(plain.primary.status()["link"]["reason"]), "it is refused")
     assert plain.marked == GRAIN

@@ -22,6 +22,7 @@ from replication.events import EventHub
 from replication.node import Node
 from replication.options import DiskOptions, Durability, Options
 from replication.record.boot import BOOT_ID_ENVIRONMENT
+from replication.record.grainfile import Seal
 from replication.record.state import StateFolder
 from replication.secondary import reclaim
 from replication.secondary.side import SecondarySide
@@ -143,6 +144,8 @@ class Process:
         """As a kill leaves it: nothing is flushed or saved."""
         self.side._failover.end(DEADLINE_S)
         self.side._reclaimer.stop(DEADLINE_S)
+        for file in self._state._binding._files.values():
+            file._seal = Seal()  # nor is a map sealed as closed
         self.side._let_go()
         self._state.close()
 
