@@ -199,6 +199,7 @@ class Sample:
         """Another cut, while the process recovers and fails over. What the guest saw after the first was stable, and
         it has written nothing since, so it is exactly that."""
         recorder = Recorder(0, False)
+        before = {path: Path(path).read_bytes() for path in self._history.mapped if Path(path).exists()}
         recorder.files = {path: File(self._history.files[path].size, content) for path, content in contents.items()}
         with recorder.installed():
             process = Process(self._folder, "boot-2")
@@ -213,6 +214,12 @@ class Sample:
         cut = self._choice.randint(0, recorder.now)
         for path, file in recorder.files.items():
             _write(path, file.cut(cut, self._choice), file.size)
+        for path, seals in recorder.seals.items():
+            at = seals[0][1]
+            begun = [before[path][at:], *(seal for when, _, seal in seals if when <= cut)]
+            with open(path, "r+b") as file_of_map:
+                file_of_map.seek(at)
+                file_of_map.write(begun[-1])
         with without_syncs():
             process = Process(self._folder, "boot-3")
             try:
