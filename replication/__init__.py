@@ -172,8 +172,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         keeper.py               who writes the record: one write at a time, and in time or not at all
         twin.py                 a document that is overwritten in place, crash-safe
         binding.py              what binds the files of a state folder together
-        grainfile.py            a file of one byte a grain, with a seal
         changes.py              the change map
+        grainfile.py            a file of one byte a grain, with a seal
         lineage.py              who has what: generations, and what two nodes that meet may do
         boot.py                 the boot of the host
     disk/                       a disk in a file or behind NBD
