@@ -248,5 +248,5 @@ def test_a_primary_whose_epoch_page_is_gone_has_parted(left: tuple[Path, Mode, S
     assert node._ancestry.lineage.base == shared
 
 
-def _full(_folder: StateFolder, _record: object) -> None:
+def _full(*_arguments: object, **_options: object) -> None:
     raise StateError("not saved")
