@@ -576,6 +576,7 @@ def test_one_disk_that_does_not_fit_refuses_them_all(lab: Lab) -> None:
     setup = Promotion(lab, 2)
     b = setup.promote("failover")
     c = new_secondary(lab, sizes=[SIZE, 2 * SIZE])
+    wait_until(lambda: b.status()["peer-node"] is None, "the old primary has seen the failover, and has left")
     before = (standing(b), record(b))
     assert "disk1" in refusal(b, {"mode": "primary", "secondary": c.uri()})
     assert (standing(b), record(b)) == before
