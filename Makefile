@@ -44,6 +44,7 @@ UNITDIR   := $(PREFIX)/lib/systemd/system
 USER_CONF := sysusers tmpfiles
 # For Prometheus and Grafana.
 MONITORING := alerts.yml grafana.json
+HANDLERS   := mail wall webhook
 SHARE      := $(PREFIX)/share/nbdkit-replication
 # What is installed, and from where.
 FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
@@ -169,6 +170,7 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	for module in $(MODULES); do install -D -m 644 "$(FROM)/$$module" "$(DESTDIR)$(LIBRARY)/$$module" || exit 1; done
 	install -m 755 plugin.py "$(DESTDIR)$(LIBRARY)/plugin.py"
 	for file in $(MONITORING); do install -D -m 644 "monitoring/$$file" "$(DESTDIR)$(SHARE)/$$file" || exit 1; done
+	for file in $(HANDLERS); do install -D -m 755 "monitoring/handlers/$$file" "$(DESTDIR)$(SHARE)/handlers/$$file" || exit 1; done
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
@@ -184,6 +186,7 @@ uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
 	rm -rf "$(DESTDIR)$(LIBRARY)"
+	for file in $(HANDLERS); do rm -f "$(DESTDIR)$(SHARE)/handlers/$$file"; done
 	for file in $(MONITORING); do rm -f "$(DESTDIR)$(SHARE)/$$file"; done
 	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
 	for unit in $(UNITS); do rm -f "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done

@@ -76,6 +76,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         fleet.py                which nodes are watched
         watcher.py              the conversation with one node
         journal.py              its events, its last hour, counters
+        handlers.py             whose commands run when something has happened
         sight.py                what was learned of it
         access.py               where to listen, and who may read
     replctl/                    the command line of replctl, and the nodes of this host
@@ -98,6 +99,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         pulse.py                tells systemd that the node answers, and how it is
         notify.py               datagrams to systemd
         config.py               what a NAME stands for: its file
+        handlers.py             the handlers in it
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         commands.py             replctl's commands
         check.py                a node as Nagios sees it

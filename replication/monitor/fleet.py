@@ -11,12 +11,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from replication.log import log
-from replication.monitor.sight import Json
+from replication.monitor.sight import Json, Sight
 from replication.monitor.watcher import Watcher
 
 NODES_MAX = 256
@@ -36,6 +36,16 @@ class Found:
     """The control sockets by the nodes' names."""
     trouble: str | None = None
     """What of the configuration cannot be read."""
+
+
+class Listener(Protocol):
+    """Who is told all that is heard of the nodes."""
+
+    def heard(self, sight: Sight, event: Json | None) -> None:
+        """An event of a node, or None after a look at it; must not block. By one thread for each node."""
+
+    def keep(self, nodes: Iterable[str]) -> None:
+        """There are no nodes any more but these."""
 
 
 class Subscription:
@@ -65,11 +75,13 @@ class Fleet:
         find: Callable[[], Found],
         make: Callable[[str, str, Callable[[Watcher, Json | None], None]], Watcher] = Watcher,
         rescan_s: float = RESCAN_S,
+        listener: Listener | None = None,
     ) -> None:
         """`find()` is called every `rescan_s` seconds."""
         self._find = find
         self._make = make
         self._rescan_s = rescan_s
+        self._listener = listener
         # Protects the two below; never held across I/O.
         self._lock = threading.Lock()
         self._watchers: dict[str, Watcher] = {}
@@ -148,12 +160,16 @@ class Fleet:
             watcher.start()
         if gone:
             self._tell({"kind": "nodes"})
+            if self._listener is not None:
+                self._listener.keep(wanted)
 
     def _run(self) -> None:
         while not self._ended.wait(self._rescan_s):
             self.scan()
 
     def _heard(self, watcher: Watcher, event: Json | None) -> None:
+        if self._listener is not None:
+            self._listener.heard(watcher.sight, event)
         if event is None:
             self._tell({"kind": "node", "node": watcher.name})
         else:

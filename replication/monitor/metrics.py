@@ -146,7 +146,7 @@ def _nodes(sights: list[Sight]) -> Iterator[Metric]:
         "split_brain",
         "Whether the link is refused because both nodes have gone on by themselves.",
         ("node",),
-        each(_split_brain),
+        each(lambda sight: _truth(sight.split_brain)),
     )
     yield _gauge(
         "error",
@@ -200,15 +200,6 @@ def _nodes(sights: list[Sight]) -> Iterator[Metric]:
 
 def _truth(value: object) -> float | None:
     return float(value) if isinstance(value, bool) else None
-
-
-def _split_brain(sight: Sight) -> float | None:
-    """By a code where a node has one; otherwise by the words of the reason (record/lineage.py)."""
-    link = members(sight.answer.get("link"))
-    if not link:
-        return None
-    code, reason = text(link.get("code")) or "", text(link.get("reason")) or ""
-    return float("split-brain" in code or "split brain" in reason.lower())
 
 
 def _disks(sights: list[Sight]) -> Iterator[Metric]:

@@ -7,15 +7,19 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 from replication.errors import ConfigError
 from replication.log import log
 from replication.monitor.access import Access
 from replication.monitor.fleet import Fleet, Found
+from replication.monitor.handlers import Handlers
 from replication.monitor.web import WebServer
 from replication.service.config import load, names
+from replication.service.handlers import Handler
+
+HANDLERS_STOP_S = 5.0
 
 
 class Given:
@@ -34,6 +38,10 @@ class Given:
         """Always the same."""
         return Found(self._sockets)
 
+    def handlers(self, _node: str) -> tuple[Handler, ...]:
+        """None: they stand in the files of the nodes."""
+        return ()
+
 
 def split_node(node: str) -> tuple[str, str]:
     """Name and socket. Without a name the path is the name: a folder's last part is often the same for all nodes."""
@@ -50,27 +58,35 @@ class Configured:
 
     def __init__(self) -> None:
         self._sockets: dict[str, str] = {}
+        # Replaced as a whole by the fleet's thread, read by those of the nodes.
+        self._handlers: dict[str, tuple[Handler, ...]] = {}
 
     def __call__(self) -> Found:
         """What there is now; ConfigError if the folder cannot be read."""
-        found, troubles = {}, []
+        found, handlers, troubles = {}, {}, []
         for name in names():
             try:
-                found[name] = load(name).control
+                config = load(name)
+                found[name], handlers[name] = config.control, config.handlers
             except ConfigError as error:
                 troubles.append(str(error))
                 if name in self._sockets:
-                    found[name] = self._sockets[name]
-        self._sockets = found
+                    found[name], handlers[name] = self._sockets[name], self._handlers[name]
+        self._sockets, self._handlers = found, handlers
         return Found(dict(found), "; ".join(troubles) or None)
+
+    def handlers(self, node: str) -> tuple[Handler, ...]:
+        """The handlers of a node, as its file had them last."""
+        return self._handlers.get(node, ())
 
 
 class Service:
     """What runs until it is told to stop."""
 
-    def __init__(self, find: Callable[[], Found], access: Access) -> None:
+    def __init__(self, find: Given | Configured, access: Access) -> None:
         """ConfigError when the address cannot be listened on."""
-        self.fleet = Fleet(find)
+        self.handlers = Handlers(find.handlers)
+        self.fleet = Fleet(find, listener=self.handlers)
         try:
             self.web = WebServer(self.fleet, access)
         except (OSError, OverflowError) as error:
@@ -104,6 +120,7 @@ class Service:
             pass
         tell_systemd("STOPPING=1")
         self.fleet.stop()
+        self.handlers.stop(HANDLERS_STOP_S)
         self.web.shutdown()
         self.web.server_close()
 

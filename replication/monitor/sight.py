@@ -77,6 +77,16 @@ class Sight:
         return text(members(self.answer.get("link")).get("state"))
 
     @property
+    def split_brain(self) -> bool | None:
+        """Whether the link is refused because both nodes have gone on by themselves: by a code where the node has one,
+        otherwise by the words of the reason (record/lineage.py). None: it says nothing of its link."""
+        link = members(self.answer.get("link"))
+        if not link:
+            return None
+        code, reason = text(link.get("code")) or "", text(link.get("reason")) or ""
+        return "split-brain" in code or "split brain" in reason.lower()
+
+    @property
     def checkpoint_time(self) -> float | None:
         """When the last checkpoint was taken, in seconds since 1970."""
         return number(members(self.answer.get("checkpoint")).get("time"))

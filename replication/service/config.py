@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Any
 
 from replication.errors import ConfigError
 from replication.options import OptionParser, Options
+from replication.service.handlers import Handler, read_handlers
 from replication.uri import PORT, SOCKET_PATH_MAX, is_uri
 
 CONFIG_DIR, CONFIG_VARIABLE = "/etc/nbdkit-replication.d", "NBDKIT_REPLICATION_CONFIG_DIR"
@@ -90,8 +91,8 @@ class ServiceConfig:
     service: Service
     run: str
     """The folder of the sockets."""
-    handlers: tuple[Mapping[str, Any], ...] = field(default=())
-    """The [[handler]] tables, unchecked."""
+    handlers: tuple[Handler, ...] = ()
+    """The [[handler]] tables."""
 
     @property
     def control(self) -> str:
@@ -155,7 +156,7 @@ def _read(name: str, path: str) -> ServiceConfig:
             parser.add(key, value)
     options = parser.finish()
     service = _service(parser.service, run, options)
-    return ServiceConfig(name, path, options, given, service, run, tuple(parser.handlers))
+    return ServiceConfig(name, path, options, given, service, run, read_handlers(parser.handlers))
 
 
 def _check_paths(parser: OptionParser) -> None:

@@ -131,6 +131,24 @@ def test_the_nodes_of_the_folder(lab: Lab) -> None:
         assert watching.value("up", node="web") == 1
 
 
+def test_a_handler_of_the_file_runs(lab: Lab) -> None:
+    secondary = lab.secondary()
+    told, folder = lab.folder / "told", lab.folder / "conf"
+    folder.mkdir()
+    (folder / "web.toml").write_text(
+        f'mode = "secondary"\ncontrol = "{secondary.control_path}"\n[disk.disk0]\ndisk = "/nowhere"\ntop-id = "t"\n'
+        '[[handler]]\nevent = "stage-change"\nto = "running"\nshell = true\n'
+        f'command = "echo $NBDKIT_REPLICATION_NODE $NBDKIT_REPLICATION_TO >> {told}"\n'
+        f'[[handler]]\nevent = "node-down"\nshell = true\ncommand = "echo down >> {told}"\n'
+    )
+    with monitor(environment={"NBDKIT_REPLICATION_CONFIG_DIR": str(folder)}) as watching:
+        wait_until(lambda: watching.value("up", node="web") == 1, "the node of the file")
+        secondary.start_replication()
+        wait_until(lambda: told.exists() and told.read_text() == "web running\n", "the stage")
+        secondary.close()
+        wait_until(lambda: told.read_text() == "web running\ndown\n", "the end")
+
+
 def test_systemd_learns_when_it_is_ready(lab: Lab) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(lab.folder / "notify"))

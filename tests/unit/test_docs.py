@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from replication.control.commands import TABLE
 from replication.errors import ConfigError
 from replication.fault import Case
 from replication.primary.link import LinkState
+from replication.service.handlers import EVENTS, FILTERS, read_handlers
 from replication.stage import Mode, Stage
 
 ROOT = MAN.parent
@@ -178,6 +180,16 @@ def test_the_keys_of_the_toml_file() -> None:
     node, disk = ([*re.findall(r"C<([^>]+)>", text)] for text in lists.values())
     assert sorted(node) == sorted(options.KEYS)
     assert sorted(disk) == sorted(("disk", *options.DISK_KEYS))
+
+
+def test_the_events_of_handlers() -> None:
+    section = PAGES["replication.toml"].section("KEYS OF HANDLERS")
+    items = " ".join(re.findall(r"^=item (.*)", section, re.MULTILINE))
+    named = re.findall(r"C<([a-z-]+)>", items)
+    assert sorted(named) == sorted(EVENTS)
+    assert set(re.findall(r"B<([a-z]+)", items)) == {"event", "command", "shell", "timeout", *FILTERS}
+    examples = "\n".join(line[1:] for line in verbatim(section).splitlines())
+    assert len(read_handlers(tomllib.loads(examples)["handler"])) == 2
 
 
 # Commands that are there to be copied

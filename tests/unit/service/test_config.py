@@ -13,6 +13,7 @@ from replication.errors import ConfigError
 from replication.options import OptionParser
 from replication.service import config
 from replication.service.config import Address, ServiceConfig, load, names
+from replication.service.handlers import Handler
 from replication.stage import Mode
 
 SECONDARY = 'mode = "secondary"\n[disk.a]\ndisk = "/srv/a.img"\ntop-id = "guest"\n'
@@ -57,7 +58,7 @@ def test_what_the_file_says_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path,
         'state = "/s"\n' + SECONDARY + '[service]\nlisten = ["10.0.0.1:1", "[::1]:2", ":3", "host-b"]\n'
         'socket-group = "kvm"\nsocket-mode = "0600"\ntls = "require"\ntls-psk = "/k"\nthreads = 4\n'
-        'log-level = "debug"\nwatchdog = 7\nnbdkit = ["-v"]\n[[handler]]\non = "x"\n[[handler]]\non = "y"\n',
+        'log-level = "debug"\nwatchdog = 7\nnbdkit = ["-v"]\n[[handler]]\nevent = "error"\ncommand = "/x"\n',
     )
     assert (found.state, found.control) == ("/s", "/elsewhere/vm1/control.sock")
     service = found.service
@@ -65,11 +66,14 @@ def test_what_the_file_says_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [str(address) for address in service.listen] == ["10.0.0.1:1", "[::1]:2", ":3", "host-b:10809"]
     assert (service.socket_group, service.socket_mode, service.tls, service.tls_psk) == ("kvm", 0o600, "require", "/k")
     assert (service.threads, service.log_level, service.watchdog_s, service.nbdkit) == (4, "debug", 7, ("-v",))
-    assert [handler["on"] for handler in found.handlers] == ["x", "y"]
+    assert found.handlers == (Handler("error", ("/x",)),)
 
 
 def test_the_plugin_takes_the_same_file(tmp_path: Path) -> None:
-    found = loaded(tmp_path, 'state = "/s"\n' + SECONDARY + "[service]\nthreads = 4\n[[handler]]\n")
+    found = loaded(
+        tmp_path,
+        'state = "/s"\n' + SECONDARY + "[service]\nthreads = 4\n[[handler]]\nevent = 'error'\ncommand = '/x'\n",
+    )
     parser = OptionParser()
     parser.add("config", found.path)
     parser.add("control", found.control)
@@ -105,6 +109,7 @@ def test_the_plugin_takes_the_same_file(tmp_path: Path) -> None:
         ("[service]\nnbdkit = [1]", "nbdkit in [service]"),
         ("[service]\nmode = 'primary'", "unknown key 'mode' in [service]"),
         ("[[service]]", "service must be a table [service]"),
+        ("[[handler]]\nevent = 'error'", "[[handler]] number 1 lacks command ="),
         ("[handler]", "write one table [[handler]] for each handler"),
         ("x = ", "is not TOML"),
     ],

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which event means what, and the commands that are run for it: real ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkout import REPOSITORY
+from replication.monitor import handlers as module
+from replication.monitor.handlers import WAITING_MAX, Handlers, Situations
+from replication.monitor.sight import Sight
+from replication.service.handlers import EVENTS, Handler, read_handlers
+from waiting import wait_until
+
+
+def sight(link: str | None = "in-sync", reason: str | None = None, **answer: Any) -> Sight:
+    what = {"mode": "primary", "stage": "running", "consistent": True, "link": {"state": link, "reason": reason}}
+    return Sight("web", "/run/web.sock", True, 0.0, 0.0, None, {**what, **answer})
+
+
+def event(name: str, **data: Any) -> dict[str, Any]:
+    return {"event": name, "data": {key.rstrip("_"): value for key, value in data.items()}, "timestamp": {}}
+
+
+def told(found: list[module.Occasion]) -> list[str]:
+    return [occasion.event for occasion in found]
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What goes into the log."""
+    found: list[str] = []
+    monkeypatch.setattr(module, "log", found.append)
+    return found
+
+
+@contextmanager
+def running(*tables: dict[str, Any]) -> Iterator[Handlers]:
+    handlers = Handlers(lambda node: read_handlers(tables))
+    try:
+        yield handlers
+    finally:
+        handlers.stop(10.0)
+
+
+# -- situations ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "means", "values"),
+    [
+        (event("REPLICATION_STAGE_CHANGE", mode="secondary", from_="running", to="failover"), ["stage-change"],
+         {"from": "running", "to": "failover"}),
+        (event("REPLICATION_ERROR", case=2, disk="d", desc="why"), ["error"],
+         {"case": "2", "disk": "d", "reason": "why"}),
+        (event("REPLICATION_ERROR", case=4, disk="d", desc="a\nb"), ["error", "local-io-error"],
+         {"case": "4", "disk": "d", "reason": "a?b"}),
+        (event("REPLICATION_CHECKPOINT_AGE", epoch=1, age=2.0, limit=1.0), ["checkpoint-age"], {}),
+        (event("REPLICATION_OVERLAY_WATERMARK", disk="d", overlay="hidden"), ["overlay-watermark"], {"disk": "d"}),
+        (event("MONITOR_NODE_UP", mode="primary"), ["node-up"], {}),
+        (event("MONITOR_NODE_DOWN", reason="gone"), ["node-down"], {"reason": "gone"}),
+        (event("JOB_STATUS_CHANGE", id="x"), [], None),
+        ({"event": 7, "data": []}, [], None),
+    ],
+)  # fmt: skip
+def test_what_an_event_means(given: dict[str, Any], means: list[str], values: dict[str, str] | None) -> None:
+    found = Situations().of_event(given)
+    assert told(found) == means
+    assert not found or found[0].values == values
+
+
+def test_a_link_is_told_when_it_changes_by_whichever_comes_first() -> None:
+    node = Situations()
+    assert node.of_look(sight("synchronizing")) == []  # nothing has happened yet
+    assert told(node.of_event(event("REPLICATION_LINK", state="in-sync"))) == ["link-change", "after-resync-target"]
+    assert node.of_look(sight("in-sync")) == []
+    (change, gone) = node.of_look(sight("lost"))
+    assert told([change, gone]) == ["link-change", "disconnected"]
+    assert gone.values == {"from": "in-sync", "to": "lost"}
+    # It stays away, in another way.
+    assert told(node.of_event(event("REPLICATION_LINK", state="connecting"))) == ["link-change"]
+    assert told(node.of_event(event("REPLICATION_LINK", state="in-sync"))) == ["link-change"]  # nothing was sent
+
+
+def test_what_lasts_is_told_once_each_time_and_at_the_first_look() -> None:
+    node = Situations()
+    split = sight("disconnected", "Split brain: both have gone on")
+    (found,) = node.of_look(split)
+    assert (found.event, found.values["reason"]) == ("split-brain", "Split brain: both have gone on")
+    assert node.of_look(split) == []
+    assert told(node.of_look(sight("disconnected"))) == []
+    assert told(node.of_look(split)) == ["split-brain"]
+    assert told(node.of_look(sight("disconnected", consistent=False))) == ["inconsistent"]
+    assert told(node.of_look(sight("disconnected", consistent=False))) == []
+    # Before a start there is no checkpoint that could be missed.
+    assert told(Situations().of_look(sight(consistent=False, stage="none"))) == []
+
+
+def test_a_node_that_is_gone_says_nothing() -> None:
+    gone = Sight("web", "/x", False, 0.0, 0.0, "gone", {"consistent": False, "stage": "running"})
+    assert Situations().of_look(gone) == []
+
+
+def test_every_event_that_a_file_may_name_can_come() -> None:
+    node, found = Situations(), set()
+    for given in (
+        event("REPLICATION_STAGE_CHANGE"),
+        event("REPLICATION_ERROR", case=1),
+        event("REPLICATION_CHECKPOINT_AGE"),
+        event("REPLICATION_OVERLAY_WATERMARK"),
+        event("MONITOR_NODE_UP"),
+        event("MONITOR_NODE_DOWN"),
+    ):
+        found |= set(told(node.of_event(given)))
+    for look in (sight("synchronizing"), sight("in-sync"), sight("lost", "split brain", consistent=False)):
+        found |= set(told(node.of_look(look)))
+    assert found == set(EVENTS)
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+DOWN = event("MONITOR_NODE_DOWN", reason="it's gone; rm -rf /")
+
+
+def test_a_command_finds_all_in_its_environment(tmp_path: Path, lines: list[str]) -> None:
+    out = tmp_path / "out"
+    with running(
+        {"event": "node-down", "shell": True, "command": f"env > {out}.new && mv {out}.new {out}"}
+    ) as handlers:
+        handlers.heard(sight(), event("MONITOR_NODE_UP"))
+        handlers.heard(sight(), DOWN)
+        wait_until(out.exists, "it has run")
+    pairs = [line.partition("=") for line in out.read_text().splitlines()]
+    found = {key.removeprefix("NBDKIT_REPLICATION_"): value for key, _, value in pairs if key.startswith("NBDKIT_REP")}
+    whole = json.loads(found.pop("JSON"))
+    assert found == {
+        "EVENT": "node-down",
+        "NODE": "web",
+        "CONTROL": "/run/web.sock",
+        "MODE": "primary",
+        "STAGE": "running",
+        "REASON": "it's gone; rm -rf /",
+    }
+    assert whole == {key.lower(): value for key, value in found.items()} | {"data": DOWN["data"]}
+    assert lines == []
+
+
+def test_what_a_command_prints_and_how_it_ends_is_in_the_log(lines: list[str]) -> None:
+    table = {"event": "node-down", "shell": True, "command": "echo one; seq 30 >&2; printf last; exit 3"}
+    with running(table) as handlers:
+        handlers.heard(sight(), DOWN)
+        wait_until(lambda: lines and lines[-1].endswith("ended with 3"), "it has ended")
+    name = "the handler of web for node-down (/bin/sh)"
+    assert lines[0] == f"{name}: one"
+    assert lines[1] == f"{name}: 1"
+    assert lines[module.LINES_MAX :] == [f"{name} has said 12 lines more", f"{name} ended with 3"]
+
+
+def test_a_program_that_is_not_there_is_named(lines: list[str]) -> None:
+    with running({"event": "node-down", "command": "/nonexistent/x y"}) as handlers:
+        handlers.heard(sight(), DOWN)
+        wait_until(lambda: lines, "it is told")
+    assert lines == [
+        "the handler of web for node-down (/nonexistent/x) cannot be run: No such file or directory"
+    ]  # fmt: skip
+
+
+def test_a_command_that_does_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path, lines: list[str]) -> None:
+    pid = tmp_path / "pid"
+    table = {
+        "event": "node-down",
+        "shell": True,
+        "timeout": 0.3,
+        "command": f"trap '' TERM; sleep 1000 & echo $! > {pid}; wait; sleep 1000",
+    }
+    with running(table) as handlers:
+        handlers.heard(sight(), DOWN)
+        wait_until(lambda: lines, "it was ended")
+    assert lines == ["the handler of web for node-down (/bin/sh) was ended: it has not ended within 0.3 s"]
+    wait_until(lambda: not _alive(int(pid.read_text())), "what it has started is gone")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_at_a_time_the_others_wait_and_not_too_many(tmp_path: Path, lines: list[str]) -> None:
+    go, log = tmp_path / "go", tmp_path / "log"
+    command = f'until test -e {go}; do sleep 0.02; done; echo "$NBDKIT_REPLICATION_DISK" >> {log}'
+    with running({"event": "error", "shell": True, "command": command}) as handlers:
+        begun = time.monotonic()
+        for disk in range(WAITING_MAX + 4):
+            handlers.heard(sight(), event("REPLICATION_ERROR", case=2, disk=str(disk)))
+        assert time.monotonic() - begun < 5.0, "whoever tells waits for no command"
+        go.touch()
+        wait_until(lambda: log.exists() and len(log.read_text().split()) >= WAITING_MAX, "all that waited have run")
+    # The first may have been at work when the others came.
+    ran = len(log.read_text().split())
+    assert ran in (WAITING_MAX, WAITING_MAX + 1)
+    assert log.read_text().split() == [str(disk) for disk in range(ran)]
+    left_out = f"{WAITING_MAX + 4 - ran} events were left out"
+    assert lines == [f"the handler of web for error (/bin/sh) is too slow: {left_out}"]
+
+
+def test_a_file_that_changes_counts_from_the_next_event_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = ["a"]
+
+    def configured(_node: str) -> tuple[Handler, ...]:
+        return read_handlers([{"event": "node-up", "shell": True, "command": f"echo {said[0]} >> {out}"}])
+
+    handlers = Handlers(configured)
+    try:
+        for word in ("a", "a", "b"):
+            said[0] = word
+            before = out.read_text() if out.exists() else ""
+            handlers.heard(sight(), event("MONITOR_NODE_UP"))
+            wait_until(lambda before=before: out.exists() and out.read_text() != before, "it has run")
+        assert out.read_text() == "a\na\nb\n"
+        handlers.keep(["other"])
+        assert not handlers._runners
+        assert not handlers._situations
+    finally:
+        handlers.stop(10.0)
+
+
+def test_the_end_ends_what_runs(tmp_path: Path, lines: list[str]) -> None:
+    pid = tmp_path / "pid"
+    table = {"event": "node-down", "shell": True, "command": f"echo $$ > {pid}; exec sleep 1000"}
+    with running(table) as handlers:
+        handlers.heard(sight(), DOWN)
+        wait_until(lambda: pid.exists() and pid.read_text(), "it runs")
+        begun = time.monotonic()
+        handlers.stop(10.0)
+        assert time.monotonic() - begun < 5.0
+    assert not _alive(int(pid.read_text()))
+    assert lines == []
+
+
+def test_no_thread_for_a_command_is_told_and_the_next_one_has_one(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with running({"event": "node-down", "shell": True, "command": f"echo x >> {out}"}) as handlers:
+        with monkeypatch.context() as patch:
+
+            def refuse(_thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", refuse)
+            handlers.heard(sight(), DOWN)
+        assert lines == ["the handler of web for node-down (/bin/sh) was not run: can't start new thread"]
+        handlers.heard(sight(), DOWN)
+        wait_until(lambda: out.exists() and out.read_text() == "x\n", "it has run once")
+
+
+# -- those that come along -------------------------------------------------------------------------------------
+
+READY = REPOSITORY / "monitoring/handlers"
+
+
+def ready(tmp_path: Path, name: str, *arguments: str, tool: str) -> tuple[list[str], str]:
+    """What a handler gives to the tool that does the work: its arguments, and what it reads."""
+    fake = tmp_path / tool
+    fake.write_text(f'#!/bin/sh\nfor word; do echo "$word"; done > {tmp_path}/words\ncat > {tmp_path}/input\n')
+    fake.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "NBDKIT_REPLICATION_NODE": "web",
+        "NBDKIT_REPLICATION_EVENT": "split-brain",
+        "NBDKIT_REPLICATION_REASON": "both went on",
+        "NBDKIT_REPLICATION_JSON": '{"event": "split-brain"}',
+    }
+    subprocess.run([READY / name, *arguments], env=environment, check=True, stdin=subprocess.DEVNULL)
+    return (tmp_path / "words").read_text().splitlines(), (tmp_path / "input").read_text()
+
+
+def test_mail(tmp_path: Path) -> None:
+    words, letter = ready(tmp_path, "mail", "a@x", "b@x", tool="sendmail")
+    assert words == ["-i", "--", "a@x", "b@x"]
+    assert letter.startswith("To: a@x, b@x\nSubject: web: split-brain on ")
+    assert "\n\nEVENT: split-brain\n" in letter
+    assert "\nREASON: both went on\n" in letter
+
+
+def test_wall(tmp_path: Path) -> None:
+    words, _ = ready(tmp_path, "wall", tool="wall")
+    assert words == ["nbdkit-replication: web: split-brain (both went on)"]
+
+
+def test_webhook(tmp_path: Path) -> None:
+    words, body = ready(tmp_path, "webhook", "https://x/y", "--header", "A: b", tool="curl")
+    assert body == '{"event": "split-brain"}'
+    assert words[-4:] == ["--header", "A: b", "--", "https://x/y"]
+    assert "--fail" in words
+
+
+@pytest.mark.parametrize("name", ["mail", "webhook"])
+def test_without_an_address_it_says_how(name: str) -> None:
+    done = subprocess.run([READY / name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.startswith(f"usage: {name} ")) == (2, True)
