@@ -74,11 +74,6 @@ class Worker:
                     log(f"there is no thread for {self.name} at present: {error}")
             self._changed.notify_all()
 
-    def pause(self, seconds: float) -> bool:
-        """For a round that has to wait: so many seconds, or until the end; whether it goes on."""
-        with self._changed:
-            return not self._changed.wait_for(lambda: self._closing, seconds)
-
     def stop(self, timeout_s: float) -> bool:
         """No more rounds; waits at most `timeout_s` seconds for one that is at work, unless that is the caller's.
         Whether it has ended."""

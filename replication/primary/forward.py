@@ -551,6 +551,8 @@ class Forwarder:
         while connection.in_flight and time.monotonic() < deadline:
             connection.drive(_IDLE_S)
         self._end_answered(connection)
+        if self._proof is not None:
+            self._proof.unflushed()  # before the next link: it has nothing to do with what that one sends
         with self._lock:
             self._up = False
             # What is in flight still was never sent, or libnbd keeps it.
@@ -563,8 +565,6 @@ class Forwarder:
         for entry in left:
             self._budget.give(entry.cost)
             entry.end(False)
-        if self._proof is not None:
-            self._proof.unflushed()
         connection.close()
         self._budget.wake()
 

@@ -62,6 +62,8 @@ class Watch:
         self._watched: Agreement | None = None
         self._consistent = False
         self._suspect = False
+        # How many refusals were known when it was found to lack something that nobody here knows of.
+        self._lacked: int | None = None
         self._again_s = _AGAIN_MIN_S
         self._again_at = 0.0
 
@@ -93,7 +95,7 @@ class Watch:
     def _look(self, agreement: Agreement) -> None:
         assert agreement.peer is not None
         if agreement is not self._watched:
-            self._watched, self._consistent, self._suspect = agreement, False, False
+            self._watched, self._consistent, self._suspect, self._lacked = agreement, False, False, None
             self._again_s, self._again_at = _AGAIN_MIN_S, 0.0
         refused = agreement.refused
         status = agreement.peer.call("query-replication", {}, ANSWER_S)
@@ -110,7 +112,11 @@ class Watch:
         if status.get("stopping") is True:
             self._part(agreement)
             return
-        if agreement.refused == refused and self._lacks(status) and self._take_lost(agreement):
+        # Twice as well: the secondary's refusal of what it lacks may be on its way.
+        lacks = agreement.refused == refused and self._lacks(status)
+        former, self._lacked = self._lacked, refused if lacks else None
+        if lacks and former == refused and self._take_lost(agreement):
+            self._lacked = None
             lacking = next((disk for disk in self._disks if disk.changes.missing), self._disks[0])
             error = DiskError("the secondary has lost writes that it had answered: they are sent again")
             self._set.faults.report(Case.FORWARD, lacking.name, "write", 0, 0, error)

@@ -57,8 +57,8 @@ class Sender:
         peer = Peer.open(secondary.uri(), DEADLINE_S, Connection, lambda *_: None, lambda _: None)
         assert peer is not None
         self.peer = peer
-        self.generation = new_id() if former is None else former.generation
-        lineage = Lineage() if former is None else Lineage(self.generation)
+        self.generation = new_id()
+        lineage = Lineage() if former is None else Lineage(former.generation)
         told = {"node": "1" * 16, "lineage": lineage.to_json(), "disks": {"disk0": SIZE}, "epoch": 0, "timeout": 60.0}
         self.answer = self.call("replication-pair", **told)
         self.token = str(self.answer["token"])

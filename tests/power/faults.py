@@ -111,7 +111,7 @@ def killed_process_is_trusted() -> None:
 def record_has_no_twin() -> None:
     """The record is overwritten while nothing else says what it was."""
 
-    def write(file: TwinFile, sealed: bytes) -> None:
+    def write(file: TwinFile, sealed: bytes, _twin: bool) -> None:
         file._overwrite(file._fd, sealed)
 
     _replace(TwinFile, "_write_in_place", write)
