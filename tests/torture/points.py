@@ -84,9 +84,11 @@ PAIRING_POINTS = (
 )
 """Of a secondary to which its primary comes back."""
 
-ELSEWHERE = ("epoch.parting", "look.flush")
-"""Points that a history does not reach, since its secondaries are not stopped by a second process, and have their disks
-in files: e2e/test_speaking.py and e2e/test_losses.py use them. The agent of virtual machines has vm/test_ft.py."""
+ELSEWHERE = ("epoch.parting", "look.flush", "forward.prove", "query.begun", "record.sync", "epoch.sync")
+"""Points at which no history kills: its secondaries are not stopped by a second process, have their disks in files and
+are no plain servers, and nothing changes with a query. Storage that hangs is what the last two are for. See
+test_speaking.py, test_losses.py, test_plain_secondary.py, test_service.py and test_hanging_state.py in e2e. The agent of
+virtual machines has vm/test_ft.py."""
 
 ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS + LINK_POINTS + PAIRING_POINTS
 
