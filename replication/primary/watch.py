@@ -34,6 +34,9 @@ from replication.stage import Mode, Stage
 WATCH_S = 0.4
 """Between two looks: what happens to the secondary shows here within a second."""
 
+_SOON_S = 0.1
+"""Until the look that decides whether the secondary lacks something that nobody here knows of."""
+
 _AGAIN_MIN_S, _AGAIN_MAX_S = 0.4, 5.0
 """Between two attempts to tell it that it has everything."""
 
@@ -78,7 +81,7 @@ class Watch:
     def _round(self) -> float:
         agreement = self._link.agreement
         if agreement is None or agreement.peer is None:
-            return WATCH_S
+            return WATCH_S if self._lacked is None else _SOON_S
         try:
             self._look(agreement)
             self._said = ""
@@ -112,10 +115,13 @@ class Watch:
         if status.get("stopping") is True:
             self._part(agreement)
             return
-        # Twice as well: the secondary's refusal of what it lacks may be on its way.
+        # Twice as well: the secondary's refusal of what it lacks may be on its way. Nothing is well until then.
         lacks = agreement.refused == refused and self._lacks(status)
         former, self._lacked = self._lacked, refused if lacks else None
-        if lacks and former == refused and self._take_lost(agreement):
+        if lacks and former != refused:
+            self._note_checkpoint(status)
+            return
+        if lacks and self._take_lost(agreement):
             self._lacked = None
             lacking = next((disk for disk in self._disks if disk.changes.missing), self._disks[0])
             error = DiskError("the secondary has lost writes that it had answered: they are sent again")

@@ -581,9 +581,13 @@ def test_a_planned_stop_of_the_secondary_in_the_midst_of_a_hold_ends_the_epoch_w
     refused(pair.primary, "replication-checkpoint-commit", {"epoch": number})
     assert pair.primary.status()["held-epoch"] is None
     assert epochs(pair.primary) == [number - 1]
-    for handle in Hands(pair.secondary, top_id).handles:
-        assert bytes(handle.pread(len(BEFORE), PLACES[0])) == BEFORE
-        assert bytes(handle.pread(len(AFTER), PLACES[1])) == bytes(len(AFTER))
+    hands = Hands(pair.secondary, top_id)
+    assert hands.shows(BEFORE, PLACES[0]) == [True, True]
+    # The stream ends at one instant, which may come before or after what the hold has kept back: on both disks.
+    after = hands.shows(AFTER, PLACES[1])
+    assert after in ([True, True], [False, False])
+    if not after[0]:
+        assert hands.shows(bytes(len(AFTER)), PLACES[1]) == [True, True]
 
 
 def test_failover_in_the_midst_of_a_hold_gives_the_former_checkpoint_and_the_commit_is_refused(lab: Lab) -> None:
