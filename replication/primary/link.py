@@ -288,11 +288,13 @@ class Link:
             if news:
                 latched = self._tell_lost_locked(self._disks[at].name, error)
             self._leaving.append(agreement)
-            self._changed.notify_all()
-        self._worker.wake()
         if news:
+            # Before the thread goes on, which tells why the link does not come back.
             log(f"the link to the secondary is lost: {error}")
             self._told = str(error)
+        with self._changed:
+            self._changed.notify_all()
+        self._worker.wake()
         if latched:
             self._set.faults.keep()
 

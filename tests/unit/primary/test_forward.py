@@ -823,6 +823,10 @@ def test_data_in_flight_is_bounded_but_for_one_entry(lab: Lab) -> None:
 # -- what a resync sends ----------------------------------------------------------------------------------------------
 
 
+ONE_BY_ONE = ("-t", "1")
+"""Requests begin in the order in which they were sent."""
+
+
 def spare(link: Link, offset: int, data: bytes) -> Entry:
     """An entry of a resync, put."""
     entry = link.make(Kind.WRITE, offset, data=data)
@@ -831,7 +835,7 @@ def spare(link: Link, offset: int, data: bytes) -> Entry:
 
 
 def test_a_resync_is_sent_where_the_guest_has_nothing_to_send_and_takes_no_room(lab: Lab) -> None:
-    server = lab.start(Logged(lab.folder, delay={"write": "200ms"}))
+    server = lab.start(Logged(lab.folder, delay={"write": "200ms"}, options=ONE_BY_ONE))
     link = Link(server, limit=64 * KIB)
     # All but the first wait for it, so the queue is not empty; the budget is full.
     guests = [link.write(0, b"g" * 6 * KIB) for _ in range(9)]
@@ -850,7 +854,7 @@ def test_a_resync_is_sent_where_the_guest_has_nothing_to_send_and_takes_no_room(
 
 @pytest.mark.parametrize("kind", [Kind.WRITE, Kind.ZERO])
 def test_what_a_guest_writes_never_comes_before_the_older_content_that_a_resync_has_read(lab: Lab, kind: Kind) -> None:
-    server = lab.start(Logged(lab.folder, delay={"write": "20ms", "zero": "20ms"}))
+    server = lab.start(Logged(lab.folder, delay={"write": "20ms", "zero": "20ms"}, options=ONE_BY_ONE))
     link = Link(server)
     guests = [link.write(0, b"g" * 4096) for _ in range(4)]
     other = spare(link, 1 << 20, b"r" * 4096)
