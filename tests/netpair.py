@@ -26,7 +26,7 @@ import numpy.typing as npt
 from content import KIB, MIB
 from lab import Lab
 from namespaces import Host
-from nodes import Primary, Secondary, disk_name, drained, top_id
+from nodes import Primary, Secondary, Server, disk_name, drained, top_id
 from waiting import DEADLINE_S, wait_until
 from wire import Wire
 
@@ -56,12 +56,10 @@ class NetPrimary(Primary):
         return [*self.host.prefix, *super().command()]
 
 
-class NetSecondary(Secondary):
-    """A secondary on a host, which listens on TCP only."""
+class OnHost(Server):
+    """nbdkit on a host, which listens on TCP only."""
 
-    def __init__(self, folder: Path, host: Host, sizes: Sequence[int], **options: Any) -> None:
-        super().__init__(folder, sizes, **options)
-        self.host = host
+    host: Host
 
     def command(self) -> list[str]:
         command = super().command()
@@ -88,9 +86,17 @@ class NetSecondary(Secondary):
         return f"nbd://{self.host.address}:{PORT}/{export}"
 
     def connect(self, export: str = "", *, strict: bool = True) -> nbd.NBD:
-        """A handle of a client on the secondary's own host, which the network between the hosts does not concern."""
+        """A handle of a client on the server's own host, which the network between the hosts does not concern."""
         with self.host.entered():
             return super().connect(export, strict=strict)
+
+
+class NetSecondary(OnHost, Secondary):
+    """A secondary on a host, which listens on TCP only."""
+
+    def __init__(self, folder: Path, host: Host, sizes: Sequence[int], **options: Any) -> None:
+        super().__init__(folder, sizes, **options)
+        self.host = host
 
 
 # --- the guest ------------------------------------------------------------------------------------------------------

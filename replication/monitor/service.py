@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Sequence
 from types import FrameType
@@ -18,6 +17,7 @@ from replication.monitor.handlers import Handlers
 from replication.monitor.web import WebServer
 from replication.service.config import load, names
 from replication.service.handlers import Handler
+from replication.service.notify import Notifier
 
 HANDLERS_STOP_S = 5.0
 
@@ -103,7 +103,7 @@ class Service:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
-        stopping = threading.Event()
+        stopping, systemd = threading.Event(), Notifier(os.environ)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             stopping.set()
@@ -114,26 +114,12 @@ class Service:
         serving = threading.Thread(target=self.web.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
         serving.start()
         log(f"replication-monitor: {len(self.fleet.watchers())} nodes, {self.url}")
-        tell_systemd("READY=1")
+        systemd.tell(READY=1)
         # A loop, because a wait without an end would keep Python from seeing the signal.
         while not stopping.wait(1.0):
             pass
-        tell_systemd("STOPPING=1")
+        systemd.tell(STOPPING=1)
         self.fleet.stop()
         self.handlers.stop(HANDLERS_STOP_S)
         self.web.shutdown()
         self.web.server_close()
-
-
-def tell_systemd(text: str) -> None:
-    """A word to systemd (sd_notify(3)), if it has asked for one."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
-            connection.settimeout(1.0)
-            connection.connect("\0" + path[1:] if path.startswith("@") else path)
-            connection.send(text.encode())
-    except OSError as error:
-        log(f"cannot tell systemd {text}: {error.strerror}")

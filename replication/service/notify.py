@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a node tells systemd: datagrams to the socket that NOTIFY_SOCKET names (sd_notify(3))."""
+"""What a node, or the monitor, tells systemd: datagrams to the socket that NOTIFY_SOCKET names (sd_notify(3))."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 import nbd
 
 from content import MIB
-from soak.node import PORT, SIZE, Node
+from netpair import PORT
+from soak.node import SIZE, Node
 from soak.plan import CLIENTS
 
 _SHORT_S = 0.5

@@ -15,14 +15,12 @@ import nbd
 from content import MIB, make_raw
 from lab import Lab
 from namespaces import Host
-from nodes import Server
+from netpair import OnHost
 from qmp import Qmp
 from soak.bounds import Sample
 from soak.moodydisk import MoodyDisk
 from soak.plan import Setting
-from waiting import wait_until
 
-PORT = 10809
 SIZE = 16 * MIB
 CONNECT_S = 10.0
 
@@ -42,40 +40,6 @@ time.time_ns = lambda: _time_ns() + int(_by() * 1e9)
 time.clock_gettime = lambda clock: _get(clock) + (_by() if clock == time.CLOCK_REALTIME else 0.0)
 """
 """Read by Python when it starts (sitecustomize): the wall clock of one process, as far as Python sees it."""
-
-
-class _Process(Server):
-    """nbdkit, listening on TCP on its host."""
-
-    host: Host
-
-    def command(self) -> list[str]:
-        command = super().command()
-        at = command.index("-U")
-        command[at : at + 2] = ["-p", str(PORT)]
-        return [*self.host.prefix, *command]
-
-    def wait_ready(self) -> None:
-        wait_until(self._greets, f"{self.name} accepts NBD connections; it said: {self.stderr()}")
-
-    def _greets(self) -> bool:
-        self.check_alive()
-        handle = nbd.NBD()
-        handle.set_opt_mode(True)
-        try:
-            with self.host.entered():
-                handle.connect_uri(self.uri())
-        except nbd.Error:
-            return False
-        handle.opt_abort()
-        return True
-
-    def uri(self, export: str = "") -> str:
-        return f"nbd://{self.host.address}:{PORT}/{export}"
-
-    def connect(self, export: str = "", *, strict: bool = True) -> nbd.NBD:
-        with self.host.entered():
-            return super().connect(export, strict=strict)
 
 
 class Node:
@@ -105,7 +69,7 @@ class Node:
         clock.mkdir()
         self._clock = clock / "by"
         (clock / "sitecustomize.py").write_text(CLOCK.format(path=str(self._clock)))
-        self.process: _Process
+        self.process: OnHost
         self._count = 0
         self._log_read = 0
 
@@ -124,7 +88,7 @@ class Node:
         else:
             arguments += [f"secondary={secondary}"]
         path = os.pathsep.join(filter(None, [str(self._clock.parent), os.environ.get("PYTHONPATH", "")]))
-        process = _Process(
+        process = OnHost(
             self.lab.folder, f"{self.name}{self._count}", arguments, extra_environment={"PYTHONPATH": path}
         )
         process.host = self.host

@@ -101,6 +101,17 @@ STORES = (
 )
 
 
+def storing(path: Path) -> subprocess.Popen[str]:
+    """A process that has STORES at work on the file."""
+    return subprocess.Popen(
+        [sys.executable, "-c", STORES, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["unshared in time", "still shared"])
 def test_on_a_full_xfs_a_file_that_a_copy_shares_answers_enospc_and_no_signal(
     sharing_folder: SharingFolder, own: bool
@@ -108,13 +119,7 @@ def test_on_a_full_xfs_a_file_that_a_copy_shares_answers_enospc_and_no_signal(
     """With a plain store: SIGBUS. With blocks of its own since the copy: it succeeds."""
     path = sharing_folder.folder / "m"
     path.write_bytes(os.urandom(1 << 20))
-    with subprocess.Popen(
-        [sys.executable, "-c", STORES, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    ) as process:
+    with storing(path) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "mapped\n"
@@ -136,13 +141,7 @@ def test_on_a_full_btrfs_a_store_answers_enospc_and_no_signal(lab: Lab) -> None:
         pytest.skip(str(error))
     path = btrfs.folder / "m"
     path.write_bytes(os.urandom(1 << 20))
-    with subprocess.Popen(
-        [sys.executable, "-c", STORES, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    ) as process:
+    with storing(path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "mapped\n"
         btrfs.fill()
