@@ -692,11 +692,12 @@ def test_failure_to_accept_is_survived(
     assert "cannot accept a control client: Too many open files" in capsys.readouterr().err
 
 
-def test_stop_sends_what_is_queued_and_ends_every_connection(stage: Stage) -> None:
+def test_stop_sends_what_is_queued_and_ends_every_connection(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STOP_DRAIN_S", DEADLINE_S)  # a loaded machine needs more than a second for 3 MB
     with Client(stage.path) as client, Client(stage.path) as idle:
         client.send(b'{"execute": "big", "arguments": {"size": 1000000}}' * 3)
-        # One is being sent, two wait behind it.
-        wait_until(lambda: any(len(c._outbox._messages) == 2 for c in stage.server._clients))
+        # All three are answered: one answer is being sent, two wait behind it.
+        wait_until(lambda: any(len(c._outbox._messages) == 2 and not c._working for c in stage.server._clients))
         stopper = threading.Thread(target=stage.server.stop)
         stopper.start()
         for _ in range(3):
