@@ -95,11 +95,15 @@ def versions(node: Subject) -> Iterator[Finding]:
 
 def clock(node: Subject) -> Iterator[Finding]:
     """The clocks of both hosts agree: the secondary says when its checkpoint was, and how long ago."""
+    asked = time.time()
     answer = _asked(node, "query-replication")
+    answered = time.time()
     checkpoint = (answer or {}).get("checkpoint") or {}
     if not isinstance(checkpoint.get("time"), int | float) or not isinstance(checkpoint.get("age"), int | float):
         return  # none yet
-    ahead = checkpoint["time"] + checkpoint["age"] - time.time()
+    theirs = checkpoint["time"] + checkpoint["age"]
+    # Its answer was made at some moment in between, however long a slow network or host has taken.
+    ahead = max(theirs - answered, 0.0) + min(theirs - asked, 0.0)
     if abs(ahead) > CLOCK_S:
         yield warning(
             f"the clock of the secondary is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this one "

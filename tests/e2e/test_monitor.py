@@ -61,7 +61,7 @@ def monitor(*options: str, environment: Mapping[str, str] | None = None) -> Iter
         assert found
         yield Monitor(found[1])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
         process.communicate()
@@ -90,14 +90,15 @@ def test_a_pair_from_its_start_to_a_failover(lab: Lab) -> None:
         wait_until(lambda: watching.value("up", node="a") == 0, "the primary is gone")
         wait_until(lambda: watching.value("stage", node="b", stage="done") == 1, "the failover")
         assert watching.value("stage", node="a", stage="running") is None
-        assert "MONITOR_NODE_DOWN" in watching.events("a")
+        wait_until(lambda: "MONITOR_NODE_DOWN" in watching.events("a"), "the event of it")
         wait_until(lambda: watching.events("b").count("REPLICATION_STAGE_CHANGE") == 3, "none, running, failover, done")
 
 
 def test_a_node_that_stands_still_is_down_and_the_other_is_not(lab: Lab) -> None:
     pair = lab.pair((MIB,))
     with monitor(*of_pair(pair)) as watching:
-        wait_until(lambda: watching.value("up", node="a") == 1, "it is up")
+        for node in "ab":
+            wait_until(lambda node=node: watching.value("up", node=node) == 1, "both are up")
         pid = pair.primary.pid
         os.kill(pid, signal.SIGSTOP)
         try:

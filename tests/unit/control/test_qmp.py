@@ -595,7 +595,14 @@ def test_client_too_many_gets_urgent_answers_only_and_a_free_place_can_be_taken(
 
 
 def idle_for_long(*clients: server._Client) -> None:
-    """As if these had said nothing for long."""
+    """As if these, which have nothing at work, had said nothing for long."""
+    wait_until(lambda: not any(client._working for client in clients))  # the answer comes a moment before
+    for client in clients:
+        client._idle_since -= 2 * server.IDLE_S
+
+
+def without_a_word_for_long(*clients: server._Client) -> None:
+    """The same of clients whose commands are at work."""
     for client in clients:
         client._idle_since -= 2 * server.IDLE_S
 
@@ -633,11 +640,13 @@ def test_client_whose_command_is_at_work_keeps_its_place(stage: Stage) -> None:
         for client in clients:
             client.send(b'{"execute": "hold"}')
         wait_until(lambda: all(client._working for client in stage.server._clients))
-        idle_for_long(*stage.server._clients)
+        without_a_word_for_long(*stage.server._clients)
         silent: list[Client] = []
         for _ in range(3 * server.RESERVED):
             client = stack.enter_context(Client(stage.path))
             assert client.call("replication-stop", failover=True) == {"return": {"failover": True}}
+            # Of those with a reserved place one has to be idle when the next one comes, and the first for longest.
+            wait_until(lambda: not any(other._working for other in stage.server._clients if other.reserved))
             silent.append(client)
             assert stage.clients() <= server.CLIENTS_MAX + server.RESERVED
         assert silent[0].receive() == failure(server._EVICTED)
@@ -716,9 +725,8 @@ def test_stop_does_not_wait_for_ever_for_a_command(
     with Client(stage.path) as client:
         client.send(b'{"execute": "hold"}')
         assert stage.entered.wait(DEADLINE_S)
-        started = time.monotonic()
         stage.server.stop()
-        assert time.monotonic() - started < 5
+        assert not stage.release.is_set(), "the command is at work still"
         assert client.receive() is None
         assert "1 control client(s) still had a command running" in capsys.readouterr().err
 

@@ -79,12 +79,13 @@ def test_top_without_a_terminal(url: str) -> None:
 
 
 def test_no_monitor() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    for command in ("history", "top"):
-        done = replctl(url, command)
-        assert done.returncode == 2
-        assert done.stderr == f"replctl: cannot ask replication-monitor at {url}: Connection refused\n"
+    with socket.socket() as kept:  # bound, so that nobody else gets the port, and nobody listens
+        kept.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{kept.getsockname()[1]}"
+        for command in ("history", "top"):
+            done = replctl(url, command)
+            assert done.returncode == 2
+            assert done.stderr == f"replctl: cannot ask replication-monitor at {url}: Connection refused\n"
     assert "is not the address of a monitor" in replctl("file:///etc/passwd", "top").stderr
 
 

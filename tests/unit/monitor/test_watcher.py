@@ -38,6 +38,12 @@ def seen(fleet: Fleet, what: str, fits: Callable[[Sight], bool], name: str = "a"
     return found
 
 
+def heard(fleet: Fleet, *names: str) -> None:
+    """These events and no others; each comes a moment after what it tells of can be seen."""
+    wait_until(lambda: len(names_of_events(fleet)) >= len(names), f"the events {names}")
+    assert names_of_events(fleet) == list(names)
+
+
 def test_a_node_is_asked_and_only_asked(node: Nodes, fleet: Fleets) -> None:
     there = node("a", "secondary")
     watched = fleet({"a": str(there.path)})
@@ -45,7 +51,7 @@ def test_a_node_is_asked_and_only_asked(node: Nodes, fleet: Fleets) -> None:
     assert (found.mode, found.stage, found.link) == ("secondary", "running", "in-sync")
     assert found.failover["bytes-to-commit"] == 4096
     assert found.version == "nbdkit-replication 0"
-    assert names_of_events(watched) == ["MONITOR_NODE_UP"]
+    heard(watched, "MONITOR_NODE_UP")
     assert {command for command in there.asked if not command.startswith("query-")} == {"qmp_capabilities"}
 
 
@@ -70,7 +76,7 @@ def test_a_node_that_dies_and_comes_back(node: Nodes, fleet: Fleets) -> None:
     there.path.unlink()
     there.start()
     seen(watched, "it is up again", lambda s: s.up)
-    assert names_of_events(watched) == ["MONITOR_NODE_UP", "MONITOR_NODE_DOWN", "MONITOR_NODE_UP"]
+    heard(watched, "MONITOR_NODE_UP", "MONITOR_NODE_DOWN", "MONITOR_NODE_UP")
 
 
 def test_a_node_that_hangs_delays_nobody_else(node: Nodes, fleet: Fleets) -> None:
@@ -83,8 +89,9 @@ def test_a_node_that_hangs_delays_nobody_else(node: Nodes, fleet: Fleets) -> Non
     assert gone.trouble is not None
     assert gone.trouble.startswith("no answer within 0.3 s")
     looked = sight(watched, "b").looked
-    assert sight(watched, "b").up
-    seen(watched, "the other is asked on", lambda s: s.looked > looked, "b")
+    # On a loaded machine that one, too, may need longer than 0.3 s for an answer; it is asked again.
+    seen(watched, "the other is asked on", lambda s: s.up and s.looked > looked, "b")
+    assert not hangs.answering.is_set()
     hangs.answering.set()
     seen(watched, "it is there again", lambda s: s.up)
 
@@ -175,9 +182,9 @@ def test_stop_does_not_wait_for_a_node_that_hangs(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(folder / "deaf"))
         deaf.listen()
-        before = threading.active_count()
+        before = threading.enumerate()
         watcher = Watcher("a", str(folder / "deaf"), answer_s=0.2)
         watcher.start()
         watcher.stop()
         assert watcher.join(time.monotonic() + 30)
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= set(before)

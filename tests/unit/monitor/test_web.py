@@ -82,6 +82,8 @@ def test_what_is_served(node: Nodes, fleet: Fleets) -> None:
         assert [(one["name"], one["up"]) for one in state["nodes"]] == [("a", True), ("gone", False)]
         assert state["nodes"][0]["failover"]["allowed"] is True
         assert state["nodes"][1]["trouble"] == "No such file or directory"
+        # It comes a moment after the node is seen.
+        wait_until(watched.watchers()[0].journal.events, "the first event")
         assert [one["event"] for one in json.loads(get(server, "/api/events?node=a")[2])] == ["MONITOR_NODE_UP"]
         assert json.loads(get(server, "/api/events?node=gone")[2]) == []
         assert set(json.loads(get(server, "/api/samples")[2])) == {"a", "gone"}

@@ -274,7 +274,8 @@ def test_what_a_primary_sees_of_its_secondary(pair: Pair, folder: Path, monkeypa
     assert "this side runs 9.9.9" in warned(peerchecks.versions, Subject("a"))
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 100)
-    assert "100 s ahead of" in warned(peerchecks.clock, Subject("a"))
+    # Less by what the question takes.
+    assert re.search(r"the secondary is (9\d|100) s ahead of", warned(peerchecks.clock, Subject("a")))
     path = folder / "a.toml"
     text = path.read_text()
     os.truncate(pair.primary.disks[0], 2 * MIB)
@@ -313,20 +314,20 @@ def test_a_secondary_that_cannot_be_reached(primary: Node, monkeypatch: pytest.M
 
 
 def test_a_check_that_hangs_holds_no_other_up(primary: Node) -> None:
-    ever = threading.Event()
+    ever, over = threading.Event(), []
 
     def hangs(_: Subject) -> Iterator[Finding]:
         ever.wait(DEADLINE_S)
+        over.append(True)
         yield finding.ok("at last")
 
     def breaks(_: Subject) -> Iterator[Finding]:
         yield finding.ok(str(1 // 0))
 
     checks = (Check("hangs", hangs, 0.2), Check("file", hostchecks.file), Check("breaks", breaks))
-    begin = time.monotonic()
     said = list(doctor.examine(primary.subject(), checks))
+    assert not over, "nobody has waited for the one that hangs"
     ever.set()
-    assert time.monotonic() - begin < 5
     assert [(name, one.result) for name, one in said] == [
         ("hangs", Result.BAD),
         ("file", Result.OK),
