@@ -302,6 +302,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 @_boundary
 def open(readonly: bool) -> Handle:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
+    Process.disconnector.admit()
     client = clients.current(Process.abilities)
     clients.watch(client)
     name = nbdkit.export_name()
@@ -311,9 +312,10 @@ def open(readonly: bool) -> Handle:
 
 
 def close(h: Handle) -> None:
-    """The client has gone."""
+    """The client has gone. When it was sent away because the process ends, its session ends with the process."""
     try:
-        h.export.close()
+        if not Process.disconnector.ending:
+            h.export.close()
     finally:
         h.threads.let_go()
 

@@ -5,6 +5,11 @@ nbdkit 1.32 ends on SIGTERM only when every client has gone (its connection thre
 memory plugin): a guest that stays attached, or a primary linked to this secondary, would hold it up for ever. So the
 process hears the signal as well, and closes the receiving half of the clients' connections: requests in flight are
 answered, then nbdkit's threads see the end of the stream and go.
+
+Only then is nbdkit told. From that instant on it answers every request that it still reads with ESHUTDOWN (its
+protocol.c), and that is an I/O error to a guest which would have waited for a connection that is lost: QEMU's
+reconnect-delay. A client that comes meanwhile, such as that guest at once, waits in `open` (`admit`): nbdkit reads no
+request of it afterwards.
 """
 
 from __future__ import annotations
@@ -22,6 +27,12 @@ from replication.server.clients import sockets
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _AGAIN_S = 0.5
+
+_LEAVING_S = 0.5
+"""How long the clients may take to go before nbdkit is told to end: those whose requests in flight take longer are
+answered nevertheless. Part of END_S, and of the 2 s within which somebody who has sent `quit` sees something happen."""
+
+_LOOK_S = 0.01
 
 _GRACE_S = 2.0
 """How long nbdkit may take to end by itself when it waits for threads that sleep for good (hangup.py)."""
@@ -51,6 +62,13 @@ class Disconnector:
         self._unended = unended
         self._cleanup = cleanup
         self._reload = reload
+        self.ending = False
+        """Whether the process has been told to end: a client that goes has not gone by itself."""
+        # nbdkit reads no more requests.
+        self._told = threading.Event()
+        # Protects the number of those that wait in `admit`.
+        self._lock = threading.Lock()
+        self._waiting = 0
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def start(self) -> None:
@@ -66,6 +84,19 @@ class Disconnector:
         """End the process in good order, as a signal would; for the control command `quit`."""
         os.write(self._write, b"\0")
 
+    def admit(self) -> None:
+        """A client opens an export. One that comes when the process is ending waits until nbdkit knows: it is served
+        nothing then, and its connection is lost."""
+        if not self.ending:
+            return
+        with self._lock:
+            self._waiting += 1
+        try:
+            self._told.wait(END_S)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
     def _wait(self) -> None:
         while (signal_number := os.read(self._read, 1)[0]) == signal.SIGHUP and self._reload is not None:
             try:
@@ -73,11 +104,15 @@ class Disconnector:
             except NO_THREAD as error:
                 log(f"nothing is read anew: {error}")
         debug(f"ending, by signal {signal_number}" if signal_number else "ending, by command")
+        self.ending = True
         try:
             threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
         except NO_THREAD as error:
             log(f"nobody sees to it that the process ends within {END_S:g} s: {error}")
+        with surviving():
+            self._have_clients_leave()
         self._shutdown()
+        self._told.set()
         # A client that nbdkit was just accepting is found the next time round.
         again = threading.Event()
         deadline = time.monotonic() + _GRACE_S
@@ -91,14 +126,24 @@ class Disconnector:
                 self._let_go_of_clients()
             again.wait(_AGAIN_S)
 
-    def _let_go_of_clients(self) -> None:
+    def _have_clients_leave(self) -> None:
+        """Disconnect the clients and wait until all have gone that are served, up to _LEAVING_S seconds."""
+        deadline = time.monotonic() + _LEAVING_S
+        while self._let_go_of_clients() > self._waiting and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+
+    def _let_go_of_clients(self) -> int:
+        """How many there are."""
+        count = 0
         for connection in self._clients():
+            count += 1
             try:
                 connection.shutdown(socket.SHUT_RD)
             except OSError as error:
                 log(f"a client had gone before it was disconnected: {error.strerror}")
             finally:
                 connection.close()
+        return count
 
     @staticmethod
     def _end_late() -> None:

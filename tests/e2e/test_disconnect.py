@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The process ends on a signal and on `quit` although clients stay connected, and answers what is in flight."""
+"""The process ends on a signal and on `quit` although clients stay connected, and answers what is in flight. Whoever
+asks for more has lost its connection, and gets no error: what reconnects, as QEMU does, notices nothing else."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections import Counter
 
 import nbd
 import pytest
 
 from lab import Lab
 from pausepoints import PausePoints
-from waiting import wait_until
+from waiting import DEADLINE_S, wait_until
 
 END_S = 5.0
+BUSY = 8
 
 
 def connect(uri: str) -> nbd.NBD:
@@ -74,3 +77,53 @@ def test_answers_the_request_in_flight_before_it_ends(lab: Lab) -> None:
     assert answered.is_set()
     server.wait_ended(END_S)
     assert server.disks[0].read_bytes()[4096:8192] == b"\x55" * 4096
+
+
+class Busy:
+    """A guest that writes one block after the other, and comes back as soon as it has lost its connection, until nobody
+    is there any more."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.ends: Counter[str] = Counter()
+        """How its connections have ended."""
+        self.writing = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            handle = nbd.NBD()
+            try:
+                handle.connect_uri(self._uri)
+            except nbd.Error:
+                return
+            try:
+                while True:
+                    handle.pwrite(b"\x55" * 512, 0)
+                    self.writing.set()
+            except nbd.Error as error:
+                refused = handle.aio_is_ready()
+                self.ends[f"refused: {error.errnum}" if refused else "lost"] += 1
+                if refused:
+                    return
+
+
+@pytest.mark.parametrize("how", ["quit", signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("export", ["top0", "disk0"])
+def test_no_request_is_refused_because_the_process_ends(lab: Lab, how: signal.Signals | str, export: str) -> None:
+    """nbdkit answers with ESHUTDOWN what it reads when it has been told to end: an I/O error, which a guest with
+    `reconnect-delay` does not expect of a restart. With so many at it, one of them is always about to ask."""
+    server = lab.secondary()
+    server.start_replication()
+    guests = [Busy(server.uri(export)) for _ in range(BUSY)]
+    for guest in guests:
+        assert guest.writing.wait(DEADLINE_S)
+    if isinstance(how, str):
+        server.execute(how)
+    else:
+        os.kill(server.pid, how)
+    server.wait_ended()
+    for guest in guests:
+        guest.thread.join(DEADLINE_S)
+        assert set(guest.ends) == {"lost"}

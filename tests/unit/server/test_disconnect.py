@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""disconnect.py: who is sent away when the process is to end, and when it is ended from here.
+"""disconnect.py: who is sent away when the process is to end, before nbdkit knows, and when it is ended from here.
 
 Each test is a process of its own: the class takes over its signals, and ends it. The script plays nbdkit.
 """
@@ -164,8 +164,8 @@ peer_listener = listen("peer")
 link, peer_served = connect("peer", peer_listener)
 peer_listener.close()
 
-disconnect._AGAIN_S = 0.001
-disconnector(control_path="control").start()
+disconnect._LEAVING_S, disconnect._AGAIN_S = 0.0, 0.001
+disconnect.Disconnector(lambda: None, "control", lambda: False, lambda: None).start()
 send()
 say("end of stream", nbd_served.recv(1))
 nbd_served.sendall(b"answer")
@@ -183,13 +183,60 @@ os._exit(0)
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "shutdown",
         "end of stream b''",
         "answered b'answer'",
         "control b'query'",
         "link b'reply'",
         "end of stream b''",
     ]
+
+
+def test_nbdkit_is_told_when_those_that_it_serves_have_gone(tmp_path: Path) -> None:
+    """It would answer with an error what it reads after that. One that comes meanwhile holds nobody up: it waits until
+    nbdkit knows, and is served nothing then."""
+    done = run(
+        """
+disconnect._LEAVING_S = disconnect._GRACE_S = disconnect.END_S = 15.0
+listener = listen("nbd")
+client, served = connect("nbd", listener)
+it = disconnect.Disconnector(lambda: say("shutdown"), None, lambda: True, lambda: say("cleanup"))
+it.admit()
+say("admitted")
+it.start()
+send()
+say("end of stream", served.recv(1))
+late_client, late_served = connect("nbd", listener)
+def opened():
+    it.admit()
+    say("told")
+    os._exit(0)
+newcomer = threading.Thread(target=opened)
+newcomer.start()
+while not it._waiting:
+    time.sleep(0.001)
+say("answered")
+served.close()
+wait_long()
+""",
+        folder=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["admitted", "end of stream b''", "answered", "shutdown", "told"]
+
+
+def test_who_does_not_go_holds_the_end_up_for_a_moment_only(tmp_path: Path) -> None:
+    done = run(
+        """
+disconnect._GRACE_S, disconnect._LEAVING_S = 0.0, 0.05
+listener = listen("nbd")
+client, served = connect("nbd", listener)
+disconnector(lambda: True).start()
+send()
+wait_long()
+""",
+        folder=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "shutdown\ncleanup\n", "")
 
 
 def test_what_does_not_end_in_time_is_left_behind() -> None:
