@@ -90,6 +90,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         finding.py              what a check has found, and what it looks at
         initial.py              the file of a new node; checking files
         guest.py                libvirt's XML and QEMU's arguments for a node
+        comparison.py           which of two nodes is newer
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host
@@ -101,6 +102,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         config.py               what a NAME stands for: its file
         handlers.py             the handlers in it
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
+        roles.py                replctl's commands by which a manager decides
         commands.py             replctl's commands
         check.py                a node as Nagios sees it
         history.py              what replication-monitor knows of all nodes
@@ -128,6 +130,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         commands.py             the QMP command table over a Node
         qmp.py                  the protocol: parsing, greeting, errors
     node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
+    role.py                     who owns the disks, as far as a node knows, and how good an owner it would be
     primary/                    the primary's half of the pair
         schedule.py             automatic checkpoints, and the warning when the last one gets old
         side.py                 all disks of a process as a primary, also one that was a secondary
@@ -202,6 +205,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         pause.py                where a test can hold a thread
     compiled.py                 which modules run: compiled ones, or their sources
     events.py stage.py errors.py
+    reason.py                   why a node does not do something, as a code
     log.py                      lines for nbdkit's log
 
 A name with a slash is a wing: its `__init__.py` says what it is for, what always holds in it, and which file to read

@@ -16,6 +16,7 @@ import errno as _errno
 import os
 
 from replication.log import log_defect
+from replication.reason import Reason
 
 FULL = frozenset((_errno.ENOSPC, _errno.EDQUOT))
 """The errnos of a store that has no room left: a file system, a quota of a user, group or project, a thin volume."""
@@ -97,8 +98,9 @@ class StillWaiting(DiskError):
 
 
 class CommandError(ReplicationError):
-    """A control command failed and changed nothing; the text is QMP's `desc`."""
+    """A control command failed and changed nothing; the text is QMP's `desc`, the reason goes beside it."""
 
-    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+    def __init__(self, desc: str, error_class: str = "GenericError", reason: Reason | None = None) -> None:
         super().__init__(desc)
         self.error_class = error_class
+        self.reason = reason

@@ -28,11 +28,13 @@ from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD, Worker
 from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
 from replication.record.ledger import Ledger, settled
-from replication.record.lineage import Lineage
+from replication.record.lineage import Lineage, compare
 from replication.record.state import Record, StateError, StateFolder
+from replication.role import Standing, judge
 from replication.secondary.disk import changing_face
 from replication.secondary.pairing import NOBODYS, Channel
 from replication.secondary.side import SecondarySide
@@ -212,6 +214,7 @@ class Node:
 
     def _look_at_disks(self) -> None:
         try:
+            self._state.note_sync(self.side.in_sync)
             self.side.look()
         except Exception as error:  # noqa: BLE001 (a role change closes the disks meanwhile; the next look is soon)
             log(f"looking at the disks: {error}")
@@ -328,14 +331,17 @@ class Node:
                     if not self._command.acquire(timeout=URGENT_S / 2):
                         raise CommandError(
                             "another command is at a step that cannot be interrupted: a checkpoint or a stop whose "
-                            "storage (of the state folder or the overlays) does not answer; try again"
+                            "storage (of the state folder or the overlays) does not answer; try again",
+                            reason=Reason.BUSY,
                         )
         elif not self._command.acquire(timeout=COMMAND_S):
-            raise CommandError(f"another command has been at work for {COMMAND_S:.0f} s")
+            raise CommandError(f"another command has been at work for {COMMAND_S:.0f} s", reason=Reason.BUSY)
         try:
             yield
-        except (StateError, GateStuck) as error:
-            raise CommandError(str(error)) from error
+        except StateError as error:
+            raise CommandError(str(error), reason=Reason.STORAGE) from error
+        except GateStuck as error:
+            raise CommandError(str(error), reason=Reason.BUSY) from error
         finally:
             self._command.release()
 
@@ -347,7 +353,9 @@ class Node:
             if self.stage in (Stage.DONE, Stage.FAILOVER) and secondary is None:
                 return
             if self.stage is Stage.FAILOVER:
-                raise CommandError("The commit after failover is still under way: try again in stage done")
+                raise CommandError(
+                    "The commit after failover is still under way: try again in stage done", reason=Reason.COMMITTING
+                )
             if self.stage is Stage.RUNNING and self._record.led and mode is not Mode.PRIMARY and secondary is None:
                 self._record.led = False
                 try:
@@ -357,7 +365,7 @@ class Node:
                     raise
                 return
             if self.stage not in (Stage.NONE, Stage.DONE):
-                raise CommandError("Block replication is running or done")
+                raise CommandError("Block replication is running or done", reason=Reason.WRONG_STAGE)
             self._state.check()  # what is saved in a file that was removed, the next process would not find
             promoted = self.stage is Stage.DONE and isinstance(self.side, SecondarySide)
             if promoted and mode is Mode.PRIMARY:
@@ -365,7 +373,8 @@ class Node:
                 return
             if mode is not None and mode is not self.side.mode:
                 raise CommandError(
-                    f"The parameter mode's value is invalid, needs {self.side.mode.value}, but got {mode.value}"
+                    f"The parameter mode's value is invalid, needs {self.side.mode.value}, but got {mode.value}",
+                    reason=Reason.WRONG_MODE,
                 )
             self.side.start(secondary, sync, discard_checkpoint)
 
@@ -389,9 +398,15 @@ class Node:
         Its guest has been moved away."""
         with self._commanding():
             if self._options.mode is not Mode.SECONDARY:
-                raise CommandError("This was started as a primary: start it with mode=secondary and its top-id instead")
+                raise CommandError(
+                    "This was started as a primary: start it with mode=secondary and its top-id instead",
+                    reason=Reason.WRONG_MODE,
+                )
             if self.stage is not Stage.DONE:
-                raise CommandError(f"Only the owner of its disks can be demoted, in stage done, not {self.stage.value}")
+                raise CommandError(
+                    f"Only the owner of its disks can be demoted, in stage done, not {self.stage.value}",
+                    reason=Reason.WRONG_STAGE,
+                )
             self._become_secondary()
 
     def _become_secondary(self) -> None:
@@ -502,7 +517,7 @@ class Node:
 
     def _secondary(self) -> SecondarySide:
         if not isinstance(self.side, SecondarySide):
-            raise CommandError(NOBODYS)
+            raise CommandError(NOBODYS, reason=Reason.NOT_SECONDARY)
         return self.side
 
     def pair(
@@ -598,7 +613,8 @@ class Node:
         except StateError as error:
             raise CommandError(
                 f"{error}. Nothing has changed. Try again when the storage of the state folder answers, or use force: "
-                "then this process fails over all the same, and saves that as soon as it can"
+                "then this process fails over all the same, and saves that as soon as it can",
+                reason=Reason.STORAGE,
             ) from error
 
     def _check_running(self) -> bool:
@@ -606,14 +622,16 @@ class Node:
         if self.stage in (Stage.FAILOVER, Stage.DONE):
             return False
         if self.stage is not Stage.RUNNING:
-            raise CommandError("Block replication is not running")
+            raise CommandError("Block replication is not running", reason=Reason.NOT_RUNNING)
         return True
 
     def retry(self, force: bool = False) -> None:
         """replication-retry: go on with a commit that has failed."""
         with self._commanding():
             if self.stage is not Stage.FAILOVER_FAILED:
-                raise CommandError(f"There is no failed commit to retry: the stage is {self.stage.value}")
+                raise CommandError(
+                    f"There is no failed commit to retry: the stage is {self.stage.value}", reason=Reason.WRONG_STAGE
+                )
             self.side.retry(force)
 
     def lost_heartbeat(self) -> None:
@@ -632,8 +650,37 @@ class Node:
             "checkpoint": self._state.checkpoint,
             "node": self._record.node,
             "generation": self._ancestry.lineage.current,
+            "lineage": self._ancestry.lineage.to_json(),
+            "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             **self.side.query(),
         }
+
+    def compare(self, lineage: Lineage) -> dict[str, Any]:
+        """replication-compare: how this node's content is to one of that lineage."""
+        mine = self._ancestry.lineage
+        relation, common = compare(mine, lineage)
+        return {
+            "relation": relation.value,
+            "generation": mine.current,
+            "other": lineage.current,
+            "common": common or None,
+        }
+
+    def query_role(self) -> dict[str, Any]:
+        """query-role."""
+        record, lineage = self._record, self._ancestry.lineage
+        return judge(
+            Standing(
+                mode=self.side.mode,
+                stage=self.stage,
+                inconsistent=record.inconsistent,
+                paired_before=bool(lineage.current or lineage.incoming),
+                alone=not lineage.shared,
+                met=self.side.met,
+                in_step=self.side.in_step,
+                checkpoint_age_s=self._state.checkpoint["age"],
+            )
+        ).to_json()
 
     def query_failover(self) -> dict[str, Any]:
         """query-failover."""

@@ -187,6 +187,21 @@ class Side(ABC):
 
     @property
     @abstractmethod
+    def in_sync(self) -> bool:
+        """Whether the nodes are in sync at this moment."""
+
+    @property
+    @abstractmethod
+    def in_step(self) -> bool:
+        """Whether they are, or were when the link was lost or ended: nothing is known to be missing."""
+
+    @property
+    @abstractmethod
+    def met(self) -> bool:
+        """Whether this process has come to an agreement with the other node."""
+
+    @property
+    @abstractmethod
     def bytes_served(self) -> int:
         """Read and written by clients since the side is there."""
 

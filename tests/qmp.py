@@ -19,10 +19,12 @@ from waiting import DEADLINE_S, Stuck, wait_until
 class QmpError(Exception):
     """The server answered a command with an error."""
 
-    def __init__(self, desc: str, error_class: str) -> None:
+    def __init__(self, desc: str, error_class: str, code: str | None = None) -> None:
         super().__init__(desc)
         self.desc = desc
         self.error_class = error_class
+        self.code = code
+        """Of the reason, where the node gives one."""
 
     @property
     def cls(self) -> str:
@@ -110,7 +112,7 @@ class Qmp:
             with _raw(f"an answer to {command}"):
                 return self._client.execute(command, values, self._deadline(timeout_s))
         except Refused as error:
-            raise QmpError(error.desc, error.error_class) from None
+            raise QmpError(error.desc, error.error_class, error.code) from None
 
     def wait_event(
         self,

@@ -24,12 +24,13 @@ from .lines import Gone, Lines, Nonsense, Step
 
 
 class Refused(Exception):
-    """A command was answered with an error; the text is its description."""
+    """A command was answered with an error; the text is its description, the code that of the reason, if it has one."""
 
-    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+    def __init__(self, desc: str, error_class: str = "GenericError", code: str | None = None) -> None:
         super().__init__(desc)
         self.desc = desc
         self.error_class = error_class
+        self.code = code
 
 
 class Unwelcome(Gone):
@@ -77,7 +78,12 @@ class Qmp:
         message = self._answer(self._serial, deadline)
         if "error" in message:
             error = message["error"]
-            raise Refused(str(error.get("desc", error)), str(error.get("class", "GenericError")))
+            code = error.get("code")
+            raise Refused(
+                str(error.get("desc", error)),
+                str(error.get("class", "GenericError")),
+                code if isinstance(code, str) else None,
+            )
         if "return" not in message:
             raise Malformed
         return message["return"]

@@ -11,6 +11,7 @@ from .values import (
     human_bytes,
     human_checkpoint,
     human_error,
+    human_lineage,
     human_link,
     human_member,
     human_time,
@@ -34,6 +35,8 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "epoch": human_value,
     "checkpoint": human_checkpoint,
     "link": human_link,
+    "lineage": human_lineage,
+    "in-sync-until": human_time,
 }
 
 DISK_COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {

@@ -92,6 +92,18 @@ def human_link(link: object) -> str:
     return ", ".join([human_value(link.get("state")), *rest])
 
 
+def human_lineage(lineage: object) -> str:
+    """query-replication's `lineage`, without the ids of all that it comes from."""
+    if not isinstance(lineage, dict) or not isinstance(lineage.get("history"), list):
+        return human_value(lineage)
+    if not lineage.get("current"):
+        return "never part of a pair" if not lineage.get("incoming") else f"receiving {printable(lineage['incoming'])}"
+    came_from = f", comes from {printable(lineage['history'][0])}" if lineage["history"] else ""
+    shared = ", the other node may have it" if lineage.get("shared") else ""
+    incoming = f", receiving {printable(lineage['incoming'])}" if lineage.get("incoming") else ""
+    return f"{printable(lineage['current'])}{came_from}{shared}{incoming}"
+
+
 def human_member(name: str, value: object) -> str:
     """A member this tool knows only by its name."""
     return human_bytes(value) if name.endswith("bytes") else human_value(value)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from replication.control import qmp
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
+from replication.record.lineage import Lineage
 from replication.stage import Mode
 
 
@@ -62,6 +63,12 @@ class Replicated(Protocol):
 
     def query_failover(self) -> dict[str, Any]:
         """The answer of query-failover."""
+
+    def query_role(self) -> dict[str, Any]:
+        """The answer of query-role."""
+
+    def compare(self, lineage: Lineage) -> dict[str, Any]:
+        """How this node's content is to one of that lineage."""
 
     def query_jobs(self) -> list[dict[str, Any]]:
         """The answer of query-jobs."""
@@ -183,6 +190,12 @@ class Commands:
     def _query_failover(self, _arguments: Mapping[str, Any]) -> Any:
         return self._node.query_failover()
 
+    def _query_role(self, _arguments: Mapping[str, Any]) -> Any:
+        return self._node.query_role()
+
+    def _compare(self, arguments: Mapping[str, Any]) -> Any:
+        return self._node.compare(read_lineage(arguments["lineage"]))
+
     # Jobs
 
     def _query_jobs(self, _arguments: Mapping[str, Any]) -> Any:
@@ -238,6 +251,8 @@ class Commands:
         "replication-retry": Command(_retry, {"force": Argument("boolean")}),
         "query-replication": Command(_query),
         "query-failover": Command(_query_failover),
+        "query-role": Command(_query_role),
+        "replication-compare": Command(_compare, {"lineage": Argument("object", required=True)}),
         "query-jobs": Command(_query_jobs),
         "job-cancel": Command(_job_cancel, {"id": Argument("string", required=True)}),
         "job-dismiss": Command(_job_dismiss, {"id": Argument("string", required=True)}),
@@ -251,8 +266,16 @@ TABLE = Commands.TABLE
 """The commands by name, in the order in which query-commands lists them."""
 
 _QUERIES = tuple(name for name in TABLE if name.startswith("query-"))
-URGENT = (*_QUERIES, "x-colo-lost-heartbeat", "quit", "replication-get-error")
+URGENT = (*_QUERIES, "x-colo-lost-heartbeat", "quit", "replication-get-error", "replication-compare")
 """Commands that must get through whoever else is connected; so must a stop that is a failover (`is_urgent`)."""
+
+
+def read_lineage(value: Mapping[str, Any]) -> Lineage:
+    """The `lineage` of another node's query-replication; CommandError unless it is one."""
+    try:
+        return Lineage.from_json(dict(value))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"Invalid parameter 'lineage': {error}") from error
 
 
 def is_urgent(name: str, arguments: Mapping[str, Any]) -> bool:

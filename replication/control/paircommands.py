@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from replication.control import qmp
-from replication.control.commands import Commands
+from replication.control.commands import Commands, read_lineage
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
 from replication.record.lineage import Lineage, check_id
@@ -91,10 +91,7 @@ class PairCommands:
         if not 0.0 < timeout_s <= 3600.0:
             raise CommandError("Parameter 'timeout' expects seconds")
         _check_epoch(arguments["epoch"])
-        try:
-            lineage = Lineage.from_json(arguments["lineage"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CommandError(f"Invalid parameter 'lineage': {error}") from error
+        lineage = read_lineage(arguments["lineage"])
         return self._node.pair(
             self._channel, arguments["node"][:64], lineage, disks, arguments["epoch"], float(timeout_s)
         )

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from replication import VERSION
 from replication.errors import CommandError
 from replication.log import log_defect
+from replication.reason import Reason
 
 # The largest real message is a few hundred bytes; this leaves room for any sane `id` and bounds a client's memory.
 MESSAGE_BYTES_MAX = 1 << 20
@@ -201,9 +202,10 @@ def encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, allow_nan=False).encode() + b"\r\n"
 
 
-def error_message(desc: str, error_class: str = "GenericError") -> dict[str, Any]:
-    """An error as QMP wraps it, without `id`."""
-    return {"error": {"class": error_class, "desc": desc}}
+def error_message(desc: str, error_class: str = "GenericError", reason: Reason | None = None) -> dict[str, Any]:
+    """An error as QMP wraps it, without `id`; with the code of the reason, if there is one, which QMP has not."""
+    code = {} if reason is None else {"code": reason.value}
+    return {"error": {"class": error_class, "desc": desc, **code}}
 
 
 def version() -> dict[str, Any]:
@@ -315,7 +317,7 @@ class Session:
             answer = self._dispatch(name, arguments)
             return encode({"return": answer.value} | identity), answer.after
         except CommandError as error:
-            return encode(error_message(str(error), error.error_class) | identity), None
+            return encode(error_message(str(error), error.error_class, error.reason) | identity), None
         except Exception as error:  # noqa: BLE001
             # A defect of ours: the operator gets the trace in nbdkit's log, the client one line and its connection.
             log_defect(error)

@@ -29,6 +29,7 @@ from replication.errors import DiskError, ReplicationError
 from replication.options import DATA_EXPORT, Durability
 from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.lineage import Lineage, Verdict, check_id, decide, new_id
 from replication.record.state import StateError, check_epoch
@@ -50,6 +51,10 @@ _PART_MIN = 64 << 20
 
 class Refusal(ReplicationError):
     """The other side, or what the two sides descend from, does not allow it: a person has to do something."""
+
+    def __init__(self, text: str, reason: Reason | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 @dataclass
@@ -144,7 +149,7 @@ class Dialler:
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
-            raise Refusal(f"the secondary {uri} refuses: {error}") from error
+            raise Refusal(f"the secondary {uri} refuses: {error}", error.reason) from error
         except BaseException:
             agreement.close()
             raise
@@ -200,7 +205,7 @@ class Dialler:
         if former is not None and former != agreement.node:
             raise Refusal(f"what answers at {uri} is another secondary than it was: stop, then start with it")
         if decision.verdict is Verdict.REFUSED:
-            raise Refusal(decision.reason)
+            raise Refusal(decision.reason, decision.code)
         agreement.verdict = Verdict.EQUAL if sync == "none" else decision.verdict
         if sync == "full" and agreement.verdict is Verdict.EQUAL:
             # Two new nodes, and who starts them says that the disks are not equal: this is the first copy, before which
@@ -364,7 +369,7 @@ class Dialler:
                 # It has changed nothing there, and nobody else has what this node had: so nothing has changed here.
                 with contextlib.suppress(StateError):
                     self._ancestry.become(lambda lineage: former if lineage == settled else lineage)
-            raise Refusal(f"the secondary {agreement.uri} refuses: {error}") from error
+            raise Refusal(f"the secondary {agreement.uri} refuses: {error}", error.reason) from error
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or

@@ -81,6 +81,8 @@ class Link:
         self._changed = threading.Condition(self._lock)
         self._state = LinkState.DISCONNECTED
         self._agreement: Agreement | None = None
+        self.met = False
+        """There has been an agreement: what the secondary descends from was known then."""
         self._wanted = False
         # A loss has been noticed and is being told: no attempt to connect begins before.
         self._losing = False
@@ -149,7 +151,7 @@ class Link:
         with self._changed:
             taken = not self._closing and self._agreement is None and (begin or self._wanted)
             if taken:
-                self._wanted = True
+                self._wanted = self.met = True
                 self._reason = self._obstacle = self._untold = None
                 told, self._told = self._told, None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):

@@ -32,6 +32,7 @@ from replication.errors import DiskError, ReplicationError
 from replication.log import log_defect
 from replication.options import CONTROL_EXPORT
 from replication.order.worker import NO_THREAD
+from replication.reason import Reason
 
 CONTROL_DESCRIPTION = "control: QMP for the primary"
 CONTROL_SIZE = 1 << 20
@@ -67,7 +68,11 @@ OnLost = Callable[[DiskError], None]
 
 
 class PeerError(ReplicationError):
-    """The secondary refused a command; the text is its own `desc`."""
+    """The secondary refused a command; the text is its own `desc`, the reason that of its code, if it is known."""
+
+    def __init__(self, desc: str, reason: Reason | None = None) -> None:
+        super().__init__(desc)
+        self.reason = reason
 
 
 class _Call:
@@ -314,7 +319,7 @@ class Peer:
             desc = error.get("desc") if isinstance(error, dict) else None
             if not isinstance(desc, str):
                 raise self._nonsense("an error of wrong types")
-            refusal = PeerError(_one_line(desc))
+            refusal = PeerError(_one_line(desc), _reason(error.get("code")))
         if number is None and refusal is not None:
             raise self._nonsense(f"an error that answers no command: {refusal}")
         with self._lock:
@@ -365,6 +370,11 @@ def _pread(buffer: bytearray, offset: int, handle: nbd.NBD, done: Completion) ->
 
 def _pwrite(data: bytes, handle: nbd.NBD, done: Completion) -> None:
     handle.aio_pwrite(data, 0, done)
+
+
+def _reason(code: object) -> Reason | None:
+    """None for one of a later version, and where an older one gives none."""
+    return next((reason for reason in Reason if reason.value == code), None)
 
 
 def _one_line(text: str) -> str:

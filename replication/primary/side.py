@@ -26,10 +26,11 @@ from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking
 from replication.primary.forward import Forwarder
-from replication.primary.link import Link
+from replication.primary.link import Link, LinkState
 from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
 from replication.primary.watch import Watch
+from replication.reason import Reason
 from replication.record.binding import Doubts
 from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
@@ -232,7 +233,7 @@ class PrimarySide(Side):
         except (DiskError, Refusal) as error:
             for disk in self.disks:
                 disk.changes.drop_claim()
-            raise CommandError(f"cannot start: {error}") from error
+            raise _cannot_start(error) from error
         record = self._set.record
         former = (record.secondary, record.replaced, record.partner)
         try:
@@ -266,7 +267,7 @@ class PrimarySide(Side):
             record.secondary, record.replaced, record.partner = former
             agreement.close()
             if isinstance(error, DiskError | Refusal):
-                raise CommandError(f"cannot start: {error}") from error
+                raise _cannot_start(error) from error
             raise
         self._link.establish(agreement, begin=True)
         if discard_checkpoint:
@@ -386,7 +387,8 @@ class PrimarySide(Side):
         if checkpoint:
             raise CommandError("This is a primary: the last checkpoint is its secondary's, so give it up there")
         raise CommandError(
-            "This is a primary: run discard on the node whose changes are to be thrown away, as a secondary"
+            "This is a primary: run discard on the node whose changes are to be thrown away, as a secondary",
+            reason=Reason.WRONG_MODE,
         )
 
     def _pass_ended(self) -> None:
@@ -457,7 +459,7 @@ class PrimarySide(Side):
         raise AssertionError("a primary is never in stage failover-failed")
 
     def query_failover(self) -> dict[str, Any]:
-        raise CommandError("This is a primary: failover is a matter of its secondary")
+        raise CommandError("This is a primary: failover is a matter of its secondary", reason=Reason.WRONG_MODE)
 
     # -- link ----------------------------------------------------------------------------------------------
 
@@ -526,6 +528,18 @@ class PrimarySide(Side):
             ],
         }
 
+    @property
+    def in_sync(self) -> bool:
+        return self._link.state is LinkState.IN_SYNC
+
+    @property
+    def in_step(self) -> bool:
+        return not any(disk.changes.marked_bytes for disk in self.disks)
+
+    @property
+    def met(self) -> bool:
+        return self._link.met
+
     def configure(self) -> None:
         self._budget.resize(self._set.options.queue_limit)
         self._resync.limit(self._set.options.resync_rate)
@@ -578,3 +592,8 @@ class PrimarySide(Side):
     def _let_go(self) -> None:
         for disk in self.disks:
             disk.close()
+
+
+def _cannot_start(error: DiskError | Refusal) -> CommandError:
+    reason = error.reason if isinstance(error, Refusal) else Reason.PEER_UNREACHABLE
+    return CommandError(f"cannot start: {error}", reason=reason)

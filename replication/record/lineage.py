@@ -34,6 +34,8 @@ import secrets
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from replication.reason import Reason
+
 HISTORY_MAX = 32
 """Former generations that are remembered; one that was forgotten is unknown, which is refused, not overwritten."""
 
@@ -190,10 +192,23 @@ class Verdict(enum.Enum):
 
 
 class Decision(NamedTuple):
-    """The reason is one line; that of a refusal says what to do."""
+    """The reason is one line; that of a refusal says what to do, and has a code."""
 
     verdict: Verdict
     reason: str
+
+    @property
+    def code(self) -> Reason | None:
+        """Of a refusal."""
+        return _CODES.get(self.reason)
+
+
+_CODES = {
+    SPLIT_BRAIN: Reason.SPLIT_BRAIN,
+    OUTDATED: Reason.PEER_NEWER,
+    UNRELATED: Reason.UNRELATED,
+    UNFINISHED: Reason.UNFINISHED_COPY,
+}
 
 
 def decide(primary: Lineage, secondary: Lineage) -> Decision:
@@ -232,3 +247,38 @@ def _refusal(primary: Lineage, secondary: Lineage) -> str:
     if primary.known & secondary.known:
         return SPLIT_BRAIN
     return UNRELATED
+
+
+class Relation(enum.Enum):
+    """How the content of one node is to that of another one."""
+
+    SAME = "same"
+    """Both are of one generation. A secondary's is its checkpoint, so its primary may be ahead of it."""
+    NEWER = "newer"
+    """It comes from the other one's: to overwrite that loses nothing that the two had agreed on."""
+    OLDER = "older"
+    """The other one went on from it."""
+    DIVERGED = "diverged"
+    """Split brain: both went on from something that they have had in common."""
+    UNRELATED = "unrelated"
+    """They have nothing in common that is remembered."""
+    UNKNOWN = "unknown"
+    """One of them was never part of a pair, or has no complete copy of anything."""
+
+
+def compare(mine: Lineage, other: Lineage) -> tuple[Relation, str]:
+    """How mine is to the other one, and the newest generation that both are or come from ("" if there is none).
+
+    What a node has promised to overwrite (`discard`), and what it is receiving (`incoming`), changes nothing before it
+    is there.
+    """
+    if not mine.current or not other.current:
+        return Relation.UNKNOWN, ""
+    common = next((one for one in (mine.current, *mine.history) if one in other.known), "")
+    if mine.current == other.current:
+        return Relation.SAME, common
+    if other.current in mine.history:
+        return Relation.NEWER, common
+    if mine.current in other.history:
+        return Relation.OLDER, common
+    return (Relation.DIVERGED if common else Relation.UNRELATED), common

@@ -6,7 +6,7 @@
     epoch           one mapped page: the checkpoint in progress or last completed, its time and duration, the
                     generation that this node's own writes have begun (ancestry.py), the boot of the host in which
                     a primary has opened the folder, until it closes it, the boot-time clock of that checkpoint, and
-                    what binds the files of the folder together (binding.py)
+                    what binds the files of the folder together (binding.py); until when the nodes were in sync
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     NAME.unflushed  what of a disk was written and not flushed (disk/unflushed.py)
@@ -71,6 +71,8 @@ _HELD = 16
 """Which words of the epoch page have the number of the last epoch that a primary has cut to be held, and its boot."""
 _ASKED = 18
 """Which word of the epoch page has the number of the last checkpoint if that is the primary's for it, else 0."""
+_SYNCED = 19
+"""Which word of the epoch page has the moment (seconds since 1970) until which the nodes were in sync."""
 _UNKNOWN_HOLDS = 1 << 20
 """More epochs than a primary can have held since its page was last written out: 30 s."""
 EPOCH_MAX = 1 << 62
@@ -246,6 +248,8 @@ class StateFolder:
         self._lock_fd = -1
         self._epoch_fd = -1
         self._binding = Binding(self)
+        # Until when the nodes were in sync, while they are (`note_sync`).
+        self._synced: float | None = None
         # Without a folder: the maps, by name.
         self._kept: dict[str, mmap.mmap] = {}
         self._file = None if path is None else TwinFile(self.file("state.json"))
@@ -442,6 +446,26 @@ class StateFolder:
             return 0
         return number if self._words[_HELD + 1] == _boot_word() else number + _UNKNOWN_HOLDS
 
+    # -- in sync -------------------------------------------------------------------------------------------
+
+    def note_sync(self, in_sync: bool) -> None:
+        """Called a few times a second. Stored only when it ends, so that an idle pair writes nothing."""
+        if in_sync:
+            self._synced = time.time()
+        elif self._synced is not None:
+            synced, self._synced = self._synced, None
+            self.put_if_room(_SYNCED, *struct.unpack("Q", struct.pack("d", synced)))
+
+    @property
+    def in_sync_until(self) -> float | None:
+        """Seconds since 1970; None when it is not known ever to have been. A process that was killed in sync is known
+        to have been until the last checkpoint of the pair."""
+        (noted,) = struct.unpack("d", struct.pack("Q", self._words[_SYNCED]))
+        known = [moment for moment in (noted, self._synced or 0.0) if math.isfinite(moment) and moment > 0]
+        if self.asked and self.epoch and (taken := self.checkpoint["time"]) is not None:
+            known.append(taken)
+        return max(known, default=None)
+
     # -- a primary's host ----------------------------------------------------------------------------------
 
     @property
@@ -570,6 +594,8 @@ class StateFolder:
 
     def close(self, good: bool = False) -> None:
         """Let the folder go; `good`: the process ends in good order."""
+        if self._epoch is not None:
+            self.note_sync(False)
         if good and self._epoch is not None:
             self._binding.close()
         if self._file is not None:

@@ -17,13 +17,11 @@ from replication.client.session import Session, Unusable
 
 from . import completion, nodes
 from .outcome import Exit, Failed, failure, report
-from .table import TABLE, On, Row, positive_seconds, row_of
-
-TIMEOUT_S = 60.0
+from .table import SOON_S, TABLE, TIMEOUT_S, On, Row, positive_seconds, row_of
 
 _EPILOG = (
     "Exit codes: 0 done; 1 the node answered with an error; 2 wrong usage; 3 the node is not running; 4 it does not "
-    "answer. (Without a NAME, a node that cannot be reached is 2.)"
+    "answer; 5 a wait was in vain. (Without a NAME, a node that cannot be reached is 2 for commands of version 0.2.)"
 )
 
 _VALUED = ("--control", "--state", "--node", "--timeout")
@@ -46,8 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--timeout",
         metavar="SECONDS",
         type=positive_seconds,
-        default=TIMEOUT_S,
-        help="longest wait for an answer of the node (default: %(default)g)",
+        help=f"longest wait for an answer of the node (default: {TIMEOUT_S:g}, or {SOON_S:g} where a manager decides)",
     )
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for row in TABLE:
@@ -84,6 +81,8 @@ def run(arguments: list[str]) -> Exit:
         completion.show(arguments[1:])
         return Exit.DONE
     options = parser().parse_args(with_node(arguments))
+    if options.timeout is None:
+        options.timeout = options.row.timeout_s
     try:
         _run(options)
         sys.stdout.flush()
@@ -96,7 +95,7 @@ def run(arguments: list[str]) -> Exit:
         # Our reader (head, say) has seen enough. What Python still has buffered must not fail again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # noqa: BLE001
-        failed = failure(error, options.node)
+        failed = failure(error, options.node, distinct=options.row.distinct)
         report(failed, as_json=options.json)
         return failed.code
     return Exit.DONE

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How a command of replctl ends: the exit code, the line on stderr, and the same as JSON.
 
-replctl(8) promises the numbers. A socket that is given by its path has 2 where a node by its name has 3 or 4: programs
-that have used replctl with a path since its first version tell "refused" from "anything else" by it.
+replctl(8) promises the numbers. A socket that is given by its path has 2 where a node by its name has 3 or 4, for the
+commands of version 0.2: programs that have used replctl with a path since its first version tell "refused" from
+"anything else" by it. Later commands are `distinct`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Exit(IntEnum):
     """Wrong usage, an unknown name, a file that cannot be used; a socket given by path at which nobody answers."""
     NOT_RUNNING = 3
     NO_ANSWER = 4
+    TIMED_OUT = 5
+    """What was waited for has not come."""
     INTERRUPTED = 130
     """128 + SIGINT, as a shell reports it."""
 
@@ -47,19 +50,22 @@ class Failure:
     reason: str
     """Of the JSON form: refused, usage, not-running, no-answer, unexpected."""
     text: str
+    refusal: str | None = None
+    """Of the node: the code of its reason."""
 
 
-def failure(error: Exception, node: str | None) -> Failure:
-    """What `error` comes to. `node`: the name by which the node was given, if it was."""
+def failure(error: Exception, node: str | None, *, distinct: bool = False) -> Failure:
+    """What `error` comes to. `node`: the name by which the node was given, if it was. `distinct`: of a command that
+    tells also by a path what is wrong."""
+    distinct |= node is not None
     match error:
         case Refused():
-            return Failure(Exit.REFUSED, "refused", str(error))
-        case NotRunning() if node is not None:
-            return Failure(Exit.NOT_RUNNING, "not-running", f"{node} is not running: {error}")
+            return Failure(Exit.REFUSED, "refused", str(error), error.code)
         case NotRunning():
-            return Failure(Exit.USAGE, "not-running", str(error))
+            text = str(error) if node is None else f"{node} is not running: {error}"
+            return Failure(Exit.NOT_RUNNING if distinct else Exit.USAGE, "not-running", text)
         case Unreachable():
-            return Failure(Exit.USAGE if node is None else Exit.NO_ANSWER, "no-answer", str(error))
+            return Failure(Exit.NO_ANSWER if distinct else Exit.USAGE, "no-answer", str(error))
         case Unusable():
             return Failure(Exit.USAGE, "usage", str(error))
         case ImportError():
@@ -75,5 +81,7 @@ def report(failed: Failure, *, as_json: bool) -> None:
     """Print it: a line on stderr, and with --json an object on stdout as well."""
     if as_json:
         said = {"code": int(failed.code), "reason": failed.reason, "text": failed.text}
+        if failed.refusal is not None:
+            said["refusal"] = failed.refusal
         print(json.dumps({"failed": said}), flush=True)
     print(f"replctl: {printable(failed.text)}", file=sys.stderr)

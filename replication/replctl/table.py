@@ -20,7 +20,13 @@ LIST_S = 3.0
 RECONNECT_S = 60
 """A restart of a node takes seconds, a repair by hand longer."""
 
+TIMEOUT_S = 60.0
+SOON_S = 5.0
+"""For commands by which a manager decides: a cluster's monitor has 20 s, a hook of libvirt holds up a guest's start."""
+WAIT_S = 60.0
+
 _COMMANDS = "replication.client.commands"
+_ROLES = "replication.client.roles"
 
 
 class On(Enum):
@@ -51,6 +57,10 @@ class Row:
     on: On = On.NODE
     asks: Callable[[argparse.Namespace], bool] = lambda options: False
     """Whether it will ask for confirmation: refused before anything else where there is nobody to ask."""
+    timeout_s: float = TIMEOUT_S
+    """Longest wait for an answer, unless --timeout is given."""
+    distinct: bool = False
+    """Whether a node that is down, or hangs, has an exit code of its own also where it is given by a path."""
 
     def function(self) -> Callable[..., Any]:
         """Imports the module."""
@@ -96,6 +106,10 @@ def limits(text: str) -> dict[str, float]:
 
 
 YES = flag("--yes", "do not ask")
+
+STAGES = ("none", "running", "failover", "failover-failed", "done")
+LINKS = ("disconnected", "connecting", "synchronizing", "in-sync", "lost")
+ROLES = ("primary", "secondary")
 
 RECONNECT = argument(
     "--reconnect",
@@ -287,6 +301,53 @@ TABLE: tuple[Row, ...] = (
         (RECONNECT,),
         on=On.CONFIG,
     ),
+    Row("role", f"{_ROLES}:role", "print who the node is: primary or secondary", timeout_s=SOON_S, distinct=True),
+    Row(
+        "score",
+        f"{_ROLES}:score",
+        "print how good an owner of the disks the node would be; 0: none",
+        timeout_s=SOON_S,
+        distinct=True,
+    ),
+    Row(
+        "may-run",
+        f"{_ROLES}:may_run",
+        "say by the exit code whether a guest may run on this node now: 0 yes, 1 no, 3 it cannot be told",
+        on=On.SOCKET,
+        timeout_s=SOON_S,
+    ),
+    Row(
+        "compare",
+        "replication.replctl.comparison:compare",
+        "say which of two nodes is newer, or that they cannot be compared",
+        (
+            argument("a", metavar="A", complete="nodes", help="a node, its control socket or its state folder"),
+            argument("b", metavar="B", complete="nodes", help="the other one"),
+        ),
+        on=On.HOST,
+        distinct=True,
+    ),
+    Row(
+        "wait",
+        f"{_ROLES}:wait",
+        "wait until the node is as it is wanted",
+        (
+            argument("--stage", choices=STAGES, action="append", help="its stage; again: or another one"),
+            argument("--link", choices=LINKS, action="append", help="the state of its link; again: or another one"),
+            argument("--role", choices=ROLES, action="append", help="its role"),
+            argument(
+                "--timeout",
+                metavar="SECONDS",
+                dest="wait_s",
+                type=positive_seconds,
+                default=WAIT_S,
+                help="how long at most (default: %(default)g)",
+            ),
+        ),
+        on=On.SOCKET,
+        timeout_s=SOON_S,
+    ),
+    Row("quit", f"{_ROLES}:quit_node", "end the node in good order", distinct=True),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row("error", f"{_COMMANDS}:error", "exit with code 1 and an error if replication has failed"),
     Row(

@@ -15,6 +15,7 @@ from replication.log import log
 from replication.order.gate import DRAIN_S, GateStuck
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD
+from replication.reason import Reason
 from replication.record.state import StateError
 from replication.secondary.commit import Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
@@ -55,13 +56,14 @@ class Failover:
     def preflight(self) -> dict[str, Any]:
         """What query-failover returns."""
         record = self._set.record
-        refusal = None
+        refusal, reason = None, None
         if record.stage is Stage.NONE:
-            refusal = "Block replication is not running"
+            refusal, reason = "Block replication is not running", Reason.NOT_RUNNING
         elif record.stage is not Stage.RUNNING:
             refusal = f"The secondary has failed over already: its stage is {record.stage.value}"
+            reason = Reason.FAILED_OVER
         elif record.inconsistent is not None:
-            refusal = f"Failover is refused: {forceful(record.inconsistent)}"
+            refusal, reason = f"Failover is refused: {forceful(record.inconsistent)}", Reason.NO_CHECKPOINT
         to_commit = 0
         if record.stage is not Stage.DONE and record.inconsistent is None:
             stacks = [disk.stack for disk in self._disks]
@@ -69,7 +71,7 @@ class Failover:
         rate = record.commit_rate or COMMIT_RATE
         return {
             "allowed": refusal is None,
-            **({} if refusal is None else {"reason": refusal}),
+            **({} if refusal is None or reason is None else {"reason": refusal, "code": reason.value}),
             "force": record.inconsistent is not None,
             "stage": record.stage.value,
             "epoch": self._set.state.epoch,

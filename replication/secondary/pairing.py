@@ -33,6 +33,7 @@ from typing import Any
 
 from replication.errors import CommandError, DiskError
 from replication.order.pause import pause
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.lineage import Lineage, Verdict, decide
 from replication.secondary.disk import SecondaryDisk
@@ -98,6 +99,8 @@ class Pairing:
         self.leaving = False
         """This node is about to stop as planned: the primary is asked to end its stream at one instant."""
         self._session: Session | None = None
+        self.met = False
+        """A primary has come to an agreement with this process."""
         # What the primary has offered with "complete": generation and history, until a checkpoint adopts it.
         self._offered: tuple[str, tuple[str, ...]] | None = None
 
@@ -168,11 +171,12 @@ class Pairing:
         former = self._session
         if former is not None and former.node != node and not former.lost:
             raise CommandError(
-                f"it has a primary already (node {former.node}), which was heard of {former.silent_s:.1f} s ago"
+                f"it has a primary already (node {former.node}), which was heard of {former.silent_s:.1f} s ago",
+                reason=Reason.HAS_PRIMARY,
             )
         decision = decide(lineage, self._ancestry.lineage)
         if decision.verdict is Verdict.REFUSED:
-            raise CommandError(decision.reason)
+            raise CommandError(decision.reason, reason=decision.code)
         session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
         with self._set.gate.closed(), self._lock:
             if channel.closed:
@@ -197,7 +201,7 @@ class Pairing:
 
     def _check_stage(self) -> None:
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
-            raise CommandError(NOBODYS)
+            raise CommandError(NOBODYS, reason=Reason.NOT_SECONDARY)
 
     def map_part(self, token: str, name: str, start: int, lost: bool) -> dict[str, Any]:
         """What a disk lacks of what it was sent (`lost`: that alone), or has changed by itself since it was parted from
@@ -239,7 +243,7 @@ class Pairing:
             self._become(lambda lineage: lineage, True)
         else:
             self._become(lambda lineage: lineage.receiving(generation, keep=True), True)
-        session.agreed = True
+        session.agreed = self.met = True
 
     def _complete(self, generation: str, history: tuple[str, ...]) -> None:
         if self._set.record.resync:

@@ -23,6 +23,7 @@ from replication.order.gate import GateStuck
 from replication.order.pause import pause
 from replication.order.urgency import Haste, Overdue
 from replication.order.worker import NO_THREAD
+from replication.reason import Reason
 from replication.record.binding import Doubts
 from replication.record.lineage import new_id
 from replication.record.state import StateError
@@ -345,7 +346,7 @@ class SecondarySide(Side):
         elif stage is Stage.RUNNING:
             self._checkpoint(number)
         else:
-            raise CommandError(NOBODYS)
+            raise CommandError(NOBODYS, reason=Reason.NOT_SECONDARY)
 
     def prepare_checkpoint(self, token: str) -> None:
         """The primary is about to cut an epoch: what takes time is done before, while it forwards."""
@@ -548,7 +549,7 @@ class SecondarySide(Side):
         """Without a checkpoint: the disks are taken as they are. What the guest sees from then on is another content,
         so its requests must be out."""
         if not haste.force:
-            raise CommandError(f"Failover is refused: {forceful(inconsistent)}")
+            raise CommandError(f"Failover is refused: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
         deciding = threading.Lock()
         given_up = False
         with ExitStack() as alone:
@@ -609,7 +610,7 @@ class SecondarySide(Side):
     def retry(self, force: bool) -> None:
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
-            raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}")
+            raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
         with self._set.gate.closed():
             self._enter(Stage.FAILOVER, None)
         self._failover.begin()
@@ -652,7 +653,9 @@ class SecondarySide(Side):
             return
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
             raise CommandError(
-                f"This node is the owner of its disks (stage {self._set.record.stage.value}): make it a secondary first"
+                f"This node is the owner of its disks (stage {self._set.record.stage.value}): "
+                "make it a secondary first",
+                reason=Reason.WRONG_STAGE,
             )
         self.pairing.discard()
 
@@ -847,6 +850,20 @@ class SecondarySide(Side):
                 for disk, stack in [(disk, disk.stack) for disk in self.disks]
             ],
         }
+
+    @property
+    def in_sync(self) -> bool:
+        return self._set.record.stage is Stage.RUNNING and self.pairing.link["state"] == "in-sync" and self.in_step
+
+    @property
+    def in_step(self) -> bool:
+        lineage = self._set.ancestry.lineage
+        whole = not self._set.record.resync and not any(disk.lost.missing for disk in self.disks)
+        return whole and lineage.shared and not lineage.incoming
+
+    @property
+    def met(self) -> bool:
+        return self.pairing.met
 
     @property
     def bytes_served(self) -> int:

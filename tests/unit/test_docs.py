@@ -19,6 +19,7 @@ from replication.control.commands import TABLE
 from replication.errors import ConfigError
 from replication.fault import Case
 from replication.primary.link import LinkState
+from replication.reason import Reason
 from replication.service.handlers import EVENTS, FILTERS, read_handlers
 from replication.stage import Mode, Stage
 
@@ -262,6 +263,10 @@ def _emitted() -> set[str]:
 
 def test_every_event() -> None:
     assert {entry.plain.partition(" ")[0] for entry in PLUGIN.entries("EVENTS")} == _emitted()
+
+
+def test_every_reason_code() -> None:
+    assert [entry.plain for entry in PLUGIN.entries("REASON CODES")] == sorted(reason.value for reason in Reason)
 
 
 def test_every_state_of_the_link() -> None:

@@ -13,6 +13,8 @@ import pytest
 from replication.control import qmp
 from replication.control.commands import TABLE, Commands
 from replication.errors import CommandError
+from replication.reason import Reason
+from replication.record.lineage import Lineage
 from replication.stage import Mode
 
 JOBS = [{"id": "commit-disk0", "type": "commit", "status": "running", "current-progress": 1, "total-progress": 2}]
@@ -75,6 +77,14 @@ class Node:
     def query_failover(self) -> dict[str, Any]:
         self._record("query_failover")
         return {"allowed": True, "force": False}
+
+    def query_role(self) -> dict[str, Any]:
+        self._record("query_role")
+        return {"role": "primary", "score": 10000, "may-run": True}
+
+    def compare(self, lineage: Lineage) -> dict[str, Any]:
+        self._record("compare", lineage)
+        return {"relation": "same"}
 
     def query_jobs(self) -> list[dict[str, Any]]:
         self._record("query_jobs")
@@ -149,6 +159,13 @@ SET = "xen-set-replication"
         ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
         ("query-failover", None, [("query_failover",)], {"allowed": True, "force": False}),
+        ("query-role", None, [("query_role",)], {"role": "primary", "score": 10000, "may-run": True}),
+        (
+            "replication-compare",
+            {"lineage": Lineage("1" * 16).to_json()},
+            [("compare", Lineage("1" * 16))],
+            {"relation": "same"},
+        ),
         ("query-jobs", None, [("query_jobs",)], JOBS),
         ("job-cancel", {"id": "a"}, [("cancel_job", "a")], {}),
         ("job-dismiss", {"id": "a"}, [("dismiss_job", "a")], {}),
@@ -195,6 +212,8 @@ BOTH = {"enable": True, "primary": True}
         ("replication-retry", {"force": "yes"}, "Invalid parameter type for 'force', expected: boolean"),
         ("replication-retry", {"failover": True}, "Parameter 'failover' is unexpected"),
         ("query-failover", {"force": True}, "Parameter 'force' is unexpected"),
+        ("replication-compare", {"lineage": {}}, "Invalid parameter 'lineage': 'current'"),
+        ("replication-compare", None, "Parameter 'lineage' is missing"),
         ("replication-checkpoint", {"hold": 1}, "Invalid parameter type for 'hold', expected: boolean"),
         ("replication-checkpoint", {"epoch": 8}, "Parameter 'epoch' is unexpected"),
         ("replication-checkpoint-commit", None, "Parameter 'epoch' is missing"),
@@ -263,6 +282,11 @@ def test_refusal_of_the_node_is_the_answer(node: Node) -> None:
         assert ask(node, command) == failure("Block replication is not running", "DeviceNotActive")
 
 
+def test_a_reason_has_its_code_beside_the_text(node: Node) -> None:
+    node.refusal = CommandError("not now", reason=Reason.BUSY)
+    assert ask(node, "replication-checkpoint")["error"] == {"class": "GenericError", "desc": "not now", "code": "busy"}
+
+
 def test_error_of_replication_is_reported_in_both_ways(node: Node) -> None:
     node.error = "I/O error occurred"
     assert ask(node, "replication-get-error") == failure("I/O error occurred")
@@ -302,6 +326,8 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-retry",
         "query-replication",
         "query-failover",
+        "query-role",
+        "replication-compare",
         "query-jobs",
         "job-cancel",
         "job-dismiss",

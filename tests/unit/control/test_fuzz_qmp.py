@@ -164,7 +164,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: value is True or value is False,
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
 }
 DECLARED = st.dictionaries(
     st.sampled_from(["a", "b", "c"]),

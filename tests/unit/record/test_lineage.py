@@ -26,6 +26,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from replication.reason import Reason
 from replication.record.lineage import (
     HISTORY_MAX,
     OUTDATED,
@@ -34,7 +35,9 @@ from replication.record.lineage import (
     UNRELATED,
     Decision,
     Lineage,
+    Relation,
     Verdict,
+    compare,
     decide,
     new_id,
 )
@@ -724,3 +727,37 @@ class Meetings(RuleBasedStateMachine):
 
 Meetings.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
 TestMeetings = Meetings.TestCase
+
+
+# -- comparing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "relation", "common"),
+    [
+        (PAIRED, PAIRED, Relation.SAME, G2),
+        (PAIRED, PAIRED.moved(G3), Relation.OLDER, G2),
+        (PAIRED.diverged(G3).diverged(G4), PAIRED, Relation.NEWER, G2),
+        (PAIRED.moved(G3), PAIRED.diverged(G4), Relation.DIVERGED, G2),
+        (Lineage(G3), PAIRED, Relation.UNRELATED, ""),
+        (NEW, PAIRED, Relation.UNKNOWN, ""),
+        (NEW, NEW, Relation.UNKNOWN, ""),
+        (Lineage(incoming=G2), PAIRED, Relation.UNKNOWN, ""),
+        (replace(PAIRED, incoming=G3), PAIRED.moved(G3), Relation.OLDER, G2),
+        (PAIRED.discarding(), PAIRED, Relation.SAME, G2),
+    ],
+)
+def test_comparing_two_nodes(mine: Lineage, other: Lineage, relation: Relation, common: str) -> None:
+    opposite = {Relation.NEWER: Relation.OLDER, Relation.OLDER: Relation.NEWER}
+    assert compare(mine, other) == (relation, common)
+    assert compare(other, mine) == (opposite.get(relation, relation), common)
+
+
+def test_a_refusal_and_the_comparison_say_the_same() -> None:
+    """What `decide` refuses for being newer, or for split brain, is that to who compares."""
+    diverged = PAIRED.diverged(G4)
+    for mine, other in itertools.product((PAIRED, PAIRED.moved(G3), diverged, Lineage(G1)), repeat=2):
+        code, relation = decide(mine, other).code, compare(mine, other)[0]
+        expected = {Relation.OLDER: Reason.PEER_NEWER, Relation.DIVERGED: Reason.SPLIT_BRAIN}
+        if code is not None:
+            assert code is expected.get(relation, Reason.UNRELATED)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Why a node does not do something, as a code: what a program decides by, where a person reads the text beside it.
+
+The codes are public (nbdkit-replication-plugin(1), REASON CODES): they stay, and new ones may come.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(Enum):
+    """The value is the code."""
+
+    NOT_RUNNING = "not-running"
+    FAILED_OVER = "failed-over"
+    COMMITTING = "committing"
+    WRONG_STAGE = "wrong-stage"
+    WRONG_MODE = "wrong-mode"
+    NO_CHECKPOINT = "no-checkpoint"
+    NOT_SECONDARY = "not-secondary"
+    IS_SECONDARY = "is-secondary"
+    SPLIT_BRAIN = "split-brain"
+    PEER_NEWER = "peer-newer"
+    UNRELATED = "unrelated"
+    UNFINISHED_COPY = "unfinished-copy"
+    PEER_UNKNOWN = "peer-unknown"
+    PEER_UNREACHABLE = "peer-unreachable"
+    HAS_PRIMARY = "has-primary"
+    STORAGE = "storage"
+    BUSY = "busy"
