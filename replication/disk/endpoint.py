@@ -140,6 +140,11 @@ class NbdDisk(Disk):
             with contextlib.suppress(DiskError):
                 self._connected()
 
+    def check_settled(self, offset: int, length: int) -> None:
+        self._connected()  # what a lost connection may still do is known before there is another one
+        if self._fences:
+            self._check_fences(offset, length, f"what is read at {offset} may still change: a write there")
+
     def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
             return [Extent(offset, length, False, False)]
@@ -183,14 +188,17 @@ class NbdDisk(Disk):
     def _run(self, issue: Issue, payload: int = 0, answer: int = 0, change: tuple[int, int] | None = None) -> None:
         connection = self._connected()
         if change is not None and self._fences:
-            self._check_fences(*change)
+            offset, length = change
+            self._check_fences(
+                offset, length, f"a change of {length} bytes at {offset} is refused, because a former one there"
+            )
         connection.wait(connection.issue(issue, payload, None, answer, change))
 
-    def _check_fences(self, offset: int, length: int) -> None:
+    def _check_fences(self, offset: int, length: int, concerned: str) -> None:
         if any(fence.covers(offset, length) for fence in self._fences):
             raise DiskError(
-                f"{self.location}: a change of {length} bytes at {offset} is refused, because a former one there was "
-                "given up, and the server has neither answered it nor closed that connection",
+                f"{self.location}: {concerned} was given up, and the server has neither answered it nor closed that "
+                "connection",
                 errno.EIO,
             )
         with self._lock:

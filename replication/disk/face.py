@@ -80,6 +80,11 @@ class Disk(ABC):
         first = self.extents(offset, length, 1)[0]
         return first.length if first.zero else 0
 
+    def check_settled(self, offset: int, length: int) -> None:
+        """DiskError while a change of the range that was given up may still come, so that what is read of it now need
+        not be what it holds in the end."""
+        return
+
     def begin_flush(self, offset: int, length: int) -> None:
         """What was written to the range will have to be stable soon: begin with it, if that saves time."""
         return

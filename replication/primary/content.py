@@ -78,6 +78,10 @@ def _extents(disk: Disk, offset: int, length: int) -> list[Extent]:
 
 def known_zeroes(disk: Disk, offset: int, length: int) -> list[Entry]:
     """The zeroes at the beginning of a range as an entry, if the disk knows of a grain of them; none otherwise."""
+    try:
+        disk.check_settled(offset, length)
+    except DiskError:
+        return []
     found = look(disk, offset, length)
     if not found.zero:
         return []
@@ -86,11 +90,17 @@ def known_zeroes(disk: Disk, offset: int, length: int) -> list[Entry]:
     return [entry]
 
 
+def _read(disk: Disk, buffer: memoryview, offset: int) -> None:
+    """Read what will stay: not what a change that was given up may still overwrite, after the other side has got it."""
+    disk.check_settled(offset, len(buffer))
+    disk.read(buffer, offset)
+
+
 def what_is_read(disk: Disk, offset: int, length: int) -> list[Entry]:
     """The range as entries, read now. Grains of nothing but zeroes go without data. Unreadable."""
     data = bytearray(length)
     try:
-        disk.read(memoryview(data), offset)
+        _read(disk, memoryview(data), offset)
     except DiskError as error:
         raise Unreadable(str(error), error.errno) from error
     # Not by comparing memory views: that takes 80 times as long (a megabyte of zeroes: 0.8 ms, and 10 us so).
@@ -118,7 +128,7 @@ def what_can_be_read(disk: Disk, offset: int, length: int) -> tuple[list[Entry],
         count = min(BLOCK, offset + length - at)
         data = memoryview(bytearray(count))
         try:
-            disk.read(data, at)
+            _read(disk, data, at)
         except DiskError as error:
             failures.append((at, count, error))
             continue

@@ -94,6 +94,9 @@ class PrimaryDisk:
         self.left_behind: Callable[[str, int, int, bool], None] = _nobody
         """`left_behind(operation, offset, length, late)` is called when a write was not forwarded although there is a
         link by now; `late`: because the secondary takes too long."""
+        self.left_undefined: Callable[[], None] = _nothing
+        """Called when the local disk has refused a change: nobody knows what either disk holds there, and it is
+        marked."""
         self.ranges = RangeLock()
         # What is missing and what is queued behind it: a barrier may not pass between a resend's taking a range off the
         # one and putting it on the other. Never held across I/O.
@@ -260,13 +263,15 @@ class PrimaryDisk:
                     getattr(self.local, operation)(*arguments)
             except BaseException as error:
                 self._tell_failure(operation, offset, length, error)
-                # The guest knows that the content is undefined now. The two sides may differ, so it stays marked.
+                # The guest knows that the content is undefined now. The two sides may differ, so it stays marked until
+                # what the local disk has was read and sent.
                 changes.mark(offset, length)
                 if sync:
                     self._end_marks(entries, False)
                 elif queued:
                     forwarder.unreserve(size)
                     _end(entries)
+                self.left_undefined()
                 raise
             pause("primary-write.written")
             if queued and not sync:
@@ -431,6 +436,10 @@ class PrimaryDisk:
 
 
 def _nobody(_operation: str, _offset: int, _length: int, _late: bool) -> None:
+    """Nobody has asked to be told."""
+
+
+def _nothing() -> None:
     """Nobody has asked to be told."""
 
 

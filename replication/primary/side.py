@@ -158,6 +158,7 @@ class PrimarySide(Side):
         )
         disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
         disk.left_behind = partial(self._not_sent, disk)
+        disk.left_undefined = self._left_undefined
         disk.size = size
         disk.top_id = top_id
         self.disks.append(disk)
@@ -492,6 +493,12 @@ class PrimarySide(Side):
         looked before that write was marked."""
         self._link.desynchronized()
         self._resync.now(explicit=False)
+
+    def _left_undefined(self) -> None:
+        """The local disk has refused a guest's change, which is marked. What it holds there is read and sent, but not
+        at once: a disk that refuses much would else be read as often."""
+        self._link.desynchronized()
+        self._resync.request()
 
     def _part(self, agreement: Agreement) -> None:
         """The secondary is about to be stopped as planned."""

@@ -86,6 +86,10 @@ def test_no_newer_write_passes_one_that_was_given_up(lab: Lab) -> None:
     with pytest.raises(DiskError, match="given up"):
         disk.zero(PLACE - 4 * KIB, 5 * KIB, may_trim=True)
     disk.write([NEW], ELSEWHERE)  # the rest of the disk goes on
+    # What is read of it is not what it will be: nobody else must be given that for good.
+    with pytest.raises(DiskError, match="may still change: a write there was given up"):
+        disk.check_settled(PLACE - 4 * KIB, 5 * KIB)
+    disk.check_settled(ELSEWHERE, 4 * KIB)
 
     server.release()
 
@@ -97,6 +101,7 @@ def test_no_newer_write_passes_one_that_was_given_up(lab: Lab) -> None:
         return True
 
     wait_until(taken, "the late write has been answered")
+    disk.check_settled(PLACE - 4 * KIB, 5 * KIB)
     content = server.disk.read_bytes()
     assert content[PLACE : PLACE + len(NEW)] == NEW
     assert content[ELSEWHERE : ELSEWHERE + len(NEW)] == NEW

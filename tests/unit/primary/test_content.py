@@ -15,8 +15,9 @@ from content import make_raw, pattern
 from replication.disk.face import Disk, Extent
 from replication.disk.file import FileDisk
 from replication.errors import DiskError
+from replication.image.qcow2 import BLOCK
 from replication.primary.backlog import DATA_MAX, Entry, Kind
-from replication.primary.content import Content, known_zeroes, look, what_is_read
+from replication.primary.content import Content, Unreadable, known_zeroes, look, what_can_be_read, what_is_read
 from replication.record.changes import GRAIN
 
 KIB = 1024
@@ -186,6 +187,26 @@ def test_a_piece_of_nothing_but_zeroes_is_one_entry_and_half_a_grain_of_them_is_
     assert shown(what_is_read(local, 0, DATA_MAX)) == [(Kind.ZERO, 0, DATA_MAX)]
     local.write([b"x"], GRAIN // 2)
     assert shown(what_is_read(local, 0, GRAIN)) == [(Kind.WRITE, 0, GRAIN)]
+    local.close()
+
+
+def test_nothing_is_taken_over_that_a_late_write_may_still_change(
+    disk: Callable[..., FileDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = disk(b"", 4 * GRAIN)
+
+    def check_settled(offset: int, length: int) -> None:
+        if offset <= GRAIN < offset + length:
+            raise DiskError("in doubt")
+
+    monkeypatch.setattr(local, "check_settled", check_settled)
+    assert known_zeroes(local, 0, 4 * GRAIN) == []
+    with pytest.raises(Unreadable, match="in doubt"):
+        what_is_read(local, 0, 4 * GRAIN)
+    entries, failures = what_can_be_read(local, GRAIN, GRAIN)
+    assert [(offset, length) for offset, length, _ in failures] == [(GRAIN, BLOCK)]
+    assert shown(entries) == [(Kind.WRITE, at, BLOCK) for at in range(GRAIN + BLOCK, 2 * GRAIN, BLOCK)]
+    assert shown(known_zeroes(local, 2 * GRAIN, GRAIN)) == [(Kind.ZERO, 2 * GRAIN, GRAIN)]
     local.close()
 
 

@@ -152,7 +152,13 @@ class Bench:
         self.disk = PrimaryDisk("disk0", self.local, self.changes, forwarder, self.faults, self.ancestry, sync)
         self.disk.size = SIZE
         self.disk.stage = Stage.RUNNING
+        self.undefined = 0
+        self.disk.left_undefined = self._left_undefined
         self.pool = ThreadPoolExecutor(4)
+
+    def _left_undefined(self) -> None:
+        assert self.states[0] == MISSING  # before anybody is told
+        self.undefined += 1
 
     @property
     def states(self) -> list[int]:
@@ -507,6 +513,7 @@ def test_async_forwards_nothing_of_a_change_that_failed_locally(make: Make, kind
     assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
     assert (bench.link.put_entries, bench.link.reserved) == ([], 0)
     assert (bench.told, bench.faults.fault, bench.disk.bytes_written) == ([Case.PRIMARY_DISK], None, 0)
+    assert bench.undefined == 1
     bench.waiting(0)
 
 
@@ -521,6 +528,7 @@ def test_sync_keeps_a_change_that_failed_locally_marked_although_it_arrives(make
     bench.link.answer(entry)
     assert bench.states == [MISSING, CLEAN, CLEAN, CLEAN]
     assert (bench.told, bench.faults.fault, bench.disk.bytes_written) == ([Case.PRIMARY_DISK], None, 0)
+    assert bench.undefined == 1
     bench.waiting(0)
 
 
