@@ -331,7 +331,9 @@ class Node:
                     if not self._command.acquire(timeout=URGENT_S / 2):
                         raise CommandError(
                             "another command is at a step that cannot be interrupted: a checkpoint or a stop whose "
-                            "storage (of the state folder or the overlays) does not answer; try again",
+                            "storage (of the state folder or the overlays) does not answer; try again"
+                            + " (force does not help: which checkpoint a power cut would find is not known)"
+                            * haste.force,
                             reason=Reason.BUSY,
                         )
         elif not self._command.acquire(timeout=COMMAND_S):

@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 from checkout import PLUGIN, REPOSITORY
 from content import KIB, MIB, changed, make_raw, pattern, qemu_img, whole
 from endpoints import ABORT, DelayedEndpoint, Qemu, QemuNbd
-from mounts import MountedFolder, SharingFolder, SmallFolder
+from mounts import HangingFolder, MountedFolder, SharingFolder, SmallFolder
 from nbdprocess import NbdProcess, silent, stop_still
 from nodes import Pair, Primary, Secondary, Server, disk_name, drained, nbd_refusal, nbdkit_has, refused, top_id
 from pausepoints import PausePoints
@@ -156,6 +156,13 @@ class Lab:
         sharing = SharingFolder(self.folder / f"sharing{len(self._mounted)}", kind)
         self._mounted.append(sharing)
         return sharing
+
+    def hanging_folder(self, name: str) -> HangingFolder:
+        """The folder `name` of this lab, whose disk can hang, mounted for as long as this lab's processes;
+        PermissionError."""
+        hanging = HangingFolder(self.folder / name)
+        self._mounted.append(hanging)
+        return hanging
 
     def failed_start(self, arguments: Sequence[str], **options: Any) -> tuple[int, str]:
         """`Server.failed_start` in this folder."""

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Folders on a file system of their own: one that can be full, one whose files share blocks."""
+"""Folders on a file system of their own: one that can be full, one whose files share blocks, one whose disk hangs."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from content import KIB, MIB
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, wait_until
 
 
 class MountedFolder:
@@ -114,3 +116,58 @@ class SharingFolder(MountedFolder):
         for number, path in enumerate(files):
             command = ["cp", "--reflink=always", str(path), str(self.folder / "copies" / f"{number}")]
             subprocess.run(command, check=True, timeout=DEADLINE_S)
+
+
+class HangingFolder(MountedFolder):
+    """A file system whose disk can stop answering: ext4 in a file of a FUSE file system, whose server stands still."""
+
+    SIZE = 32 * MIB
+
+    def __init__(self, folder: Path) -> None:
+        """PermissionError also where there is no FUSE, or no server for it."""
+        image, file = folder.with_suffix(".ext4"), folder.with_suffix(".fuse")
+        with open(image, "wb") as disk:
+            disk.truncate(self.SIZE)
+        file.touch()
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+        # It goes with the test whatever happens: what stands still would hold up the file system for ever.
+        command = ["setpriv", "--pdeathsig", "KILL", "qemu-storage-daemon"]
+        command += ["--blockdev", f"driver=file,filename={image},node-name=image"]
+        command += ["--export", f"fuse,id=file,node-name=image,mountpoint={file},writable=on"]
+        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_until(
+                lambda: file.stat().st_size == self.SIZE or self._server.poll() is not None, "the file is served"
+            )
+            if self._server.poll() is not None:
+                raise PermissionError(f"no file system in FUSE: {self._server.communicate()[1].strip()}")
+            super().__init__(folder, "-t", "ext4", "-o", "loop", str(file))
+            folder.chmod(0o700)
+        except BaseException:
+            self._end()
+            raise
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Inside, nothing is written to the disk or read from it. What was written before is on it."""
+        self._run("sync", "-f").check_returncode()
+        self._server.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._server.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._server.terminate()
+        try:
+            self._server.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.communicate(timeout=DEADLINE_S)
+            raise

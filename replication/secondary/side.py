@@ -359,6 +359,10 @@ class SecondarySide(Side):
         self._check_complete()
         with self._noting_refusal():
             self._prepare_emptying()
+            if self._set.options.durability is Durability.POWER:
+                # The epoch is made stable with the gate closed, which no failover can end. A state folder that does not
+                # answer shows here, where both the failover and the guest go on.
+                self._set.save()
             with self._set.gate.closed():
                 # Again: a target write may have failed since.
                 self._check_complete()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A failover, status and quit are answered within two seconds while the storage of the state folder hangs."""
+"""A failover, status and quit are answered within two seconds while the storage of the state folder hangs.
+
+Where it hangs is forced by pause points; and once it hangs in earnest, a disk that answers nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import errno
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -26,10 +30,10 @@ class StateBench:
     """A running secondary of files, and a primary's connection to it, whose storage below the state folder can be made
     to hang: where the record (point record.sync) or the word of the checkpoint (epoch.sync) is to become stable."""
 
-    def __init__(self, lab: Lab, *arguments: str) -> None:
+    def __init__(self, lab: Lab, *arguments: str, **options: Any) -> None:
         self.points = lab.pause_points()
         self.secondary = lab.secondary(
-            contents=(BEFORE,), extra_arguments=arguments, extra_environment=self.points.environment
+            contents=(BEFORE,), extra_arguments=arguments, extra_environment=self.points.environment, **options
         )
         self.secondary.start_replication()
         self.target, self.guest = self.secondary.connect("disk0"), self.secondary.connect("top0")
@@ -139,14 +143,68 @@ def test_a_checkpoint_that_hangs_in_its_synced_step_has_a_failover_refused_in_ti
     bench.points.arm("epoch.sync")
     checkpoint = bench.execute("replication-checkpoint")
     bench.points.wait_hit("epoch.sync")
+    assert bench.refused().endswith("try again")
     desc = bench.refused({"force": True})
     assert "at a step that cannot be interrupted" in desc
-    assert "try again" in desc
+    assert "try again (force does not help: " in desc
     bench.answered()
     bench.points.release("epoch.sync")
     checkpoint.result(DEADLINE_S)
     bench.secondary.execute("replication-stop", {"failover": True})
     bench.secondary.wait_stage("done")
+
+
+def test_a_checkpoint_that_the_state_folder_holds_up_holds_up_neither_guest_nor_failover(lab: Lab) -> None:
+    """With durability=power it saves something before it closes the gate: that gives way, the synced step does not."""
+    bench = StateBench(lab, "durability=power")
+    bench.points.arm("record.sync")
+    checkpoint = bench.execute("replication-checkpoint")
+    bench.points.wait_hit("record.sync")
+    bench.guest.pwrite(GUESTS, 4 * BLOCK)
+    bench.target.pwrite(SECOND, 8 * BLOCK)
+    bench.secondary.execute("replication-stop", {"failover": True, "force": True})
+    with pytest.raises(QmpError, match="a failover has come first"):
+        checkpoint.result(DEADLINE_S)
+    assert bench.secondary.status()["stage"] == "failover"
+    bench.guest.pwrite(GUESTS, 4 * BLOCK)
+    bench.points.release("record.sync")
+    bench.finish()
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_a_disk_that_answers_nothing_below_the_state_folder(lab: Lab, durability: str) -> None:
+    """A real one: what a process cannot call back hangs in the kernel. All answers below come while it does."""
+    try:
+        hanging = lab.hanging_folder("secondary.state")
+    except PermissionError as error:
+        pytest.skip(str(error))
+    overlays = lab.folder / "overlays"
+    overlays.mkdir()
+    bench = StateBench(lab, f"durability={durability}", overlays=overlays)
+    failover = ("replication-stop", {"failover": True})
+    with hanging.hanging():
+        checkpoint = None
+        if durability == "power":
+            bench.points.arm("record.sync")
+            checkpoint = bench.execute("replication-checkpoint")
+            bench.points.wait_hit("record.sync")
+            bench.points.release("record.sync")
+        with pytest.raises(QmpError, match="Nothing has changed"):
+            bench.secondary.execute(*failover)
+        assert bench.secondary.status()["stage"] == "running"
+        bench.target.pwrite(SECOND, 8 * BLOCK)
+        bench.guest.pwrite(GUESTS, 4 * BLOCK)
+        bench.secondary.execute(failover[0], {**failover[1], "force": True})
+        with nbd_refusal(errno.ESHUTDOWN):
+            bench.target.pwrite(SECOND, 8 * BLOCK)
+        bench.guest.pwrite(GUESTS, 4 * BLOCK)
+        assert bench.guest.pread(BLOCK, 0) == BEFORE[:BLOCK]
+        assert bench.secondary.status()["stage"] == "failover"
+        bench.secondary.execute("query-failover")
+        if checkpoint is not None:
+            with pytest.raises(QmpError):
+                checkpoint.result(DEADLINE_S)
+    bench.finish()
 
 
 def test_a_process_whose_state_folder_hangs_quits(lab: Lab) -> None:
