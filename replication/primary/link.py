@@ -285,7 +285,6 @@ class Link:
         at = 0 if connection is None else agreement.connections.index(connection)
         latched = False
         with self._changed:
-            self._losing = False
             news = self._wanted and self._agreement is None
             if news:
                 latched = self._tell_lost_locked(self._disks[at].name, error)
@@ -295,6 +294,7 @@ class Link:
             log(f"the link to the secondary is lost: {error}")
             self._told = str(error)
         with self._changed:
+            self._losing = False
             self._changed.notify_all()
         self._worker.wake()
         if latched:
