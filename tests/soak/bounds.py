@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from content import MIB
@@ -126,8 +127,12 @@ class Stalls:
 class Bounds:
     """Takes what was measured, and keeps what was violated. Any thread may tell it."""
 
-    def __init__(self, timeout_s: float, stalls: Stalls | None = None) -> None:
+    def __init__(
+        self, timeout_s: float, stalls: Stalls | None = None, told: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`told(text)` is called for each violation when it is found: an hour is long."""
         self.violated: list[str] = []
+        self._told = told
         self.figures = Figures()
         self.begun = time.monotonic()
         self._timeout_s = timeout_s
@@ -143,6 +148,7 @@ class Bounds:
             self.figures.done["violations"] += 1
             if len(self.violated) < TOLD_MAX:
                 self.violated.append(f"after {time.monotonic() - self.begun:.1f} s: {text}")
+                self._told(f"violated {self.violated[-1]}")
 
     def did(self, what: str, times: int = 1) -> None:
         """Count it."""
@@ -170,13 +176,13 @@ class Bounds:
         if took > limit_s:
             self.violate(f"{command} was answered after {took:.2f} s, and may take {limit_s:g} s")
 
-    def waited(self, what: str, begun: float, ended: float, disk_s: float = 0.0) -> None:
-        """A request of the guest; its disk takes `disk_s` a request at that time."""
+    def waited(self, what: str, begun: float, ended: float, disk_s: float = 0.0, kind: str = "request") -> None:
+        """A request of the guest, a write, say; its disk takes `disk_s` a request at that time."""
         took = ended - begun - self._stalls.within(begun, ended)
         limit_s = WAIT_FACTOR * self._timeout_s + DISK_REQUESTS * disk_s + SLACK_S
-        self._longest("a guest's request", took)
+        self._longest(f"a guest's {kind}", took)
         if not disk_s:
-            self._longest("a guest's request, its disk being quick", took)
+            self._longest(f"a guest's {kind}, its disk being quick", took)
         if took > limit_s:
             self.violate(f"{what} took {took:.2f} s, and may take {limit_s:.2f} s")
 

@@ -204,11 +204,11 @@ class Guest:
                 self._handle = None  # its node has gone; whoever has ended it knows
                 self._bounds.did("guest's connections lost")
                 return False
-            self._bounds.waited(what, begun, ended, max(disk_s, self.excused(kind)[1]))
+            self._bounds.waited(what, begun, ended, max(disk_s, self.excused(kind)[1]), kind)
             self._bounds.refused(what, f"{error} ({self.node.last_words()})", self.excused(kind)[0])
             self._ending.wait(0.1)
             return False
-        self._bounds.waited(what, begun, time.monotonic(), max(disk_s, self.excused(kind)[1]))
+        self._bounds.waited(what, begun, time.monotonic(), max(disk_s, self.excused(kind)[1]), kind)
         if done is not None:
             self.region.end()
         self._bounds.did(f"guest: {kind}")

@@ -108,7 +108,7 @@ class Soak:
         self.setting = setting(seed)
         self.events = plan(seed, duration_s)
         self.stalls = Stalls()
-        self.bounds = Bounds(self.setting.timeout_s, self.stalls)
+        self.bounds = Bounds(self.setting.timeout_s, self.stalls, told)
         self._told = told
         self._threads: list[threading.Thread] = []
 

@@ -87,11 +87,12 @@ CASES: dict[str, tuple[Callable[[Bounds], None], Callable[[Bounds], None]]] = {
 def test_a_bound_holds_up_to_its_limit_and_is_violated_beyond(
     inside: Callable[[Bounds], None], beyond: Callable[[Bounds], None]
 ) -> None:
-    bounds = Bounds(TIMEOUT_S)
+    told: list[str] = []
+    bounds = Bounds(TIMEOUT_S, told=told.append)
     inside(bounds)
-    assert bounds.violated == []
+    assert bounds.violated == told == []
     beyond(bounds)
-    assert len(bounds.violated) == 1
+    assert len(bounds.violated) == len(told) == 1
     assert any("violated: 1" in line for line in report.lines("1", 1.0, setting("1"), bounds))
 
 
