@@ -355,6 +355,10 @@ class World:
             resumes = False
         before = p.forwarded if status["mode"] == "primary" else 0
         approach = Approach(p, s, resumes, before, len(s.relay.verdicts))
+        for other in self.nodes.values():
+            # One that was its primary and goes on by itself would be there first, now and then.
+            if other not in (p, s) and goes_on_by_itself(other) and other.status()["link"]["secondary"] == s.uri:
+                other.end()
         s.relay.open(limit)
         return approach
 
