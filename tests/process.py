@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from waiting import DEADLINE_S, Stuck
+from waiting import DEADLINE_S, Stuck, wait_until
 
 
 class Process:
@@ -55,6 +55,12 @@ class Process:
     def stderr(self) -> str:
         """All that the process has printed, over all its starts."""
         return self.stderr_path.read_text(errors="replace") if self.stderr_path.exists() else ""
+
+    def wait_said(self, text: str, times: int = 1) -> None:
+        """Wait until it has printed `text` so often, which it must not do more often. A line of the log is there before
+        whoever has written it goes on, but where the machine is too busy for that (replication/log.py, PATIENCE_S)."""
+        wait_until(lambda: self.stderr().count(text) >= times, f"{self.name} says {text!r}; it said {self.stderr()}")
+        assert self.stderr().count(text) == times, self.stderr()
 
     def start(self) -> Self:
         """Start and wait until it is ready; raises AssertionError with what it printed if it is not."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -13,20 +14,22 @@ import pytest
 from certificates import Authority, SecondaryWithTwoDoors, psk_file
 from content import MIB
 from lab import Lab
-from nodes import nbdkit_has
+from nodes import Server, nbdkit_has
+from waiting import wait_until
 
 
-def opened(said: str) -> list[str]:
-    """What was logged of each client that has opened the disk."""
-    lines = (line.partition("export 'disk0': ")[2] for line in said.splitlines())
-    return [line for line in lines if line]
+def opened(server: Server) -> list[str]:
+    """What was logged of each client that has opened the disk; of one at least, which it waits for."""
+    said = re.compile(r"export 'disk0': (.+)\n")
+    wait_until(lambda: said.search(server.stderr()), "a client is in the log")
+    return said.findall(server.stderr())
 
 
 def test_a_client_on_the_unix_socket_is_known_by_its_process(lab: Lab) -> None:
     server = lab.secondary([MIB], options=["-v"])
     server.connect("disk0").shutdown()
     who = f"process {os.getpid()}, user {os.getuid()}, group {os.getgid()}"
-    assert opened(server.stderr()) == [f"a client on the Unix socket, {who}"]
+    assert opened(server) == [f"a client on the Unix socket, {who}"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "psk", "nobody", "certificate"])
@@ -48,7 +51,7 @@ def test_a_client_over_tcp_is_known_by_its_address_and_its_certificate(lab: Lab,
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         port = connection.getsockname()[1]
     handle.shutdown()
-    (said,) = opened(server.stderr())
+    (said,) = opened(server)
     name, *more = said.split(", ")
     assert name == f"the client at 127.0.0.1 port {port}"
     named = kind == "certificate" and nbdkit_has("peer_tls_dn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ class Daemon:
             self._watch = -1
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody takes connections there; the file is there a moment earlier."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def folder(lab: Lab) -> Path:
     """A start folder with a disk for each node."""
@@ -87,13 +94,13 @@ def test_a_disk_behind_a_relative_socket_comes_back_in_the_background(folder: Pa
     server = subprocess.Popen(below)
     node = None
     try:
-        wait_until((folder / "d.sock").exists, "the endpoint listens")
+        wait_until(lambda: listens(folder / "d.sock"), "the endpoint listens")
         node = Daemon(folder, "a", ["mode=primary", "disk=nbd+unix:///?socket=d.sock", "state=a.state"])
         server.kill()
         server.wait(DEADLINE_S)
         (folder / "d.sock").unlink()
         server = subprocess.Popen(below)
-        wait_until((folder / "d.sock").exists, "the endpoint listens again")
+        wait_until(lambda: listens(folder / "d.sock"), "the endpoint listens again")
 
         handle = nbd.NBD()
         handle.connect_uri(f"nbd+unix:///disk0?socket={folder}/a.sock")

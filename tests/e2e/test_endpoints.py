@@ -448,7 +448,7 @@ class Mute:
 
     def _accept(self) -> None:
         while not self._over.is_set():
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(OSError):  # nobody, or one that has gone again
                 client, _ = self._listener.accept()
                 client.sendall(self._first)
                 self._clients.append(client)
@@ -476,7 +476,7 @@ def test_a_server_that_never_answers_is_refused_within_a_deadline(lab: Lab, firs
     with Mute(lab.folder / "mute", first) as mute:
         begun = time.monotonic()
         _, stderr = lab.failed_start(["mode=primary", f"state={lab.folder}/s", f"disk={mute.uri}"])
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < DEADLINE_S
     assert len(stderr.splitlines()) == 1
     assert f"cannot connect to {mute.uri}: no answer within" in stderr
 

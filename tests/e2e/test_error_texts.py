@@ -169,4 +169,4 @@ def test_a_request_that_fails_tells_no_paths(lab: Lab) -> None:
     (raw,) = lab.folder.rglob("*disk0*.raw")
     os.truncate(raw, 0)
     assert str(lab.folder) not in client.failing_read(0, 4 * KIB)
-    assert str(raw) in server.stderr()
+    wait_until(lambda: str(raw) in server.stderr(), "the log has the path")

@@ -25,7 +25,7 @@ from mounts import SmallFolder
 from nbdprocess import silent
 from nodes import Pair, Primary, Secondary, Server, drained, nbd_refusal, refused
 from qmp import Qmp
-from waiting import wait_until
+from waiting import DEADLINE_S, wait_until
 
 BLOCK = 4 * KIB
 GRAIN = 64 * KIB
@@ -96,7 +96,7 @@ def knows_nothing(server: Server) -> None:
     assert server.status()["error"] is None
 
 
-def learns(server: Server, timeout_s: float = 20.0) -> dict[str, Any]:
+def learns(server: Server, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
     """Wait until a failure is latched; the error."""
     error: dict[str, Any] = wait_until(lambda: server.status()["error"], f"{server.name} learns of it", timeout_s)
     return error
@@ -602,9 +602,14 @@ ONE_THREAD = 1
 """For a secondary that wakes up with answers to several requests of a client that has gone: with more threads, nbdkit
 1.32.5 may end at an assertion of its own (raw_send_socket, connections.c) when two of them find the socket broken."""
 
+GONE = ("EIO", "ENOTCONN")
+"""The connection for data or that for control may notice first that the secondary has gone, and each has its own errno
+for it."""
+
 TIMEOUT_S = 2.0
-SLACK_S = 3.0
-"""For a busy machine. Far below the 8 s and more that a guest would wait if the stall came twice, or never ended."""
+SLACK_S = 5.0
+"""For a busy machine. Both together are below the 8 s and more that a guest would wait if the stall came twice, or
+never ended."""
 
 
 def test_case_8_a_killed_secondary_is_noticed_without_a_write_and_the_guest_never_fails(lab: Lab) -> None:
@@ -615,7 +620,8 @@ def test_case_8_a_killed_secondary_is_noticed_without_a_write_and_the_guest_neve
     setup.secondary.kill()
     setup.at_primary.wait("REPLICATION_LINK", state="lost")
     setup.at_primary.wait("REPLICATION_ERROR", case=8, disk="disk0")
-    knows(setup.primary, case=8, disk="disk0", operation="link", offset=0, length=0, errno="EIO")
+    error = knows(setup.primary, case=8, disk="disk0", operation="link", offset=0, length=0)
+    assert error["errno"] in GONE
     assert setup.primary.status()["link"]["state"] == "lost"
     assert out_of_sync(setup.primary) == 0
     assert timed_writes(setup.disk, [0, BLOCK, 3 * GRAIN]) < SLACK_S
@@ -664,7 +670,7 @@ def test_case_8_a_full_queue_holds_up_the_guest_once_and_at_most_for_the_timeout
         begun = time.monotonic()
         slowest_s = timed_writes(disk, range(0, size, len(data)), data)
         assert slowest_s < TIMEOUT_S + SLACK_S
-        assert time.monotonic() - begun < TIMEOUT_S + 2 * SLACK_S
+        assert time.monotonic() - begun < TIMEOUT_S + SLACK_S + 1.0
         knows(pair.primary, case=8)
         assert pair.primary.status()["disks"][0]["forward-queue-bytes"] <= MIB
         wait_until(lambda: out_of_sync(pair.primary) == size, "all of it is marked")
@@ -705,8 +711,7 @@ def test_case_8_a_link_that_breaks_while_something_is_sent_is_no_answer_of_the_s
     pair.secondary.kill()
     points.release("forward.send")
     watch.wait("REPLICATION_LINK", state="lost")
-    # The connection for data or that for control may notice it first, and each has its own errno for it.
-    assert knows(pair.primary, case=8, operation="link")["errno"] in ("EIO", "ENOTCONN")
+    assert knows(pair.primary, case=8, operation="link")["errno"] in GONE
     assert watch.cases() == [8]
     wait_until(lambda: pair.primary.status()["disks"][0]["forward-queue-bytes"] == 0, "the queue has been given up")
     assert out_of_sync(pair.primary) == 4 * GRAIN

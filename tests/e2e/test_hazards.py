@@ -886,7 +886,7 @@ def test_a_range_in_use_does_not_keep_reclaim_from_the_rest(lab: Lab, kind: str,
     write = begin(face.pwrite, pattern(80, BLOCK), 5 * BLOCK)
     bench.points.wait_hit(point)
     try:
-        wait_until(lambda: space_of(overlay) <= MIB, "the space of the free ranges is given back", 12)
+        wait_until(lambda: space_of(overlay) <= MIB, "the space of the free ranges is given back")
     finally:
         bench.points.release(point)
         end(write)

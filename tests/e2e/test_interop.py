@@ -21,6 +21,7 @@ from content import KIB, MIB, make_raw, pattern, qemu_img
 from endpoints import Qemu
 from lab import Lab
 from nodes import Pair, Secondary, Server, drained, nbd_refusal
+from waiting import wait_until
 
 BEFORE = pattern(21, MIB)
 BLOCK = 4 * KIB
@@ -300,7 +301,7 @@ def test_qemus_quorum_forwards_through_a_primary_without_a_disk(lab: Lab, order:
     assert secondary.connect("top0").pread(MIB, 0) == BEFORE
     with nbd_refusal(errno.EIO):
         forward.connect("disk0").pread(512, 0)
-    assert "'disk0' only forwards" in forward.stderr()
+    wait_until(lambda: "'disk0' only forwards" in forward.stderr(), "the log says why")
     assert "Traceback" not in forward.stderr()
     forward.execute("replication-checkpoint")
     assert secondary.connect("top0").pread(MIB, 0) == content

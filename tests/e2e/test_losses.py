@@ -12,7 +12,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from lab import KIB, MIB, DelayedEndpoint, Lab, Server, make_raw, nbd_refusal, pattern, wait_until
+from lab import KIB, MIB, DelayedEndpoint, Lab, Server, make_raw, nbd_refusal, pattern, silent, wait_until
 
 OLD = pattern(1, MIB)
 NEW = pattern(2, 64 * KIB)
@@ -80,16 +80,17 @@ def test_a_checkpoint_of_which_something_is_lost_is_not_valid_at_once_and_comes_
     bench.points.wait_hit("look.flush")
     guest = bench.secondary.connect("top0")
     assert read(guest) == NEW
-    bench.lose()
-    bench.points.release("look.flush")
-    status = wait_until(
-        lambda: (found := bench.secondary.status()) and not found["consistent"] and found, "it knows what it has lost"
-    )
-    assert status["error"] is None or status["error"]["case"] == 4
-    preflight = bench.secondary.execute("query-failover")
-    assert (preflight["allowed"], preflight["force"]) == (False, True)
-    with nbd_refusal(errno.EIO):
-        read(guest)
+    with silent(bench.primary):  # or it would send it again before we look
+        bench.lose()
+        bench.points.release("look.flush")
+        status = wait_until(
+            lambda: (found := bench.secondary.status()) and not found["consistent"] and found, "it knows what it lost"
+        )
+        assert status["error"] is None or status["error"]["case"] == 4
+        preflight = bench.secondary.execute("query-failover")
+        assert (preflight["allowed"], preflight["force"]) == (False, True)
+        with nbd_refusal(errno.EIO):
+            read(guest)
     wait_until(lambda: bench.secondary.status()["disks"][0]["out-of-sync-bytes"] == 0, "the primary sends it again")
     bench.in_sync()
     bench.primary.execute("replication-checkpoint")
@@ -149,11 +150,12 @@ def test_both_killed_together_is_a_loss_too(lab: Lab, exposed: bool) -> None:
         bench.primary.execute("replication-checkpoint")
     target = bench.secondary.connect("disk0")
     wait_until(lambda: read(target) == NEW, "it is on the secondary")
-    bench.secondary.kill()
-    bench.points.disarm("look.flush")
-    bench.lose()
-    bench.secondary.start()
-    assert consistent(bench.secondary) != exposed
+    with silent(bench.primary):  # or it would send it again before we look
+        bench.secondary.kill()
+        bench.points.disarm("look.flush")
+        bench.lose()
+        bench.secondary.start()
+        assert consistent(bench.secondary) != exposed
     target = bench.secondary.connect("disk0")
     wait_until(lambda: read(target) == NEW, "the primary sends it again")
     bench.in_sync()

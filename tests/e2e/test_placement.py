@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbd
 import pytest
 
 from content import KIB, MIB
@@ -19,18 +20,25 @@ from waiting import DEADLINE_S, wait_until
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 
 NO_SECONDARY = "nbd+unix:///?socket=/nonexistent/secondary.sock"
+IN_FLIGHT = 8
+
 CALM = 5
 """Looks in a row that two processes must be seen apart: at 0.1 s each."""
 
 
 @contextmanager
 def reading(server: Server, export: str, size: int, threads: int = 2) -> Iterator[None]:
-    """Read `size` bytes at a time from the server, one connection a thread, until the end."""
+    """Read `size` bytes at a time from the server, one connection a thread, until the end. Several are in flight: where
+    each request waited for its turn on a busy machine, they would be too few to bring anything together."""
     over = threading.Event()
 
     def read(handle) -> None:
+        buffers = [nbd.Buffer(size) for _ in range(IN_FLIGHT)]
         while not over.is_set():
-            handle.pread(size, 0)
+            cookies = [handle.aio_pread(buffer, 0) for buffer in buffers]
+            while cookies:
+                handle.poll(1000)
+                cookies = [cookie for cookie in cookies if not handle.aio_command_completed(cookie)]
 
     readers = [threading.Thread(target=read, args=(server.connect(export),)) for _ in range(threads)]
     for reader in readers:

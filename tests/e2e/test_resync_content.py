@@ -157,7 +157,7 @@ def test_the_rate_is_kept_although_a_barrier_waits_and_the_guest_is_not_slowed(l
 
 def test_what_the_guest_writes_during_a_resync_arrives_newest(lab: Lab) -> None:
     size = 16 * MIB
-    pair = lab.pair([size], contents=[pattern(2, size)], primary_arguments=[f"resync-rate={4 * RATE}"])
+    pair = lab.pair([size], contents=[pattern(2, size)], primary_arguments=[f"resync-rate={2 * RATE}"])
     pair.start_replication()
     disk = pair.primary.connect(disk_name(0))
     full_resync(pair)

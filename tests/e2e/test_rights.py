@@ -56,9 +56,9 @@ def test_a_folder_that_others_may_enter_is_warned_of(lab: Lab) -> None:
         folder.mkdir()
         folder.chmod(0o750)
     secondary.start()
-    said = secondary.stderr()
-    assert f"others may enter the state folder {secondary.state} (its mode is 0750): chmod 0700 keeps them out" in said
-    assert f"others may enter the overlays' folder {overlays} (its mode is 0750)" in said
+    state = f"the state folder {secondary.state} (its mode is 0750): chmod 0700 keeps them out"
+    for folder in (state, f"the overlays' folder {overlays} (its mode is 0750)"):
+        secondary.wait_said(f"others may enter {folder}")
 
 
 @pytest.fixture

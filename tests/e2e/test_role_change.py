@@ -145,6 +145,7 @@ class Promotion:
             self.a.checkpoint()
             self.a.execute("replication-stop")
             self.b.execute("replication-stop")
+            left(self.b)
         else:
             self.b.failover()
         assert self.b.status()["stage"] == "done"
@@ -154,6 +155,11 @@ class Promotion:
         """The old primary as a new secondary, with the disks and the state folder that it has."""
         self.a.terminate()
         return self.lab.start(Secondary(self.lab.folder, self.a.sizes, name="a"))
+
+
+def left(b: Secondary) -> None:
+    """Wait until the old primary has left: after a failover it does so when it has seen that."""
+    wait_until(lambda: b.status()["peer-node"] is None, "the old primary has left")
 
 
 def become_primary(server: Server, secondary: str, sync: str | None = None) -> None:
@@ -553,7 +559,11 @@ def test_before_a_promotion_there_is_no_role_change(lab: Lab) -> None:
     a = lab.start(Primary(lab.folder, b.uri(), [SIZE], name="a", contents=[old()]))
     b.start_replication()
     a.start_replication()
+    for server in (a, b):
+        wait_until(lambda server=server: server.status()["link"]["state"] == "in-sync", "it stands as it will stand")
     assert check("running") == "Block replication is running or done"
+    a.terminate()
+    left(b)
     guest = b.connect(top_id(0))
     guest.pwrite(pattern(1, GRAIN), 0)
     points.arm("commit.written")
@@ -576,7 +586,7 @@ def test_one_disk_that_does_not_fit_refuses_them_all(lab: Lab) -> None:
     setup = Promotion(lab, 2)
     b = setup.promote("failover")
     c = new_secondary(lab, sizes=[SIZE, 2 * SIZE])
-    wait_until(lambda: b.status()["peer-node"] is None, "the old primary has seen the failover, and has left")
+    left(b)
     before = (standing(b), record(b))
     assert "disk1" in refusal(b, {"mode": "primary", "secondary": c.uri()})
     assert (standing(b), record(b)) == before
@@ -605,6 +615,7 @@ def test_what_a_guest_writes_to_is_not_taken_for_a_secondary(lab: Lab, which: st
     b = setup.promote("failover")
     setup.old_writes.pwrite(b"of the old primary's guest", 0)
     wait_until(lambda: setup.a.status()["error"], "they differ")
+    left(b)
     other = new_secondary(lab, "other")
     other.start_replication()
     uri = {"itself": b.uri(top_id(0)), "the old primary": setup.a.uri(), "a guest face": other.uri(top_id(0))}[which]
@@ -662,11 +673,16 @@ def test_the_target_face_stays_closed_for_ever(lab: Lab, how: str) -> None:
 
 
 def test_the_old_primary_goes_on_alone_and_cannot_write_a_byte_into_the_promoted_disk(lab: Lab) -> None:
-    setup = Promotion(lab)
+    points = lab.pause_points()
+    setup = Promotion(lab, extra_environment=points.environment)
     b, a = setup.b, setup.a
+    # It asks twice a second how the other one is: it gets no answer, so that it learns of the failover by a write.
+    points.arm("query.begun")
+    points.wait_hit("query.begun")
     b.failover()
     setup.old_writes.pwrite(pattern(1, GRAIN), 0)  # its guest is answered all the same
     wait_until(lambda: a.status()["error"], "the old primary knows")
+    points.release("query.begun")
     c = new_secondary(lab)
     become_primary(b, c.uri())
     setup.old_writes.pwrite(pattern(2, GRAIN), GRAIN)
@@ -712,7 +728,7 @@ def test_the_empty_export_name_is_refused_on_a_promoted_primary(lab: Lab) -> Non
     def check() -> None:
         with pytest.raises(nbd.Error):
             b.connect("")
-        assert "there is no export '': the exports are" in b.stderr()
+        wait_until(lambda: "there is no export '': the exports are" in b.stderr(), "the log says why")
         assert bytes(b.connect(top_id(0)).pread(SIZE, 0)) == old()
 
     check()
@@ -841,10 +857,13 @@ def test_a_lost_heartbeat_stops_a_promoted_primary(lab: Lab) -> None:
 
 def test_a_write_that_the_new_secondary_refuses_is_case_2(lab: Lab) -> None:
     b = Promotion(lab).promote("failover")
-    c = new_secondary(lab)
+    points = lab.pause_points()
+    c = new_secondary(lab, extra_environment=points.environment)
     become_primary(b, c.uri())
     all_sent(b)
     c.start_replication()
+    points.arm("query.begun")  # as above
+    points.wait_hit("query.begun")
     c.failover()
     guest = b.connect(top_id(0))
     with b.qmp() as events:
@@ -855,6 +874,7 @@ def test_a_write_that_the_new_secondary_refuses_is_case_2(lab: Lab) -> None:
     assert b.status()["error"]["case"] == 2
     assert out_of_sync(b) == GRAIN
     assert raw(c) == old()
+    points.release("query.begun")
 
 
 def test_a_new_secondary_that_dies_is_case_8_and_the_guest_goes_on(lab: Lab) -> None:
@@ -939,6 +959,7 @@ def test_a_state_folder_that_cannot_be_written_refuses_the_role_change(lab: Lab,
     b = Promotion(lab).promote("failover")
     c = new_secondary(lab)
     state, aside = b.state, tmp_path / "aside"
+    left(b)
     before = standing(b)
     with b.qmp() as qmp:
         # Not by permission bits: the test may run as root.

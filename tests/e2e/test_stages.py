@@ -514,9 +514,8 @@ def test_the_empty_export_name_is_refused_on_a_secondary_with_the_valid_ones(sec
         handle.set_export_name(name)
         with pytest.raises(nbd.Error):
             handle.connect_unix(str(secondary.socket_path))
-    said = secondary.stderr()
-    assert "there is no export ''" in said
-    assert "'disk0', 'top0'" in said
+    wait_until(lambda: "there is no export ''" in secondary.stderr(), "nbdkit says why")
+    wait_until(lambda: "'disk0', 'top0'" in secondary.stderr(), "nbdkit names them")
     assert secondary.connect("disk0").get_size() == MIB
 
 
