@@ -108,6 +108,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         history.py              what replication-monitor knows of all nodes
         switchover.py           the planned move of a disk
         progress.py             jobs as bars
+        trace.py                how long requests take, and why
         status.py               query-replication as lines and a table
         values.py               one value of an answer, as a person reads it
         session.py              the conversation with one node
@@ -199,6 +200,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     jobs.py fault.py            what query-jobs and get-error report
     order/                      who waits for whom
         gate.py rangelock.py    the gate before all requests; ranges, first come first served
+        latency.py              how long requests take, and what they wait for
         urgency.py              who gives way to a failover
         worker.py               a thread that works in rounds, and comes back
         ended.py                how who waits for an answer learns of it
@@ -228,7 +230,7 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
     7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m), Resync._changed (m)
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
-       Buffers._lock (m), JobList._lock (m), and the two of a Commit (m)
+       Buffers._lock (m), JobList._lock (m), Account._lock (m), and the two of a Commit (m)
     9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

@@ -23,6 +23,7 @@ from replication.jobs import JobList
 from replication.log import log, log_defect
 from replication.options import CHANGEABLE, Durability, Options
 from replication.order.gate import Gate, GateStuck
+from replication.order.latency import ROLE_CHANGE
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD, Worker
@@ -419,11 +420,11 @@ class Node:
             former.settle()  # what takes long, while the guest's face is still there
         except DiskError as error:
             raise CommandError(f"cannot become a secondary: {error}") from error
-        with self.gate.closed():
+        with self.gate.closed(why=ROLE_CHANGE):
             for name, face in list(self.faces.items()):
                 self.faces[name] = changing_face(name, face.size())
         if not former.close(ROLE_S):
-            with self.gate.closed():
+            with self.gate.closed(why=ROLE_CHANGE):
                 self.faces.update(former.faces())
             raise CommandError(f"cannot become a secondary: the disks could not be flushed within {ROLE_S:.0f} s")
         record.take(kept.as_secondary())
@@ -456,7 +457,7 @@ class Node:
         side: Side = kind(self._setting(lambda: side))
         side.open()
         side.show_stage(self.stage)
-        with self.gate.closed():
+        with self.gate.closed(why=ROLE_CHANGE):
             self.side = side
             self.faces.clear()
             self.faces.update(side.faces())
@@ -654,6 +655,8 @@ class Node:
             "generation": self._ancestry.lineage.current,
             "lineage": self._ancestry.lineage.to_json(),
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
+            "guest-stalls": self.gate.latency.waited(),
+            "longest-stall": self.gate.latency.longest(),
             **self.side.query(),
         }
 
@@ -683,6 +686,10 @@ class Node:
                 checkpoint_age_s=self._state.checkpoint["age"],
             )
         ).to_json()
+
+    def query_latency(self) -> dict[str, Any]:
+        """query-replication-latency."""
+        return {**self.gate.latency.to_json(), **self.side.query_latency()}
 
     def query_failover(self) -> dict[str, Any]:
         """query-failover."""

@@ -185,6 +185,10 @@ class Side(ABC):
     def query(self) -> dict[str, Any]:
         """The members of query-replication that depend on the mode: `consistent`, `link`, `disks`."""
 
+    def query_latency(self) -> dict[str, Any]:
+        """The members of query-replication-latency that depend on the mode."""
+        return {}
+
     @property
     @abstractmethod
     def in_sync(self) -> bool:

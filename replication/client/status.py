@@ -14,6 +14,7 @@ from .values import (
     human_lineage,
     human_link,
     human_member,
+    human_stall,
     human_time,
     human_value,
     printable,
@@ -37,7 +38,10 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "link": human_link,
     "lineage": human_lineage,
     "in-sync-until": human_time,
+    "longest-stall": human_stall,
 }
+LEFT_OUT = ("disks", "guest-stalls")
+"""What stands elsewhere: in the table, and in `replctl trace`."""
 
 DISK_COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {
     "name": ("disk", human_value),
@@ -52,7 +56,8 @@ DISK_COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {
 
 def status_lines(answer: dict[str, Any]) -> Iterator[str]:
     """The status of the node as a whole, one line a fact; members of later versions come last, as they are."""
-    names = [*(n for n in STATUS_LINES if n in answer), *(n for n in answer if n not in STATUS_LINES and n != "disks")]
+    others = (name for name in answer if name not in STATUS_LINES and name not in LEFT_OUT)
+    names = [*(name for name in STATUS_LINES if name in answer), *others]
     width = max((len(printable(name)) for name in names), default=0)
     for name in names:
         yield f"{printable(name):<{width}}  {STATUS_LINES.get(name, human_value)(answer[name])}"

@@ -104,6 +104,16 @@ def human_lineage(lineage: object) -> str:
     return f"{printable(lineage['current'])}{came_from}{shared}{incoming}"
 
 
+def human_stall(stall: object) -> str:
+    """query-replication's `longest-stall`."""
+    if not isinstance(stall, dict):
+        return "none" if stall is None else human_value(stall)
+    when = "under way" if stall.get("under-way") is True else f"at {human_time(stall.get('time'))}"
+    what = f"{human_value(stall.get('operation'))} on {human_value(stall.get('export'))}"
+    why = f"{human_value(stall.get('reason'))}: {human_value(stall.get('text'))}"
+    return f"{human_seconds(stall.get('seconds'))}, {what}, {when} ({why})"
+
+
 def human_member(name: str, value: object) -> str:
     """A member this tool knows only by its name."""
     return human_bytes(value) if name.endswith("bytes") else human_value(value)

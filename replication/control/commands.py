@@ -61,6 +61,9 @@ class Replicated(Protocol):
     def query(self) -> dict[str, Any]:
         """The answer of query-replication."""
 
+    def query_latency(self) -> dict[str, Any]:
+        """The answer of query-replication-latency."""
+
     def query_failover(self) -> dict[str, Any]:
         """The answer of query-failover."""
 
@@ -187,6 +190,9 @@ class Commands:
     def _query(self, _arguments: Mapping[str, Any]) -> Any:
         return self._node.query()
 
+    def _query_latency(self, _arguments: Mapping[str, Any]) -> Any:
+        return self._node.query_latency()
+
     def _query_failover(self, _arguments: Mapping[str, Any]) -> Any:
         return self._node.query_failover()
 
@@ -250,6 +256,7 @@ class Commands:
         "replication-demote": Command(_demote),
         "replication-retry": Command(_retry, {"force": Argument("boolean")}),
         "query-replication": Command(_query),
+        "query-replication-latency": Command(_query_latency),
         "query-failover": Command(_query_failover),
         "query-role": Command(_query_role),
         "replication-compare": Command(_compare, {"lineage": Argument("object", required=True)}),

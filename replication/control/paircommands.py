@@ -23,6 +23,7 @@ SHARED = (
     "query-xen-replication-status",
     "replication-get-error",
     "query-replication",
+    "query-replication-latency",
     "query-failover",
     "query-jobs",
     "query-version",

@@ -34,6 +34,7 @@ from replication.image.layer import Layer, LayerError, Source, on_layer
 from replication.image.overlay import DATA_BITS, PAGE_CLUSTERS, Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.target import COPY_CHUNK
+from replication.order.latency import COMMIT
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
 
@@ -120,7 +121,7 @@ class Descent:
         while portions:
             first, last = portions.pop()
             start, stop = first // BLOCKS_PER_CLUSTER, -(-last // BLOCKS_PER_CLUSTER)
-            held = self._top.acquire(first * BLOCK, last * BLOCK)
+            held = self._top.acquire(first * BLOCK, last * BLOCK, COMMIT)
             try:
                 if 1 in self._written[start:stop] or 1 in self._spoilt[start:stop]:
                     kept = np.frombuffer(bytes(self._written[start:stop]), np.uint8) > 0
@@ -157,7 +158,7 @@ class Descent:
             if self._shares[source]:
                 # What sharing would wait for, with the range and both files locked.
                 self._data_of(source).write_back(first * BLOCK, (last - first) * BLOCK)
-            held = self._top.acquire(first * BLOCK, last * BLOCK)
+            held = self._top.acquire(first * BLOCK, last * BLOCK, COMMIT)
             try:
                 pause("commit.locked")
                 if self._only_source(first, last) is source:
@@ -209,7 +210,7 @@ class Descent:
         if not spans:
             return 0
         at = end = written = 0
-        held = self._top.acquire_all(spans)
+        held = self._top.acquire_all(spans, COMMIT)
         try:
             pause("commit.locked")
             # Once more: some of it may be held no longer, and what has come up elsewhere meanwhile is not locked.

@@ -69,6 +69,7 @@ from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.room import Room
 from replication.image.syncgroup import SyncGroup
 from replication.image.target import COPY_CHUNK, TargetWrites
+from replication.order.latency import Latency
 from replication.order.pause import pause
 from replication.order.rangelock import Range, RangeLock
 from replication.record.changes import ChangeMap
@@ -111,6 +112,10 @@ class Stack:
         self.target = TargetWrites(hidden, disk, self.below, lost, self.room, spare)
         self.descent = Descent(active, hidden, disk, self.top, self._read_overlay, spare)
         self._top_sync = SyncGroup(self._sync_top)
+
+    def attend(self, latency: Latency) -> None:
+        """Who is to know what requests wait for here."""
+        self.top.latency = self.below.latency = latency
 
     @property
     def committing(self) -> bool:

@@ -142,6 +142,9 @@ function figures(node) {
   const rows = [["Stage", String(status.stage || "-")],
     ["Link", [link.state, link.reason].filter(Boolean).join(": ") || "-"],
     ["Last checkpoint", age === null ? "never" : `${seconds(age)} old`]];
+  const stall = object(status["longest-stall"]);
+  if (has(stall.seconds)) rows.push(["Longest request of the hour", `${seconds(stall.seconds)} ${stall.operation} on `
+    + `${stall.export}${stall["under-way"] === true ? ", under way" : ""}: ${stall.text}`]);
   if (status.mode === "primary") rows.push(["Queue", bytes(sum("forward-queue-bytes"))]);
   rows.push([status.mode === "primary" ? "Secondary lacks" : "Lost here", bytes(sum("out-of-sync-bytes"))]);
   if (node.up && status.mode === "secondary" && "allowed" in failover && ["none", "running"].includes(status.stage)) {

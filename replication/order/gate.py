@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from replication.errors import DiskError, ReplicationError
+from replication.order.latency import GATE, STOP, Latency
 from replication.order.urgency import GIVES_WAY, Urgency
 
 ENTER_S = 60.0
@@ -36,13 +37,17 @@ class Gate:
     """`with gate:` around every request; `with gate.closed():` around what needs them all out."""
 
     def __init__(self) -> None:
+        self.latency = Latency()
+        """What requests wait for, here and further on."""
         self.urgency = Urgency()
         self.urgency.wake = self._look_again
-        # Protects the three fields below. Never held across I/O.
+        # Protects the four fields below. Never held across I/O.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._shut = False
+        # What it is shut for, by latency.REASONS.
+        self._why = STOP
         self.passed = 0
         """How many have entered so far."""
 
@@ -73,17 +78,23 @@ class Gate:
             return not self._inside
 
     def _wait_open_locked(self) -> None:
-        if not self._changed.wait_for(lambda: not self._shut, ENTER_S):
-            raise DiskError(f"a control command kept requests waiting for {ENTER_S:.0f} s")
+        why = self._why
+        course = self.latency.waiting(GATE, why)
+        try:
+            if not self._changed.wait_for(lambda: not self._shut, ENTER_S):
+                raise DiskError(f"a control command kept requests waiting for {ENTER_S:.0f} s")
+        finally:
+            if course is not None:
+                course.go_on(why)
 
     def _look_again(self) -> None:
         with self._lock:
             self._changed.notify_all()
 
     @contextmanager
-    def closed(self, wait_s: float | None = None) -> Iterator[None]:
+    def closed(self, wait_s: float | None = None, why: str = STOP) -> Iterator[None]:
         """Work alone. Raises GateStuck when the requests inside do not end within `wait_s` seconds (DRAIN_S, if nothing
-        is said), or when a failover asks for the way meanwhile."""
+        is said), or when a failover asks for the way meanwhile. `why`: what requests wait for (latency.REASONS)."""
         if wait_s is None:
             wait_s = DRAIN_S
         deadline = time.monotonic() + wait_s
@@ -92,7 +103,7 @@ class Gate:
             if not self._changed.wait_for(lambda: not self._shut or urgency.asked, wait_s):
                 raise GateStuck("another command is still at work")
             if not self._shut:
-                self._shut = True
+                self._shut, self._why = True, why
                 left_s = max(0.0, deadline - time.monotonic())
                 self._changed.wait_for(lambda: not self._inside or urgency.asked, left_s)
                 if self._inside:

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from replication.errors import DiskError
+from replication.order.latency import LOCK, OVERLAP, Latency
 
 WAIT_S = 60.0
 """Longest wait for a range. Holders do one request's I/O, whose own deadline is shorter."""
@@ -25,12 +26,14 @@ class Range:
     """One asked-for or held range [start, stop), in bytes; or several that are asked for and given back together, of
     which it is the hull."""
 
-    __slots__ = ("_spans", "_wake", "followers", "start", "stop", "waits_for")
+    __slots__ = ("_spans", "_wake", "followers", "start", "stop", "waits_for", "why")
 
-    def __init__(self, start: int, stop: int, spans: Sequence[tuple[int, int]] = ()) -> None:
-        """`spans`: the ranges, disjoint and ascending, if they are several."""
+    def __init__(self, start: int, stop: int, spans: Sequence[tuple[int, int]] = (), why: str = OVERLAP) -> None:
+        """`spans`: the ranges, disjoint and ascending, if they are several. `why`: what others wait for meanwhile
+        (latency.REASONS)."""
         self.start = start
         self.stop = stop
+        self.why = why
         self.waits_for = 0
         self.followers: list[Range] = []
         self._wake: threading.Semaphore | None = None
@@ -68,29 +71,39 @@ class RangeLock:
         # Protects the list and the ranges in it. Never held across I/O.
         self._lock = threading.Lock()
         self._asked: list[Range] = []
+        self.latency: Latency | None = None
+        """Who is to know how long requests wait here."""
 
-    def acquire(self, start: int, stop: int) -> Range:
-        """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds."""
-        return self._ask(Range(start, stop))
+    def acquire(self, start: int, stop: int, why: str = OVERLAP) -> Range:
+        """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds. `why`: what others wait
+        for meanwhile (latency.REASONS)."""
+        return self._ask(Range(start, stop, (), why))
 
-    def acquire_all(self, spans: Sequence[tuple[int, int]]) -> Range:
+    def acquire_all(self, spans: Sequence[tuple[int, int]], why: str = OVERLAP) -> Range:
         """As `acquire`, for several ranges (disjoint, ascending) at one instant. So here, too, nobody waits for what
         was asked for later, although some of the ranges are kept from others while the rest is waited for."""
-        return self._ask(Range(spans[0][0], spans[-1][1], spans if len(spans) > 1 else ()))
+        return self._ask(Range(spans[0][0], spans[-1][1], spans if len(spans) > 1 else (), why))
 
     def _ask(self, mine: Range) -> Range:
         with self._lock:
             start, stop = mine.start, mine.stop
+            why = OVERLAP
             for other in self._asked:
                 if other.start < stop and start < other.stop and other.meets(mine):
                     other.followers.append(mine)
                     mine.waits_for += 1
+                    why = other.why
             self._asked.append(mine)
             if not mine.waits_for:
                 return mine
             wake = mine.prepare_wait_locked()
-        if not wake.acquire(timeout=WAIT_S):
-            self._give_up(mine)
+        course = None if self.latency is None else self.latency.waiting(LOCK, why)
+        try:
+            if not wake.acquire(timeout=WAIT_S):
+                self._give_up(mine)
+        finally:
+            if course is not None:
+                course.go_on(why)
         return mine
 
     def try_acquire(self, start: int, stop: int) -> Range | None:

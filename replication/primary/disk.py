@@ -43,6 +43,7 @@ from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.buffers import Buffers
 from replication.image.qcow2 import BLOCK
+from replication.order.latency import CHECKPOINT, LINK_LOST, RESYNC, SECONDARY, SLOW_SECONDARY, Latency
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
 from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, Entry, Kind, cost
@@ -107,6 +108,11 @@ class PrimaryDisk:
         self._memory = Buffers(_SPARE)
         self.bytes_read = 0
         self.bytes_written = 0
+        self._latency: Latency | None = None
+
+    def attend(self, latency: Latency) -> None:
+        """Who is to know what requests wait for here."""
+        self._latency = self.ranges.latency = self.forwarder.latency = latency
 
     def watch(self, account: Unflushed) -> None:
         """Keep account of what of the local disk is unflushed."""
@@ -214,7 +220,14 @@ class PrimaryDisk:
             raise self._not_running()
         if self._sync and self.stage is Stage.RUNNING and not self.forwarder.behind:
             barrier = self.begin_barrier()
-            if not self.forwarder.await_until(barrier.entry, time.monotonic() + self.forwarder.patience_s):
+            until = time.monotonic() + self.forwarder.patience_s
+            course = None if self._latency is None else self._latency.waiting(SECONDARY, SLOW_SECONDARY)
+            try:
+                late = not self.forwarder.await_until(barrier.entry, until)
+            finally:
+                if course is not None:
+                    course.go_on(self._why_awaited(course.since_s))
+            if late:
                 self._fall_behind("flush", 0, 0)
 
     def _change(
@@ -292,13 +305,30 @@ class PrimaryDisk:
         since then is not marked a second time here.
         """
         late = False
+        course = None if self._latency is None else self._latency.waiting(SECONDARY, SLOW_SECONDARY)
+        try:
+            late = self._await_all(entries, until)
+        finally:
+            if course is not None:
+                course.go_on(self._why_awaited(course.since_s))
+        if late and self.forwarder.up:
+            self._fall_behind(operation, offset, length)
+
+    def _await_all(self, entries: Sequence[Entry], until: float) -> bool:
+        """Whether some of them are on their way still."""
+        late = False
         for entry in entries:
             if self.forwarder.await_until(entry, until) or not self._leave(entry):
                 self.changes.end(entry.offset, entry.length, True)
             else:
                 late = True
-        if late and self.forwarder.up:
-            self._fall_behind(operation, offset, length)
+        return late
+
+    def _why_awaited(self, since_s: float) -> str:
+        """Why the secondary's answer has been waited for since then (seconds, monotonic)."""
+        if not self.forwarder.up:
+            return LINK_LOST
+        return CHECKPOINT if self.forwarder.let_go_s >= since_s else SLOW_SECONDARY
 
     def _leave(self, entry: Entry) -> bool:
         """Nobody waits for it any more, so `_keep_missing` ends its mark; False when it has just ended."""
@@ -408,7 +438,7 @@ class PrimaryDisk:
             on_end(entry)
             self._ended(entry)
 
-        held = self.ranges.acquire(offset, offset + length)
+        held = self.ranges.acquire(offset, offset + length, RESYNC)
         try:
             self.changes.watch(offset, length)
             if self.stage is not Stage.RUNNING:

@@ -30,6 +30,7 @@ from enum import Enum
 from replication import batch
 from replication.disk.connection import Connection, Request
 from replication.errors import DiskError
+from replication.order.latency import LINK_LOST, QUEUE, QUEUE_FULL, Histogram, Latency
 from replication.order.pause import pause
 from replication.primary.backlog import PATIENCE, Budget, Entry, Flows, InFlight, Kind, cost
 from replication.record.changes import ChangeMap
@@ -128,6 +129,12 @@ class Forwarder:
         self._proved: deque[tuple[int, int]] = deque()
         self._sender: threading.Thread | None = None
         self.bytes_forwarded = 0
+        self.latency: Latency | None = None
+        """Who is to know how long requests wait for room."""
+        self.answers = Histogram()
+        """How long the secondary takes to answer, from the sending on; of requests, of which a batch is one."""
+        self.let_go_s = 0.0
+        """When a cut was let go last (monotonic)."""
 
     # -- connection ----------------------------------------------------------------------------------------
 
@@ -189,7 +196,16 @@ class Forwarder:
         link, or when the secondary is behind. `patient`: wait as long as there is a link."""
         if not self._up or self._connection is None:
             return False
-        return self._budget.take_now(size) or self._budget.take(size, lambda: not self._up, self.patience_s, patient)
+        if self._budget.take_now(size):
+            return True
+        if self._budget.behind and not patient:
+            return False
+        course = None if self.latency is None else self.latency.waiting(QUEUE, QUEUE_FULL)
+        try:
+            return self._budget.take(size, lambda: not self._up, self.patience_s, patient)
+        finally:
+            if course is not None:
+                course.go_on(QUEUE_FULL if self._up else LINK_LOST)
 
     @property
     def patience_s(self) -> float:
@@ -285,6 +301,7 @@ class Forwarder:
         """What is behind a cut may be sent."""
         with self._lock:
             entry.let_go = True
+            self.let_go_s = time.monotonic()
             connection = self._connection
             self._rest = Rest.NONE
         if connection is not None:
@@ -431,8 +448,10 @@ class Forwarder:
         sent_s = time.monotonic()
 
         def answered(request: Request) -> None:
+            age_s = time.monotonic() - sent_s
+            self.answers.add(age_s)
             if len(entries) > 1:
-                self._learn(len(entries), not request.errno, time.monotonic() - sent_s)
+                self._learn(len(entries), not request.errno, age_s)
             if not request.errno:
                 self._flows.learn(entries, sent_s, self._in_flight, self.timeout_s)
             self._answered.append((entries, request.errno))

@@ -19,6 +19,7 @@ from replication.fault import Case, Fault
 from replication.log import log
 from replication.options import check_uri
 from replication.order.gate import GateStuck
+from replication.order.latency import CHECKPOINT, START, STOP
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.primary.backlog import Budget, Entry
@@ -157,6 +158,7 @@ class PrimarySide(Side):
             self._link.lost,
         )
         disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
+        disk.attend(self._set.gate.latency)
         disk.left_behind = partial(self._not_sent, disk)
         disk.left_undefined = self._left_undefined
         disk.size = size
@@ -242,7 +244,7 @@ class PrimarySide(Side):
             # Before the stage is saved: a process killed in between must not forget what is to be sent.
             self._link.dialler.settle(agreement, sync)
             pause("start.settled")
-            with self._set.gate.closed():
+            with self._set.gate.closed(why=START):
                 if secondary is not None:
                     record.secondary, record.replaced = secondary, self._set.options.secondary
                 record.partner = agreement.node
@@ -406,7 +408,7 @@ class PrimarySide(Side):
 
     def _barrier(self) -> bool:
         """Wait for all that was answered; whether the secondaries' disks have it."""
-        with self._set.gate.closed():
+        with self._set.gate.closed(why=CHECKPOINT):
             # The gate makes it one instant for all disks; the waiting happens outside.
             barriers = [disk.begin_barrier() for disk in self.disks]
         arrived = [disk.finish_barrier(barrier) for disk, barrier in zip(self.disks, barriers, strict=True)]
@@ -427,7 +429,7 @@ class PrimarySide(Side):
         held = self._epochs.held
         self._epochs.drop()  # first: writes of protocol=sync that wait for the end of a hold are in the gate
         try:
-            with self._set.gate.closed():
+            with self._set.gate.closed(why=STOP):
                 whole = not any(disk.changes.missing for disk in self.disks)  # what is on its way is waited for
                 self._set.enter(Stage.DONE)
         except (GateStuck, StateError) as error:
@@ -447,7 +449,7 @@ class PrimarySide(Side):
         self._link.stop(haste.left_s / 2, haste.left_s / 2, whole, hasty=True)
 
     def _leave(self, haste: Haste) -> bool:
-        with self._set.gate.closed(min(_GATE_S, haste.left_s)):
+        with self._set.gate.closed(min(_GATE_S, haste.left_s), STOP):
             whole = not any(disk.changes.missing for disk in self.disks)
             self._set.enter(Stage.DONE, haste)
             return whole
@@ -546,6 +548,12 @@ class PrimarySide(Side):
     @property
     def met(self) -> bool:
         return self._link.met
+
+    def query_latency(self) -> dict[str, Any]:
+        return {
+            "link": [{"disk": disk.name, "answers": disk.forwarder.answers.to_json()} for disk in self.disks],
+            "peer": self._watch.peer_latency if self._link.paired else None,
+        }
 
     def configure(self) -> None:
         self._budget.resize(self._set.options.queue_limit)

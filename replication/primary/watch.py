@@ -16,6 +16,7 @@ What was found stays until the secondary says otherwise or a checkpoint succeeds
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from replication.errors import DiskError, ReplicationError
 from replication.fault import Case
 from replication.log import log
+from replication.order.latency import told_by_peer
 from replication.order.worker import Worker
 from replication.primary.dial import ANSWER_S, Agreement
 from replication.primary.disk import PrimaryDisk
@@ -36,6 +38,9 @@ WATCH_S = 0.4
 
 _SOON_S = 0.1
 """Until the look that decides whether the secondary lacks something that nobody here knows of."""
+
+LATENCY_S = 1.0
+"""Between two questions for how long the secondary is at work on what it is sent."""
 
 _AGAIN_MIN_S, _AGAIN_MAX_S = 0.4, 5.0
 """Between two attempts to tell it that it has everything."""
@@ -69,6 +74,9 @@ class Watch:
         self._lacked: int | None = None
         self._again_s = _AGAIN_MIN_S
         self._again_at = 0.0
+        self._latency_at = 0.0
+        self.peer_latency: list[dict[str, Any]] | None = None
+        """How long the secondary is at work on what it is sent, as it has told last (query-replication-latency)."""
 
     def start(self) -> None:
         """Start the thread, once. CommandError when there is none to be had."""
@@ -100,6 +108,8 @@ class Watch:
         if agreement is not self._watched:
             self._watched, self._consistent, self._suspect, self._lacked = agreement, False, False, None
             self._again_s, self._again_at = _AGAIN_MIN_S, 0.0
+            self._latency_at = 0.0
+            self.peer_latency = None
         refused = agreement.refused
         status = agreement.peer.call("query-replication", {}, ANSWER_S)
         if not isinstance(status, dict):
@@ -137,6 +147,7 @@ class Watch:
             self._link.synchronized()
             self._again_s = min(2 * self._again_s, _AGAIN_MAX_S) if self._link.untold else _AGAIN_MIN_S
             self._again_at = time.monotonic() + self._again_s
+        self._ask_latency(agreement)
 
     def _parted(self, status: dict[str, Any]) -> str | None:
         """Why it is this node's secondary no longer, None if it is."""
@@ -157,6 +168,19 @@ class Watch:
         return isinstance(disks, list) and any(
             isinstance(disk, dict) and disk.get("out-of-sync-bytes") for disk in disks
         )
+
+    def _ask_latency(self, agreement: Agreement) -> None:
+        """Last of all: nothing depends on it."""
+        assert agreement.peer is not None
+        if time.monotonic() < self._latency_at:
+            return
+        self._latency_at = time.monotonic() + LATENCY_S
+        try:
+            told = agreement.peer.call("query-replication-latency", {}, ANSWER_S)
+        except PeerError:  # an older one, which does not know the question: it is not asked again
+            self._latency_at = math.inf
+            return
+        self.peer_latency = told_by_peer(told)
 
     def _take_lost(self, agreement: Agreement) -> bool:
         """Put what it lacks into the change maps; whether that was anything."""

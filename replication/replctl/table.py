@@ -349,6 +349,19 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("quit", f"{_ROLES}:quit_node", "end the node in good order", distinct=True),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
+    Row(
+        "trace",
+        "replication.client.trace:show",
+        "show how long requests take, what they wait for, and the longest stall of the last hour",
+        (
+            argument(
+                "--seconds",
+                metavar="N",
+                type=positive_seconds,
+                help="of the next N seconds (default: since the node has started)",
+            ),
+        ),
+    ),
     Row("error", f"{_COMMANDS}:error", "exit with code 1 and an error if replication has failed"),
     Row(
         "check",

@@ -13,6 +13,7 @@ from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.log import log
 from replication.order.gate import DRAIN_S, GateStuck
+from replication.order.latency import FAILOVER
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD
 from replication.reason import Reason
@@ -126,7 +127,7 @@ class Failover:
         wait_s = _DRAIN_MIN_S
         while not self._closing.is_set():
             try:
-                with self._set.gate.closed(wait_s):
+                with self._set.gate.closed(wait_s, FAILOVER):
                     action()
                     return True
             except GateStuck:
@@ -195,7 +196,7 @@ class Failover:
         while not self._closing.is_set():
             try:
                 self._set.save()  # while nobody waits: whether the storage answers
-                with self._set.gate.closed(wait_s):
+                with self._set.gate.closed(wait_s, FAILOVER):
                     if not still():
                         return False
                     self._set.enter(stage, Haste(time.monotonic() + _SETTLE_S))

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from replication.errors import CommandError, DiskError
+from replication.order.latency import PAIRING
 from replication.order.pause import pause
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
@@ -178,7 +179,7 @@ class Pairing:
         if decision.verdict is Verdict.REFUSED:
             raise CommandError(decision.reason, reason=decision.code)
         session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
-        with self._set.gate.closed(), self._lock:
+        with self._set.gate.closed(why=PAIRING), self._lock:
             if channel.closed:
                 # It was given up while it waited here, and may have been followed by another one already.
                 raise CommandError("the control connection was closed")
@@ -262,7 +263,7 @@ class Pairing:
             record.inconsistent = former
             raise
         if record.stage is Stage.RUNNING:
-            with self._set.gate.closed():
+            with self._set.gate.closed(why=PAIRING):
                 self._set.show()
 
     def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:

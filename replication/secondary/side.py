@@ -20,6 +20,7 @@ from replication.image.shortage import Shortage
 from replication.log import log
 from replication.options import DATA_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
+from replication.order.latency import CHECKPOINT, FAILOVER, PAIRING, START, STOP
 from replication.order.pause import pause
 from replication.order.urgency import Haste, Overdue
 from replication.order.worker import NO_THREAD
@@ -113,6 +114,7 @@ class SecondarySide(Side):
             disk.from_stranger = self.pairing.has_stranger
             if disk.stack is not None:
                 disk.stack.room.shortage = shortage
+                disk.stack.attend(self._set.gate.latency)
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
         self._fill = FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
         if self._set.options.durability is Durability.POWER:
@@ -312,7 +314,7 @@ class SecondarySide(Side):
 
     def _start_alone(self, number: int, led: bool) -> None:
         """With the gate closed. The save of the stage is the point of no return."""
-        with self._set.gate.closed():
+        with self._set.gate.closed(why=START):
             self._set.record.backup = RUNNING
             lacking = next((disk.name for disk in self.disks if disk.lost.missing), None)
             if lacking is not None and led:
@@ -363,7 +365,7 @@ class SecondarySide(Side):
                 # The epoch is made stable with the gate closed, which no failover can end. A state folder that does not
                 # answer shows here, where both the failover and the guest go on.
                 self._set.save()
-            with self._set.gate.closed():
+            with self._set.gate.closed(why=CHECKPOINT):
                 # Again: a target write may have failed since.
                 self._check_complete()
                 failure = self._empty_settled(number)
@@ -500,7 +502,7 @@ class SecondarySide(Side):
     def stop(self) -> None:
         self._check_complete()
         self._prepare_emptying(flush=True)
-        with self._set.gate.closed():
+        with self._set.gate.closed(why=STOP):
             self._check_complete()
             for disk in self.disks:
                 self._flush_disk(disk)
@@ -523,7 +525,7 @@ class SecondarySide(Side):
             self._fail_over_without(self._set.record.inconsistent, haste)
             return
         try:
-            with self._set.gate.closed(min(_FAILOVER_S, haste.left_s)):
+            with self._set.gate.closed(min(_FAILOVER_S, haste.left_s), FAILOVER):
                 self._enter_failover(haste._replace(force=False))
         except GateStuck as stuck:
             self._fail_over_around(str(stuck), haste)
@@ -560,7 +562,7 @@ class SecondarySide(Side):
 
             def empty() -> None:
                 with ExitStack() as closing:
-                    closing.enter_context(self._set.gate.closed(min(_FAILOVER_S, haste.left_s)))
+                    closing.enter_context(self._set.gate.closed(min(_FAILOVER_S, haste.left_s), FAILOVER))
                     self._set.save()  # what cannot be saved shows before anything is emptied
                     if self._empty_all() is not None:
                         raise CommandError(
@@ -615,7 +617,7 @@ class SecondarySide(Side):
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
             raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
-        with self._set.gate.closed():
+        with self._set.gate.closed(why=FAILOVER):
             self._enter(Stage.FAILOVER, None)
         self._failover.begin()
 
@@ -681,7 +683,7 @@ class SecondarySide(Side):
             return
         if self.pairing.incomplete is None and self._backup.running:
             raise CommandError("The last checkpoint is not given up: the secondary lacks nothing that has to be sent")
-        with self._set.gate.closed():
+        with self._set.gate.closed(why=PAIRING):
             former, record.inconsistent = (record.inconsistent, record.backup), GIVEN_UP
             self._backup.dispense()
             try:

@@ -17,6 +17,7 @@ from replication.disk.face import EXTENTS_MAX, Extent
 from replication.errors import DiskError, Refusal
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, Options
+from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.server.clients import Client
 from replication.stage import Mode
 
@@ -28,8 +29,8 @@ before it goes."""
 class Export:
     """One export as one client sees it. Every method may be called by several threads at once; they raise DiskError."""
 
-    def __init__(self, node: Node, name: str, token: str | None = None) -> None:
-        """`token`: what a primary's connection has been given."""
+    def __init__(self, node: Node, name: str, token: str | None = None, of_guest: bool = True) -> None:
+        """`token`: what a primary's connection has been given. `of_guest`: whether it is a guest's, not a primary's."""
         self._node = node
         self._gate = node.gate
         self._faces = node.faces
@@ -38,20 +39,40 @@ class Export:
         face = node.faces[name]
         self.size = face.size()
         self.description = face.description
+        self._latency = latency = node.gate.latency
+        account = latency.guests if of_guest else latency.primarys
+        self._reads, self._writes = account.tally(name, READ), account.tally(name, WRITE)
+        self._zeroes, self._flushes = account.tally(name, ZERO), account.tally(name, FLUSH)
+        self._batches = account.tally(name, BATCH)
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from `offset`."""
-        with self._gate:
-            self._faces[self._name].read(buffer, offset)
+        course = self._latency.begin(self._reads)
+        try:
+            with self._gate:
+                self._faces[self._name].read(buffer, offset)
+        finally:
+            course.end()
 
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write the data at `offset`."""
-        with self._gate:
-            self._node.side.admit(self._name, self._token)
-            self._faces[self._name].write(data, offset, fua)
+        course = self._latency.begin(self._writes)
+        try:
+            with self._gate:
+                self._node.side.admit(self._name, self._token)
+                self._faces[self._name].write(data, offset, fua)
+        finally:
+            course.end()
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Make a range read as zeroes: a long one in steps, between which a command finds the gate empty."""
+        course = self._latency.begin(self._zeroes)
+        try:
+            self._zero(offset, length, may_trim, fua)
+        finally:
+            course.end()
+
+    def _zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         at, stop = offset, offset + length
         stable = fua and length > ZERO_MAX
         while at < stop:
@@ -61,10 +82,17 @@ class Export:
                 self._faces[self._name].zero(at, end - at, may_trim, fua and not stable)
             at = end
         if stable:
-            self.flush()  # once, which covers all steps
+            self._flush()  # once, which covers all steps
 
     def flush(self) -> None:
         """Make stable what was answered."""
+        course = self._latency.begin(self._flushes)
+        try:
+            self._flush()
+        finally:
+            course.end()
+
+    def _flush(self) -> None:
         with self._gate:
             self._faces[self._name].flush()
 
@@ -97,7 +125,7 @@ class DataExport(Export):
     """The target face for a primary: larger than the disk by the room for batches (batch.py)."""
 
     def __init__(self, node: Node, name: str, token: str) -> None:
-        super().__init__(node, name, token)
+        super().__init__(node, name, token, of_guest=False)
         self._disk_size = self.size
         self.size += SPACE
 
@@ -113,10 +141,14 @@ class DataExport(Export):
         if fua:
             raise DiskError("a batch of writes cannot be forced to stable storage: flush", errno.EINVAL)
         writes = unpack(data, self._disk_size)
-        with self._gate:
-            self._node.side.admit(self._name, self._token)
-            self._gate.count(len(writes) - 1)
-            self._faces[self._name].write_batch(writes)
+        course = self._latency.begin(self._batches)
+        try:
+            with self._gate:
+                self._node.side.admit(self._name, self._token)
+                self._gate.count(len(writes) - 1)
+                self._faces[self._name].write_batch(writes)
+        finally:
+            course.end()
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         self._check(offset, length)
@@ -170,7 +202,9 @@ class Exports:
             self._check_identity("guest-identity", self._options.guest_identity, wanted, client)
         else:
             self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
-        return Export(self._node, wanted) if token is None else DataExport(self._node, wanted, token)
+        if token is not None:
+            return DataExport(self._node, wanted, token)
+        return Export(self._node, wanted, of_guest=wanted in self._of_guests)
 
     @staticmethod
     def _check_identity(key: str, wanted: str | None, export: str, client: Client) -> None:

@@ -74,6 +74,10 @@ class Node:
         self._record("query")
         return {"mode": "primary", "stage": "running"}
 
+    def query_latency(self) -> dict[str, Any]:
+        self._record("query_latency")
+        return {"bounds": []}
+
     def query_failover(self) -> dict[str, Any]:
         self._record("query_failover")
         return {"allowed": True, "force": False}
@@ -166,6 +170,7 @@ SET = "xen-set-replication"
             [("compare", Lineage("1" * 16))],
             {"relation": "same"},
         ),
+        ("query-replication-latency", None, [("query_latency",)], {"bounds": []}),
         ("query-jobs", None, [("query_jobs",)], JOBS),
         ("job-cancel", {"id": "a"}, [("cancel_job", "a")], {}),
         ("job-dismiss", {"id": "a"}, [("dismiss_job", "a")], {}),
@@ -325,6 +330,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-stop",
         "replication-retry",
         "query-replication",
+        "query-replication-latency",
         "query-failover",
         "query-role",
         "replication-compare",

@@ -21,6 +21,7 @@ from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import Case, FaultLatch
+from replication.order.latency import CHECKPOINT, LINK_LOST, SLOW_SECONDARY, Course, Latency
 from replication.primary.backlog import DATA_MAX, ZERO_MAX, Budget, Entry, Kind
 from replication.primary.disk import PrimaryDisk
 from replication.primary.forward import Forwarder
@@ -43,6 +44,7 @@ class Link:
         self.reserved = 0
         self.before_put: Callable[[Entry], None] = lambda _: None
         self.awaited = threading.Semaphore(0)
+        self.let_go_s = 0.0
 
     patience_s = DEADLINE_S
     data_piece, zero_piece = DATA_MAX, ZERO_MAX
@@ -633,6 +635,38 @@ def test_writes_larger_than_the_queue_all_arrive(
     assert changes.marked_bytes == 0
     forwarder.stop(0.0)
     disk.close()
+
+
+@pytest.mark.parametrize("operation", ["write", "flush"])
+@pytest.mark.parametrize("why", [SLOW_SECONDARY, CHECKPOINT, LINK_LOST])
+def test_who_waits_for_the_secondary_knows_why(
+    make: Make, monkeypatch: pytest.MonkeyPatch, operation: str, why: str
+) -> None:
+    """A checkpoint: what is behind its cut is sent when that is let go."""
+    whys: list[str] = []
+    monkeypatch.setattr(Course, "go_on", lambda _, why: whys.append(why))
+    bench, latency = make(True), Latency()
+    bench.disk.attend(latency)
+
+    def act() -> None:
+        course = latency.begin(latency.guests.tally("disk0", operation))
+        try:
+            if operation == "write":
+                bench.disk.write(memoryview(b"x"), 0, False)
+            else:
+                bench.disk.flush()
+        finally:
+            course.end()
+
+    guest = bench.pool.submit(act)
+    assert bench.link.awaited.acquire(timeout=DEADLINE_S)
+    assert whys == []
+    if why == CHECKPOINT:
+        bench.link.let_go_s = time.monotonic()
+    bench.link.up = why != LINK_LOST
+    bench.link.answer(bench.link.put_entries[0], why != LINK_LOST)
+    done(guest)
+    assert whys == [why]
 
 
 # -- order -------------------------------------------------------------------------------------------------------

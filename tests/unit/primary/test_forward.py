@@ -29,6 +29,7 @@ from replication.disk.connection import Connection
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.options import DATA_EXPORT
+from replication.order.latency import LINK_LOST, QUEUE_FULL, WRITE, Course, Latency
 from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Budget, Entry, InFlight, Kind, cost
 from replication.primary.forward import _SMALL as SMALL
 from replication.primary.forward import BATCHED_WINDOW, BATCHES_IN_WINDOW, SINGLY_S, WINDOW, Forwarder, cut
@@ -481,6 +482,37 @@ def test_whoever_waits_for_room_gets_it_when_it_comes_and_goes_when_the_link_is_
         budget.wake()
         assert not waiter.result(DEADLINE_S)
     assert budget._used == 1000
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["room", "lost"])
+def test_a_request_that_waits_for_room_knows_why(lab: Lab, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    whys: list[str] = []
+    monkeypatch.setattr(Course, "go_on", lambda _, why: whys.append(why))
+    link = Link(lab.endpoint(size=SIZE), limit=1000)
+    link.forwarder.latency = latency = Latency()
+    assert link.forwarder.reserve(1000), "which does not wait"
+
+    def ask() -> bool:
+        course = latency.begin(latency.guests.tally("disk0", WRITE))
+        try:
+            return link.forwarder.reserve(10)
+        finally:
+            course.end()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        wait_until(lambda: len(link.budget._line) == 1, "it waits")
+        assert whys == []
+        if lost:
+            link.forwarder.abandon("the test")
+        else:
+            link.forwarder.unreserve(1000)
+        assert asked.result(DEADLINE_S) is not lost
+        assert whys == [LINK_LOST if lost else QUEUE_FULL]
+        link.budget._behind = True
+        assert not pool.submit(ask).result(DEADLINE_S), "nobody waits behind a secondary that is too slow"
+        assert len(whys) == 1
+    link.forwarder.stop(0.0)
 
 
 # -- cuts --------------------------------------------------------------------------------------------------------
