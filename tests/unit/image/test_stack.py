@@ -460,14 +460,14 @@ def test_whole_clusters_that_change_before_a_commit_has_locked_them_are_brought_
     images.stack.committing = True
     real = images.stack.top.acquire
 
-    def acquire(start: int, stop: int) -> Any:
+    def acquire(start: int, stop: int, *why: str) -> Any:
         monkeypatch.undo()
         with monkeypatch.context() as broken:
             if full:
                 break_overlay(broken, images.stack.active, 1, errno.ENOSPC)
             images.stack.write_over(memoryview(b"\xbb" * 10), 5 * BLOCK, shelter=True)
         assert images.stack.active.holds_any(5, 6) != full
-        return real(start, stop)
+        return real(start, stop, *why)
 
     monkeypatch.setattr(images.stack.top, "acquire", acquire)
     assert images.stack.descent.commit(0, 64) == 2 * CLUSTER - (BLOCK if full else 0)
@@ -513,12 +513,12 @@ def test_what_a_guest_writes_after_a_commit_has_looked_and_before_it_has_locked_
     expected = bytearray(images.top())
     real = images.stack.top.acquire_all
 
-    def acquire(spans: Sequence[tuple[int, int]]) -> Any:
+    def acquire(spans: Sequence[tuple[int, int]], *why: str) -> Any:
         monkeypatch.undo()
         images.disk.before = failing("write")
         images.stack.write_over(memoryview(b"\xbb" * 10), block * BLOCK, shelter=True)
         images.disk.before = lambda _: None
-        return real(spans)
+        return real(spans, *why)
 
     monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
     images.stack.descent.commit(0, 32)
@@ -541,13 +541,13 @@ def test_what_was_let_go_after_a_commit_has_looked_is_not_brought_down_again(
     images.stack.committing = True
     real = images.stack.top.acquire_all
 
-    def acquire(spans: Sequence[tuple[int, int]]) -> Any:
+    def acquire(spans: Sequence[tuple[int, int]], *why: str) -> Any:
         monkeypatch.undo()
         with monkeypatch.context() as full:
             break_overlay(full, images.stack.active, 1, errno.ENOSPC)
             images.stack.write_over(memoryview(b"\xbb" * 10), 0, shelter=True)
         assert not images.stack.active.holds_any(0, 1)
-        return real(spans)
+        return real(spans, *why)
 
     monkeypatch.setattr(images.stack.top, "acquire_all", acquire)
     images.stack.descent.commit(0, 32)
