@@ -214,6 +214,7 @@ class Node:
         self.side.configure()
 
     def _look_at_disks(self) -> None:
+        self.gate.latency.look()
         try:
             self._state.note_sync(self.side.in_sync)
             self.side.look()

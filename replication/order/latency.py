@@ -107,7 +107,9 @@ class Tally:
         self.account = account
         self.export = export
         self.operation = operation
-        self.total = Histogram()
+        # All of them, as in a Histogram, and a step nearer.
+        self.counts = [0] * _BUCKETS
+        self.sum_s = 0.0
         self.waits = [Histogram() for _ in WAITS]
         # Of the requests that have waited: all of their time, and what of it was not waiting. The others' time is all
         # the disk's, so nothing more is counted for them.
@@ -116,16 +118,17 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """`parts` has only what somebody has waited for, and the disk."""
-        total, waited, rest = self.total, self.waited, self.rest
+        waited, rest, sum_s = self.waited, self.rest, self.sum_s
         counts = [
             max(0, all_ - with_) + left
-            for all_, with_, left in zip(total.counts, waited.counts, rest.counts, strict=True)
+            for all_, with_, left in zip(self.counts, waited.counts, rest.counts, strict=True)
         ]
         parts = {
             name: histogram.to_json() for name, histogram in zip(WAITS, self.waits, strict=True) if histogram.sum_s > 0
         }
-        parts["disk"] = _told(counts, max(0.0, total.sum_s - waited.sum_s + rest.sum_s))
-        return {"export": self.export, "operation": self.operation, "total": total.to_json(), "parts": parts}
+        parts["disk"] = _told(counts, max(0.0, sum_s - waited.sum_s + rest.sum_s))
+        total = _told(self.counts, sum_s)
+        return {"export": self.export, "operation": self.operation, "total": total, "parts": parts}
 
 
 class Stall(NamedTuple):
@@ -147,12 +150,12 @@ class Account:
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.waited = Histogram()
         """How long requests have waited for something else than their disk; those that have not are not in it."""
-        # The longest of this minute so far, and when the minute ends (monotonic). Read without the lock.
+        # The longest of this minute so far. Read without the lock.
         self.longest_s = 0.0
-        self.minute_ends_s = 0.0
-        # Protects the fields below, and who writes the two above. Taken by requests that have taken longer than any
-        # other of this minute, and by the first of one; never held across I/O.
+        # Protects the fields below, and who writes the one above. Taken by requests that have taken longer than any
+        # other of this minute, and twice a second; never held across I/O.
         self._lock = threading.Lock()
+        self._minute_ends_s = 0.0
         self._stall: Stall | None = None
         self._stalls: deque[Stall] = deque(maxlen=int(HOUR_S / _MINUTE_S))
 
@@ -160,8 +163,8 @@ class Account:
         """The one of that kind of requests to that export."""
         return self.tallies.setdefault((export, operation), Tally(self, export, operation))
 
-    def note(self, course: Course, elapsed_s: float, now_s: float) -> None:
-        """A request has ended which has waited, or is the longest of its minute, or the first."""
+    def note(self, course: Course, elapsed_s: float) -> None:
+        """A request has ended which has waited, or is the longest of its minute."""
         tally = course.tally
         if course.waited_s > 0:
             self.waited.add(course.waited_s)
@@ -170,21 +173,28 @@ class Account:
             for part, seconds in enumerate(course.waits):
                 if seconds > 0:
                     tally.waits[part].add(seconds)
-        if elapsed_s > self.longest_s or now_s >= self.minute_ends_s:
-            stall = Stall(elapsed_s, now_s, tally.export, tally.operation, course.reason(elapsed_s), False)
-            self._keep(stall)
+        if elapsed_s > self.longest_s:
+            now_s, reason = time.monotonic(), course.reason(elapsed_s)
+            with self._lock:
+                self._look_locked(now_s)
+                if elapsed_s > self.longest_s:
+                    self.longest_s = elapsed_s
+                    self._stall = Stall(elapsed_s, now_s, tally.export, tally.operation, reason, False)
         course.forget()
 
-    def _keep(self, stall: Stall) -> None:
-        with self._lock:
-            if stall.ended_s >= self.minute_ends_s:
-                if self._stall is not None:
-                    self._stalls.append(self._stall)
-                self._stall, self.longest_s = None, 0.0
-                self.minute_ends_s = stall.ended_s + _MINUTE_S
-            if stall.seconds > self.longest_s:
-                self.longest_s = stall.seconds
-                self._stall = stall
+    def look(self, now_s: float) -> None:
+        """Begin another minute if it is time. To be called often: until then, only what is longer than the longest of
+        the former minute is noted."""
+        if now_s >= self._minute_ends_s:
+            with self._lock:
+                self._look_locked(now_s)
+
+    def _look_locked(self, now_s: float) -> None:
+        if now_s >= self._minute_ends_s:
+            if self._stall is not None:
+                self._stalls.append(self._stall)
+            self._stall, self.longest_s = None, 0.0
+            self._minute_ends_s = now_s + _MINUTE_S
 
     def stalls(self, now_s: float) -> list[Stall]:
         """The longest of each minute of the last hour."""
@@ -194,7 +204,7 @@ class Account:
 
     def to_json(self) -> list[dict[str, Any]]:
         """What there has been of each kind of requests."""
-        return [tally.to_json() for tally in list(self.tallies.values()) if any(tally.total.counts)]
+        return [tally.to_json() for tally in list(self.tallies.values()) if any(tally.counts)]
 
 
 class Course:
@@ -215,15 +225,14 @@ class Course:
 
     def end(self) -> None:
         """The request has ended, well or not."""
-        now_s = time.monotonic()
-        elapsed_s = now_s - self.begun_s
+        elapsed_s = time.monotonic() - self.begun_s
         self.begun_s = 0.0
         tally = self.tally
-        total, account = tally.total, tally.account
-        total.counts[int(elapsed_s * 1e6).bit_length()] += 1
-        total.sum_s += elapsed_s
-        if elapsed_s > account.longest_s or self.waited_s > 0 or now_s >= account.minute_ends_s:
-            account.note(self, elapsed_s, now_s)
+        tally.counts[int(elapsed_s * 1e6).bit_length()] += 1
+        tally.sum_s += elapsed_s
+        account = tally.account
+        if elapsed_s > account.longest_s or self.waited_s > 0:
+            account.note(self, elapsed_s)
 
     def wait(self, part: int, why: str) -> None:
         """It waits from now on."""
@@ -296,9 +305,16 @@ class Latency:
         course.wait(part, why)
         return course
 
+    def look(self) -> None:
+        """To be called once a second or more."""
+        now_s = time.monotonic()
+        self.guests.look(now_s)
+        self.primarys.look(now_s)
+
     def longest(self) -> dict[str, Any] | None:
         """The longest that a request of a guest has taken in the last hour, also if it is under way still, and why."""
         now_s = time.monotonic()
+        self.guests.look(now_s)
         found = self.guests.stalls(now_s)
         for course in list(self._courses.values()):
             stall = course.stall(now_s)

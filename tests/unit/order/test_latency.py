@@ -207,6 +207,7 @@ def test_a_wait_is_forgotten_with_its_request(clock: Clock) -> None:
 
     request(latency, wait)
     clock.now_s += module.HOUR_S + 61.0
+    latency.look()
     request(latency, lambda: setattr(clock, "now_s", clock.now_s + 0.5))
     worst = latency.longest()
     assert worst is not None
@@ -221,6 +222,7 @@ def test_the_longest_of_the_last_hour(clock: Clock) -> None:
         return (latency.longest() or {"seconds": 0.0})["seconds"]
 
     def take(seconds: float) -> None:
+        latency.look()  # as the node does twice a second
         request(latency, lambda: setattr(clock, "now_s", clock.now_s + seconds))
 
     assert latency.longest() is None
