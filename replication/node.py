@@ -23,7 +23,7 @@ from replication.jobs import JobList
 from replication.log import log, log_defect
 from replication.options import CHANGEABLE, Durability, Options
 from replication.order.gate import Gate, GateStuck
-from replication.order.latency import ROLE_CHANGE
+from replication.order.latency import ROLE_CHANGE, STALL_S
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD, Worker
@@ -657,7 +657,7 @@ class Node:
             "lineage": self._ancestry.lineage.to_json(),
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
-            "longest-stall": self.gate.latency.longest(),
+            "longest-stall": self.gate.latency.longest(STALL_S),
             **self.side.query(),
         }
 

@@ -70,6 +70,9 @@ _FIRST, _LAST = 2, 27
 BOUNDS_S = tuple((1 << bucket) / 1e6 for bucket in range(_FIRST, _LAST + 1))
 """Upper bounds of the buckets that are told, in seconds: from 4 us to 134 s."""
 
+STALL_S = 0.1
+"""What is a stall: so long a guest's request is not noticed."""
+
 _MINUTE_S = 60.0
 HOUR_S = 3600.0
 _KINDS_MAX, _NAME_MAX = 1024, 255
@@ -311,8 +314,9 @@ class Latency:
         self.guests.look(now_s)
         self.primarys.look(now_s)
 
-    def longest(self) -> dict[str, Any] | None:
-        """The longest that a request of a guest has taken in the last hour, also if it is under way still, and why."""
+    def longest(self, least_s: float = 0.0) -> dict[str, Any] | None:
+        """The longest that a request of a guest has taken in the last hour, also if it is under way still, and why;
+        None where none has taken `least_s` seconds."""
         now_s = time.monotonic()
         self.guests.look(now_s)
         found = self.guests.stalls(now_s)
@@ -320,9 +324,9 @@ class Latency:
             stall = course.stall(now_s)
             if stall is not None and stall.seconds > 0 and course.tally.account is self.guests:
                 found.append(stall)
-        if not found:
+        worst = max(found, key=_length, default=None)
+        if worst is None or worst.seconds < least_s:
             return None
-        worst = max(found, key=_length)
         return {
             "seconds": worst.seconds,
             "time": time.time() - (now_s - worst.ended_s),

@@ -230,6 +230,8 @@ def test_the_longest_of_the_last_hour(clock: Clock) -> None:
     take(8.0)
     take(0.5)
     assert longest_s() == 8.0
+    assert latency.longest(8.0) is not None, "as long as it has to be"
+    assert latency.longest(8.5) is None
     for _ in range(58):
         clock.now_s += 60.0
         take(0.5)
