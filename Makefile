@@ -54,7 +54,7 @@ MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo 
 PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/* debian/tests/*)
 SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh debian/*) completion/replctl
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm torture ledger soak power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm test-libvirt torture ledger soak power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -128,6 +128,10 @@ ifeq ($(KILLS),)
 else
 	@scripts/vm-failover --rounds '$(KILLS)' $(if $(SEED),--seed '$(SEED)')
 endif
+
+test-libvirt: ## Run a guest by Debian's libvirt on either host, with a failover between (TESTS= picks some)
+	@scripts/setup test vm libvirt
+	@$(PYTHON) -m pytest -q --durations=5 $(or $(TESTS),tests/libvirt)
 
 bench: compile ## Compare with QEMU's own driver, about 35 minutes (BENCH= has options)
 	@scripts/setup bench

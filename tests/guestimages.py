@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ CACHE = REPOSITORY / "build/guest"
 INIT = Path(__file__).resolve().parent / "guest_init.sh"
 
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
-"""What the cloud kernel has not built in, in the order in which guest_init.sh loads it."""
+"""What a cloud kernel may not have built in, in the order in which guest_init.sh loads it."""
 
 DISK_BYTES = 64 * MIB
 
@@ -101,6 +102,17 @@ def with_fresh_lists(ask: Callable[[], T]) -> T:
         return ask()
 
 
+def module_content(package: Path, name: str) -> bytes | None:
+    """A module of an unpacked kernel package; None if the kernel has it built in. Debian 13 compresses them, has them
+    below /usr, and all that is virtio but the disk built in."""
+    for builtin in package.glob("**/modules.builtin"):
+        if f"/{name}.ko\n" in builtin.read_text():
+            return None
+    [file] = package.glob(f"**/kernel/**/{name}.ko*")
+    content = file.read_bytes()
+    return lzma.decompress(content) if file.suffix == ".xz" else content
+
+
 @contextlib.contextmanager
 def _building(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` when the body has succeeded; nobody ever sees half of it."""
@@ -160,8 +172,9 @@ class Images:
             [vmlinuz] = Path(scratch).glob("unpacked/boot/vmlinuz-*")
             shutil.copy(vmlinuz, partial / "vmlinuz")
             for module in MODULES:
-                [file] = Path(scratch).glob(f"unpacked/lib/modules/*/kernel/**/{module}.ko")
-                shutil.copy(file, partial)
+                content = module_content(Path(scratch, "unpacked"), module)
+                if content is not None:
+                    (partial / f"{module}.ko").write_bytes(content)
         return folder
 
     @staticmethod
@@ -172,7 +185,11 @@ class Images:
             ("dev/console", 0o020600, b""),
             ("bin/busybox", 0o100755, busybox),
             ("bin/sh", 0o120777, b"busybox"),
-            *((f"modules/{name}.ko", 0o100644, (kernel / f"{name}.ko").read_bytes()) for name in MODULES),
+            *(
+                (f"modules/{name}.ko", 0o100644, (kernel / f"{name}.ko").read_bytes())
+                for name in MODULES
+                if (kernel / f"{name}.ko").exists()
+            ),
             ("init", 0o100755, INIT.read_bytes()),
         ]
 

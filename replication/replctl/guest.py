@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import shlex
+import shutil
+import subprocess
 from xml.sax.saxutils import quoteattr
 
 from replication.client.session import Unusable
@@ -21,14 +25,43 @@ from replication.stage import Mode
 from . import nodes
 
 _TLS_ID = "replicated-tls"
+_RECONNECT_S = 60
+"""As the default of qemu-args (table.RECONNECT_S)."""
+_DAEMONS = ("libvirtd", "virtqemud")
+_RECONNECT_SINCE = (9, 1)
+"""The libvirt that has <reconnect> for NBD. Debian 12 has 9.0, whose schema refuses it, and whose parser drops it."""
+_VERSION_S = 5.0
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def domain_xml(name: str, options: argparse.Namespace) -> None:
     """Print a <disk> element for each disk."""
     found, exports = _faces(name)
-    text = "\n".join(_element(export, found, index, options.reconnect) for index, export in enumerate(exports))
+    delay_s, on_error = options.reconnect, ""
+    if delay_s is None:
+        delay_s = _RECONNECT_S
+        version = _libvirt_version()
+        if version is not None and version < _RECONNECT_SINCE:
+            # The next best: the guest stands still, and `virsh resume` has QEMU try again.
+            delay_s, on_error = 0, " error_policy='stop' rerror_policy='stop'"
+    text = "\n".join(_element(export, found, index, delay_s, on_error) for index, export in enumerate(exports))
     print(json.dumps({"xml": text}) if options.json else text)
+
+
+def _libvirt_version() -> tuple[int, ...] | None:
+    """That of the daemon that is installed on this host; None if none is: the domain is for another host, or to be."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    for daemon in filter(None, (shutil.which(name, path=path) for name in _DAEMONS)):
+        try:
+            done = subprocess.run(
+                [daemon, "--version"], capture_output=True, text=True, timeout=_VERSION_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        said = re.search(r"\(libvirt\) (\d+)\.(\d+)", done.stdout)
+        if said is not None:
+            return int(said[1]), int(said[2])
+    return None
 
 
 def qemu_args(name: str, options: argparse.Namespace) -> None:
@@ -73,13 +106,12 @@ def _credentials(service: config.Service) -> list[str]:
     )
 
 
-def _element(export: str, found: config.ServiceConfig, index: int, delay_s: int) -> str:
-    # The schema of libvirt 9.0 (Debian 12) does not know this element; 11.3 (Debian 13) does.
+def _element(export: str, found: config.ServiceConfig, index: int, delay_s: int, on_error: str) -> str:
     reconnect = f"    <reconnect delay='{delay_s}'/>\n" if delay_s else ""
     tls = " tls='yes'" if found.service.tls == "require" else ""
     return f"""\
 <disk type='network' device='disk'>
-  <driver name='qemu' type='raw' cache='none' discard='unmap'/>
+  <driver name='qemu' type='raw' cache='none' discard='unmap'{on_error}/>
   <source protocol='nbd' name={quoteattr(export)}{tls}>
     <host transport='unix' socket={quoteattr(found.guest_socket)}/>
 {reconnect}  </source>

@@ -119,6 +119,15 @@ RECONNECT = argument(
     help="how long the guest's requests wait for a node that has gone; 0: not at all (default: %(default)s)",
 )
 
+# Without a default: what fits is a question to the libvirt of the host.
+DOMAIN_RECONNECT = argument(
+    "--reconnect",
+    metavar="SECONDS",
+    type=whole_seconds,
+    help="how long the guest's requests wait for a node that has gone; 0: not at all "
+    f"(default: {RECONNECT_S}, or what the libvirt of this host can do instead)",
+)
+
 MONITOR = (
     argument("--monitor", metavar="URL", help="the monitor (default: $REPLCTL_MONITOR or http://127.0.0.1:10810)"),
     argument("--token-file", metavar="FILE", complete="files", help="a file whose first line is its token"),
@@ -291,7 +300,7 @@ TABLE: tuple[Row, ...] = (
         "domain-xml",
         "replication.replctl.guest:domain_xml",
         "print the disks of this node for the XML of a libvirt domain",
-        (RECONNECT,),
+        (DOMAIN_RECONNECT,),
         on=On.CONFIG,
     ),
     Row(

@@ -5,6 +5,7 @@ started with the arguments reads and writes the node's disk, also after a restar
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -46,6 +47,21 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     pair.close()
 
 
+@pytest.fixture(autouse=True)
+def libvirtd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the daemon of this host, which says that it is libvirt 11.3: what counts is its version."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    says(folder / "libvirtd", "libvirtd (libvirt) 11.3.0")
+    return folder / "libvirtd"
+
+
+def says(daemon: Path, text: str) -> None:
+    daemon.write_text(f'#!/bin/sh\n[ "$*" = --version ] && echo "{text}"\n')
+    daemon.chmod(0o755)
+
+
 def printed(*arguments: str) -> str:
     done = subprocess.run([REPLCTL, *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -80,6 +96,25 @@ def test_libvirts_schema_takes_the_xml(pair: Pair, tmp_path: Path, name: str) ->
     checked = validated(tmp_path, disks if knows_reconnect() else without)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert validated(tmp_path, without.replace("transport='unix'", "transport='pigeon'")).returncode != 0
+
+
+@pytest.mark.parametrize("daemon", ["libvirtd", "virtqemud"])
+def test_a_libvirt_that_cannot_wait_stops_the_guest(pair: Pair, tmp_path: Path, libvirtd: Path, daemon: str) -> None:
+    wants = printed("a", "domain-xml")
+    libvirtd.unlink()
+    says(libvirtd.with_name(daemon), f"/usr/sbin/{daemon} (libvirt) 9.0.0")
+    disks = printed("a", "domain-xml")
+    assert "reconnect" not in disks
+    assert disks.count(" discard='unmap' error_policy='stop' rerror_policy='stop'/>") == 2
+    checked = validated(tmp_path, disks)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    # Who says how long is given what he says.
+    assert printed("a", "domain-xml", "--reconnect", "60") == wants
+    says(libvirtd.with_name(daemon), f"/usr/sbin/{daemon} (libvirt) 9.1.0")
+    assert printed("a", "domain-xml") == wants
+    says(libvirtd.with_name(daemon), "no version")
+    if not any(Path("/usr/sbin", name).exists() for name in ("libvirtd", "virtqemud")):
+        assert printed("a", "domain-xml") == wants
 
 
 def test_the_domain_xml_of_the_documentation_is_what_is_printed(pair: Pair) -> None:

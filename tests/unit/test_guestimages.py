@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import pytest
 
 import guestimages
-from guestimages import GuestError, kernel_package, newc
+from guestimages import GuestError, kernel_package, module_content, newc
 
 ENTRIES = [
     ("bin", 0o040755, b""),
@@ -87,3 +88,17 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
         (partial / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (tmp_path / "made/file").exists()
+
+
+@pytest.mark.parametrize(("place", "suffix"), [("lib", ".ko"), ("usr/lib", ".ko.xz")], ids=["12", "13"])
+def test_a_module_is_found_in_the_package_of_each_debian(tmp_path: Path, place: str, suffix: str) -> None:
+    drivers = tmp_path / place / "modules/6.1.0/kernel/drivers"
+    drivers.mkdir(parents=True)
+    for name in ("virtio", "virtio_blk"):
+        content = f"ELF {name}".encode()
+        (drivers / f"{name}{suffix}").write_bytes(lzma.compress(content) if suffix == ".ko.xz" else content)
+    (tmp_path / place / "modules/6.1.0/modules.builtin").write_text("kernel/drivers/virtio_ring.ko\n")
+    assert module_content(tmp_path, "virtio") == b"ELF virtio"
+    assert module_content(tmp_path, "virtio_ring") is None
+    with pytest.raises(ValueError, match="not enough values"):
+        module_content(tmp_path, "virtio_pci")
