@@ -47,6 +47,7 @@ from replication.server.export import Export, Exports
 from replication.server.hangup import HangupGuard
 from replication.server.placement import Placement
 from replication.server.threads import ThreadStates
+from replication.service.guard import Guard
 from replication.service.notify import Notifier
 from replication.service.pulse import Pulse
 from replication.service.reload import Reloader
@@ -189,6 +190,8 @@ def get_ready() -> None:
 def _get_ready() -> None:
     hub = EventHub()
     _check_identities()
+    options = Process.options
+    guard = Guard.of(Process.parser.handlers, {"mode": options.mode.value, "control": options.control or ""})
     state = StateFolder(Process.options.state, durable=Process.options.durability is Durability.POWER)
     try:
         if Process.options.control is not None:
@@ -201,6 +204,7 @@ def _get_ready() -> None:
             Process.control.stop()
         state.close()
         raise
+    node.before_resync = guard.ask
     Process.node = node
     Process.pulse = Pulse(Notifier(os.environ), Process.options.control, hub)
     Process.reloader = reloader = Reloader.of(os.environ, node.configure, Process.pulse)

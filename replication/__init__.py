@@ -100,6 +100,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         pulse.py                tells systemd that the node answers, and how it is
         notify.py               datagrams to systemd
         config.py               what a NAME stands for: its file
+        guard.py                asks those that may refuse a resync
         handlers.py             the handlers in it
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         roles.py                replctl's commands by which a manager decides
@@ -138,6 +139,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         watch.py                what the secondary says of itself while the link is up
         epochs.py               the primary's checkpoints: cut, brought over, taken
         link.py                 the link's states, its loss, and its coming back
+        cause.py                why there is no link, as a code
         dial.py                 how a primary comes to an agreement with its secondary
         resync.py               the job that sends what the secondary lacks
         disk.py                 local I/O and forwarding

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -84,6 +84,9 @@ class Node:
         # Protects the next one, and puts the latched fault into the record. Never held across I/O.
         self._saving = threading.Lock()
         self._unsaved = False
+        self.before_resync: Callable[[Mapping[str, str]], None] = _agreed
+        """Called with `verdict` and `peer` before a primary begins to send what this secondary lacks; CommandError
+        refuses that. It may take its time, without a lock."""
         self._closing = threading.Event()
         self._looks = Ticker("disks", LOOK_S, self._look_at_disks)
         self._clocks = Clocks(self._checkpoint_when_ready, self._checkpoint_age, lambda: self._state.epoch, hub)
@@ -561,6 +564,10 @@ class Node:
 
     def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """replication-pair-sync."""
+        pairing = self._secondary().pairing
+        if pairing.begins_resync(token, verdict, marked):
+            # Before the command lock: a failover does not wait for it, and the session is looked at again afterwards.
+            self.before_resync({"verdict": verdict, "peer": pairing.primary or "", "stage": self.stage.value})
         with self._commanding():
             self._secondary().pairing.sync(token, verdict, generation, marked, history)
 
@@ -707,3 +714,7 @@ class Node:
     def dismiss_job(self, job_id: str) -> None:
         """job-dismiss."""
         self._jobs.dismiss(job_id)
+
+
+def _agreed(_values: Mapping[str, str]) -> None:
+    """Nobody has to be asked."""

@@ -97,6 +97,10 @@ class Situations:
         found = self._linked(sight.link)
         reason = members(sight.answer.get("link")).get("reason")
         found += self._stands("split-brain", sight.split_brain, {"reason": reason})
+        outdated = sight.answer.get("outdated")
+        found += self._stands("outdated", outdated if isinstance(outdated, bool) else None, {"reason": reason})
+        lacking = sight.lacking
+        found += self._stands("out-of-sync", None if lacking is None else lacking > 0, {"bytes": lacking})
         consistent = sight.answer.get("consistent")
         if sight.stage in ("running", "failover", "failover-failed") and isinstance(consistent, bool):
             found += self._stands("inconsistent", not consistent, {})

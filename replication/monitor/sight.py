@@ -102,6 +102,14 @@ class Sight:
         for disk in objects(self.answer.get("disks")):
             yield text(disk.get("name")) or "?", disk
 
+    @property
+    def lacking(self) -> float | None:
+        """Bytes that the secondary lacks (on a primary: without what is on its way), or that this disk has lost. None:
+        it does not say."""
+        key = "missing-bytes" if self.mode == "primary" else "out-of-sync-bytes"
+        found = [value for _, disk in self.disks if (value := number(disk.get(key))) is not None]
+        return sum(found) if found else None
+
     def total(self, key: str) -> float:
         """The sum of a number of bytes over the disks."""
         return sum(number(disk.get(key)) or 0.0 for _, disk in self.disks)

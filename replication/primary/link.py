@@ -31,9 +31,11 @@ from replication.fault import Case
 from replication.log import log, surviving
 from replication.order.pause import pause
 from replication.order.worker import Worker
+from replication.primary.cause import reason_by, reason_of
 from replication.primary.dial import Agreement, Dialler, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import PeerError
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.state import StateError
 from replication.side import Setting
@@ -88,6 +90,8 @@ class Link:
         self._losing = False
         self._closing = False
         self._reason: str | None = None
+        # The code of that.
+        self._code = Reason.LINK_LOST
         # The reason that the log has, since the link was up last.
         self._told: str | None = None
         # Of the agreement: why the secondary takes no checkpoint, and why it was not told that it has everything.
@@ -111,6 +115,14 @@ class Link:
     def reason(self) -> str | None:
         """Why it is not up, or not in sync although nothing is missing; None when there is nothing to say."""
         return self._reason or self._untold or self._obstacle
+
+    @property
+    def code(self) -> Reason | None:
+        """The reason, for programs."""
+        if self._reason is not None:
+            return self._code
+        reason = self.reason
+        return None if reason is None else reason_by(reason, Reason.REFUSED)
 
     @property
     def untold(self) -> bool:
@@ -278,7 +290,7 @@ class Link:
                 return  # or it is a former one's: who has noticed may be late
             self._agreement = None
             self._losing = True
-            self._reason = str(error)
+            self._reason, self._code = str(error), reason_by(str(error), Reason.LINK_LOST)
         # Before the error: what clears it asks whether the forwarders are up.
         for disk in self._disks:
             disk.forwarder.abandon(str(error))
@@ -441,6 +453,7 @@ class Link:
             if not self._wanted:
                 return
             # What was not to be told yet (`tell`) is still to be told when it goes on.
+            self._code = reason_of(error)
             news = tell and (self._told != str(error) or self._state is not LinkState.LOST)
             self._reason = str(error)
             latched = False

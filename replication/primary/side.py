@@ -23,6 +23,7 @@ from replication.order.latency import CHECKPOINT, START, STOP
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.primary.backlog import Budget, Entry
+from replication.primary.cause import GONE_ON
 from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking
@@ -515,17 +516,21 @@ class PrimarySide(Side):
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
+        reason, code = self._link.reason, self._link.code
+        link = {"state": self._link.state.value, "secondary": self._uri, "reason": reason}
         return {
             "consistent": True,
+            "outdated": code in GONE_ON,
             "held-epoch": self._epochs.held,
             "peer-node": self._set.record.partner,
-            "link": {"state": self._link.state.value, "secondary": self._uri, "reason": self._link.reason},
+            "link": link if code is None else {**link, "code": code.value},
             "disks": [
                 {
                     "name": disk.name,
                     "size": disk.size,
                     "forward-queue-bytes": disk.forwarder.queue_bytes,
                     "out-of-sync-bytes": disk.changes.marked_bytes,
+                    "missing-bytes": disk.changes.missing_bytes,
                     "marks": -(-disk.changes.marked_bytes // GRAIN),
                     "totals": {
                         "read": disk.bytes_read,

@@ -116,15 +116,22 @@ class Pairing:
     @property
     def incomplete(self) -> str | None:
         """Why the disks are not what the primary had at one instant, None if they are (but for what is in flight)."""
+        return self._incomplete[1]
+
+    @property
+    def _incomplete(self) -> tuple[Reason | None, str | None]:
+        """A code for that, and the sentence."""
         record = self._set.record
         session = self._session
         if record.resync:
-            return "a resync is under way" if session else "a resync was interrupted"
+            if session:
+                return Reason.RESYNC, "a resync is under way"
+            return Reason.RESYNC_INTERRUPTED, "a resync was interrupted"
         if record.paired and (session is None or not session.agreed):
-            return "the link to the primary was lost in the midst of an epoch"
+            return Reason.LINK_LOST, "the link to the primary was lost in the midst of an epoch"
         if session is not None and session.lost:
-            return f"nothing was heard of the primary for {session.silent_s:.0f} s"
-        return None
+            return Reason.SILENT, f"nothing was heard of the primary for {session.silent_s:.0f} s"
+        return None, None
 
     @property
     def link(self) -> dict[str, Any]:
@@ -140,7 +147,9 @@ class Pairing:
             state = "connecting"
         else:
             state = "synchronizing" if self._set.record.resync else "in-sync"
-        return {"state": state, "primary": self.primary, "reason": self.incomplete}
+        code, reason = self._incomplete
+        shown = {"state": state, "primary": self.primary, "reason": reason}
+        return shown if code is None else {**shown, "code": code.value}
 
     def admit(self, token: str | None) -> None:
         """DiskError unless a client with that token (None: any client) may write now. Called from requests, inside the
@@ -218,6 +227,12 @@ class Pairing:
         stop = min(nexts, default=None)
         ranges = [list(part) for found, _ in parts for part in found if stop is None or part[0] < stop]
         return {"ranges": ranges, "next": stop}
+
+    def begins_resync(self, token: str, verdict: str, marked: bool) -> bool:
+        """Whether the primary is about to send what is missing here, in a session that has just begun. CommandError."""
+        session = self.check_token(token)
+        resync = verdict == Verdict.FULL.value or (marked and verdict in (Verdict.QUICK.value, Verdict.EQUAL.value))
+        return resync and not session.agreed
 
     def sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """What is going to be sent, or (`complete`) that it has been. `marked`: disks that are taken as equal are so

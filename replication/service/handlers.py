@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """[[handler]]: which command is run when something has happened to a node (replication.toml(5)).
 
-Read and checked here; replication-monitor runs them (monitor/handlers.py).
+Read and checked here; replication-monitor runs them (monitor/handlers.py), but for the one that may refuse (guard.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from replication.fault import Case
 
 EVENTS = (
     "after-resync-target",
+    "before-resync-target",
     "checkpoint-age",
     "disconnected",
     "error",
@@ -24,11 +25,19 @@ EVENTS = (
     "local-io-error",
     "node-down",
     "node-up",
+    "out-of-sync",
+    "outdated",
     "overlay-watermark",
     "split-brain",
     "stage-change",
 )
 """What a handler can be for; the names of DRBD's handlers where there is one for the same."""
+
+ASKED = "before-resync-target"
+"""The one that is run by the node itself, and may refuse (guard.py)."""
+
+ASKED_S, ASKED_MAX_S = 10.0, 20.0
+"""How long it may take, unless its file says otherwise, and at most: a primary waits 30 s for an answer."""
 
 FILTERS = ("case", "disk", "from", "to")
 """Keys that narrow an event down, each one value or a list of values. Not every event has each of them."""
@@ -73,7 +82,12 @@ def _read(where: str, table: Mapping[str, Any]) -> Handler:
     if table["event"] not in EVENTS:
         raise ConfigError(f"event = {table['event']!r} in {where} should be one of {', '.join(EVENTS)}")
     filters = {key: _filter(where, key, table[key]) for key in FILTERS if key in table}
-    return Handler(table["event"], _command(where, table), _timeout(where, table.get("timeout", TIMEOUT_S)), filters)
+    asked = table["event"] == ASKED
+    if asked and filters:
+        raise ConfigError(f"{where}: {ASKED} has no {', '.join(filters)}")
+    usual_s, most_s = (ASKED_S, ASKED_MAX_S) if asked else (TIMEOUT_S, TIMEOUT_MAX_S)
+    timeout_s = _timeout(where, table.get("timeout", usual_s), most_s)
+    return Handler(table["event"], _command(where, table), timeout_s, filters)
 
 
 def _command(where: str, table: Mapping[str, Any]) -> tuple[str, ...]:
@@ -96,10 +110,10 @@ def _command(where: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _timeout(where: str, value: object) -> float:
+def _timeout(where: str, value: object, most_s: float) -> float:
     seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
-    if not 0.1 <= seconds <= TIMEOUT_MAX_S:
-        raise ConfigError(f"timeout = {value!r} in {where} should be from 0.1 to {TIMEOUT_MAX_S:g} seconds")
+    if not 0.1 <= seconds <= most_s:
+        raise ConfigError(f"timeout = {value!r} in {where} should be from 0.1 to {most_s:g} seconds")
     return seconds
 
 

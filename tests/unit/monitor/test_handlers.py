@@ -19,7 +19,7 @@ from checkout import REPOSITORY
 from replication.monitor import handlers as module
 from replication.monitor.handlers import WAITING_MAX, Handlers, Situations
 from replication.monitor.sight import Sight
-from replication.service.handlers import EVENTS, Handler, read_handlers
+from replication.service.handlers import ASKED, EVENTS, Handler, read_handlers
 from waiting import DEADLINE_S, wait_until
 
 
@@ -106,6 +106,34 @@ def test_what_lasts_is_told_once_each_time_and_at_the_first_look() -> None:
     assert told(Situations().of_look(sight(consistent=False, stage="none"))) == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "key"), [("primary", "missing-bytes"), ("secondary", "out-of-sync-bytes")], ids=["primary", "secondary"]
+)
+def test_what_is_missing_is_told_until_nothing_is(mode: str, key: str) -> None:
+    """What of a primary's writes is on its way is not missing."""
+    node = Situations()
+
+    def look(*lacking: int) -> list[module.Occasion]:
+        disks = [{"name": "d", "out-of-sync-bytes": 65536, key: count} for count in lacking]
+        return node.of_look(sight(mode=mode, disks=disks))
+
+    assert look(0, 0) == []
+    (found,) = look(0, 131072)
+    assert (found.event, found.data) == ("out-of-sync", {"bytes": 131072.0})
+    assert look(65536, 0) == []
+    assert look(0, 0) == []
+    assert told(look(65536, 0)) == ["out-of-sync"]
+    assert Situations().of_look(sight(mode="primary", disks=[{"name": "d", "out-of-sync-bytes": 1}])) == []
+
+
+def test_a_node_that_has_learnt_that_the_other_has_gone_on() -> None:
+    node = Situations()
+    assert node.of_look(sight(outdated=False)) == []
+    (found,) = node.of_look(sight(outdated=True, reason="the secondary has newer data"))
+    assert (found.event, found.values["reason"]) == ("outdated", "the secondary has newer data")
+    assert node.of_look(sight(outdated=True)) == []
+
+
 def test_a_node_that_is_gone_says_nothing() -> None:
     gone = Sight("web", "/x", False, 0.0, 0.0, "gone", {"consistent": False, "stage": "running"})
     assert Situations().of_look(gone) == []
@@ -122,9 +150,11 @@ def test_every_event_that_a_file_may_name_can_come() -> None:
         event("MONITOR_NODE_DOWN"),
     ):
         found |= set(told(node.of_event(given)))
-    for look in (sight("synchronizing"), sight("in-sync"), sight("lost", "split brain", consistent=False)):
+    missing = [{"name": "d", "missing-bytes": 1}]
+    last = sight("lost", "split brain", consistent=False, outdated=True, disks=missing)
+    for look in (sight("synchronizing"), sight("in-sync"), last):
         found |= set(told(node.of_look(look)))
-    assert found == set(EVENTS)
+    assert found == set(EVENTS) - {ASKED}, "which the node itself asks"
 
 
 # -- commands --------------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a real primary says to programs of why its link is not up, and whether it has learnt that the other went on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from content import KIB, pattern
+from lab import Lab
+from nodes import Pair, Server, drained
+from waiting import wait_until
+
+
+def coded(node: Server, *codes: str) -> dict[str, Any]:
+    """The status of a node, once its link has one of these codes."""
+
+    def found() -> dict[str, Any] | None:
+        status = node.status()
+        return status if status["link"].get("code") in codes else None
+
+    status: dict[str, Any] = wait_until(found, f"{node.name} says {codes}")
+    assert status["link"]["reason"], "a code stands beside its sentence"
+    return status
+
+
+def replicating(lab: Lab) -> Pair:
+    pair = lab.pair()
+    pair.start_replication()
+    pair.primary.connect("disk0").pwrite(pattern(1, KIB), 0)
+    wait_until(lambda: drained(pair.primary)["link"]["state"] == "in-sync", "the pair is in sync")
+    return pair
+
+
+def test_a_primary_whose_secondary_has_failed_over_is_outdated(lab: Lab) -> None:
+    pair = replicating(lab)
+    status = pair.primary.status()
+    assert "code" not in status["link"]
+    assert status["outdated"] is False
+    pair.secondary.failover()
+    assert coded(pair.primary, "not-secondary")["outdated"] is True
+    # Its own guest goes on, so both have, and that is what it says as long as it asks.
+    assert pair.primary.status()["disks"][0]["missing-bytes"] == 0
+    pair.primary.connect("disk0").pwrite(pattern(2, KIB), 0)
+    assert pair.primary.status()["disks"][0]["missing-bytes"] == 64 * KIB
+
+
+def test_a_primary_whose_secondary_is_gone_is_not(lab: Lab) -> None:
+    pair = replicating(lab)
+    pair.secondary.kill()
+    assert coded(pair.primary, "link-lost", "peer-unreachable")["outdated"] is False
+    assert coded(pair.primary, "peer-unreachable")["outdated"] is False
+    pair.secondary.start()
+    wait_until(lambda: "code" not in pair.primary.status()["link"], "the link is up again")
