@@ -140,6 +140,11 @@ class NbdDisk(Disk):
             with contextlib.suppress(DiskError):
                 self._connected()
 
+    def await_turn(self) -> None:
+        connection, wait_s = self._connection, self._retry_at - time.monotonic()
+        if wait_s > 0 and (connection is None or connection.dead):
+            time.sleep(min(wait_s, RETRY_S))
+
     def check_settled(self, offset: int, length: int) -> None:
         self._connected()  # what a lost connection may still do is known before there is another one
         if self._fences:

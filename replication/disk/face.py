@@ -49,6 +49,10 @@ class Disk(ABC):
         the next request only."""
         return
 
+    def await_turn(self) -> None:
+        """For who would fail for good with the next request: wait until a disk that was lost may be tried again."""
+        return
+
     @property
     def outlives(self) -> bool:
         """Whether what was written and not flushed is there for the next process of this boot, whatever becomes of this

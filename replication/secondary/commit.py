@@ -55,6 +55,9 @@ class Commit:
     def run(self) -> None:
         """Until the overlays are empty. Raises DiskError (Cancelled included) with the job concluded."""
         self._total = self._stack.descent.held_bytes()
+        # The server of the disk may be there again although somebody has just found that it was not: a person who has
+        # started it, and retries, would find the commit failed again.
+        self._stack.disk.await_turn()
         try:
             self._go_over()
             while not self._stack.descent.whole:

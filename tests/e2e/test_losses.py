@@ -216,6 +216,25 @@ def test_a_server_that_dies_during_a_commit_gets_all_of_it_again_with_a_retry(la
     assert content[512 * KIB : 576 * KIB] == LATER
 
 
+def test_a_commit_does_not_fail_because_the_server_was_not_there_a_moment_ago(lab: Lab) -> None:
+    """Whoever uses the disk connects to a lost server once a second: it was down at the last try, and is up now."""
+    bench = Bench(lab, "secondary")
+    bench.primary.connect("disk0").pwrite(NEW, 0)
+    bench.primary.execute("replication-checkpoint")
+    guest = bench.secondary.connect("top0")
+    guest.pwrite(OWN, 256 * KIB)
+    bench.flushed(lab)
+    bench.primary.kill()
+    bench.below.kill()
+    wait_until(lambda: not _readable(guest), "the server's end was noticed")
+    assert not _readable(guest)  # the try after that is the one that has failed
+    bench.below.start()
+    bench.secondary.execute("replication-stop", failover=True)
+    assert bench.secondary.wait_stage("done", "failover-failed")["stage"] == "done"
+    content = (lab.folder / "below.raw").read_bytes()
+    assert (content[: len(NEW)], content[256 * KIB :][: len(OWN)]) == (NEW, OWN)
+
+
 def test_a_failover_whose_checkpoint_is_lost_before_the_commit_has_ended_is_not_done(lab: Lab) -> None:
     bench = Bench(lab, "secondary")
     bench.points.arm("look.flush")
