@@ -34,6 +34,7 @@ The pair
     primary.link.Link       keeps the link up: connects, notices a loss, connects again
     primary.resync.Resync   sends what the secondary lacks
     primary.epochs.Epochs   cuts the stream of writes, and has the secondary take its checkpoint there
+    primary.verify.Verify   compares the two disks, each range at one place of the stream
     record.lineage.decide   nothing to send, what the change maps say, everything, or a refusal; the same on both sides
 
 What outlives what
@@ -104,6 +105,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         handlers.py             the handlers in it
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         roles.py                replctl's commands by which a manager decides
+        verify.py               the comparison of the disks, begun and awaited
         commands.py             replctl's commands
         check.py                a node as Nagios sees it
         history.py              what replication-monitor knows of all nodes
@@ -138,6 +140,8 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         side.py                 all disks of a process as a primary, also one that was a secondary
         watch.py                what the secondary says of itself while the link is up
         epochs.py               the primary's checkpoints: cut, brought over, taken
+        verify.py               the job that compares the disks of both nodes
+        compare.py              the comparison of one disk, while the guest writes
         link.py                 the link's states, its loss, and its coming back
         cause.py                why there is no link, as a code
         dial.py                 how a primary comes to an agreement with its secondary
@@ -159,6 +163,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         disk.py                 the guest face and the target face
         reclaim.py              giving back stale overlay space
     side.py                     what the two modes have in common for the node
+    digests.py                  digests of a secondary's disk, read like data
     batch.py                    many small writes in one NBD request
     image/                      overlays, as stock qemu-img reads them
         stack.py                active, hidden and secondary disk as one, as the guest sees them
@@ -177,6 +182,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         ledger.py               what becomes true with a checkpoint
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
+        verified.py             what the last comparison of the disks has found
         keeper.py               who writes the record: one write at a time, and in time or not at all
         twin.py                 a document that is overwritten in place, crash-safe
         binding.py              what binds the files of a state folder together

@@ -509,6 +509,22 @@ class Node:
         with self._commanding():
             self._primary("abort").abort(epoch)
 
+    def verify(self, rate: int | None, repair: bool) -> None:
+        """replication-verify: begin to compare the disks with the secondary's."""
+        with self._commanding():
+            self._comparing().verify(rate, repair)
+
+    def cancel_verify(self) -> None:
+        """replication-verify-cancel; without waiting for a command."""
+        self._comparing().cancel_verify()
+
+    def _comparing(self) -> PrimarySide:
+        if not isinstance(self.side, PrimarySide):
+            raise CommandError(
+                "This is a secondary: to compare the disks is a matter of its primary", reason=Reason.WRONG_MODE
+            )
+        return self.side
+
     def _primary(self, what: str) -> PrimarySide:
         if not isinstance(self.side, PrimarySide):
             raise CommandError(f"This is a secondary: to {what} an epoch is a matter of its primary")
@@ -550,6 +566,7 @@ class Node:
                 "epoch": self._state.epoch,
                 "durability": self._options.durability.value,
                 "batches": self._secondary().takes_batches,
+                "digests": True,
             }
 
     def pair_prepare(self, token: str) -> None:

@@ -23,6 +23,9 @@ CONTROL_EXPORT = ".control"
 DATA_EXPORT = ".data"
 """`.data:TOKEN:NAME` is the target face NAME for the primary that has the token (secondary/pairing.py)."""
 
+DIGEST_EXPORT = ".data-digests"
+"""`.data-digests:TOKEN:NAME`: the same for a primary that knows of digests (digests.py)."""
+
 QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the
 guest wait, and costs as much memory."""
@@ -303,7 +306,7 @@ def _check_top_ids(disks: list[DiskOptions]) -> None:
             raise ConfigError(
                 "Missing the option top-id" if len(disks) == 1 else f"Missing the option top-id of disk '{disk.name}'"
             )
-        reserved = disk.top_id == CONTROL_EXPORT or disk.top_id.startswith(f"{DATA_EXPORT}:")
+        reserved = disk.top_id == CONTROL_EXPORT or disk.top_id.startswith((f"{DATA_EXPORT}:", f"{DIGEST_EXPORT}:"))
         if reserved or len(disk.top_id.encode()) > _EXPORT_MAX or "\0" in disk.top_id:
             raise ConfigError(f"top-id={disk.top_id[:80]} cannot be an export's name")
         # Its own disk's name is left to start, which says what QEMU says ("No top_bs or it is invalid").

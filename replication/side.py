@@ -45,6 +45,10 @@ def _no_batches(_writes: Sequence[Write]) -> None:
     raise DiskError("batches of writes are for the target face", errno.EINVAL)
 
 
+def _no_digests(_offset: int, _length: int) -> bytes:
+    raise DiskError("digests are of the target face", errno.EINVAL)
+
+
 class Face(NamedTuple):
     """What is behind an export at present. Every operation may be called by several threads at once, inside the gate,
     and raises DiskError."""
@@ -65,6 +69,8 @@ class Face(NamedTuple):
     """`extents(offset, length, count)`: at most `count` extents from `offset` on."""
     write_batch: Callable[[Sequence[Write]], None] = _no_batches
     """`write_batch(writes)`: writes of a primary, as if one after the other (batch.py)."""
+    digest: Callable[[int, int], bytes] = _no_digests
+    """`digest(offset, length)`: of one unit of the disk (digests.py)."""
 
 
 class Enter(Protocol):

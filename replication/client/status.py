@@ -11,12 +11,14 @@ from .values import (
     human_bytes,
     human_checkpoint,
     human_error,
+    human_last_verify,
     human_lineage,
     human_link,
     human_member,
     human_stall,
     human_time,
     human_value,
+    human_verify,
     printable,
 )
 
@@ -39,6 +41,8 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "lineage": human_lineage,
     "in-sync-until": human_time,
     "longest-stall": human_stall,
+    "verify": human_verify,
+    "last-verify": human_last_verify,
 }
 LEFT_OUT = ("disks", "guest-stalls")
 """What stands elsewhere: in the table, and in `replctl trace`."""

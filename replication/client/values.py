@@ -114,6 +114,25 @@ def human_stall(stall: object) -> str:
     return f"{human_seconds(stall.get('seconds'))}, {what}, {when} ({why})"
 
 
+def human_verify(progress: object) -> str:
+    """query-replication's `verify`: the comparison that is under way."""
+    if not isinstance(progress, dict):
+        return "no" if progress is None else human_value(progress)
+    done, total = (human_bytes(progress.get(f"{which}-progress")) for which in ("current", "total"))
+    waits = f", waits: {printable(progress['waits-for'])}" if progress.get("waits-for") else ""
+    return f"{done} of {total}, {human_bytes(progress.get('different-bytes'))} differ{waits}"
+
+
+def human_last_verify(outcome: object) -> str:
+    """query-replication's `last-verify`: how the last comparison has ended."""
+    if not isinstance(outcome, dict):
+        return "never" if outcome is None else human_value(outcome)
+    text = f"{human_time(outcome.get('time'))}, {human_value(outcome.get('result'))}"
+    if outcome.get("different-bytes"):
+        text += f", {human_bytes(outcome['different-bytes'])} differed"
+    return f"{text} ({printable(outcome['reason'])})" if outcome.get("reason") else text
+
+
 def human_member(name: str, value: object) -> str:
     """A member this tool knows only by its name."""
     return human_bytes(value) if name.endswith("bytes") else human_value(value)

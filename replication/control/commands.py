@@ -18,6 +18,9 @@ from replication.errors import CommandError
 from replication.record.lineage import Lineage
 from replication.stage import Mode
 
+RATE_MIN, RATE_MAX = 64 << 10, 1 << 40
+"""Bytes a second, as of the key resync-rate."""
+
 
 class Replicated(Protocol):
     """What the commands need of a node. Every method may be called by several threads at once, does its own
@@ -47,6 +50,13 @@ class Replicated(Protocol):
 
     def abort(self, epoch: int) -> None:
         """Give the epoch up that is held."""
+
+    def verify(self, rate: int | None, repair: bool) -> None:
+        """Begin to compare the disks with the secondary's, reading `rate` bytes a second at most (None: as a resync
+        sends). `repair`: what differs is sent at once."""
+
+    def cancel_verify(self) -> None:
+        """Give that up."""
 
     def demote(self) -> None:
         """Make an owner of disks a secondary again."""
@@ -159,6 +169,17 @@ class Commands:
         self._node.abort(arguments["epoch"])
         return {}
 
+    def _verify(self, arguments: Mapping[str, Any]) -> Any:
+        rate = arguments.get("rate")
+        if rate is not None and not RATE_MIN <= rate <= RATE_MAX:
+            raise CommandError(f"Parameter 'rate' expects {RATE_MIN} to {RATE_MAX} bytes a second")
+        self._node.verify(rate, arguments.get("repair", False))
+        return {}
+
+    def _cancel_verify(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.cancel_verify()
+        return {}
+
     def _demote(self, _arguments: Mapping[str, Any]) -> Any:
         self._node.demote()
         return {}
@@ -250,6 +271,8 @@ class Commands:
         "replication-checkpoint": Command(_checkpoint, {"hold": Argument("boolean")}),
         "replication-checkpoint-commit": Command(_commit, {"epoch": Argument("integer", required=True)}),
         "replication-checkpoint-abort": Command(_abort, {"epoch": Argument("integer", required=True)}),
+        "replication-verify": Command(_verify, {"rate": Argument("integer"), "repair": Argument("boolean")}),
+        "replication-verify-cancel": Command(_cancel_verify),
         "replication-get-error": Command(_get_error),
         "replication-stop": Command(_stop, {"failover": Argument("boolean"), "force": Argument("boolean")}),
         "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),

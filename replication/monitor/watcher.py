@@ -31,7 +31,13 @@ TURN_S = 0.5
 """The longest wait for an event at a stretch: how late `stop` may be noticed."""
 
 EVENTS_MAX = 1000
-CHANGED = ("REPLICATION_STAGE_CHANGE", "REPLICATION_LINK", "JOB_STATUS_CHANGE", "REPLICATION_ERROR")
+CHANGED = (
+    "REPLICATION_STAGE_CHANGE",
+    "REPLICATION_LINK",
+    "JOB_STATUS_CHANGE",
+    "REPLICATION_ERROR",
+    "REPLICATION_VERIFIED",
+)
 """Events after which a look is worth while."""
 
 

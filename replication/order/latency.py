@@ -41,6 +41,7 @@ ROLE_CHANGE: Final = "role-change"
 PAIRING: Final = "pairing"
 OVERLAP: Final = "overlap"
 RESYNC: Final = "resync"
+VERIFY: Final = "verify"
 COMMIT: Final = "commit"
 QUEUE_FULL: Final = "queue-full"
 LINK_LOST: Final = "link-lost"
@@ -56,6 +57,7 @@ REASONS = {
     PAIRING: "an agreement with the primary had all requests wait",
     OVERLAP: "another request was at work on the same blocks",
     RESYNC: "the resync was reading the same blocks",
+    VERIFY: "a comparison of the disks was reading the same blocks",
     COMMIT: "the commit was bringing down the same blocks",
     QUEUE_FULL: "the forward queue was full: the link or the secondary takes less than is written",
     LINK_LOST: "the link to the secondary was lost meanwhile",

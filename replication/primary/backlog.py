@@ -218,6 +218,9 @@ class Kind(Enum):
     WRITE = "write"
     ZERO = "zero"
     FLUSH = "flush"
+    CHECK = "check"
+    """Asks for digests of the range at this place of the stream (verify.py). It changes nothing, so its failure is no
+    failure to forward, unless it says that nothing is taken any more."""
     CUT = "cut"
     """The end of an epoch: nothing behind it is sent before all in front of it is answered and it is let go."""
 
@@ -242,6 +245,13 @@ class Entry:
     settled = False
     left = False
     """Nobody waits for its end any more (PrimaryDisk)."""
+    answer: bytearray | None = None
+    """Of a check: room for the answer, which is read at `answer_at`."""
+    answer_at = 0
+    marks = 0
+    """Of a check: ChangeMap.marks before its place in the stream was taken."""
+    refusal = 0
+    """Of a check that was refused by the secondary: its errno."""
 
     def __init__(
         self,
@@ -299,6 +309,8 @@ class Entry:
         """Make the libnbd call, for what carries no data (Connection.write_alone sends what does)."""
         if self.kind is Kind.ZERO:
             handle.aio_zero(self.length, self.offset, completion, self.flags)
+        elif self.kind is Kind.CHECK:
+            handle.aio_pread(self.answer, self.answer_at, completion)
         else:
             handle.aio_flush(completion)
 

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from replication.batch import SPACE
+from replication import batch, digests
 from replication.disk.connection import Connection
 from replication.errors import DiskError, ReplicationError
-from replication.options import DATA_EXPORT, Durability
+from replication.options import DATA_EXPORT, DIGEST_EXPORT, Durability
 from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.reason import Reason
@@ -75,6 +75,8 @@ class Agreement:
     """The secondary has been started, so it has a first checkpoint."""
     batches: bool = False
     """The secondary takes small writes together (batch.py)."""
+    digests: bool = False
+    """The secondary tells digests of its disks (digests.py)."""
     durable: bool = False
     """The secondary flushes its disk for each checkpoint."""
     refused: int = 0
@@ -88,7 +90,8 @@ class Agreement:
 
     def disk_size(self, connection: Connection) -> int:
         """The size of the secondary's disk behind one of the connections (batch.py)."""
-        return connection.size - (0 if self.peer is None else SPACE)
+        behind = batch.SPACE + (digests.SPACE if self.digests else 0)
+        return connection.size - (0 if self.peer is None else behind)
 
     def close(self) -> None:
         """It comes to nothing."""
@@ -144,7 +147,8 @@ class Dialler:
             self._pair(agreement, peer, sync, former)
             for disk in self._disks:
                 name = export_of(uri) or disk.name
-                connection = self._connection(uri, f"{DATA_EXPORT}:{agreement.token}:{name}", timeout_s)
+                export = DIGEST_EXPORT if agreement.digests else DATA_EXPORT
+                connection = self._connection(uri, f"{export}:{agreement.token}:{name}", timeout_s)
                 agreement.connections.append(connection)
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
@@ -197,6 +201,7 @@ class Dialler:
             check_id("node", answer["node"])
             agreement.node = answer["node"]
             agreement.batches = bool(answer["batches"])
+            agreement.digests = answer.get("digests") is True
             agreement.durable = answer["durability"] == Durability.POWER.value
             agreement.running = answer["stage"] == Stage.RUNNING.value
             decision = decide(mine, Lineage.from_json(answer["lineage"]))

@@ -8,8 +8,9 @@ write, write
     write to the entry in the forward queue: the queue has overlapping writes in the order of the local disk.
 write, read
     No lock: the read gets the old or the new content, as from any disk.
-write, resync
-    The resync takes the same range lock while it reads a grain and queues it.
+write, resync or check
+    The resync takes the same range lock while it reads a grain and queues it, a comparison (verify.py) while it reads a
+    range and queues the question what the secondary has there.
 barrier or cut, resync
     `_order`: a barrier or a cut finds a range still missing, or its data in the queue in front of itself.
 write, cut
@@ -35,6 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import NamedTuple
 
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
@@ -43,7 +45,7 @@ from replication.errors import DiskError
 from replication.fault import Case, FaultLatch
 from replication.image.buffers import Buffers
 from replication.image.qcow2 import BLOCK
-from replication.order.latency import CHECKPOINT, LINK_LOST, RESYNC, SECONDARY, SLOW_SECONDARY, Latency
+from replication.order.latency import CHECKPOINT, LINK_LOST, RESYNC, SECONDARY, SLOW_SECONDARY, VERIFY, Latency
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
 from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, Entry, Kind, cost
@@ -64,6 +66,18 @@ class Barrier(NamedTuple):
 
     entry: Entry
     lacking: bool
+
+
+class Checked(Enum):
+    """What has become of a question to the secondary."""
+
+    QUEUED = "queued"
+    LACKING = "lacking"
+    """It is known that the secondary lacks something of the range."""
+    WRITTEN = "written"
+    """The range is not known to be zeroes any more."""
+    UNSENT = "unsent"
+    """There is no link, or replication does not run."""
 
 
 class PrimaryDisk:
@@ -455,6 +469,30 @@ class PrimaryDisk:
                     self.changes.begin(entry.offset, entry.length, repair)
                 self.forwarder.put_spare(*entries)
             return entries
+        finally:
+            self.ranges.release(held)
+
+    def check(self, entry: Entry, content: memoryview | None) -> Checked:
+        """Read the range of a CHECK entry into `content`, and queue it: what the secondary answers is what it has at
+        the place of the stream at which this disk had that content, as far as nothing became missing meanwhile
+        (ChangeMap.marks). Without `content` the range is looked at only: it has to be zeroes. DiskError when the local
+        disk cannot be read."""
+        assert self.local is not None
+        held = self.ranges.acquire(entry.offset, entry.offset + entry.length, VERIFY)
+        try:
+            entry.marks = self.changes.marks
+            if self.changes.lacks(entry.offset, entry.length):
+                return Checked.LACKING
+            self.local.check_settled(entry.offset, entry.length)
+            if content is not None:
+                self.local.read(content, entry.offset)
+            elif self.local.hole(entry.offset, entry.length) < entry.length:
+                return Checked.WRITTEN
+            pause("verify.read")
+            # Only now: while replication does not run, a guest's write takes no range lock.
+            if self.stage is not Stage.RUNNING or not self.forwarder.put_spare(entry):
+                return Checked.UNSENT
+            return Checked.QUEUED
         finally:
             self.ranges.release(held)
 

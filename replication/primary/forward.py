@@ -19,6 +19,7 @@ Invariants
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -467,7 +468,7 @@ class Forwarder:
             elif first.kind is Kind.WRITE:
                 connection.write_alone(first.data, first.offset, first.flags, answered)
             else:
-                change = (first.offset, first.length) if first.length else None
+                change = (first.offset, first.length) if first.length and first.kind is not Kind.CHECK else None
                 connection.issue(first.issue, 0, answered, change=change)
         except DiskError as error:
             self._answered.append((entries, error.errno))
@@ -529,10 +530,10 @@ class Forwarder:
                         self._send(connection, [entry])
                     continue
                 first = entries[0]
-                if first.kind is Kind.FLUSH:
-                    self._learn_flushed(first.flush_number, number)
-                what = f"the secondary answered {first.kind.value} of {first.length} bytes at {first.offset} with"
-                self._failed(first, DiskError(f"{what}: {os.strerror(number)}", number))
+                if first.kind is Kind.CHECK and number != errno.ESHUTDOWN:
+                    first.refusal = number
+                else:
+                    self._tell_refused(first, number)
             if entries[0].kind is Kind.FLUSH and not number:
                 self._learn_flushed(entries[0].flush_number, 0)
             waiting = [entry.ended for entry in entries if entry.ended is not None]
@@ -542,7 +543,7 @@ class Forwarder:
                 if entries[0].spare or entries[-1].spare:
                     self._spare_weight -= sum([_spare_weight(entry) for entry in entries if entry.spare])
             self._budget.give(cost(entries))
-            if not number:
+            if not number and entries[0].kind is not Kind.CHECK:
                 self.bytes_forwarded += sum([entry.length for entry in entries])
             for entry in entries:
                 if not number:
@@ -551,6 +552,12 @@ class Forwarder:
             # Only now, because everybody who is woken takes the GIL.
             for ended in waiting:
                 ended.set()
+
+    def _tell_refused(self, entry: Entry, number: int) -> None:
+        if entry.kind is Kind.FLUSH:
+            self._learn_flushed(entry.flush_number, number)
+        what = f"the secondary answered {entry.kind.value} of {entry.length} bytes at {entry.offset} with"
+        self._failed(entry, DiskError(f"{what}: {os.strerror(number)}", number))
 
     def _lose(self, connection: Connection, error: DiskError) -> None:
         """The link is lost: from now on entries end at once. Called by the forwarding thread."""

@@ -81,7 +81,11 @@ class Pace:
 
     def spend(self, entries: Sequence[Entry]) -> None:
         """Pieces were sent."""
-        self._left -= sum(len(entry.data) or _ZEROES_COST for entry in entries)
+        self.take(sum(len(entry.data) or _ZEROES_COST for entry in entries))
+
+    def take(self, size: int) -> None:
+        """So many bytes were sent."""
+        self._left -= size
 
 
 class _Pass:

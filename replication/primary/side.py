@@ -22,7 +22,7 @@ from replication.order.gate import GateStuck
 from replication.order.latency import CHECKPOINT, START, STOP
 from replication.order.pause import pause
 from replication.order.urgency import Haste
-from replication.primary.backlog import Budget, Entry
+from replication.primary.backlog import Budget, Entry, Kind
 from replication.primary.cause import GONE_ON
 from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
@@ -31,6 +31,7 @@ from replication.primary.forward import Forwarder
 from replication.primary.link import Link, LinkState
 from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
+from replication.primary.verify import Verify
 from replication.primary.watch import Watch
 from replication.reason import Reason
 from replication.record.binding import Doubts
@@ -51,6 +52,9 @@ _REPAIRED_BY_RESYNC = (Case.FORWARD, Case.LINK, Case.PRIMARY_DISK)
 _GATE_S = 0.4
 """Longest wait, twice, of a primary that goes on without its secondary for the requests in flight."""
 
+_VERIFY_STOP_S = 0.5
+"""Longest wait for a comparison at the end of the process: it may be reading the disk."""
+
 _STOP_S = 3.0
 """At the end of the process the queue is sent for at most this long; what is left is in the change map."""
 
@@ -69,6 +73,7 @@ class PrimarySide(Side):
         self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
         self._epochs = Epochs(setting, self.disks, self._link)
         self._watch = Watch(setting, self.disks, self._link, self._left_behind, self._part)
+        self._verify = Verify(setting, self.disks, self._link, self._resync.now)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -173,6 +178,7 @@ class PrimarySide(Side):
         self._start_threads()
         if self._set.record.stage is Stage.RUNNING:
             self._link.resume()
+            self._verify.resume()
 
     def look(self) -> None:
         for disk in self.disks:
@@ -384,6 +390,14 @@ class PrimarySide(Side):
         """replication-checkpoint-abort."""
         self._epochs.abort(epoch)
 
+    def verify(self, rate: int | None, repair: bool) -> None:
+        """replication-verify: begin to compare the disks with the secondary's."""
+        self._verify.start(rate, repair)
+
+    def cancel_verify(self) -> None:
+        """replication-verify-cancel."""
+        self._verify.cancel()
+
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""
 
@@ -468,7 +482,9 @@ class PrimarySide(Side):
     # -- link ----------------------------------------------------------------------------------------------
 
     def _forward_failed(self, name: str, entry: Entry, error: DiskError) -> None:
-        if entry.length:
+        if entry.kind is Kind.CHECK:
+            pass  # it lacks nothing by that
+        elif entry.length:
             # Noted before it is told, so that a resync which ends at this moment does not take it for repaired.
             next(disk for disk in self.disks if disk.name == name).changes.mark(entry.offset, entry.length)
             self._link.desynchronized()
@@ -524,6 +540,7 @@ class PrimarySide(Side):
             "held-epoch": self._epochs.held,
             "peer-node": self._set.record.partner,
             "link": link if code is None else {**link, "code": code.value},
+            **self._verify.query(),
             "disks": [
                 {
                     "name": disk.name,
@@ -592,6 +609,7 @@ class PrimarySide(Side):
     def close(self, wait_s: float | None = None) -> bool:
         deadline = time.monotonic() + _STOP_S
         self._epochs.drop()
+        self._verify.close(_VERIFY_STOP_S)
         self._resync.stop(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
         self._watch.stop(max(0.0, deadline - time.monotonic()))

@@ -76,6 +76,8 @@ class ChangeMap:
         self._flushes = 0
         # The grains of `watch`, none once one of them was marked.
         self._watched = _NONE
+        self.marks = 0
+        """How many times something has become missing since the process began, but for what a comparison has found."""
         # By grain, what was marked since `claim`; None when nobody has claimed anything.
         self._since: bytearray | None = None
         self._path = source.path if isinstance(source, GrainFile) else None
@@ -142,10 +144,12 @@ class ChangeMap:
     def _grains(offset: int, length: int) -> range:
         return range(offset // GRAIN, -(-(offset + length) // GRAIN))
 
-    def mark(self, offset: int, length: int) -> None:
-        """The disk is about to change, and nobody will tell the secondary."""
+    def mark(self, offset: int, length: int, found: bool = False) -> None:
+        """The disk is about to change, and nobody will tell the secondary. `found`: it is not, but what the secondary
+        has was found to differ, which is no reason to doubt what is found elsewhere (`marks`)."""
         grains = self._grains(offset, length)
         with self._lock:
+            self.marks += 0 if found else 1
             if grains.start < self._watched.stop and self._watched.start < grains.stop:
                 self._watched = _NONE
             if self._since is not None:
@@ -174,6 +178,7 @@ class ChangeMap:
                 for grain in range(0, self._count, _STORE_MAX):
                     self._store_locked(grain, states[grain : grain + _STORE_MAX])
                 self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
+            self.marks += 1
 
     def drop_claim(self) -> None:
         """Nothing comes of it."""
@@ -253,6 +258,7 @@ class ChangeMap:
         with self._lock:
             still_open = self._close_locked(grains)
             if not arrived:
+                self.marks += 1
                 self._put_locked(grains, _MISSING * len(grains))
                 return
             ended = _ARRIVED if self._unproven else _CLEAN
@@ -327,6 +333,7 @@ class ChangeMap:
         with self._lock:
             grains = {*self._arrived, *self._open} if self._unproven else set()
             self._arrived.clear()
+            self.marks += 1
             for grain in grains:
                 self._put_locked(range(grain, grain + 1), _MISSING)
             self._watched = _NONE
@@ -401,6 +408,14 @@ class ChangeMap:
         """Whether something has to be sent anew."""
         return self._missing > 0
 
+    def lacks(self, offset: int, length: int) -> bool:
+        """Whether something of the range has to be sent anew."""
+        if not self._missing:
+            return False
+        grains = self._grains(offset, length)
+        with self._lock:
+            return _MISSING in self._bytes[grains.start : grains.stop]
+
     def clear(self) -> None:
         """The disks are taken as equal. Nothing may be in flight."""
         with self._lock:
@@ -419,6 +434,7 @@ class ChangeMap:
             if self._since is not None and state == MISSING:
                 self._since[:] = b"\1" * self._count
             self._dirty = self._missing = missing
+            self.marks += 1
 
     def flush(self) -> None:
         """Make the map stable; DiskError."""

@@ -10,6 +10,7 @@
     NAME.changes    what the secondary may lack (changes.py); a secondary that is done keeps it, too
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     NAME.unflushed  what of a disk was written and not flushed (disk/unflushed.py)
+    verify.json     what the last comparison of the disks has found (verified.py)
     *.qcow2 *.data  default overlays
 
 Invariants

@@ -98,6 +98,17 @@ def whole_seconds(text: str) -> int:
     return int(text)
 
 
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def size(text: str) -> int:
+    """argparse's type for a number of bytes, as the keys of a node have it."""
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isascii() or not number.isdigit() or len(number) > 15 or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 64M")
+    return int(number) << _UNITS[unit]
+
+
 def limits(text: str) -> dict[str, float]:
     """argparse's type for the limits of check."""
     from replication.client.check import limits as read  # noqa: PLC0415 (loaded by the command that needs it)
@@ -192,6 +203,19 @@ TABLE: tuple[Row, ...] = (
         ),
     ),
     Row("checkpoint", f"{_COMMANDS}:checkpoint", "take a checkpoint; on the primary it is one of the pair"),
+    Row(
+        "verify",
+        "replication.client.verify:verify",
+        "compare the disks with the secondary's, while the guest writes (on the primary)",
+        (
+            argument(
+                "--rate", metavar="SIZE", type=size, help="bytes to compare in a second, at most (default: resync-rate)"
+            ),
+            flag("--repair", "send what differs at once"),
+            flag("--wait", "wait for the result; exit with code 1 unless the disks are equal"),
+            flag("--cancel", "give up the comparison that is under way"),
+        ),
+    ),
     Row(
         "retry",
         f"{_COMMANDS}:retry",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from replication.batch import Write
+from replication.digests import digest_of
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
 from replication.disk.unflushed import GRAIN, Loss, NotKept, Unflushed
 from replication.errors import DiskError
@@ -295,6 +296,7 @@ class SecondaryDisk:
             self.target_flush,
             self.target_extents,
             self.target_write_batch,
+            self.target_digest,
         )
 
     def target_read(self, buffer: memoryview, offset: int) -> None:
@@ -302,6 +304,13 @@ class SecondaryDisk:
         self._for_target()
         self.disk.read(buffer, offset)
         self.totals["target-read"] += len(buffer)
+
+    def target_digest(self, offset: int, length: int) -> bytes:
+        """The digest of what the primary has written to a range of the disk."""
+        self._for_target()
+        if self.lost.lacks(offset, length):
+            raise DiskError(f"disk '{self.name}' lacks something of {length} bytes at {offset}, as it knows", errno.EIO)
+        return digest_of(self.disk, offset, length)
 
     def target_write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Copy-before-write, then through; before start, straight to the disk (first copy)."""

@@ -18,7 +18,7 @@ from replication.fault import Case
 from replication.image.layer import LayerError
 from replication.image.shortage import Shortage
 from replication.log import log
-from replication.options import DATA_EXPORT, DiskOptions, Durability
+from replication.options import DATA_EXPORT, DIGEST_EXPORT, DiskOptions, Durability
 from replication.order.gate import GateStuck
 from replication.order.latency import CHECKPOINT, FAILOVER, PAIRING, START, STOP
 from replication.order.pause import pause
@@ -700,7 +700,7 @@ class SecondarySide(Side):
     def face_of(self, export: str) -> tuple[str, str | None]:
         prefix, _, rest = export.partition(":")
         token, colon, name = rest.partition(":")
-        if prefix == DATA_EXPORT and colon and name in self._targets:
+        if prefix in (DATA_EXPORT, DIGEST_EXPORT) and colon and name in self._targets:
             return name, token
         return export, None
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from replication import digests
 from replication.batch import SPACE, unpack
 from replication.control.inband import ControlExport
+from replication.digests import DIGEST_BYTES, what_is_asked
 from replication.disk.face import EXTENTS_MAX, Extent
 from replication.errors import DiskError, Refusal
 from replication.node import Node
-from replication.options import CONTROL_EXPORT, Options
+from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.server.clients import Client
 from replication.stage import Mode
@@ -163,6 +165,28 @@ class DataExport(Export):
             raise DiskError(f"{length} bytes at {offset} are behind the disk's end", errno.EINVAL)
 
 
+class DigestExport(DataExport):
+    """The same, and digests of the disk behind the room for batches (digests.py)."""
+
+    def __init__(self, node: Node, name: str, token: str) -> None:
+        super().__init__(node, name, token)
+        self.size += digests.SPACE
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        if offset < self._disk_size + SPACE:
+            super().read(buffer, offset)
+            return
+        asked = what_is_asked(self._disk_size, offset, len(buffer))
+        for place in range(0, len(buffer), DIGEST_BYTES):
+            at = asked.offset + place // DIGEST_BYTES * asked.unit
+            length = min(asked.unit, asked.offset + asked.length - at)
+            # Each for itself: between two of them a command finds the gate empty.
+            with self._gate:
+                # As for a write: a connection that was replaced is at no place of the stream.
+                self._node.side.admit(self._name, self._token)
+                buffer[place : place + DIGEST_BYTES] = self._faces[self._name].digest(at, length)
+
+
 class Exports:
     """The exports of a node, by name."""
 
@@ -202,9 +226,10 @@ class Exports:
             self._check_identity("guest-identity", self._options.guest_identity, wanted, client)
         else:
             self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
-        if token is not None:
-            return DataExport(self._node, wanted, token)
-        return Export(self._node, wanted, of_guest=wanted in self._of_guests)
+        if token is None:
+            return Export(self._node, wanted, of_guest=wanted in self._of_guests)
+        kind = DigestExport if name.startswith(f"{DIGEST_EXPORT}:") else DataExport
+        return kind(self._node, wanted, token)
 
     @staticmethod
     def _check_identity(key: str, wanted: str | None, export: str, client: Client) -> None:

@@ -27,7 +27,7 @@ from nodes import Primary, Secondary, Server, drained, nbd_refusal
 from pausepoints import PausePoints
 from replication.batch import SPACE, pack
 from replication.disk.connection import Connection
-from replication.options import DATA_EXPORT
+from replication.options import DATA_EXPORT, DIGEST_EXPORT
 from replication.primary.peer import Peer
 from replication.record.lineage import Lineage, new_id
 from waiting import DEADLINE_S, begin, chance, wait_until
@@ -342,7 +342,7 @@ class Logged:
     def writes(self) -> list[tuple[int, int]]:
         """(offset, length) of the write requests that came to the secondary's data export."""
         log = self.log.read_text()
-        data = set(re.findall(rf" connection=(\d+) Connect export='?{re.escape(DATA_EXPORT)}:", log))
+        data = set(re.findall(rf" connection=(\d+) Connect export='?{re.escape(DIGEST_EXPORT)}:", log))
         found = re.findall(r" connection=(\d+) Write id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log)
         return [(int(offset, 16), int(length, 16)) for number, offset, length in found if number in data]
 

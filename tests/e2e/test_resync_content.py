@@ -17,7 +17,7 @@ from content import KIB, MIB, pattern
 from lab import Lab
 from nodes import Pair, disk_name, nbd_refusal, top_id
 from qmp import QmpError
-from replication.options import DATA_EXPORT
+from replication.options import DIGEST_EXPORT
 from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
@@ -96,7 +96,7 @@ def test_a_full_resync_of_a_sparse_disk_sends_its_data_only_and_leaves_it_sparse
     assert same(*pair.primary.disks, *pair.secondary.disks)
     log = sent.read_text()
     # Not those to the control export, by which the primary looks at the secondary several times a second.
-    data_connections = set(re.findall(rf" connection=(\d+) Connect export='?{re.escape(DATA_EXPORT)}:", log))
+    data_connections = set(re.findall(rf" connection=(\d+) Connect export='?{re.escape(DIGEST_EXPORT)}:", log))
     changes = re.findall(r" connection=(\d+) (Write|Zero) id=\d+ offset=\S+ count=0x([0-9a-f]+)", log[before:])
     requests = [(kind, int(count, 16)) for connection, kind, count in changes if connection in data_connections]
     written = sum(count for kind, count in requests if kind == "Write")

@@ -84,11 +84,20 @@ PAIRING_POINTS = (
 )
 """Of a secondary to which its primary comes back."""
 
-ELSEWHERE = ("epoch.parting", "look.flush", "forward.prove", "query.begun", "record.sync", "epoch.sync")
+ELSEWHERE = (
+    "epoch.parting",
+    "look.flush",
+    "forward.prove",
+    "verify.read",
+    "verify.found",
+    "query.begun",
+    "record.sync",
+    "epoch.sync",
+)
 """Points at which no history kills: its secondaries are not stopped by a second process, have their disks in files and
-are no plain servers, and nothing changes with a query. Storage that hangs is what the last two are for. In e2e they
-have test_speaking.py, test_losses.py, test_plain_secondary.py, test_service.py and test_hanging_state.py; the agent of
-virtual machines has vm/test_ft.py."""
+are no plain servers, nobody compares their disks, and nothing changes with a query. Storage that hangs is what the last
+two are for. In e2e they have test_speaking.py, test_losses.py, test_plain_secondary.py, test_verify.py, test_service.py
+and test_hanging_state.py; the agent of virtual machines has vm/test_ft.py."""
 
 ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS + LINK_POINTS + PAIRING_POINTS
 

@@ -61,6 +61,12 @@ class Node:
     def abort(self, epoch: int) -> None:
         self._record("abort", epoch)
 
+    def verify(self, rate: int | None, repair: bool) -> None:
+        self._record("verify", rate, repair)
+
+    def cancel_verify(self) -> None:
+        self._record("cancel_verify")
+
     def demote(self) -> None:
         self._record("demote")
 
@@ -154,6 +160,9 @@ SET = "xen-set-replication"
         ("replication-checkpoint", {"hold": True}, [("hold",)], {"epoch": 8}),
         ("replication-checkpoint-commit", {"epoch": 8}, [("commit", 8)], {"epoch": 8, "duration": 0.5}),
         ("replication-checkpoint-abort", {"epoch": 8}, [("abort", 8)], {}),
+        ("replication-verify", None, [("verify", None, False)], {}),
+        ("replication-verify", {"rate": 65536, "repair": True}, [("verify", 65536, True)], {}),
+        ("replication-verify-cancel", None, [("cancel_verify",)], {}),
         ("replication-demote", None, [("demote",)], {}),
         ("replication-discard", None, [("discard",)], {}),
         ("replication-get-error", None, [("get_error",)], {}),
@@ -227,6 +236,7 @@ BOTH = {"enable": True, "primary": True}
         ("replication-checkpoint-abort", {"epoch": 8.0}, "Invalid parameter type for 'epoch', expected: integer"),
         ("replication-demote", {"force": True}, "Parameter 'force' is unexpected"),
         ("replication-discard", {"force": True}, "Parameter 'force' is unexpected"),
+        ("replication-verify", {"rate": 65535}, "Parameter 'rate' expects 65536 to 1099511627776 bytes a second"),
         (SET, {"enable": False, "primary": False, "force": True}, "Parameter 'force' is unexpected"),
         ("job-cancel", None, "Parameter 'id' is missing"),
         ("job-cancel", {"id": 3}, "Invalid parameter type for 'id', expected: string"),
@@ -326,6 +336,8 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-checkpoint-abort",
         "replication-demote",
         "replication-discard",
+        "replication-verify",
+        "replication-verify-cancel",
         "replication-get-error",
         "replication-stop",
         "replication-retry",

@@ -1562,3 +1562,23 @@ def test_memory_of_a_refused_write_is_not_used_again(lab: Lab) -> None:
     assert not link.forwarder.await_end(entry)
     ended(link)
     assert memory.spare_bytes == 0
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_is_refused_is_no_failure_to_forward(lab: Lab) -> None:
+    link = Link(lab.start(Logged(lab.folder)))
+    refused, answered = (link.make(Kind.CHECK, 0, 64 * KIB) for _ in range(2))
+    for entry, place in ((refused, SIZE + 100), (answered, 5)):
+        entry.answer, entry.answer_at = bytearray(b"x" * 16), place
+        assert link.forwarder.put_spare(entry)
+        assert entry.ended is not None
+        assert entry.ended.wait(DEADLINE_S)
+    assert (refused.arrived, refused.refusal) == (False, errno.EINVAL)
+    assert (answered.arrived, answered.refusal, answered.answer) == (True, 0, bytearray(16))
+    assert link.failures == []
+    assert link.forwarder.up
+    assert link.forwarder.bytes_forwarded == 0
+    link.forwarder.stop(0.0)
+    link.wound_up()

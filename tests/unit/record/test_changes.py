@@ -594,3 +594,32 @@ def test_a_repair_that_arrived_has_to_be_flushed_as_well() -> None:
     primary.changes.clear()
     assert not primary.changes.unproven
     primary.changes.close()
+
+
+def test_whatever_becomes_missing_is_counted_but_what_a_comparison_has_found() -> None:
+    """A comparison does not believe a difference while the count moves."""
+    changes = ChangeMap(None, SIZE)
+
+    def counted(act: Any) -> int:
+        former = changes.marks
+        act()
+        return changes.marks - former
+
+    assert counted(lambda: changes.mark(0, 1)) == 1
+    assert counted(lambda: changes.mark(GRAIN, 1, found=True)) == 0
+    assert changes.lacks(0, 1)
+    assert changes.lacks(GRAIN + 5, 1)
+    assert not changes.lacks(2 * GRAIN, SIZE - 2 * GRAIN)
+    assert counted(lambda: changes.repaired(0, 2 * GRAIN)) == 0
+    assert not changes.lacks(0, SIZE)
+    for at, length in ((0, 1), (GRAIN - 1, 2)):
+        assert counted(lambda at=at, length=length: changes.begin(at, length)) == 0
+        assert counted(lambda at=at, length=length: changes.end(at, length, True)) == 0
+        changes.begin(at, length)
+        assert counted(lambda at=at, length=length: changes.end(at, length, False)) == 1
+    assert counted(changes.mark_all) == 1
+    assert changes.lacks(SIZE - 1, 1)
+    changes.claim()
+    assert counted(changes.clear_claimed) == 1
+    changes.need_flushes(True)
+    assert counted(changes.unflushed) == 1
