@@ -115,11 +115,12 @@ deb: ## Build the Debian package for this release, in build/deb
 	@scripts/deb
 
 test-deb: ## Build and try the package on each supported Debian, in roots under build/ (RELEASE= for one of them)
-	@scripts/setup debian
+	@scripts/setup debian trial
 	@for release in $(or $(RELEASE),bookworm trixie); do \
 	    scripts/debian "$$release" make deb && \
 	    scripts/debian "$$release" tests/package_lint.sh && \
-	    scripts/debian --clean "$$release" tests/package_lifecycle.sh || exit 1; done
+	    scripts/debian --clean "$$release" tests/package_lifecycle.sh && \
+	    scripts/debian --boot "$$release" tests/package_booted.sh || exit 1; done
 
 test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
 	@scripts/setup test vm

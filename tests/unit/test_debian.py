@@ -188,6 +188,13 @@ def test_a_clean_root_is_another_one(machine: Machine) -> None:
     assert machine.call("unshare")[-2:] == [f"{machine.root()}-clean", "true"]
 
 
+def test_a_root_that_is_booted_is_a_clean_one(machine: Machine) -> None:
+    machine.stand_in("systemd-nspawn", "exit 1")
+    assert machine.debian("--boot", OTHER, "true", "x").returncode == 7
+    words = machine.call("unshare")
+    assert words[words.index("--") + 2 :] == ["--inside-boot", f"{machine.root()}-clean", "true", "x"]
+
+
 def test_two_runs_do_not_share_a_root(machine: Machine) -> None:
     machine.stand_in("unshare", f"{machine.checkout}/scripts/debian {OTHER} true; exit 7")
     done = machine.debian(OTHER, "true")
