@@ -229,10 +229,10 @@ def test_case_1_a_primary_disk_whose_server_dies_comes_back_with_it(lab: Lab) ->
         with nbd_refusal(errno.EIO):
             setup.disk.pread(BLOCK, 0)
     # What the guest was told is not latched. That its former writes may be lost is, and that what was marked for that
-    # cannot be read now.
-    error = setup.primary.status()["error"]
-    assert error is None or (error["case"], error["disk"]) == (1, "disk0")
-    assert error is None or error["operation"] in ("flush", "resync")
+    # cannot be read now, which is tried by itself.
+    error = learns(setup.primary)
+    assert (error["case"], error["disk"]) == (1, "disk0")
+    assert error["operation"] in ("flush", "resync")
     endpoint.start()
 
     def written() -> bool:

@@ -185,8 +185,9 @@ def test_what_ends_a_thread_goes_to_the_log(lines: list[str], monkeypatch: pytes
     assert "KeyError: 'of a thread'" in lines[0]
 
 
-def test_a_line_is_there_before_whoever_has_written_it_goes_on() -> None:
+def test_a_line_is_there_before_whoever_has_written_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test, or a person, that looks at the log because of an answer finds the reason there."""
+    monkeypatch.setattr(module, "PATIENCE_S", 30.0)  # the thread may have to wait for its turn
     written: list[str] = []
     journal = Log(written.append)
     journal.start()

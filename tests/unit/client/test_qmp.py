@@ -16,7 +16,8 @@ from replication.client.lines import LINE_BYTES_MAX, Gone, Late, Lines, Nonsense
 from replication.client.qmp import Malformed, Qmp, Refused, Unwelcome
 from waiting import DEADLINE_S, begin
 
-SOON_S = 0.05
+SOON_S = 0.25
+"""Long enough for a command to be sent on a busy machine before nobody waits for its answer any more."""
 
 
 def in_s(seconds: float) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -105,7 +106,9 @@ def test_certificate_of_another_name_is_refused_whichever_address_was_taken(tmp_
 def test_name_of_which_no_address_answers_fails_in_time(tmp_path: Path) -> None:
     """One refuses at once, which does not end the wait for the other."""
     said, left = run(tmp_path, "127.0.0.2 twice\n127.0.0.3 twice\n", "nbd", "twice", 1.0)
-    assert "failed after 1." in said
+    took = re.match(r"failed after (\d+\.\d) s: ", said)
+    assert took is not None
+    assert 1.0 <= float(took[1]) < DEADLINE_S
     assert "no answer within 1 s" in said
     assert left == "descriptors left 0"
 

@@ -111,7 +111,7 @@ def test_what_libnbd_refuses_fails_and_the_connection_stays(lab: Lab) -> None:
 
 
 def test_a_server_that_goes_away_in_mid_request_fails_all_requests_at_once(lab: Lab) -> None:
-    server = lab.endpoint(size=SIZE, delay={"read": "10"})
+    server = lab.endpoint(size=SIZE, delay={"read": f"{DEADLINE_S:g}"})
     with connected(server) as connection, ThreadPoolExecutor(5) as pool:
         requests = [issue(connection, reading(bytearray(4096))) for _ in range(5)]
         ends = [pool.submit(connection.wait, request) for request in requests]
@@ -120,7 +120,7 @@ def test_a_server_that_goes_away_in_mid_request_fails_all_requests_at_once(lab: 
         for end in ends:
             with pytest.raises(DiskError, match=r"endpoint\.sock"):
                 end.result(DEADLINE_S)
-        assert time.monotonic() - begun < 8, "before the server would have answered"
+        assert time.monotonic() - begun < DEADLINE_S / 2, "before the server would have answered"
         assert connection.in_flight == 0
         with pytest.raises(DiskError, match=r"endpoint\.sock"):
             issue(connection, reading(bytearray(4096)))
@@ -137,7 +137,7 @@ def test_a_silent_server_is_given_up_and_the_buffer_is_nobody_elses_afterwards(l
             request = issue(connection, reading(buffer))
             with pytest.raises(DiskError, match=r"no progress on the connection .* for 1 s"):
                 connection.wait(request)
-            assert 0.95 < time.monotonic() - begun < 1.0 + 4
+            assert 0.95 < time.monotonic() - begun < DEADLINE_S / 2
             assert request.done
             buffer[:] = b"\x55" * 4096
         # The server works again and has answered: it takes another connection's request after that one.
@@ -158,8 +158,8 @@ def test_an_idle_connection_to_a_silent_server_does_not_age(lab: Lab) -> None:
 
 
 def test_one_request_that_never_ends_is_given_up_although_others_make_progress(lab: Lab) -> None:
-    server = lab.endpoint(size=SIZE, delay={"read": "15"})
-    with connected(server, timeout_s=0.8) as connection:
+    server = lab.endpoint(size=SIZE, delay={"read": f"{DEADLINE_S:g}"})
+    with connected(server, timeout_s=1.2) as connection:
         begun = time.monotonic()
         stuck = issue(connection, reading(bytearray(512)))
 
@@ -169,7 +169,7 @@ def test_one_request_that_never_ends_is_given_up_although_others_make_progress(l
 
         with pytest.raises(DiskError, match="no progress"):
             write_on()
-        assert 4 * 0.8 <= time.monotonic() - begun < 10
+        assert 4 * 1.2 <= time.monotonic() - begun < DEADLINE_S / 2
         with pytest.raises(DiskError):
             connection.wait(stuck)
 

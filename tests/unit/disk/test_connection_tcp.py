@@ -213,9 +213,11 @@ def test_the_kernel_gives_a_silent_peer_up_when_the_timeout_is_over(
 @pytest.mark.parametrize("direction", ["server", "client"])
 @pytest.mark.parametrize("requests", [1, 8])
 def test_a_slow_link_that_moves_bytes_is_not_lost(
-    plain: EndpointWithTwoDoors, between: Callable[..., Middle], direction: str, requests: int
+    lab: Lab, between: Callable[..., Middle], direction: str, requests: int
 ) -> None:
     """2 MiB take more than the four timeouts that one request has on a server, in one request or in many."""
+    # One thread: else the answer to the first may come last, which is more than four timeouts after its own bytes.
+    plain = lab.start(EndpointWithTwoDoors(lab.folder, size=SIZE, options=["--threads=1"]))
     timeout_s = 1.5  # much less, and it is lost when this process gets no core
     middle = between(plain.port, direction, 300_000)
     with connected(f"nbd://127.0.0.1:{middle.port}", timeout_s) as connection:
@@ -275,16 +277,16 @@ def test_a_stopped_server_is_given_up_although_its_kernel_goes_on_acknowledging(
 
 
 def test_a_stopped_server_with_a_request_too_large_for_its_buffers_is_given_up(plain: EndpointWithTwoDoors) -> None:
-    with connected(plain.tcp_uri("nbd"), 1.0) as connection, stopped(plain):
+    with connected(plain.tcp_uri("nbd"), 2.0) as connection, stopped(plain):
         begun = time.monotonic()
         with pytest.raises(DiskError):
             write(connection, bytes(SIZE))
-        assert 1.0 <= time.monotonic() - begun < 4 * 1.0, "well before the limit of a request"
+        assert 2.0 <= time.monotonic() - begun < 4 * 2.0, "well before the limit of a request"
 
 
 def test_a_server_that_never_answers_one_request_is_given_up_although_bytes_move(lab: Lab) -> None:
-    server = lab.start(EndpointWithTwoDoors(lab.folder, size=SIZE, delay={"read": "15"}))
-    with connected(server.tcp_uri("nbd"), 0.8) as connection:
+    server = lab.start(EndpointWithTwoDoors(lab.folder, size=SIZE, delay={"read": f"{DEADLINE_S:g}"}))
+    with connected(server.tcp_uri("nbd"), 1.2) as connection:
         begun = time.monotonic()
         stuck = connection.issue(reading(bytearray(512)), 0, None, 512)
 
@@ -294,7 +296,7 @@ def test_a_server_that_never_answers_one_request_is_given_up_although_bytes_move
 
         with pytest.raises(DiskError, match="no progress"):
             write_on()
-        assert 4 * 0.8 <= time.monotonic() - begun < 10
+        assert 4 * 1.2 <= time.monotonic() - begun < DEADLINE_S / 2
         with pytest.raises(DiskError):
             connection.wait(stuck)
 
@@ -417,11 +419,11 @@ def test_a_handshake_that_hangs_ends_in_time(said: bytes) -> None:
         begun = time.monotonic()
         with pytest.raises(DiskError, match=r"cannot connect to nbds://.*: no answer within 0\.5 s"):
             Connection(f"nbds://127.0.0.1:{listener.getsockname()[1]}", None, 0.5)
-        assert 0.5 <= time.monotonic() - begun < 5
+        assert 0.5 <= time.monotonic() - begun < DEADLINE_S / 2
     enough.set()
     thread.join(DEADLINE_S)
     # GnuTLS lets go of the handle now, and not only after its 40 s.
-    wait_until(lambda: not any(left.name == "tls-connect" for left in threading.enumerate()), "it ends", 20.0)
+    wait_until(lambda: not any(left.name == "tls-connect" for left in threading.enumerate()), "it ends", 30.0)
 
 
 def test_who_is_refused_for_its_certificate_is_asked_again_only_within_the_deadline(tmp_path: Path, lab: Lab) -> None:
@@ -443,8 +445,8 @@ def test_who_is_refused_for_its_certificate_is_asked_again_only_within_the_deadl
         begun = time.monotonic()
         try:
             with pytest.raises(DiskError, match="of another CA, expired, or of another host"):
-                Connection(server.tcp_uri(), None, 2.0, tls)
-            assert time.monotonic() - begun < 4 * 2.0
+                Connection(server.tcp_uri(), None, 4.0, tls)  # of which the handshake needs a part
+            assert time.monotonic() - begun < 4 * 4.0
         finally:
             os.kill(server.pid, signal.SIGCONT)
 

@@ -69,7 +69,7 @@ class Holding(NbdProcess):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(endpoint, "TIMEOUT_S", 3.0)  # a request that is not held starts a shell and more
     monkeypatch.setattr(endpoint, "RETRY_S", 0.01)
 
 

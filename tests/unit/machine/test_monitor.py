@@ -15,7 +15,8 @@ import pytest
 from replication.machine.monitor import Gone, Late, Monitor, Refused, stamp_s
 from waiting import DEADLINE_S, begin
 
-SOON_S = 0.05
+SOON_S = 0.25
+"""Long enough for a command to be sent on a busy machine before nobody waits for its answer any more."""
 
 
 class Qemu:

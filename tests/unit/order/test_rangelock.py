@@ -123,7 +123,7 @@ def test_trying_for_a_range_that_somebody_waits_for_fails() -> None:
 def test_who_waits_too_long_fails_and_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = RangeLock()
     holder = lock.acquire(0, 10)
-    monkeypatch.setattr(rangelock, "WAIT_S", 0.3)
+    monkeypatch.setattr(rangelock, "WAIT_S", 1.0)
     impatient = Asker(lock, 5, 15)
     monkeypatch.setattr(rangelock, "WAIT_S", DEADLINE_S)
     behind = Asker(lock, 12, 20)

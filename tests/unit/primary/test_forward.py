@@ -30,6 +30,7 @@ from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.options import DATA_EXPORT
 from replication.order.latency import LINK_LOST, QUEUE_FULL, WRITE, Course, Latency
+from replication.primary import backlog
 from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, ZERO_MAX, Budget, Entry, InFlight, Kind, cost
 from replication.primary.forward import _SMALL as SMALL
 from replication.primary.forward import BATCHED_WINDOW, BATCHES_IN_WINDOW, SINGLY_S, WINDOW, Forwarder, cut
@@ -244,8 +245,7 @@ def test_a_silent_secondary_is_lost_within_the_timeout_and_everything_ends_as_no
         begun = time.monotonic()
         stuck = [link.write(number * 4096, b"y" * 4096) for number in range(100)]
         assert not link.forwarder.await_end(stuck[0])
-        # Generous for a busy machine; the deadline of the harness is far beyond it.
-        assert 1.4 < time.monotonic() - begun < 1.5 + 4
+        assert 1.4 < time.monotonic() - begun < DEADLINE_S / 2
         assert not link.forwarder.up
         assert not link.forwarder.reserve(link.make(Kind.FLUSH).cost), "from now on nobody waits"
         link.entries.pop()
@@ -263,7 +263,7 @@ def test_a_silent_secondary_is_lost_within_the_timeout_and_everything_ends_as_no
 def test_what_a_lost_link_gives_back_ends_when_the_loss_is_known(lab: Lab) -> None:
     """Who learns of an entry's end and asks why finds that the link is lost."""
     server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
-    link = Link(server, timeout_s=0.3)
+    link = Link(server, timeout_s=2.0)  # all of them are put before that is over
     seen: list[tuple[bool, int]] = []
     with silent(server):
         stuck = [link.write(number * 4096, b"y" * 4096, waited_for=False) for number in range(10)]
@@ -305,18 +305,20 @@ def test_a_full_queue_before_a_silent_secondary_pushes_back_no_longer_than_the_t
     link = Link(server, limit=20 * KIB, timeout_s=0.6)
     with silent(server):
         first = link.write(0, b"a" * 16 * KIB)
-        begun = time.monotonic()
         extra = Entry(Kind.WRITE, 0, 16 * KIB)
         extra.load(memoryview(b"b" * 16 * KIB))
+        begun = time.monotonic()
         assert not link.forwarder.reserve(extra.cost)
-        assert time.monotonic() - begun < 0.6 + 4
+        assert time.monotonic() - begun < DEADLINE_S / 2
         assert not link.forwarder.await_end(first)
     link.wound_up()
     assert not link.forwarder.up
     assert len(link.losses) == 1
 
 
-def test_a_slow_secondary_that_makes_progress_is_not_lost_and_a_large_write_does_not_wait_for_it(lab: Lab) -> None:
+def test_a_slow_secondary_that_makes_progress_is_not_lost_and_a_large_write_does_not_wait_for_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # One after the other (they overlap), 0.1 s each: all of them take longer than the timeout, and none of it silent.
     server = lab.endpoint(size=SIZE, delay={"write": "100ms"})
     link = Link(server, limit=110 * KIB, timeout_s=1.0)
@@ -328,9 +330,9 @@ def test_a_slow_secondary_that_makes_progress_is_not_lost_and_a_large_write_does
     assert not link.forwarder.reserve(large.cost)
     assert time.monotonic() - begun > 0.9
     assert link.forwarder.behind
-    begun = time.monotonic()
-    assert not link.forwarder.reserve(large.cost)
-    assert time.monotonic() - begun < 0.9, "one has waited for all"
+    with monkeypatch.context() as patch:
+        patch.setattr(backlog, "_Waiter", None)  # nobody can wait
+        assert not link.forwarder.reserve(large.cost), "one has waited for all"
     wait_until(lambda: link.forwarder.idle, "it has caught up")
     assert not link.forwarder.behind
     assert link.forwarder.reserve(large.cost)
@@ -660,7 +662,7 @@ def test_a_link_that_goes_while_it_is_cut_ends_everything_once(lab: Lab, how: st
 
 def test_a_cut_that_is_not_reached_when_the_link_goes_has_not_arrived(lab: Lab) -> None:
     server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
-    line = Line([server], timeout_s=0.5)
+    line = Line([server], timeout_s=2.0)  # the cut is made before that is over
     (link,) = line.links
     with silent(server):
         link.write(0, b"x" * 4096)
@@ -867,14 +869,15 @@ def spare(link: Link, offset: int, data: bytes) -> Entry:
 
 
 def test_a_resync_is_sent_where_the_guest_has_nothing_to_send_and_takes_no_room(lab: Lab) -> None:
-    server = lab.start(Logged(lab.folder, delay={"write": "200ms"}, options=ONE_BY_ONE))
+    server = lab.start(Logged(lab.folder, options=ONE_BY_ONE))
     link = Link(server, limit=64 * KIB)
-    # All but the first wait for it, so the queue is not empty; the budget is full.
-    guests = [link.write(0, b"g" * 6 * KIB) for _ in range(9)]
-    resent = [spare(link, SIZE // 2 + number * 64 * KIB, b"r" * 64 * KIB) for number in range(3)]
-    assert link.forwarder.queue_bytes >= 3 * 64 * KIB
-    assert not link.forwarder.idle
-    late = link.write(0, b"G" * 4096)
+    with silent(server):
+        # All but the first wait for it, so the queue is not empty; the budget is full.
+        guests = [link.write(0, b"g" * 6 * KIB) for _ in range(9)]
+        resent = [spare(link, SIZE // 2 + number * 64 * KIB, b"r" * 64 * KIB) for number in range(3)]
+        assert link.forwarder.queue_bytes >= 3 * 64 * KIB
+        assert not link.forwarder.idle
+        late = link.write(0, b"G" * 4096)
     for entry in (*guests, *resent, late):
         assert link.forwarder.await_end(entry)
     link.forwarder.stop(DEADLINE_S)
@@ -886,14 +889,15 @@ def test_a_resync_is_sent_where_the_guest_has_nothing_to_send_and_takes_no_room(
 
 @pytest.mark.parametrize("kind", [Kind.WRITE, Kind.ZERO])
 def test_what_a_guest_writes_never_comes_before_the_older_content_that_a_resync_has_read(lab: Lab, kind: Kind) -> None:
-    server = lab.start(Logged(lab.folder, delay={"write": "20ms", "zero": "20ms"}, options=ONE_BY_ONE))
+    server = lab.start(Logged(lab.folder, options=ONE_BY_ONE))
     link = Link(server)
-    guests = [link.write(0, b"g" * 4096) for _ in range(4)]
-    other = spare(link, 1 << 20, b"r" * 4096)
-    overtaken = spare(link, 2 << 20, b"r" * 64 * KIB)
     at = (2 << 20) + 4096
     newer = link.make(kind, at, 4096, data=b"n" * 4096 if kind is Kind.WRITE else b"")
-    link.put(newer)
+    with silent(server):  # it has answered none of the guest's writes when the last is put
+        guests = [link.write(0, b"g" * 4096) for _ in range(4)]
+        other = spare(link, 1 << 20, b"r" * 4096)
+        overtaken = spare(link, 2 << 20, b"r" * 64 * KIB)
+        link.put(newer)
     for entry in (*guests, other, overtaken, newer):
         assert link.forwarder.await_end(entry)
     expected = (b"n" if kind is Kind.WRITE else b"\0") * 4096
@@ -929,7 +933,7 @@ def test_a_barrier_and_a_cut_have_what_a_resync_has_sent_in_front_of_them(lab: L
 
 def test_what_a_resync_has_put_ends_with_the_link(lab: Lab) -> None:
     server = lab.qemu_nbd(make_raw(lab.folder / "raw", SIZE))
-    link = Link(server, timeout_s=0.5)
+    link = Link(server, timeout_s=2.0)  # all of them are put before that is over
     with silent(server):
         link.write(0, b"g" * 4096)
         link.write(0, b"g" * 4096)
