@@ -25,6 +25,15 @@ from replication.monitor.web import WebServer
 from waiting import DEADLINE_S, wait_until
 
 COMMIT = {"id": "commit-disk0", "type": "commit", "status": "running"}
+STALL = {
+    "seconds": 2.5,
+    "time": 0.0,
+    "export": "disk0",
+    "operation": "write",
+    "reason": "queue-full",
+    "text": "the forward queue was full",
+    "under-way": False,
+}
 EVIL = "<img src=x onerror=document.title='evil'>"
 
 
@@ -35,7 +44,7 @@ class Host:
         brain = {"state": "lost", "reason": "split brain: both sides have taken writes since they parted"}
         alone = {"node": "x", "peer-node": "y"}
         self.nodes = {
-            "web": FakeNode(folder / "a", "primary").start(),
+            "web": FakeNode(folder / "a", "primary", **{"longest-stall": STALL}).start(),
             "web-copy": FakeNode(folder / "b", "secondary").start(),
             "db": FakeNode(folder / "c", "primary", link=brain, **alone).start(),
             "mail": FakeNode(folder / "d", "secondary", stage="failover", **alone).start(),
@@ -106,6 +115,7 @@ def test_what_a_person_sees_and_it_follows(lab: Lab, host: Host) -> None:
     assert "5 nodes: 2 protected, 1 to look at, 2 in trouble" in text
     for said in (
         "lost: split brain",
+        "2.5 s write on disk0: the forward queue was full",
         "Does not answer: No such file or directory",
         "Failed over; the commit is at work",
         "25.0 MiB of 100.0 MiB",
