@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from replication.errors import CommandError, ConfigError, DiskError
+from replication.errors import CommandError, ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
@@ -147,7 +147,8 @@ class Node:
             return record.as_primary()
         raise ConfigError(
             f"the state folder {self._options.state} belongs to a {record.mode.value}; "
-            f"start with mode={record.mode.value} or use another folder"
+            f"start with mode={record.mode.value} or use another folder, with other disks: "
+            "only this one knows what these hold"
         )
 
     def _distrust_early(self) -> None:
@@ -332,13 +333,14 @@ class Node:
         if haste is not None:
             with self.gate.urgency.asking():
                 if not self._command.acquire(timeout=URGENT_S / 2):
-                    self.side.make_way()
+                    changed = self.side.make_way()
                     if not self._command.acquire(timeout=URGENT_S / 2):
                         raise CommandError(
                             "another command is at a step that cannot be interrupted: a checkpoint or a stop whose "
                             "storage (of the state folder or the overlays) does not answer; try again"
                             + " (force does not help: which checkpoint a power cut would find is not known)"
-                            * haste.force,
+                            * haste.force
+                            + (changed and f" ({changed})"),
                             reason=Reason.BUSY,
                         )
         elif not self._command.acquire(timeout=COMMAND_S):
@@ -440,7 +442,9 @@ class Node:
             except BaseException:
                 side.close(ROLE_S)
                 raise
-        except (ConfigError, CommandError, GateStuck, StateError) as error:
+        except Exception as error:  # whatever it is, the guest's face must come back
+            if not isinstance(error, ReplicationError):
+                log_defect(error)
             record.take(kept)
             take_back()
             try:
@@ -639,9 +643,13 @@ class Node:
         try:
             self.side.fail_over(haste)
         except StateError as error:
+            said = f"{error}. Nothing has changed. Try again when the storage of the state folder answers"
+            if haste.force:
+                # Without a checkpoint force has another meaning: what it empties must not be there after a kill.
+                raise CommandError(said, reason=Reason.STORAGE) from error
             raise CommandError(
-                f"{error}. Nothing has changed. Try again when the storage of the state folder answers, or use force: "
-                "then this process fails over all the same, and saves that as soon as it can",
+                f"{said}, or use force: then this process fails over all the same, and saves that as soon as it can; "
+                "if it is killed before, the failover is undone",
                 reason=Reason.STORAGE,
             ) from error
 

@@ -162,9 +162,10 @@ class Side(ABC):
         """Leave stage running at once: a secondary fails over, a primary goes on without its secondary. CommandError,
         StateError or GateStuck, with nothing changed, in the time of `haste`."""
 
-    def make_way(self) -> None:  # noqa: B027 (most need not)
+    def make_way(self) -> str:
         """A failover waits for another command, which waits for what only this side can end. Harmless, and soon
-        done."""
+        done. What has changed by it, for the answer of a failover that is refused all the same."""
+        return ""
 
     @abstractmethod
     def retry(self, force: bool) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -163,6 +164,14 @@ class Secondary(Server):
         if len(found) != 1:
             raise AssertionError(f"one {kind} image of {disk_name(index)} expected in {self.state}, found {found}")
         return found[0]
+
+    def lose_checkpoint(self) -> None:
+        """While no process has it: its record says that the last checkpoint is lost."""
+        path = self.state / "state.json"
+        record = {**json.loads(path.read_text()), "inconsistent": "it was lost"}
+        (self.state / "state.json.twin").unlink(missing_ok=True)
+        path.unlink()
+        path.write_text(json.dumps(record))
 
     def start_replication(self) -> None:
         """Start as QEMU's management does."""

@@ -114,7 +114,9 @@ class Move:
             signal.signal(signal.SIGINT, former)
 
     def _take_back(self, why: str) -> None:
-        """Start the primary again, which was stopped. Returns when the secondary has become the owner."""
+        """Start the primary again, if it was stopped. Returns when the secondary has become the owner."""
+        if self._stage_of(self.primary) == "running":  # it has refused to stop
+            raise Refused(f"{why}; nothing has changed, the primary replicates as before")
         try:
             with self._again(self.primary) as primary:
                 primary.call("replication-start", secondary=(self.before.get("link") or {}).get("secondary"))

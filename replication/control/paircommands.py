@@ -76,7 +76,8 @@ class PairCommands:
             qmp.check_arguments({}, arguments)
             return Answer([{"name": known} for known in (qmp.NEGOTIATION, name, *SHARED, *self.TABLE)])
         if name in SHARED:
-            self._channel.watching |= name == "query-replication"
+            if name == "query-replication":
+                self._channel.watching.set()
             return self._commands.execute(name, arguments)
         row = self.TABLE.get(name)
         if row is None:

@@ -21,6 +21,7 @@ import errno
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from replication import batch, digests
@@ -47,6 +48,16 @@ SIZE_MAX = 1 << 47
 
 _PART_MIN = 64 << 20
 """Bytes of the disk between two parts of a change map: the parts have 4096 runs of 64 KiB and as many gaps."""
+
+
+class Noted(Enum):
+    """What is left of an attempt that has come to nothing: with more than NOTHING, the next one may send more than has
+    changed."""
+
+    NOTHING = ""
+    HERE = "what is to be sent is noted, so the next start may send more than has changed"
+    BOTH = f"{HERE}, and until then the secondary may take no checkpoint"
+    """The secondary was told, or perhaps was."""
 
 
 class Refusal(ReplicationError):
@@ -120,6 +131,8 @@ class Dialler:
         self._interrupted = False
         # The channel of the latest agreement that was sought: what `give_up` tears loose.
         self._peer: Peer | None = None
+        self.noted = Noted.NOTHING
+        """Of the latest attempt."""
         # Connections to plain servers, in use or given up: what they have sent the server may still do.
         self._plain_ones: list[Connection] = []
 
@@ -128,6 +141,7 @@ class Dialler:
     def dial(self, uri: str | None, sync: str, former: str | None) -> Agreement:
         """Reach the secondary at `uri`. `former`: it must be the node of that id, because a pair is to go on. DiskError
         when it cannot be reached, Refusal when it must not be used."""
+        self.noted = Noted.NOTHING
         if uri is None:
             raise DiskError("there is no secondary: give the key secondary=URI or the argument 'secondary'")
         timeout_s = self._set.options.timeout_s
@@ -247,6 +261,8 @@ class Dialler:
             answer = self._ask(peer, "replication-pair-map", arguments)
             try:
                 disk.changes.mark_ranges(answer["ranges"])
+                if answer["ranges"]:
+                    self.noted = Noted.HERE
                 further = answer["next"]
                 start = None if further is None else _check_further(start, further, disk.changes.size)
             except (KeyError, TypeError, ValueError) as error:
@@ -348,6 +364,7 @@ class Dialler:
         """Make what was agreed last, here and there. No forwarder is up. DiskError, Refusal or StateError."""
         self._check_interrupted()
         if sync == "full" or agreement.verdict is Verdict.FULL:
+            self.noted = Noted.HERE
             for disk in self._disks:
                 disk.changes.mark_all()
         if agreement.peer is None:
@@ -356,6 +373,7 @@ class Dialler:
             # there is no local disk, a person says with each start that the disks are equal.)
             keeps = any(disk.local is not None for disk in self._disks)
             self._ancestry.become(lambda lineage: lineage.renewed(new_id()) if lineage.current or keeps else lineage)
+            self.noted = Noted.HERE
             return
         marked = sync != "none" and any(disk.changes.missing for disk in self._disks)
         former = self._ancestry.lineage
@@ -367,13 +385,18 @@ class Dialler:
             if any(disk.changes.outdated if sync == "none" else disk.changes.missing for disk in self._disks):
                 self._ancestry.part()  # a write since the look above, which nobody will forward
         settled = self._ancestry.lineage
+        before, self.noted = self.noted, Noted.BOTH
         try:
             self._tell(agreement, agreement.verdict.value, settled, marked)
         except PeerError as error:
-            if not former.shared:
+            self.noted = Noted.HERE
+            if settled == former:
+                self.noted = before
+            elif not former.shared:
                 # It has changed nothing there, and nobody else has what this node had: so nothing has changed here.
                 with contextlib.suppress(StateError):
                     self._ancestry.become(lambda lineage: former if lineage == settled else lineage)
+                    self.noted = before
             raise Refusal(f"the secondary {agreement.uri} refuses: {error}", error.reason) from error
 
     def tell_complete(self, agreement: Agreement) -> None:

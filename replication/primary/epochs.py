@@ -57,6 +57,10 @@ class Lacking(CommandError):
     """The secondary lacks something, which a resync has to bring over first."""
 
 
+class Unknown(CommandError):
+    """Perhaps the secondary has taken its checkpoint."""
+
+
 class Epochs:
     """The epochs of one primary. Commands come one at a time (Node._command)."""
 
@@ -214,14 +218,14 @@ class Epochs:
             raise self._refused(epoch.agreement, peer, error) from error
         except (KeyError, TypeError, ValueError) as error:
             self._link.broken(epoch.agreement, DiskError("the secondary answers a checkpoint with something else"))
-            raise CommandError(
+            raise Unknown(
                 f"It is not known whether the secondary has taken checkpoint {epoch.number}: it answers with something "
                 "else"
             ) from error
         except DiskError as error:
             # Perhaps it has taken it: the link must not be used as if it had not.
             self._link.broken(epoch.agreement, error)
-            raise CommandError(
+            raise Unknown(
                 f"It is not known whether the secondary has taken checkpoint {epoch.number}: {error}"
             ) from error
 

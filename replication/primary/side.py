@@ -26,7 +26,7 @@ from replication.primary.backlog import Budget, Entry, Kind
 from replication.primary.cause import GONE_ON
 from replication.primary.dial import ANSWER_S, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
-from replication.primary.epochs import Epochs, Lacking
+from replication.primary.epochs import Epochs, Lacking, Unknown
 from replication.primary.forward import Forwarder
 from replication.primary.link import Link, LinkState
 from replication.primary.peer import PeerError
@@ -243,11 +243,12 @@ class PrimarySide(Side):
         except (DiskError, Refusal) as error:
             for disk in self.disks:
                 disk.changes.drop_claim()
-            raise _cannot_start(error) from error
+            raise _cannot_start(error, self._noted) from error
         record = self._set.record
         former = (record.secondary, record.replaced, record.partner)
         try:
             pause("start.connected")
+            self._set.save()  # what cannot be saved shows before the two agree on anything
             # Before the stage is saved: a process killed in between must not forget what is to be sent.
             self._link.dialler.settle(agreement, sync)
             pause("start.settled")
@@ -277,7 +278,10 @@ class PrimarySide(Side):
             record.secondary, record.replaced, record.partner = former
             agreement.close()
             if isinstance(error, DiskError | Refusal):
-                raise _cannot_start(error) from error
+                raise _cannot_start(error, self._noted) from error
+            if isinstance(error, StateError | GateStuck):
+                reason = Reason.STORAGE if isinstance(error, StateError) else Reason.BUSY
+                raise CommandError(f"{error}{self._noted}", reason=reason) from error
             raise
         self._link.establish(agreement, begin=True)
         if discard_checkpoint:
@@ -287,6 +291,12 @@ class PrimarySide(Side):
                 raise CommandError(
                     f"Replication has been started, but the secondary's last checkpoint was not given up: {error}"
                 ) from error
+
+    @property
+    def _noted(self) -> str:
+        """What a start that is refused has to say of what it has changed."""
+        noted = self._link.dialler.noted.value
+        return f". Replication has not begun, but {noted}" if noted else ""
 
     def _start_threads(self) -> None:
         """Those that are not there yet; they have nothing to do before there is a link. CommandError."""
@@ -382,8 +392,15 @@ class PrimarySide(Side):
 
     def commit(self, epoch: int) -> None:
         """replication-checkpoint-commit."""
-        with self._lacking_explained():
-            self._epochs.commit(epoch)
+        held = self._epochs.held
+        try:
+            with self._lacking_explained():
+                self._epochs.commit(epoch)
+        except (CommandError, StateError) as error:
+            if held != epoch or isinstance(error, Unknown):
+                raise
+            reason = error.reason if isinstance(error, CommandError) else Reason.STORAGE
+            raise CommandError(f"{error}; epoch {epoch} is aborted, and replication goes on", reason=reason) from error
         self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING)
 
     def abort(self, epoch: int) -> None:
@@ -455,12 +472,21 @@ class PrimarySide(Side):
 
     def fail_over(self, haste: Haste) -> None:
         """The secondary gets what arrives in the time."""
+        held, cut = self._epochs.held, ""
         self._epochs.drop()
         try:
-            whole = self._leave(haste)
-        except GateStuck:
-            self.make_way()  # a guest's writes of protocol=sync wait for the secondary inside the gate
-            whole = self._leave(haste)
+            try:
+                whole = self._leave(haste)
+            except GateStuck:
+                cut = self.make_way()  # a guest's writes of protocol=sync wait for the secondary inside the gate
+                whole = self._leave(haste)
+        except (GateStuck, StateError) as error:
+            aborted = "" if held is None else f"epoch {held}, which was held, is aborted"
+            changed = " and ".join(filter(None, (aborted, cut)))
+            if not changed:
+                raise
+            reason = Reason.STORAGE if isinstance(error, StateError) else Reason.BUSY
+            raise CommandError(f"{error}. Replication goes on, but {changed}; try again", reason=reason) from error
         self._link.stop(haste.left_s / 2, haste.left_s / 2, whole, hasty=True)
 
     def _leave(self, haste: Haste) -> bool:
@@ -469,9 +495,12 @@ class PrimarySide(Side):
             self._set.enter(Stage.DONE, haste)
             return whole
 
-    def make_way(self) -> None:
+    def make_way(self) -> str:
         """Nobody waits for the secondary any more. If replication goes on, the link comes back by itself."""
+        if self._link.agreement is None:
+            return ""
         self._link.cut(DiskError("it was given up: this primary is to go on without its secondary"))
+        return "the link to the secondary was cut and comes back by itself"
 
     def retry(self, force: bool) -> None:
         raise AssertionError("a primary is never in stage failover-failed")
@@ -632,6 +661,6 @@ class PrimarySide(Side):
             disk.close()
 
 
-def _cannot_start(error: DiskError | Refusal) -> CommandError:
+def _cannot_start(error: DiskError | Refusal, noted: str) -> CommandError:
     reason = error.reason if isinstance(error, Refusal) else Reason.PEER_UNREACHABLE
-    return CommandError(f"cannot start: {error}", reason=reason)
+    return CommandError(f"cannot start: {error}{noted}", reason=reason)

@@ -53,10 +53,10 @@ class Backup:
         return self._set.record.backup != RUNNING
 
     def dispense(self) -> None:
-        """There is nothing to preserve until the next checkpoint. The caller saves the record."""
+        """There is nothing to preserve until the next checkpoint. The caller saves the record, and then ends the jobs
+        (`conclude`)."""
         with self._lock:
             self._set.record.backup = RUNNING
-        self.conclude(None)
 
     def begin(self) -> None:
         """Show the jobs, if it runs."""

@@ -47,6 +47,9 @@ RANGES_MAX = 4096
 _PATIENCE, _PATIENCE_MIN_S = 2.0, 2.0
 """Times the primary's timeout, and at least so many seconds, after which a silent one counts as lost."""
 
+WATCHING_S = 5.0
+"""Within so many seconds a primary has looked after its secondary; one of an older version never does."""
+
 NOBODYS = "it has failed over or was promoted: it is nobody's secondary"
 FIRST_COPY = "a full resync from the primary is not complete"
 
@@ -57,8 +60,8 @@ class Channel:
     def __init__(self) -> None:
         self.heard = time.monotonic()
         self.closed = False
-        self.watching = False
-        """The primary looks after its secondary (primary/watch.py), so it sees what it is asked for there."""
+        self.watching = threading.Event()
+        """Set when the primary looks after its secondary (primary/watch.py), so it sees what it is asked for there."""
 
     def note(self) -> None:
         """It has said something."""
@@ -269,17 +272,19 @@ class Pairing:
     def _begin_full(self, generation: str) -> None:
         """Nothing here is a state of that primary's disks, so there is no checkpoint to keep meanwhile."""
         record = self._set.record
-        former = record.inconsistent
-        if record.stage is Stage.RUNNING:
-            record.inconsistent = record.inconsistent or FIRST_COPY
-        try:
+        if record.stage is not Stage.RUNNING:
             self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
-        except BaseException:
-            record.inconsistent = former
-            raise
-        if record.stage is Stage.RUNNING:
-            with self._set.gate.closed(why=PAIRING):
-                self._set.show()
+            return
+        with self._set.gate.closed(
+            why=PAIRING
+        ):  # first: requests that do not end refuse it, and then nothing has changed
+            former, record.inconsistent = record.inconsistent, record.inconsistent or FIRST_COPY
+            try:
+                self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
+            except BaseException:
+                record.inconsistent = former
+                raise
+            self._set.show()
 
     def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:
         record = self._set.record
@@ -290,8 +295,8 @@ class Pairing:
             Lineage.from_json(change(lineage).to_json())
         except ValueError as error:  # a generation that stands in this node's history, say
             raise CommandError(f"what the primary says of its generations does not fit: {error}") from error
+        take_back = self._ancestry.note(change)  # may fail, so first
         record.resync, record.paired = resync, True
-        take_back = self._ancestry.note(change)
         try:
             self._set.save()
         except BaseException:
@@ -319,9 +324,9 @@ class Pairing:
 
         An older version of a primary is not asked, and is stopped in the midst of what it sends.
         """
-        session = self._session
+        session, asked = self._session, False
         try:
-            if session is not None and session.channel.watching and self.incomplete is None:
+            if session is not None and self._can_be_asked(session):
                 with self._ended:
                     self.leaving = True
                     ended = self._ended.wait_for(lambda: self._session is not session, timeout_s)
@@ -330,9 +335,26 @@ class Pairing:
                         f"The primary (node {session.node}) is connected, and did not end what it sends within "
                         f"{timeout_s:g} s: stop it first"
                     )
+                asked = True
             yield
+        except CommandError as error:
+            if not asked or session is None:
+                raise
+            raise CommandError(
+                f"{error}. The primary (node {session.node}) had been asked to end what it sends; it connects again by "
+                "itself",
+                reason=error.reason,
+            ) from error
         finally:
             self.leaving = False
+
+    def _can_be_asked(self, session: Session) -> bool:
+        """Whether that primary would see that it is asked to end its stream. One that has only just come has not looked
+        yet."""
+        if not session.agreed or self.incomplete is not None:
+            return False
+        session.channel.watching.wait(WATCHING_S)
+        return session.channel.watching.is_set() and self._session is session and self.incomplete is None
 
     def closed(self, channel: Channel) -> None:
         """A control connection has ended; if it was the primary's, so has its session."""

@@ -328,7 +328,14 @@ class SecondarySide(Side):
             self._set.record.led = led
             # What a resync has not completed is no state of any disk, so there is nothing to keep.
             lost = None if lacking is None else f"disk '{lacking}' has lost something that was written before the start"
-            self._enter_with(Stage.RUNNING, self.pairing.incomplete or lost)
+            try:
+                self._enter_with(Stage.RUNNING, self.pairing.incomplete or lost)
+            except StateError as error:
+                raise CommandError(
+                    f"{error}. Replication has not begun, but the overlays, which nobody could see, are empty, and the "
+                    "number of an epoch is used up",
+                    reason=Reason.STORAGE,
+                ) from error
 
     def checkpoint(self) -> None:
         if self._set.record.stage is not Stage.RUNNING:
@@ -557,13 +564,15 @@ class SecondarySide(Side):
         if not haste.force:
             raise CommandError(f"Failover is refused: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
         deciding = threading.Lock()
-        given_up = False
+        given_up = emptied = False
         with ExitStack() as alone:
 
             def empty() -> None:
+                nonlocal emptied
                 with ExitStack() as closing:
                     closing.enter_context(self._set.gate.closed(min(_FAILOVER_S, haste.left_s), FAILOVER))
                     self._set.save()  # what cannot be saved shows before anything is emptied
+                    emptied = True
                     if self._empty_all() is not None:
                         raise CommandError(
                             f"Failover is not possible: {inconsistent}, and the overlays cannot be emptied"
@@ -577,6 +586,15 @@ class SecondarySide(Side):
             try:
                 self._set.gate.urgency.run(empty, haste.left_s, yields=False, name="empty")
                 self._enter_failover(haste._replace(force=False))
+            except StateError as error:
+                if not emptied:
+                    raise
+                raise CommandError(
+                    f"{error}. Replication goes on, but the overlays, which nobody could see without a checkpoint, are "
+                    "empty, and the primary sends everything when it connects next. Try again when the storage of the "
+                    "state folder answers",
+                    reason=Reason.STORAGE,
+                ) from error
             except Overdue as error:
                 raise CommandError(f"Failover is not possible: emptying the overlays: {error}; try again") from error
             finally:
@@ -616,7 +634,12 @@ class SecondarySide(Side):
     def retry(self, force: bool) -> None:
         inconsistent = self._set.record.inconsistent
         if inconsistent is not None and not force:
-            raise CommandError(f"The commit cannot go on: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
+            # Not from the primary: the guest has gone on here since.
+            raise CommandError(
+                f"The commit cannot go on: there is no valid checkpoint ({inconsistent}); use force to take the disks "
+                "as they are, with what is left of what the guest has written here since the failover",
+                reason=Reason.NO_CHECKPOINT,
+            )
         with self._set.gate.closed(why=FAILOVER):
             self._enter(Stage.FAILOVER, None)
         self._failover.begin()
@@ -691,6 +714,7 @@ class SecondarySide(Side):
             except BaseException:
                 record.inconsistent, record.backup = former
                 raise
+            self._backup.conclude(None)
             for disk in self.disks:
                 if disk.stack is not None and not disk.stack.power:
                     disk.stack.empty()  # gives its space back; what is in it counts no longer
@@ -819,7 +843,10 @@ class SecondarySide(Side):
             if each.stack is not None:
                 each.stack.fail(error)
         self._backup.end(str(error))
-        return self._cannot_empty(disk, error)
+        why = self._cannot_empty(disk, error)
+        return CommandError(
+            f"{why}. Copy-before-write has ended with that: nothing of the primary is taken any more", reason=why.reason
+        )
 
     # -- copy-before-write ---------------------------------------------------------------------------------
 

@@ -9,19 +9,23 @@ makes no difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkout import REPOSITORY
 from content import KIB, MIB, make_raw, pattern, whole
 from fullstate import FullState
 from lab import Lab
 from losingendpoint import LosingEndpoint
 from nodes import Primary, Secondary, Server, drained, refused
 from qmp import QmpError
-from waiting import wait_until
+from refusals import owned_up, said, seen, unchanged
+from waiting import DEADLINE_S, wait_until
 
 BLOCK = 4 * KIB
 STEPS_MAX = 8
@@ -52,11 +56,12 @@ class FullPrimary(Primary):
 class Nodes:
     """A pair in some state; `node` is the one that is given the command, `full` the one whose folder is full."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, environment: Mapping[str, str] | None = None) -> None:
         content = pattern(1, MIB)
         self.lab = lab
-        self.secondary = lab.start(FullSecondary(lab.folder, contents=[content]))
-        self.primary = lab.start(FullPrimary(lab.folder, self.secondary.uri(), contents=[content]))
+        options = {"contents": [content], "extra_environment": environment}
+        self.secondary = lab.start(FullSecondary(lab.folder, **options))
+        self.primary = lab.start(FullPrimary(lab.folder, self.secondary.uri(), **options))
 
     def running(self) -> None:
         """In sync, with writes of both guests since the last checkpoint."""
@@ -67,6 +72,16 @@ class Nodes:
         self.primary.connect("disk0").pwrite(pattern(2, BLOCK), 0)
         drained(self.primary)
         self.secondary.connect("top0").pwrite(pattern(3, BLOCK), MIB // 2)
+
+    def received(self) -> None:
+        """Running, with what has been received since the link was lost: the next checkpoint is of another
+        generation."""
+        self.running()
+        self.secondary.kill()
+        self.primary.connect("disk0").pwrite(pattern(5, BLOCK), 64 * KIB)
+        self.secondary.start()
+        self.in_sync()
+        drained(self.primary)
 
     def in_sync(self) -> None:
         wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "in sync")
@@ -98,30 +113,11 @@ class Nodes:
         self.secondary.execute("replication-demote")
 
 
-def said(node: Primary | Secondary, *unsaid: str) -> dict[str, Any]:
-    """What a command that was refused must not have changed."""
-    status = node.status()
-    kept = ("mode", "stage", "epoch", "consistent", "generation", "held-epoch", "peer-node")
-    disks = [{name: disk[name] for name in ("out-of-sync-bytes", "marks")} for disk in status["disks"]]
-    shown = {name: status.get(name) for name in kept} | {"disks": disks}
-    return {name: value for name, value in shown.items() if name not in unsaid}
-
-
-def seen(node: Server, export: str = "") -> bytes | None:
-    """What the guest sees."""
-    try:
-        return whole(node.connect(export or ("top0" if isinstance(node, Secondary) else "disk0")))
-    except Exception:  # noqa: BLE001 (there is nothing to be seen, before and afterwards)
-        return None
-
-
-def refuse_until_done(
-    nodes: Nodes, node: FullPrimary | FullSecondary, command: Callable[[], object], *unsaid: str
-) -> int:
+def refuse_until_done(nodes: Nodes, node: FullPrimary | FullSecondary, command: Callable[[], object]) -> int:
     """Give the command with a folder that is full, from one save later each time, until it succeeds; how often it was
     refused."""
     for steps in range(STEPS_MAX):
-        before, guest = said(node, *unsaid), seen(node)
+        before, guest, disk = said(node), seen(node), node.disks[0].read_bytes()
         node.room.fill(steps)
         refusal = None
         try:
@@ -132,8 +128,8 @@ def refuse_until_done(
         if refusal is None:
             return steps
         assert "Internal error" not in refusal
-        assert said(node, *unsaid) == before, (steps, refusal)
-        assert seen(node) == guest, (steps, refusal)
+        unchanged(node, before, owned_up(refusal), (steps, refusal))
+        assert (seen(node), node.disks[0].read_bytes()) == (guest, disk), (steps, refusal)
     raise AssertionError(f"it does not succeed with {STEPS_MAX} saves")
 
 
@@ -150,8 +146,7 @@ def nodes(lab: Lab) -> Nodes:
 
 def test_start_of_a_secondary(nodes: Nodes) -> None:
     node = nodes.secondary
-    # The save of the stage comes after the first checkpoint, which empties what nobody has looked at.
-    assert refuse_until_done(nodes, node, lambda: node.execute("replication-start"), "epoch") >= 2
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-start")) >= 2
     assert (node.status()["stage"], kept(node)["stage"]) == ("running", "running")
 
 
@@ -168,7 +163,7 @@ def test_start_of_a_secondary_that_its_primary_has_started(nodes: Nodes) -> None
 def test_start_of_a_primary(nodes: Nodes) -> None:
     nodes.secondary.execute("replication-start")
     node = nodes.primary
-    refuse_until_done(nodes, node, lambda: node.execute("replication-start"), "generation")
+    refuse_until_done(nodes, node, lambda: node.execute("replication-start"))
     nodes.in_sync()
     node.checkpoint()
 
@@ -191,12 +186,7 @@ def test_start_of_a_primary_that_its_secondary_refuses(nodes: Nodes) -> None:
 @pytest.mark.parametrize("role", ["primary", "secondary"])
 def test_checkpoint(nodes: Nodes, role: str) -> None:
     """With what has been received since the link was lost, so that it changes the lineage as well."""
-    nodes.running()
-    nodes.secondary.kill()
-    nodes.primary.connect("disk0").pwrite(pattern(5, BLOCK), 64 * KIB)
-    nodes.secondary.start()
-    nodes.in_sync()
-    drained(nodes.primary)
+    nodes.received()
     node: FullPrimary | FullSecondary = nodes.primary if role == "primary" else nodes.secondary
     refuse_until_done(nodes, node, nodes.primary.checkpoint)
     assert whole(nodes.secondary.connect("top0")) == whole(nodes.primary.connect("disk0"))
@@ -220,8 +210,7 @@ def test_planned_stop_of_a_secondary(nodes: Nodes, connected: bool) -> None:
     (nodes.running if connected else nodes.stopped)()
     node = nodes.secondary
     generation = nodes.primary.status()["generation"]
-    unsaid = ("peer-node",) if connected else ()
-    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop"), *unsaid) >= 1
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop")) >= 1
     assert kept(node)["stage"] == "done"
     assert nodes.primary.status()["generation"] == generation
     assert whole(node.connect("top0"))[:BLOCK] == pattern(2, BLOCK)
@@ -253,7 +242,7 @@ def test_demote(nodes: Nodes) -> None:
     """Its guest's face goes on when it fails, and it can be killed meanwhile."""
     nodes.promoted()
     node = nodes.secondary
-    steps = refuse_until_done(nodes, node, lambda: node.execute("replication-demote"), "epoch")
+    steps = refuse_until_done(nodes, node, lambda: node.execute("replication-demote"))
     assert steps >= 1
     assert kept(node)["stage"] == "running"
 
@@ -273,7 +262,7 @@ def test_demote_that_is_refused_is_the_owner_after_a_kill_as_well(nodes: Nodes) 
     assert after is not None
     assert guest is not None
     assert after == pattern(5, BLOCK) + guest[BLOCK:]
-    assert said(node, "disks") == {name: value for name, value in before.items() if name != "disks"}
+    assert said(node, ("disks",)) == {name: value for name, value in before.items() if name != "disks"}
 
 
 def test_a_promoted_one_becomes_a_primary(nodes: Nodes) -> None:
@@ -284,10 +273,6 @@ def test_a_promoted_one_becomes_a_primary(nodes: Nodes) -> None:
         nodes,
         node,
         lambda: node.execute("replication-start", mode="primary", secondary=other.uri()),
-        "generation",
-        "disks",
-        "consistent",
-        "held-epoch",
     )
     wait_until(lambda: node.status()["link"]["state"] == "in-sync", "in sync")
     node.checkpoint()
@@ -297,6 +282,157 @@ def test_discard(nodes: Nodes) -> None:
     nodes.others()
     node = nodes.secondary
     assert refuse_until_done(nodes, node, lambda: node.execute("replication-discard")) == 1
+
+
+def test_commit_of_an_epoch_that_is_held(nodes: Nodes) -> None:
+    """Each attempt has an epoch of its own; the answer of one that is refused says that it is aborted."""
+    nodes.received()
+    steps = refuse_until_done(nodes, nodes.secondary, lambda: hold_and_commit(nodes.primary))
+    assert steps >= 1
+    assert nodes.primary.status()["held-epoch"] is None
+    assert whole(nodes.secondary.connect("top0")) == whole(nodes.primary.connect("disk0"))
+
+
+def hold_and_commit(primary: Primary) -> None:
+    """The primary's folder has room. Without a commit the hold would be aborted by itself some time."""
+    number = primary.execute("replication-checkpoint", hold=True)["epoch"]
+    held = said(primary)
+    try:
+        primary.execute("replication-checkpoint-commit", epoch=number)
+    except QmpError as error:
+        # The link is not in sync as long as the secondary has no room.
+        unchanged(primary, held, {"held-epoch", "link"}, error.desc)
+        if "is aborted, and replication goes on" not in error.desc:
+            raise AssertionError(error.desc) from error
+        raise
+
+
+def test_full_start_of_a_primary_that_its_secondary_refuses_says_that_all_is_marked(nodes: Nodes) -> None:
+    nodes.stopped()
+    nodes.secondary.room.fill(0)
+    node = nodes.primary
+    before = said(node), said(nodes.secondary)
+    why = refused(node, "replication-start", {"secondary": nodes.secondary.uri(), "sync": "full"})
+    assert "No space left" in why
+    unchanged(node, before[0], owned_up(why), why)
+    assert node.status()["disks"][0]["out-of-sync-bytes"] == MIB
+    assert "may send more than has changed" in why
+    unchanged(nodes.secondary, before[1], (), why)
+    nodes.secondary.room.make_room()
+    node.execute("replication-start", secondary=nodes.secondary.uri())
+    nodes.in_sync()
+    assert nodes.secondary.disks[0].read_bytes() == node.disks[0].read_bytes()
+
+
+def test_failover_with_force(nodes: Nodes) -> None:
+    """There is no checkpoint; what the overlays held nobody could see."""
+    nodes.running()
+    node = nodes.secondary
+    nodes.primary.kill()
+    node.kill()
+    node.lose_checkpoint()
+    node.start()
+    assert node.status()["consistent"] is False
+    disk = node.disks[0].read_bytes()
+    steps = refuse_until_done(nodes, node, lambda: node.execute("replication-stop", failover=True, force=True))
+    assert steps >= 1
+    node.wait_stage("done")
+    assert seen(node) == disk
+
+
+def test_force_is_not_advised_to_whom_has_used_it(nodes: Nodes) -> None:
+    nodes.running()
+    node = nodes.secondary
+    nodes.primary.kill()
+    node.kill()
+    node.lose_checkpoint()
+    node.start()
+    node.room.fill(0)
+    why = refused(node, "replication-stop", {"failover": True, "force": True})
+    assert "Nothing has changed" in why
+    assert "use force" not in why
+
+
+def test_retry(lab: Lab) -> None:
+    points = lab.pause_points()
+    nodes = Nodes(lab, points.environment)
+    nodes.running()
+    node = nodes.secondary
+    points.arm("commit.locked")
+    node.execute("replication-stop", failover=True)
+    points.wait_hit("commit.locked")
+    node.kill()
+    points.disarm("commit.locked")
+    node.lose_checkpoint()
+    node.start()
+    node.wait_stage("failover-failed")
+    before = said(node)
+    unchanged(node, before, (), refused(node, "replication-retry"))
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-retry", force=True)) == 1
+    node.wait_stage("done")
+    assert seen(node) == pattern(1, MIB)[: MIB // 2] + pattern(3, BLOCK) + pattern(1, MIB)[MIB // 2 + BLOCK :]
+
+
+def test_discard_of_a_checkpoint(lab: Lab) -> None:
+    """In the midst of a resync, which is held: copy-before-write goes on as long as it is refused, its job too."""
+    points = lab.pause_points()
+    nodes = Nodes(lab, points.environment)
+    nodes.running()
+    node = nodes.secondary
+    node.kill()
+    nodes.primary.connect("disk0").pwrite(pattern(5, BLOCK), 128 * KIB)
+    points.arm("link.synchronized")
+    node.start()
+    points.wait_hit("link.synchronized")
+    command = partial(node.execute, "replication-discard", checkpoint=True)
+
+    def refused_or_done() -> None:
+        try:
+            command()
+        except QmpError:
+            assert [job["status"] for job in node.execute("query-jobs")] == ["running"]
+            raise
+
+    assert refuse_until_done(nodes, node, refused_or_done) == 1
+    assert node.status()["consistent"] is False
+    points.release("link.synchronized")
+    nodes.in_sync()
+    nodes.primary.checkpoint()
+    assert seen(node) == nodes.primary.disks[0].read_bytes()
+
+
+DRAINED = {"epoch", "checkpoint", "checkpoint-of-primary", "active-bytes", "hidden-bytes"}
+"""What the checkpoint changes with which a switch-over begins, and which it tells on a line of its own."""
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_switch_over(nodes: Nodes, role: str) -> None:
+    """It has changed nothing, or says where the two stand, and running it again finishes it."""
+    nodes.running()
+    pair = (nodes.primary, nodes.secondary)
+    room = nodes.primary.room if role == "primary" else nodes.secondary.room
+    for steps in range(STEPS_MAX):
+        before = [said(node) for node in pair]
+        room.fill(steps)
+        done = replctl(
+            *("-s", nodes.primary.control_path, "switchover", "--yes", "--peer", nodes.secondary.control_path)
+        )
+        room.make_room()
+        if done.returncode == 0:
+            break
+        if "nothing has changed" in done.stderr:
+            for node, shown in zip(pair, before, strict=True):
+                unchanged(node, shown, owned_up(done.stderr) | DRAINED, done.stderr)
+        else:
+            assert "Repeat the switch-over to finish it" in done.stderr
+            assert [node.status()["stage"] for node in pair] == ["done", "running"]
+    assert [node.status()["stage"] for node in pair] == ["done", "done"]
+    assert seen(nodes.secondary) == seen(nodes.primary) == nodes.secondary.disks[0].read_bytes()
+
+
+def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["/usr/bin/python3", REPOSITORY / "scripts/replctl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 def test_a_checkpoint_that_the_server_below_has_lost_before_it_is_not_answered_as_taken(lab: Lab) -> None:
