@@ -387,7 +387,8 @@ class ControlServer:
             return False
         if not stat.S_ISSOCK(mode):
             raise ConfigError(
-                f"control={self._path}: there is a file in the way that is no socket; remove it or give another path"
+                f"control={self._path}: there is a file in the way that is no socket; remove it or give another path: "
+                "it may be somebody's"
             )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             # Not to wait for a live listener whose backlog is full: that one is in use as well (EAGAIN).

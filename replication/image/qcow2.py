@@ -345,5 +345,6 @@ class _Parser:
         data = default_data_path(self._path)
         return ConfigError(
             f"{self._path} does not have the layout that overlays need; make it with: qemu-img create -f qcow2 "
-            f"-o {_OPTIONS}{data} -b BACKING -F FORMAT {self._path}, or remove it to have it made"
+            f"-o {_OPTIONS}{data} -b BACKING -F FORMAT {self._path}, or remove it to have it made. What it holds is "
+            "lost with that"
         )

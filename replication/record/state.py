@@ -90,6 +90,9 @@ def check_epoch(number: object) -> int:
     return number
 
 
+_COPY = ", after a copy of the disks and their overlays was made: only the state folder says what they hold together"
+
+
 class StateError(ReplicationError):
     """The record could not be made to last; nothing has changed."""
 
@@ -276,7 +279,7 @@ class StateFolder:
         self._words = memoryview(page).cast("Q")
         if self.epoch > EPOCH_MAX or not all(math.isfinite(moment or 0.0) for moment in self.checkpoint.values()):
             self.close()
-            raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew")
+            raise ConfigError(f"{path}/epoch is not a file of this program; move it away to start anew{_COPY}")
 
     def _map_page(self) -> MappedFile:
         self._epoch_fd = files.create(self.file("epoch"), 0)
@@ -355,7 +358,7 @@ class StateFolder:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is not a state file of this program ({error}); move it away to start anew"
+                f"{path} is not a state file of this program ({error}); move it away to start anew{_COPY}"
             ) from error
         self._binding.examine(record, self._file.serial)
         return record

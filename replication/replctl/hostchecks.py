@@ -108,17 +108,21 @@ def disks(node: Subject) -> Iterator[Finding]:
         try:
             size = size_of(disk.location)
         except OSError as error:
-            yield bad(f"{disk.location}: {error.strerror}", _make(disk.location))
+            yield bad(f"{disk.location}: {error.strerror}", _make(node, disk.location))
             continue
         if not size:
-            yield bad(f"{disk.location} is empty", _make(disk.location))
+            yield bad(f"{disk.location} is empty", _make(node, disk.location))
         elif not may_write(disk.location, USER):
             yield bad(f"the user {USER} may not write to {disk.location}", f"chown {USER} {disk.location}")
         else:
             yield ok(f"{disk.location} has {size} bytes")
 
 
-def _make(path: str) -> str:
+def _make(node: Subject, path: str) -> str:
+    state = node.config.options.state
+    if state is not None and os.path.exists(os.path.join(state, "state.json")):
+        # With an empty disk the node would go on as if that held what the folder says.
+        return f"bring it back (is its file system mounted?); if it is lost, {state} goes with it: move that away, too"
     return f"make it, as large as on the other host: truncate -s SIZE {path}"
 
 

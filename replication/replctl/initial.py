@@ -35,7 +35,7 @@ next, as root:
   replctl {name} domain-xml            # the disk for the guest; or qemu-args""",
     "secondary": """\
 next, as root:
-  truncate -s SIZE {disks}             # as large as the primary's, to the byte
+  truncate -s SIZE {disks}             # new ones, as large as the primary's, to the byte
   chown nbdkit-replication {disks}     # the service works as this user
   systemctl enable --now nbdkit-replication@{name}
   replctl {name} start                 # before the primary""",

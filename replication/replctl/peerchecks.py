@@ -69,9 +69,10 @@ def sizes(node: Subject) -> Iterator[Finding]:
         if ours == theirs:
             yield ok(f"disk {disk.name} has {theirs} bytes there")
         else:
+            first = "" if theirs < ours else f"what is there behind byte {ours} is lost with this: "
             yield bad(
                 f"disk {disk.name} has {ours} bytes here and {theirs} bytes there",
-                f"stop the secondary, truncate -s {ours} its disk, and start it",
+                f"{first}stop the secondary, truncate -s {ours} its disk, and start it",
             )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from replication.disk import files
@@ -28,6 +28,7 @@ from replication.image.table import remove_live
 from replication.log import log
 from replication.options import DiskOptions, Durability, Options
 from replication.record.boot import boot_id
+from replication.record.lineage import Lineage
 from replication.record.state import Record
 from replication.secondary.disk import SecondaryDisk
 from replication.stage import Stage
@@ -69,6 +70,9 @@ class _Opening:
         self._committing = record.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
         self._opened: dict[str, Overlay | None] = {}
         self._refusals: dict[str, str] = {}
+        lineage = Lineage() if record.lineage is None else Lineage.from_json(record.lineage)
+        self._own = bool(lineage.current) and not (lineage.shared or lineage.discard or lineage.incoming)
+        """The disks hold what no other node has, and nobody has given that up."""
 
     def run(self, then: Callable[[SecondaryDisk], None]) -> Found:
         """In stage none images that do not exist are made, after all that do were found to be good; a start that is
@@ -87,7 +91,8 @@ class _Opening:
                 if self._power:
                     _refuse_memory(f"{role} disk of '{disk.name}'", f"disk '{disk.name}'", path)
                 if os.path.lexists(path):
-                    self._opened[path] = self._open(role, disk, path)
+                    with self._kept_in_mind():
+                        self._opened[path] = self._open(role, disk, path)
                     if self._power:
                         overlay = self._opened[path]
                         layout = read_layout(path) if overlay is None else overlay.layout
@@ -101,14 +106,20 @@ class _Opening:
                     )
                 elif not self._fresh and not self._rebooted:
                     raise ConfigError(
-                        f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back, or "
-                        f"give up the state folder {self._options.state} and copy the disk anew from the primary"
+                        f"{path} of disk '{disk.name}' is gone, and with it the last checkpoint: bring it back"
+                        + (
+                            ". The disk has writes that no other node has: copy it before anything else"
+                            if self._own
+                            else f", or give up the state folder {self._options.state} and copy the disk anew from the "
+                            "primary"
+                        )
                     )
             if self._power:
                 self._refuse_memory_below()
             for disk, role, path, base in wanted:
                 if path not in self._opened:
-                    create(path, base, "raw" if role == "hidden" else "qcow2", disk.size)
+                    with self._kept_in_mind():
+                        create(path, base, "raw" if role == "hidden" else "qcow2", disk.size)
                     made.append(path)
                     self._opened[path] = self._open(role, disk, path)
             for folder in sorted({os.path.dirname(path) for *_, path, _ in wanted} - {self._options.state}):
@@ -132,6 +143,21 @@ class _Opening:
         if self._fresh:
             return Found(self._refusals, None, False)
         return self._after_restart(made)
+
+    @contextlib.contextmanager
+    def _kept_in_mind(self) -> Iterator[None]:
+        """What an error says of an image (to remove it, say) is not for one that is still needed."""
+        try:
+            yield
+        except ReadOnlyImage:
+            raise
+        except ConfigError as error:
+            if self._fresh:
+                raise
+            needed = "the failover is not done, so it may hold what no other node has"
+            if not self._committing:
+                needed = "it may hold the last checkpoint"
+            raise ConfigError(f"{error}. But copy it and the disk before anything else: {needed}") from error
 
     def _refuse_memory_below(self) -> None:
         """ConfigError when the disks, or the state folder with the number of the last checkpoint, are in memory."""

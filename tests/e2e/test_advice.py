@@ -104,6 +104,35 @@ def test_an_image_that_is_gone_is_not_to_be_copied_anew_from_the_primary_when_th
     assert whole(pair.secondary.connect("top0")) == pattern(3, BLOCK) + OLD[BLOCK:]
 
 
+def test_after_a_failover_nobody_is_told_to_copy_from_the_primary_or_to_remove_anything(lab: Lab) -> None:
+    """The commit is cut off; from then on active holds what no other node has."""
+    points = lab.pause_points()
+    pair = lab.pair(contents=[OLD], secondary_options={"extra_environment": points.environment})
+    pair.start_replication()
+    in_sync(pair)
+    pair.primary.checkpoint()
+    pair.primary.execute("replication-stop")
+    node = pair.secondary
+    node.connect("top0").pwrite(pattern(3, BLOCK), 0)
+    points.arm("commit.locked")
+    node.execute("replication-stop", failover=True)
+    points.wait_hit("commit.locked")
+    node.kill()
+    points.disarm("commit.locked")
+    arguments = ["mode=primary", f"state={node.state}", f"disk=disk0:{node.disks[0]}", "secondary=nbd://localhost"]
+    _, said = node.failed_start(node.folder, arguments)
+    assert "or use another folder, with other disks" in said
+    node.lose_checkpoint()
+    node.start()
+    node.wait_stage("failover-failed")
+    why = refused(node, "replication-retry")
+    assert "use force" in why
+    assert "from the primary" not in why
+    node.execute("replication-retry", force=True)
+    node.wait_stage("done")
+    assert whole(node.connect("top0")) == pattern(3, BLOCK) + OLD[BLOCK:]
+
+
 def test_a_discard_that_means_a_nodes_writes_gives_up_no_checkpoint(lab: Lab) -> None:
     """Two operators: the one follows "split brain", meanwhile the other's primary has connected, and hidden is full."""
     small = lab.small_folder(6 * MIB)

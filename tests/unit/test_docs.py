@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from advice import unknown
 from manpages import MAN, Entry, Page, plain, verbatim
 from replication import VERSION, options
 from replication.control.commands import TABLE
@@ -439,3 +440,7 @@ def test_the_changelog_has_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     [newest, *_] = re.findall(r"^## (\d+\.\d+)", changelog, re.MULTILINE)
     assert VERSION.startswith(f"{newest}.")
+
+
+def test_every_text_that_advises_something_is_in_the_table_of_advice() -> None:
+    assert unknown() == [], "new advice: say in tests/advice.py where it is printed, and what following it overwrites"

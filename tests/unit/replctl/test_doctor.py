@@ -135,6 +135,18 @@ def test_a_disk_that_is_missing_or_empty(secondary: Node) -> None:
     assert "neither a file nor" in bad(hostchecks.disks, secondary)
 
 
+def test_a_disk_that_a_state_folder_knows_is_not_to_be_made_anew(secondary: Node) -> None:
+    """With an empty one the node would go on as if that held what the folder says."""
+    secondary.top["state"] = str(secondary.state)
+    secondary.state.mkdir(parents=True, exist_ok=True)
+    (secondary.state / "state.json").write_text("{}")
+    for spoil in (lambda: secondary.disk.write_bytes(b""), secondary.disk.unlink):
+        spoil()
+        said = bad(hostchecks.disks, secondary)
+        assert "bring it back" in said
+        assert "truncate" not in said
+
+
 def test_a_disk_that_the_service_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a" / "disk"
     path.parent.mkdir()
@@ -280,6 +292,8 @@ def test_what_a_primary_sees_of_its_secondary(pair: Pair, folder: Path, monkeypa
     text = path.read_text()
     os.truncate(pair.primary.disks[0], 2 * MIB)
     assert f"has {2 * MIB} bytes here and {MIB} bytes there -> stop" in bad(peerchecks.sizes, Subject("a"))
+    os.truncate(pair.primary.disks[0], MIB // 2)
+    assert f"-> what is there behind byte {MIB // 2} is lost with this" in bad(peerchecks.sizes, Subject("a"))
     path.write_text(text.replace("[disk.disk0]", "[disk.other]"))
     assert "has no disk other" in bad(peerchecks.sizes, Subject("a"))
     path.write_text(text.replace("nbd+unix:", "nbds+unix:"))

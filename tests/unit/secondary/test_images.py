@@ -19,6 +19,7 @@ from replication.options import DiskOptions, Durability, Options
 from replication.record.ancestry import Ancestry
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.changes import ChangeMap
+from replication.record.lineage import Lineage
 from replication.record.state import Record, StateFolder
 from replication.secondary import images
 from replication.secondary.disk import SecondaryDisk
@@ -310,6 +311,48 @@ def test_in_the_same_boot_a_missing_image_is_refused_and_may_come_back(host: Hos
     away.rename(host.path(role))
     assert host.start(host.record(Stage.RUNNING, clean=clean)) == GOOD
     assert host.seen() == CONTENT
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_of_a_disk_with_own_writes_nobody_is_told_to_copy_another_over_it(host: Host, own: bool) -> None:
+    """A node that was demoted; if nobody else has what it wrote as the owner, the state folder is not given up."""
+    host.first_start()
+    host.path("hidden").unlink()
+    record = host.record(Stage.RUNNING)
+    record.lineage = Lineage("1" * 16, base="2" * 16, shared=not own, history=("2" * 16,)).to_json()
+    with pytest.raises(ConfigError) as refusal:
+        host.start(record)
+    assert ("copy the disk anew from the primary" in str(refusal.value)) != own
+    assert ("writes that no other node has" in str(refusal.value)) == own
+
+
+@pytest.mark.parametrize(
+    ("stage", "needed"),
+    [
+        (Stage.NONE, None),
+        (Stage.RUNNING, "it may hold the last checkpoint"),
+        (Stage.FAILOVER, "it may hold what no other node has"),
+        (Stage.FAILOVER_FAILED, "it may hold what no other node has"),
+    ],
+)
+@pytest.mark.parametrize("how", ["corrupt", "dirty", "gone"])
+def test_an_image_that_may_be_needed_is_to_be_copied_before_it_is_removed(
+    host: Host, stage: Stage, needed: str | None, how: str
+) -> None:
+    host.first_start()
+    path = host.path("active")
+    header = bytearray(path.read_bytes()[:104])
+    if how == "gone":
+        path.unlink()
+        host.boot("second")  # in this one it might be brought back
+    else:
+        header[79] |= {"corrupt": 2, "dirty": 1}[how]  # incompatible features, big-endian
+        with path.open("r+b") as file:
+            file.write(header)
+    with pytest.raises(ConfigError, match=r"remove it|repair it|remove the other") as refusal:
+        host.start(host.record(stage))
+    assert ("copy it and the disk before anything else" in str(refusal.value)) == (needed is not None)
+    assert (needed or "") in str(refusal.value)
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
