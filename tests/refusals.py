@@ -8,10 +8,10 @@ from typing import Any
 
 from content import whole
 from nodes import Secondary, Server
-from waiting import wait_until
+from waiting import Stuck, wait_until
 
 OWNED_UP = {
-    "what is to be sent is noted": ("generation", "out-of-sync-bytes", "marks"),
+    "what is to be sent is noted": ("generation", "lineage", "out-of-sync-bytes", "marks"),
     "had been asked to end what it sends": ("peer-node", "link"),
     "which was held, is aborted": ("held-epoch",),
     "is aborted, and replication goes on": ("held-epoch",),
@@ -36,7 +36,7 @@ def said(node: Server, unsaid: Collection[str] = ()) -> dict[str, Any]:
     """What a command that was refused must not have changed: all of query-replication, but for what went wrong, what
     has been counted, and what is a matter of the file system."""
     status = node.status()
-    shown = {name: value for name, value in status.items() if name != "error"}
+    shown = {name: value for name, value in status.items() if name not in ("error", "in-sync-until")}
     shown["checkpoint"] = {name: value for name, value in status["checkpoint"].items() if name != "age"}
     shown["link"] = {name: value for name, value in status["link"].items() if name != "reason"}
     shown["disks"] = [
@@ -63,6 +63,9 @@ def unchanged(node: Server, before: dict[str, Any], unsaid: Collection[str], why
         del expected["disks"]
     try:
         wait_until(lambda: said(node, unsaid) == expected, "everything is as it was")
-    except AssertionError as error:
-        assert said(node, unsaid) == expected, why
-        raise error from None
+    except Stuck:
+        found = said(node, unsaid)
+        differing = {
+            name: (expected.get(name), found.get(name)) for name in expected if expected[name] != found.get(name)
+        }
+        raise AssertionError(f"{node.name}: {differing} after: {why}") from None

@@ -221,7 +221,7 @@ OF_A_DEATH = ("link", "peer-node")
 UNKNOWN = {"held-epoch", "epoch", "checkpoint"}
 """What may be another one where it is not known whether a checkpoint was taken."""
 
-STARTED = {"stage", "generation", "epoch", "checkpoint", "out-of-sync-bytes", "marks"}
+STARTED = {"stage", "generation", "lineage", "epoch", "checkpoint", "out-of-sync-bytes", "marks"}
 
 
 def may_differ(refusal: str) -> set[str]:

@@ -19,6 +19,7 @@ from replication.fault import Case
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, DiskOptions, Options
+from replication.order import gate
 from replication.primary.dial import Dialler
 from replication.primary.forward import Forwarder
 from replication.primary.peer import Peer
@@ -26,6 +27,7 @@ from replication.primary.side import PrimarySide
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
 from replication.record.state import Record, StateError, StateFolder
+from replication.secondary.pairing import Channel
 from replication.secondary.side import SecondarySide
 from replication.server.clients import Client
 from replication.server.export import Exports
@@ -323,3 +325,38 @@ def test_a_fault_that_could_not_be_saved_is_saved_later(host: Host, monkeypatch:
     works = True
     wait_until(lambda: node._record.fault and not node._unsaved, "it is saved")
     wait_until(lambda: "bad disk" in (host.folder / "state/state.json").read_text(), "the file has it")
+
+
+def test_a_demotion_that_meets_a_defect_leaves_the_owner(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = host.promoted()
+    before = host.saved()
+
+    def start(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SecondarySide, "start", start)
+        with pytest.raises(CommandError, match="cannot become a secondary: a defect"):
+            node.demote()
+    assert (node.stage, host.saved()) == (Stage.DONE, before)
+    buffer = bytearray(BLOCK)
+    node.faces["top"].read(memoryview(buffer), 0)
+    assert bytes(buffer) == pattern(1, SIZE)[:BLOCK]
+    node.demote()
+    assert node.stage is Stage.RUNNING
+
+
+def test_a_full_resync_that_requests_in_flight_refuse_costs_no_checkpoint(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = host.start()
+    node.start(None, None, "auto")
+    token = node.pair(Channel(), "1" * 16, Lineage("2" * 16), {"disk0": SIZE}, 0, 60.0)["token"]
+    monkeypatch.setattr(gate, "DRAIN_S", 0.05)
+    before = node.query()
+    with node.gate, pytest.raises(CommandError, match="in flight"):
+        node.pair_sync(token, "full", "2" * 16, False, ())
+    assert node.query()["consistent"] is True
+    assert (node.query()["link"], node.query()["generation"]) == (before["link"], before["generation"])
+    node.pair_sync(token, "full", "2" * 16, False, ())
+    assert node.query()["consistent"] is False
