@@ -130,6 +130,8 @@ class Move:
             raise self._stuck(
                 f"{why}; and the primary, which is stopped now, cannot be started again: {error}"
             ) from None
+        if self.halfway:
+            raise Refused(f"{why}; the primary replicates again, as before the switch-over that was cut off")
         raise Refused(f"{why}; nothing has changed, the primary replicates again")
 
     def _stuck(self, why: str) -> Refused:
