@@ -69,11 +69,13 @@ class NbdDisk(Disk):
         connection.fenced = True
         # Former connections. Replaced, under the lock, before a fresh connection can be used.
         self._fences: tuple[Fence, ...] = ()
-        # Protects the two fields below it, and the one above; held while connecting, by intent: the others wait for the
-        # same server.
+        # Protects the three fields below it, and the one above; held while connecting, by intent: the others wait for
+        # the same server.
         self._lock = threading.Lock()
         self._connection: Connection | None = connection
         self._retry_at = 0.0
+        # The connection whose end has been told, until there is another one.
+        self._lost: Connection | None = None
         self._account = Unflushed(connection.size)
         self._edges = RangeLock()
 
@@ -218,14 +220,17 @@ class NbdDisk(Disk):
             if connection is not None and not connection.dead:
                 return connection
             now = time.monotonic()
-            if now < self._retry_at:
-                raise DiskError(f"{self.location} is not connected", errno.EIO)
-            self._retry_at = now + RETRY_S
-            if self._account.any:
-                # Before there is another connection: whoever reads over that must not take old data for new.
+            early = now < self._retry_at
+            if self._account.any and not (early and connection is self._lost):
+                # Before there is another connection: whoever reads over that must not take old data for new. Once also
+                # when it is too soon for one: a checkpoint that looks at this moment must not be taken.
+                self._lost = connection
                 self._account.lose(
                     DiskError(f"{self.location}: the connection was lost with unflushed writes, some may be gone")
                 )
+            if early:
+                raise DiskError(f"{self.location} is not connected", errno.EIO)
+            self._retry_at = now + RETRY_S
             if connection is not None and connection.fence is not None and connection.fence not in self._fences:
                 self._fences = (*(fence for fence in self._fences if fence.pending), connection.fence)
             if sum(fence.pending for fence in self._fences) >= FENCES_MAX:
@@ -240,7 +245,7 @@ class NbdDisk(Disk):
                 raise DiskError(f"{self.location} came back as a different disk")
             fresh.timeout_s = TIMEOUT_S
             fresh.fenced = True
-            self._connection = fresh
+            self._connection, self._lost = fresh, None
             return fresh
 
     def _write_aligned(self, view: memoryview, offset: int, fua: bool) -> None:

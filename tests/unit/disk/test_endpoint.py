@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from lab import Lab
 from nbdprocess import NbdProcess
 from replication.disk import endpoint as endpoint_module
 from replication.disk.endpoint import NbdDisk
+from replication.disk.unflushed import Loss
 from replication.errors import ConfigError, DiskError
 from waiting import DEADLINE_S
 
@@ -148,6 +150,28 @@ def test_a_flush_fails_once_when_unflushed_data_may_be_lost(lab: Lab, attach: At
     with pytest.raises(DiskError, match="lost with unflushed writes"):
         disk.flush()
     disk.flush()
+
+
+def test_a_look_finds_a_loss_also_when_it_is_too_soon_to_connect_anew(
+    lab: Lab, attach: Attach, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint looks before it is taken, and must not have what is gone."""
+    server = lab.endpoint(path=raw)
+    disk = attach(server)
+    disk.write([b"x"], 0)
+    losses: list[str] = []
+
+    def lost(loss: Loss) -> bool:
+        losses.append(str(loss.error))
+        return True
+
+    disk._account.on_loss = lost
+    monkeypatch.setattr(disk, "_retry_at", math.inf)  # another loss was a moment ago
+    server.kill()
+    for _ in range(2):  # and once
+        disk.look()
+    assert len(losses) == 1
+    assert "lost with unflushed writes" in losses[0]
 
 
 @pytest.mark.parametrize("fua", [False, True], ids=["flushed", "forced"])
