@@ -211,6 +211,8 @@ TABLE = [
     ("put the overlays on a disk", "doctor, with durability=power they are refused as they are", NOTHING),
     ("put state on a disk", "doctor: a folder in memory", "e2e/test_spoiled_folder.py"),
     ("make room there", "doctor", NOTHING),
+    ("`replctl status` shows how far", "after verify", NOTHING),
+    ("are sent by the next `replctl checkpoint`", "verify, of a pair that runs: the secondary's are copies", LINEAGE),
 ]
 
 HARMLESS = (
@@ -226,6 +228,7 @@ HARMLESS = (
     "put it into /etc/hosts",
     "let both hosts take the time",
     "upgrade the older one",
+    "tells no digests of its disk: upgrade it first",
     "remove them, or upgrade to Debian 13",
     "use a Debian from 12 on",
     "use Linux 4.13",
@@ -261,6 +264,8 @@ NO_ADVICE = (
     "repeat until all have ended",
     "repeat every SECONDS",
     "repeat so often",
+    "give up the comparison that is under way",
+    "bytes to compare in a second",
     "its name, from `replctl jobs`",
 )
 """What only looks like it: names of commands, their help, and what is the case."""
