@@ -74,6 +74,8 @@ class Sample:
     descriptors: int
     connections: int
     """NBD clients that the soak itself has at that node, at most, in the last seconds."""
+    stuck: int = 0
+    """Connections that this process cannot end, because a thread of nbdkit 1.32 was put to sleep (server/hangup.py)."""
 
 
 @dataclass
@@ -188,7 +190,7 @@ class Bounds:
 
     def aged(self, node: str, age_s: float, former_s: float, passed_s: float, took_s: float) -> None:
         """A checkpoint's age, `passed_s` after it was `former_s`: it grows as time does, whatever the clock is set
-        to."""
+        to. Both queries together took `took_s`; when each looked is not known better than that."""
         wrong = abs(age_s - former_s - passed_s)
         self._longest("a checkpoint's age, too much or too little", wrong)
         if wrong > 0.5 + took_s:
@@ -198,7 +200,7 @@ class Bounds:
 
     def sampled(self, node: str, sample: Sample) -> None:
         """A process, at any time."""
-        connections = sample.connections + PAIR_CONNECTIONS
+        connections = sample.connections + PAIR_CONNECTIONS + sample.stuck
         threads = THREADS_PER_CONNECTION * connections + 2 * CONTROL_CLIENTS + THREADS_OWN
         for what, value, limit in (
             ("private memory, MiB", sample.anonymous / MIB, ANON_MAX / MIB),
@@ -213,7 +215,7 @@ class Bounds:
     def quiet(self, node: str, role: str, sample: Sample) -> None:
         """A process with nothing but the pair and the guests: as at its first quiet point in this role."""
         for what in self.grown(role, sample):
-            self.violate(f"{node}: {what} at a quiet point, first in this role: {self._quiet[sample.pid, role]}")
+            self.violate(f"{node}: {what} at a quiet point: {sample}; first as {role}: {self._quiet[sample.pid, role]}")
         self._quiet.setdefault((sample.pid, role), sample)
         self._most("threads at a quiet point", sample.threads)
         self._most("descriptors at a quiet point", sample.descriptors)
@@ -221,11 +223,12 @@ class Bounds:
     def grown(self, role: str, sample: Sample) -> list[str]:
         """What there is more of than at this process's first quiet point in this role."""
         first = self._quiet.get((sample.pid, role), sample)
+        stuck = sample.stuck - first.stuck
         return [
             f"{value} {what}"
             for what, value, former in (
-                ("threads", sample.threads, first.threads),
-                ("descriptors", sample.descriptors, first.descriptors),
+                ("threads", sample.threads, first.threads + THREADS_PER_CONNECTION * stuck),
+                ("descriptors", sample.descriptors, first.descriptors + stuck),
             )
             if value > former + QUIET_GROWTH
         ]

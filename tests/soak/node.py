@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ class Node:
         self.process: OnHost
         self._count = 0
         self._log_read = 0
+        self._stuck: Counter[int] = Counter()
 
     def begin(self, mode: str, secondary: str = "") -> None:
         """A process of that mode, with what a former one has left."""
@@ -134,6 +137,7 @@ class Node:
                 threads=int(status["Threads"]),
                 descriptors=len(os.listdir(f"/proc/{pid}/fd")),
                 connections=connections,
+                stuck=self._stuck[pid],
             )
         except (AssertionError, OSError, KeyError):
             return None
@@ -147,7 +151,10 @@ class Node:
             file.seek(self._log_read)
             whole, _, _ = file.read().rpartition(b"\n")
         self._log_read += len(whole) + bool(whole)
-        return whole.decode(errors="replace").splitlines() if whole else []
+        lines = whole.decode(errors="replace").splitlines() if whole else []
+        with contextlib.suppress(AssertionError):  # it has just ended
+            self._stuck[self.process.pid] += sum("hung up with requests in flight" in line for line in lines)
+        return lines
 
     def last_words(self) -> str:
         """The end of its log, in one line."""

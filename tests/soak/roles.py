@@ -217,18 +217,23 @@ class Roles:
         with self._weather.calm():
             self._guests.hold()
             self._settle()
-            words = ["--control", self.first.process.control_path, "switchover", "--yes", "--peer"]
-            done = subprocess.run(
-                [sys.executable, REPOSITORY / "scripts/replctl", *words, self.second.process.control_path],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-            if done.returncode:
-                raise Stuck(f"a switch-over in fair weather: {done.stdout} {done.stderr}")
+            _patiently(self._switched, "a switch-over in fair weather")
             self._turn_round()
             self._guests.go(self.first)
+
+    def _switched(self) -> bool:
+        """Whether it is done; False when somebody was just holding an epoch, which nobody may while that is done."""
+        words = ["--control", self.first.process.control_path, "switchover", "--yes", "--peer"]
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / "scripts/replctl", *words, self.second.process.control_path],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode and "is held: commit or abort it first" not in done.stderr:
+            raise Stuck(f"a switch-over in fair weather: {done.stdout} {done.stderr}")
+        return not done.returncode
 
     def failover(self, event: Event) -> None:
         """The first node dies, or only seems to; the second becomes the owner, and the first comes back."""

@@ -49,7 +49,7 @@ class Watcher:
         self._connections: dict[str, deque[int]] = {
             name: deque(maxlen=int(CONNECTIONS_KEPT_S / SAMPLE_S)) for name in nodes
         }
-        self._ages: dict[str, tuple[str, float, float]] = {}
+        self._ages: dict[str, tuple[str, float, float, float]] = {}
 
     def look(self) -> None:
         """Once."""
@@ -95,8 +95,10 @@ class Watcher:
         # A checkpoint that is taken anew gets another epoch, and another process or role looks it up anew.
         which = f"{pid} {status['mode']} {status['stage']} {epoch} {checkpoint['time']}"
         if former is not None and former[0] == which:
-            self._bounds.aged(node.name, age_s, former[1], begun - former[2], ended - begun)
-        self._ages[node.name] = (which, age_s, begun)
+            _, former_s, former_begun, former_ended = former
+            took_s = ended - begun + former_ended - former_begun
+            self._bounds.aged(node.name, age_s, former_s, begun - former_begun, took_s)
+        self._ages[node.name] = (which, age_s, begun, ended)
 
 
 class Soak:

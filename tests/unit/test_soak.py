@@ -96,6 +96,17 @@ def test_a_bound_holds_up_to_its_limit_and_is_violated_beyond(
     assert any("violated: 1" in line for line in report.lines("1", 1.0, setting("1"), bounds))
 
 
+def test_what_nbdkit_cannot_end_since_is_no_growth() -> None:
+    """Of 1.32: server/hangup.py."""
+    bounds = Bounds(TIMEOUT_S)
+    bounds.quiet("a", "owner", SMALL)
+    more = replace(SMALL, threads=SMALL.threads + limits.THREADS_PER_CONNECTION, descriptors=SMALL.descriptors + 1)
+    bounds.quiet("a", "owner", replace(more, stuck=1))
+    assert bounds.violated == []
+    bounds.quiet("a", "owner", more)
+    assert len(bounds.violated) == 1
+
+
 def test_what_the_machine_stood_still_is_no_wait() -> None:
     stalls = Stalls()
     bounds = Bounds(TIMEOUT_S, stalls)
