@@ -306,13 +306,18 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 @_boundary
 def open(readonly: bool) -> Handle:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
-    Process.disconnector.admit()
-    client = clients.current(Process.abilities)
-    clients.watch(client)
-    name = nbdkit.export_name()
-    nbdkit.debug(f"export {name!r}: {client.details}")
-    debug(f"export {name!r}: {client.details}")
-    return Handle(Process.exports.open(name, client))
+    served = Process.disconnector.admit()
+    try:
+        client = clients.current(Process.abilities)
+        clients.watch(client)
+        name = nbdkit.export_name()
+        nbdkit.debug(f"export {name!r}: {client.details}")
+        debug(f"export {name!r}: {client.details}")
+        return Handle(Process.exports.open(name, client))
+    except BaseException:
+        if served:
+            Process.disconnector.left()
+        raise
 
 
 def close(h: Handle) -> None:
@@ -321,6 +326,7 @@ def close(h: Handle) -> None:
         if not Process.disconnector.ending:
             h.export.close()
     finally:
+        Process.disconnector.left()
         h.threads.let_go()
 
 

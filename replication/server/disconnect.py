@@ -28,9 +28,10 @@ from replication.server.clients import sockets
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _AGAIN_S = 0.5
 
-_LEAVING_S = 0.5
-"""How long the clients may take to go before nbdkit is told to end: those whose requests in flight take longer are
-answered nevertheless. Part of END_S, and of the 2 s within which somebody who has sent `quit` sees something happen."""
+_LEAVING_S = 1.0
+"""How long the clients may take to go before nbdkit is told to end. Those whose requests in flight take longer are
+answered nevertheless, and nbdkit would wait for them as well: so this is no time lost of END_S. On a machine that does
+other things a thread of nbdkit may need a good part of it to see the end of the stream."""
 
 _LOOK_S = 0.01
 
@@ -66,9 +67,9 @@ class Disconnector:
         """Whether the process has been told to end: a client that goes has not gone by itself."""
         # nbdkit reads no more requests.
         self._told = threading.Event()
-        # Protects the number of those that wait in `admit`.
+        # Protects the number of clients that are served, and the moment from which on none is any more.
         self._lock = threading.Lock()
-        self._waiting = 0
+        self._served = 0
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def start(self) -> None:
@@ -84,18 +85,20 @@ class Disconnector:
         """End the process in good order, as a signal would; for the control command `quit`."""
         os.write(self._write, b"\0")
 
-    def admit(self) -> None:
-        """A client opens an export. One that comes when the process is ending waits until nbdkit knows: it is served
-        nothing then, and its connection is lost."""
-        if not self.ending:
-            return
+    def admit(self) -> bool:
+        """A client opens an export: whether it is to be served, until `left`. One that comes when the process is ending
+        waits until nbdkit knows: it is served nothing then, and its connection is lost."""
         with self._lock:
-            self._waiting += 1
-        try:
-            self._told.wait(END_S)
-        finally:
-            with self._lock:
-                self._waiting -= 1
+            if not self.ending:
+                self._served += 1
+                return True
+        self._told.wait(END_S)
+        return False
+
+    def left(self) -> None:
+        """A client that was admitted has gone: nbdkit has no request of it any more."""
+        with self._lock:
+            self._served -= 1
 
     def _wait(self) -> None:
         while (signal_number := os.read(self._read, 1)[0]) == signal.SIGHUP and self._reload is not None:
@@ -104,7 +107,8 @@ class Disconnector:
             except NO_THREAD as error:
                 log(f"nothing is read anew: {error}")
         debug(f"ending, by signal {signal_number}" if signal_number else "ending, by command")
-        self.ending = True
+        with self._lock:
+            self.ending = True
         try:
             threading.Thread(target=self._end_late, name="end-late", daemon=True).start()
         except NO_THREAD as error:
@@ -127,23 +131,22 @@ class Disconnector:
             again.wait(_AGAIN_S)
 
     def _have_clients_leave(self) -> None:
-        """Disconnect the clients and wait until all have gone that are served, up to _LEAVING_S seconds."""
+        """Disconnect the clients and wait until all that are served have gone, up to _LEAVING_S seconds."""
         deadline = time.monotonic() + _LEAVING_S
-        while self._let_go_of_clients() > self._waiting and time.monotonic() < deadline:
+        while True:
+            self._let_go_of_clients()
+            if not self._served or time.monotonic() >= deadline:
+                return
             time.sleep(_LOOK_S)
 
-    def _let_go_of_clients(self) -> int:
-        """How many there are."""
-        count = 0
+    def _let_go_of_clients(self) -> None:
         for connection in self._clients():
-            count += 1
             try:
                 connection.shutdown(socket.SHUT_RD)
             except OSError as error:
                 log(f"a client had gone before it was disconnected: {error.strerror}")
             finally:
                 connection.close()
-        return count
 
     @staticmethod
     def _end_late() -> None:

@@ -200,28 +200,32 @@ disconnect._LEAVING_S = disconnect._GRACE_S = disconnect.END_S = 15.0
 listener = listen("nbd")
 client, served = connect("nbd", listener)
 it = disconnect.Disconnector(lambda: say("shutdown"), None, lambda: True, lambda: say("cleanup"))
-it.admit()
-say("admitted")
+say("admitted", it.admit())
 it.start()
 send()
 say("end of stream", served.recv(1))
 late_client, late_served = connect("nbd", listener)
 def opened():
-    it.admit()
-    say("told")
+    say("admitted", it.admit())
     os._exit(0)
-newcomer = threading.Thread(target=opened)
-newcomer.start()
-while not it._waiting:
-    time.sleep(0.001)
+threading.Thread(target=opened).start()
+# Longer than it takes to look again and again.
+time.sleep(0.1)
 say("answered")
 served.close()
+it.left()
 wait_long()
 """,
         folder=tmp_path,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["admitted", "end of stream b''", "answered", "shutdown", "told"]
+    assert done.stdout.splitlines() == [
+        "admitted True",
+        "end of stream b''",
+        "answered",
+        "shutdown",
+        "admitted False",
+    ]
 
 
 def test_who_does_not_go_holds_the_end_up_for_a_moment_only(tmp_path: Path) -> None:
@@ -230,7 +234,9 @@ def test_who_does_not_go_holds_the_end_up_for_a_moment_only(tmp_path: Path) -> N
 disconnect._GRACE_S, disconnect._LEAVING_S = 0.0, 0.05
 listener = listen("nbd")
 client, served = connect("nbd", listener)
-disconnector(lambda: True).start()
+it = disconnector(lambda: True)
+it.admit()
+it.start()
 send()
 wait_long()
 """,
