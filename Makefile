@@ -62,6 +62,7 @@ help: ## Show this list
 demo: ## Replicate a disk, fail over, and check the result
 	@scripts/setup demo
 	@scripts/demo
+	@scripts/demo-installed
 
 test: ## Run the tests (TESTS= picks some)
 	@scripts/setup test

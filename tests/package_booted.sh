@@ -3,11 +3,13 @@
 #
 # tests/package_booted.sh   (as root, where systemd is process 1 and all may be spoiled: make test-deb)
 #
-# Installs the Debian package in build/deb, and has its units go through debian/tests/service, an upgrade included.
+# Installs the Debian package in build/deb, has its units go through debian/tests/service, an upgrade included, and
+# removes it while nodes run.
 set -euo pipefail
 
 ROOT=$(cd -- "${BASH_SOURCE[0]%/*}/.." && pwd)
 PACKAGE=nbdkit-plugin-replication
+UNIT=nbdkit-replication@kept
 export DEBIAN_FRONTEND=noninteractive
 
 fail() {
@@ -41,4 +43,24 @@ sed -i "s/^Version: .*/Version: $version+next/" "$next/tree/DEBIAN/control"
 quiet dpkg-deb -b "$next/tree" "$next/next.deb"
 "$ROOT/debian/tests/service" --upgrade "$next/next.deb"
 
+printf '== the demonstration of it (%d s)\n' "$SECONDS"
+quiet "$ROOT/scripts/setup" demo
+quiet "$ROOT/scripts/demo-installed"
+grep -q '^-- All that the guest had written' "$log" || fail "it was not shown: $(tail -n 1 "$log")"
+[[ -z $(find /etc/nbdkit-replication.d -name 'demo-*') ]] || fail "the demonstration has left something"
+
+printf '== remove with a running node, and purge (%d s)\n' "$SECONDS"
+truncate -s 16M /srv/kept.img
+chown nbdkit-replication: /srv/kept.img
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+quiet replctl init kept --mode secondary --disk /srv/kept.img --listen "127.0.0.1:$port"
+quiet systemctl enable --now "$UNIT"
+quiet replctl kept status
+quiet apt-get -qq remove -y "$PACKAGE"
+for unit in "$UNIT.service" "$UNIT.socket"; do
+    ! systemctl is-active --quiet "$unit" || fail "$unit runs although its program is gone"
+done
+[[ -s /var/lib/nbdkit-replication/kept/state.json ]] || fail "the state of a node has gone"
+quiet dpkg --purge "$PACKAGE"
+[[ -z $(find /etc/systemd/system -name '*nbdkit-replication*') ]] || fail "a unit is still enabled"
 printf 'package: the units of %s are fine (%d s)\n' "${package##*/}" "$SECONDS"
