@@ -107,6 +107,8 @@ class Node:
         self.side.show_stage(self.stage)
         self.faces: dict[str, Face] = self.side.faces()
         """What is behind the exports, by name. Changes only while the gate is closed."""
+        # A good end that the next process must not take for this one's.
+        self._was_clean = self._record.clean
         self._note_process()
         state.reserve(self._record)
 
@@ -171,7 +173,7 @@ class Node:
     def launch(self) -> None:
         """Start the threads; after nbdkit has forked. StateError when the record cannot be written."""
         # From here on the former process's good end counts no longer.
-        self._state.bind(self._record, self._save, needed=self.stage is not Stage.NONE)
+        self._state.bind(self._record, self._save, needed=self.stage is not Stage.NONE or self._was_clean)
         self.side.launch()
         self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
         self._looks.start()

@@ -8,6 +8,8 @@ byte a grain, which outlives the process where it is mapped from a file (record/
                   1, 2  written since the last flush was sent, or the one before; they take turns with every flush
     EXPOSED             was unflushed when the last checkpoint was taken, so the checkpoint has it
     LOST                lost, and whoever has to know that (`on_loss`) has not kept it yet
+    TOLD                lost, and told to who asked; should the process have ended before that answer was out, the
+                        first flush of the next one fails once more
 
     flushed --begin/end--> written --a flush sent after `end` succeeds--> flushed
     written --expose--> written, EXPOSED
@@ -37,9 +39,9 @@ from replication.errors import DiskError
 
 GRAIN = 64 << 10
 
-EXPOSED, LOST = 0x40, 0x80
+TOLD, EXPOSED, LOST = 0x20, 0x40, 0x80
 _WRITTEN = 0x03
-_FLAGS = EXPOSED | LOST
+_FLAGS = TOLD | EXPOSED | LOST
 _PAGE = 4096
 """Grains looked at together: 256 MiB of the disk."""
 
@@ -109,6 +111,8 @@ class Unflushed:
             if part.any():
                 self._pages[page] = 1
                 part[(part & _WRITTEN) != 0] = (part[(part & _WRITTEN) != 0] & _FLAGS) | 1
+                if (part & TOLD).any():
+                    self._untold = DiskError("what a former process had written is lost; it may not have told that")
         self._states: npt.NDArray[np.uint8] = states
 
     # -- writes --------------------------------------------------------------------------------------------
@@ -264,9 +268,11 @@ class Unflushed:
         if not ranges:
             return False
         self._last = error
+        owed = 0
         try:
             if self.on_loss(Loss(ranges, exposed, error, told)):
                 self._untold = error
+                owed = TOLD if told else 0
         except NotKept:
             self.kept = False
             return True
@@ -275,6 +281,7 @@ class Unflushed:
             for offset, length in ranges:
                 first, stop = offset // GRAIN, -(-(offset + length) // GRAIN)
                 self._states[first:stop] &= _WRITTEN
+                self._states[first:stop] |= owed
                 self._keep_locked(first, stop)
         return True
 

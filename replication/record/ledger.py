@@ -27,13 +27,41 @@ What a secondary holds, which follows from the record and its maps and is stored
        |  |   that is not believed (binding.py) / never by itself
     INVALID   there is no checkpoint; the one that is fulfilled next (above) leads to WHOLE
 
-What is kept in memory only, and what its loss with the process costs:
+What the primary has said of this content, in the record, each saved before the answer:
 
-    Pairing._offered             no adoption; the primary offers again when it pairs again
-    Session.agreed               `paired` stays, so it counts as a link that was lost in the midst of an epoch: LACKING
-    SecondaryDisk.strange        goes with `_offered`, so nothing is cleared because of it; the marks are in the map
-    Agreement.completed, refused the primary pairs again, and the maps say what is missing
-    Hindrance                    found again with the next checkpoint that is refused
+    NOTHING   no primary has been here, or it has left in good order and what it offered was adopted
+       | "full", "quick" or "equal": `paired`, `resync`, and what is being received (`lineage`)
+    RECEIVING <---------------------------------------------------+
+       | "complete": `resync` ends, and `offered` is what the     | a primary says anew what it will send
+       |             content is from the next checkpoint on       |
+    OFFERED ------------------------------------------------------+
+       | a checkpoint, a planned stop or a start adopts it: at one instant, as above. "unpair" ends `paired` before or
+       |             after that; a restart of the host, and a file that is not believed, end the offer
+    NOTHING
+
+No claim about content rests on what is in memory only. What is there, and what it means that a kill or a power cut
+takes it:
+
+    the session of a primary   `paired` stays, so its link counts as lost in the midst of an epoch: LACKING. That the
+                               primary has left in good order is saved before it is answered
+    SecondaryDisk.strange      whether others have written to what was offered: taken for true where there is an offer,
+                               so the marks of that stay, too many of them at most
+    Agreement, Link, Watch     how far a primary is with its secondary: it pairs anew, nothing is in sync before that,
+                               and the maps say what is missing. On its way counts as missing there
+    Epochs                     an epoch that is held was never promised; its number is not used again
+    Hindrance                  what refuses checkpoints: a record that cannot be saved, without which no process starts
+                               in stage running; overlays, which each query looks at; requests that hang, which are gone
+    Descent                    what has come down after a failover: all that is held comes down again
+    ChangeMap.claim            what `sync=none` is about to clear: not cleared
+    faults on their way to the record: the cause is not shown; the marks, which say what is lacking, come first
+    a failed flush on its way to the guest: fails once more (Unflushed, TOLD)
+    Fence                      which late writes a server may still do. The next process cannot know: docs/failures.md
+                               says what is not promised, and what to do
+
+Held to that, by a kill at the instant and a comparison of what is claimed with the disks: tests/e2e/test_lineage.py
+(the offer, strangers, each step of a pairing), test_recovery.py (power cuts), test_hazards.py (a commit),
+test_held_numbers.py and test_claims.py, tests/unit/disk/test_unflushed.py; and at random by tests/model/ledger.py and
+tests/torture.
 """
 
 from __future__ import annotations

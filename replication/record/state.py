@@ -162,6 +162,9 @@ class Record:
     """What the command line said when a command gave `secondary`, empty if that is not known: one that says something
     else now is newer than the command."""
 
+    offered: dict[str, Any] | None = None
+    """The lineage that this secondary's content has from its next checkpoint on: its primary has said that everything
+    was sent."""
     promise: dict[str, Any] | None = None
     """What becomes true with the next checkpoint (ledger.py)."""
     identity: str = ""
@@ -184,6 +187,7 @@ class Record:
             paired=False,
             led=False,
             resync=False,
+            offered=None,
             promise=None,
         )
 
@@ -225,8 +229,9 @@ class Record:
                 check_id(name, getattr(record, name))
         if type(record.opens) is not int or not 0 <= record.opens <= EPOCH_MAX:
             raise ValueError("opens is no number of an opening")
-        if record.lineage is not None:
-            Lineage.from_json(record.lineage)
+        for lineage in (record.lineage, record.offered):
+            if lineage is not None:
+                Lineage.from_json(lineage)
         if record.promise is not None:
             Promise.from_json(record.promise)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say

@@ -105,8 +105,6 @@ class Pairing:
         self._session: Session | None = None
         self.met = False
         """A primary has come to an agreement with this process."""
-        # What the primary has offered with "complete": generation and history, until a checkpoint adopts it.
-        self._offered: tuple[str, tuple[str, ...]] | None = None
 
     # -- what others see -----------------------------------------------------------------------------------
 
@@ -169,9 +167,10 @@ class Pairing:
         raise DiskError(f"only the primary (node {session.node}) may write here while it is connected", errno.EPERM)
 
     def has_stranger(self) -> bool:
-        """Whether what is written to the disks now comes from somebody else than the primary that they are known to:
-        it will have to send that again."""
-        return self._session is None and self._ancestry.known
+        """Whether what is written to the disks now comes from somebody else than the primary that they are known to,
+        or from one that has not said what it will do: it will have to be sent again."""
+        session = self._session
+        return (session is None or not session.agreed) and self._ancestry.known
 
     # -- commands of the primary ---------------------------------------------------------------------------
 
@@ -196,9 +195,6 @@ class Pairing:
                 # It was given up while it waited here, and may have been followed by another one already.
                 raise CommandError("the control connection was closed")
             self._session = session
-            for disk in self._disks:
-                disk.strange = False
-        self._offered = None
         pause("pairing.begun")
         return session.token
 
@@ -249,8 +245,18 @@ class Pairing:
         self._check_stage()
         pause("pairing.sync")
         if verdict == "complete":
-            self._complete(generation, history)
-        elif verdict == Verdict.FULL.value:
+            # Also when nothing was missing: an offer that only this process knew would be gone with it, and a planned
+            # stop after that would leave a node that calls its whole copy an unfinished one.
+            self._become(lambda lineage: lineage, False, Lineage().adopted(generation, history))
+        else:
+            self._begin(verdict, generation, marked)
+            for disk in self._disks:
+                # The primary has asked for the marks of all that was written until its session began.
+                disk.strange = False
+        session.agreed = self.met = True
+
+    def _begin(self, verdict: str, generation: str, marked: bool) -> None:
+        if verdict == Verdict.FULL.value:
             self._begin_full(generation)
         elif verdict == Verdict.EQUAL.value and marked:
             self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
@@ -262,12 +268,6 @@ class Pairing:
             self._become(lambda lineage: lineage, True)
         else:
             self._become(lambda lineage: lineage.receiving(generation, keep=True), True)
-        session.agreed = self.met = True
-
-    def _complete(self, generation: str, history: tuple[str, ...]) -> None:
-        if self._set.record.resync:
-            self._become(lambda lineage: lineage, False)
-        self._offered = (generation, history)
 
     def _begin_full(self, generation: str) -> None:
         """Nothing here is a state of that primary's disks, so there is no checkpoint to keep meanwhile."""
@@ -286,21 +286,24 @@ class Pairing:
                 raise
             self._set.show()
 
-    def _become(self, change: Callable[[Lineage], Lineage], resync: bool) -> None:
+    def _become(self, change: Callable[[Lineage], Lineage], resync: bool, offered: Lineage | None = None) -> None:
+        """What is said of the content from now on. An offer ends when the primary says what it is going to send, before
+        it does so: until then nobody has written but strangers, whose writes are marked."""
         record = self._set.record
-        former, lineage = (record.resync, record.paired), self._ancestry.lineage
-        if former == (resync, True) and change(lineage) == lineage:
+        former, lineage = (record.resync, record.paired, record.offered), self._ancestry.lineage
+        becoming = (resync, True, None if offered is None else offered.to_json())
+        if former == becoming and change(lineage) == lineage:
             return
         try:
             Lineage.from_json(change(lineage).to_json())
         except ValueError as error:  # a generation that stands in this node's history, say
             raise CommandError(f"what the primary says of its generations does not fit: {error}") from error
         take_back = self._ancestry.note(change)  # may fail, so first
-        record.resync, record.paired = resync, True
+        record.resync, record.paired, record.offered = becoming
         try:
             self._set.save()
         except BaseException:
-            record.resync, record.paired = former
+            record.resync, record.paired, record.offered = former
             take_back()
             raise
 
@@ -375,11 +378,15 @@ class Pairing:
 
     @property
     def adoption(self) -> Callable[[Lineage], Lineage] | None:
-        """What a checkpoint of what the primary has offered makes of the lineage; None when there is nothing new."""
-        offered, lineage = self._offered, self._ancestry.lineage
-        if offered is None or (lineage.current == offered[0] and not lineage.incoming):
+        """What a checkpoint of what the primary has offered makes of the lineage; None when there is nothing new, and
+        while a primary is here that has not yet said what it will do."""
+        saved, lineage, session = self._set.record.offered, self._ancestry.lineage, self._session
+        if saved is None or (session is not None and not session.agreed):
             return None
-        return lambda lineage: lineage.adopted(*offered)
+        offered = Lineage.from_json(saved)
+        if lineage.current == offered.current and not lineage.incoming:
+            return None
+        return lambda lineage: lineage.adopted(offered.current, offered.history)
 
     def adopt(self) -> Callable[[], None] | None:
         """Note the adoption in the record, which the caller saves. What takes that back; None when there is nothing

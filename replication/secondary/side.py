@@ -99,8 +99,7 @@ class SecondarySide(Side):
                 self._note_restart(self._with_doubts(found, state.take_doubts()))
             self._claim_own_writes()
             if record.cut_off:
-                for disk in self.disks:
-                    disk.changes.mark_all()  # it was not synced
+                self._note_cut()
         except BaseException:
             self._let_go()
             raise
@@ -139,6 +138,16 @@ class SecondarySide(Side):
         if self._set.record.stage is Stage.NONE and not known and any(disk.changes.marked_bytes for disk in self.disks):
             ancestry.note(lambda lineage: lineage.diverged(new_id()))  # the same again, should nobody save it
 
+    def _note_cut(self) -> None:
+        """The host was restarted, and what was not synced is gone: of the maps, and, of what a primary has offered that
+        it wrote in stage none, of the disks. (open_images has looked after the other stages.)"""
+        record = self._set.record
+        offered, record.offered = record.offered, None
+        for disk in self.disks:
+            disk.changes.mark_all()
+            if record.stage is Stage.NONE and offered is not None:
+                disk.lost.mark_all()
+
     def _settle_images(self) -> None:
         """A process that was killed in this boot may have left in memory what counts as stable from here on."""
         record = self._set.record
@@ -170,6 +179,8 @@ class SecondarySide(Side):
             for options, disk in located:
                 assert options.top_id is not None
                 secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
+                # With what a former process was offered goes what somebody else may have written to it since.
+                secondary_disk.strange = record.offered is not None
                 self.disks.append(secondary_disk)
             self._targets = frozenset(sizes)
         except BaseException:
@@ -194,6 +205,8 @@ class SecondarySide(Side):
         """What a restart has left, where files of the state folder are not believed: no valid checkpoint without the
         record, the epoch, or the account of what is unflushed; without the map of what is lost all may be."""
         wrong = [why for disk in self.disks if (why := doubts.of(disk.name, "unflushed")) is not None]
+        if wrong:
+            self._set.record.offered = None
         if doubts.record and any(disk.changes.marked_bytes for disk in self.disks):
             # Writes of its own, which the record may not know of: nobody has allowed that they are overwritten.
             self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
@@ -947,8 +960,8 @@ class SecondarySide(Side):
         """Make everything stable and, where the process ends (`last`), say so, for a restart of the host; False when
         that is still going on at the deadline: the process ends all the same, and another one of this boot finds
         everything in place."""
-        if self._set.record.stage is Stage.NONE:
-            return True
+        if self._set.record.stage is Stage.NONE and not self._set.ancestry.known:
+            return True  # nobody has written here whose loss would have to be known
         flusher = threading.Thread(target=self._flush_everything, args=(last,), name="flush", daemon=True)
         try:
             flusher.start()

@@ -423,6 +423,20 @@ class World:
         assert [differing(each, p.content) for each in shown] == [set()] * 4
         return Outcome(outcome.verdict, sent)
 
+    def sent(self, primary: str, secondary: str) -> None:
+        """Until the secondary has everything, and was told so; it has no checkpoint of that."""
+        self.meet(primary, secondary)
+        wait_until(lambda: self[primary].status()["link"]["state"] == "in-sync", "everything is sent, and offered")
+        self[secondary].content = self[primary].content
+
+    def stranger(self, name: str, grain: str) -> None:
+        """Somebody who is no primary writes to a secondary."""
+        at, data = self._next(grain)
+        handle = self[name].server.connect("disk0")
+        handle.pwrite(data, at)
+        handle.shutdown()
+        self[name].content = changed(self[name].content, (at, data))
+
     def begin(self, primary: str, secondary: str) -> None:
         """As far as the first grain of the resync, the lowest."""
         outcome = self.meet(primary, secondary, limit=ONE_GRAIN)
@@ -555,6 +569,9 @@ CIRCLE = "pair A B; write A 3; kill A; failover B"
 SPLIT = "pair A B; lose A; write A 2; failover B; write B 6"
 SWITCH = "pair A B; write A 3; stop A; switch B"
 
+OFFERED = "pair A B; write A 2; lose A; write A 3; sent A B; stop A"
+"""B has everything of A, and no checkpoint of that."""
+
 TABLE = [
     # what happened, who is started as primary and secondary, decision or refusal, grains that are sent
     ("", "A B", "equal", ""),
@@ -603,6 +620,16 @@ TABLE = [
     (f"{SWITCH}; write A 2; write B 6", "B A", SPLIT_BRAIN, ""),
     (f"{SWITCH}; write A 2", "A B", "quick", "2"),
     (f"{SWITCH}; write A 2", "B A", OUTDATED, ""),
+    # the same without a checkpoint since everything was sent, when the process that was told so is gone
+    (f"{OFFERED}; switch B", "B A", "quick", ""),
+    (f"{OFFERED}; kill B; switch B", "B A", "quick", ""),
+    (f"{OFFERED}; kill B; switch B", "A B", "quick", ""),
+    (f"{OFFERED}; kill B; switch B; write B 6", "B A", "quick", "6"),
+    (f"{OFFERED}; kill B; switch B; write B 6", "A B", OUTDATED, ""),
+    (f"{OFFERED}; kill B; switch B", "B C", "full", "all"),
+    (f"{OFFERED}; stranger B 5; kill B; switch B", "B A", "quick", "5"),
+    (f"{OFFERED}; stranger B 5; kill B; switch B", "A B", "quick", "5"),
+    (f"{OFFERED}; kill B; failover B", "B A", SPLIT_BRAIN, ""),
     # split brain, whoever is started as the primary
     (SPLIT, "A B", SPLIT_BRAIN, ""),
     (SPLIT, "B A", SPLIT_BRAIN, ""),
@@ -790,6 +817,14 @@ def meet_until(world: World, primary: str, secondary: str, point: str, victim: s
             while qmp.receive().get("id") != "start":
                 pass  # whatever the answer is
     s.relay.close()
+
+
+def test_a_primary_that_comes_and_dies_before_it_says_anything_takes_back_no_offer(world: World) -> None:
+    world.play(OFFERED)
+    meet_until(world, "A", "B", "pairing.begun", "primary")
+    world.switch("B")
+    outcome = world.pair("B", "A")
+    assert (outcome.verdict, outcome.sent) == ("quick", 0)
 
 
 def goes_on_by_itself(node: Node) -> bool:

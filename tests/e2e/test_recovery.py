@@ -219,3 +219,49 @@ def test_a_lost_link_is_taken_up_again_by_a_stop_and_a_start_that_send_only_what
     assert (status["error"], status["disks"][0]["totals"]["forwarded"] - before) == (None, 128 * KIB)
     assert pair.primary.disks[0].read_bytes() == pair.secondary.disks[0].read_bytes()
     pair.secondary.checkpoint()
+
+
+def copied_before_the_start(lab: Lab) -> Pair:
+    """The secondary has what its primary has, which has left in good order; itself it was never started."""
+    pair = lab.pair([MIB], contents=[OLD * 256])
+    pair.primary.start_replication()
+    pair.primary.connect("disk0").pwrite(FIRST, 0)
+    drained(pair.primary)
+    pair.primary.execute("replication-stop")
+    assert pair.secondary.disks[0].read_bytes() == FIRST + OLD * 255
+    pair.secondary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = "restarted"
+    return pair
+
+
+def test_what_was_written_before_the_start_does_not_outlive_a_power_cut_and_nobody_says_so(lab: Lab) -> None:
+    pair = copied_before_the_start(lab)
+    pair.secondary.kill()
+    pair.secondary.disks[0].write_bytes(OLD * 256)
+    pair.secondary.start()
+    pair.secondary.start_replication()
+    status = pair.secondary.status()
+    assert (status["consistent"], status["disks"][0]["out-of-sync-bytes"]) == (False, MIB)
+    with pytest.raises(QmpError, match="force"):
+        pair.secondary.execute("replication-stop", failover=True)
+    pair.primary.execute("replication-start", secondary=pair.secondary.uri())
+    pair.primary.checkpoint()
+    assert pair.secondary.disks[0].read_bytes() == FIRST + OLD * 255
+    status = pair.secondary.status()
+    assert (status["consistent"], status["disks"][0]["out-of-sync-bytes"], status["error"]) == (True, 0, None)
+
+
+def test_what_was_written_before_the_start_outlives_a_restart_in_good_order(lab: Lab) -> None:
+    pair = copied_before_the_start(lab)
+    pair.secondary.terminate()
+    pair.secondary.start()
+    pair.secondary.start_replication()
+    assert pair.secondary.status()["consistent"] is True
+    pair.primary.execute("replication-start", secondary=pair.secondary.uri())
+    pair.primary.checkpoint()
+    assert pair.primary.status()["disks"][0]["totals"]["forwarded"] == len(FIRST)
+    # The next end is not that one: a power cut after it costs everything.
+    pair.primary.execute("replication-stop")
+    pair.secondary.kill()
+    pair.secondary.extra_environment["NBDKIT_REPLICATION_BOOT_ID"] = "restarted again"
+    pair.secondary.start()
+    assert pair.secondary.status()["consistent"] is False

@@ -175,6 +175,40 @@ def test_what_is_unflushed_and_what_is_lost_outlives_the_process(tmp_path: Path)
     assert not any(path.read_bytes())
 
 
+@pytest.mark.parametrize("tell", [True, False], ids=["of a guest", "of a secondary"])
+def test_a_failed_flush_is_told_once_more_by_the_process_that_follows_a_killed_one(tmp_path: Path, tell: bool) -> None:
+    """Nobody knows whether the answer was still sent."""
+    path = tmp_path / "map"
+    path.write_bytes(bytes(9001))
+    former = Unflushed(SIZE, mapped(path))
+    Keeper(former, tell)
+    write(former, 3 * GRAIN)
+    with pytest.raises(DiskError, match="broken"):
+        former.flush(broken)
+    former.close()
+    second = Unflushed(SIZE, mapped(path))
+    if tell:
+        with pytest.raises(DiskError, match="may not have told"):
+            second.flush(good)
+    second.flush(good)
+    second.close()
+    assert not any(path.read_bytes())
+    Unflushed(SIZE, mapped(path)).flush(good)
+
+
+def test_a_failed_flush_that_a_later_one_has_followed_was_told(tmp_path: Path) -> None:
+    path = tmp_path / "map"
+    path.write_bytes(bytes(9001))
+    former = Unflushed(SIZE, mapped(path))
+    Keeper(former, tell=True)
+    write(former, 3 * GRAIN)
+    with pytest.raises(DiskError, match="broken"):
+        former.flush(broken)
+    former.flush(good)
+    former.close()
+    Unflushed(SIZE, mapped(path)).flush(good)
+
+
 def test_those_who_wait_for_one_flush_share_its_failure_and_its_success(account: Unflushed) -> None:
     keeper = Keeper(account)
     at_work, go_on = threading.Event(), threading.Event()
