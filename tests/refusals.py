@@ -11,7 +11,7 @@ from nodes import Secondary, Server
 from waiting import Stuck, wait_until
 
 OWNED_UP = {
-    "what is to be sent is noted": ("generation", "lineage", "out-of-sync-bytes", "marks"),
+    "what is to be sent is noted": ("generation", "lineage", "out-of-sync-bytes", "missing-bytes", "marks"),
     "had been asked to end what it sends": ("peer-node", "link"),
     "which was held, is aborted": ("held-epoch",),
     "is aborted, and replication goes on": ("held-epoch",),

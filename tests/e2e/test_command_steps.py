@@ -221,7 +221,7 @@ OF_A_DEATH = ("link", "peer-node")
 UNKNOWN = {"held-epoch", "epoch", "checkpoint"}
 """What may be another one where it is not known whether a checkpoint was taken."""
 
-STARTED = {"stage", "generation", "lineage", "epoch", "checkpoint", "out-of-sync-bytes", "marks"}
+STARTED = {"stage", "generation", "lineage", "epoch", "checkpoint", "out-of-sync-bytes", "missing-bytes", "marks"}
 
 
 def may_differ(refusal: str) -> set[str]:
@@ -288,7 +288,7 @@ class Losing:
         wait_until(lambda: accepted(self.secondary, command), f"{command} succeeds")
 
 
-OF_A_LOSS = ("out-of-sync-bytes", "marks", "link", "consistent", "checkpoint-obstacle", "peer-node")
+OF_A_LOSS = ("out-of-sync-bytes", "missing-bytes", "marks", "link", "consistent", "checkpoint-obstacle", "peer-node")
 """What of query-replication says that a failed flush has lost something."""
 
 

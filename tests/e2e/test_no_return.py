@@ -113,10 +113,16 @@ class Nodes:
         self.secondary.execute("replication-demote")
 
 
-def refuse_until_done(nodes: Nodes, node: FullPrimary | FullSecondary, command: Callable[[], object]) -> int:
+def refuse_until_done(
+    nodes: Nodes,
+    node: FullPrimary | FullSecondary,
+    command: Callable[[], object],
+    ready: Callable[[], None] = lambda: None,
+) -> int:
     """Give the command with a folder that is full, from one save later each time, until it succeeds; how often it was
-    refused."""
+    refused. `ready()` waits for what the one before has said would come back by itself."""
     for steps in range(STEPS_MAX):
+        ready()
         before, guest, disk = said(node), seen(node), node.disks[0].read_bytes()
         node.room.fill(steps)
         refusal = None
@@ -210,10 +216,16 @@ def test_planned_stop_of_a_secondary(nodes: Nodes, connected: bool) -> None:
     (nodes.running if connected else nodes.stopped)()
     node = nodes.secondary
     generation = nodes.primary.status()["generation"]
-    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop")) >= 1
+    ready = partial(both_in_sync, nodes) if connected else lambda: None
+    assert refuse_until_done(nodes, node, lambda: node.execute("replication-stop"), ready) >= 1
     assert kept(node)["stage"] == "done"
     assert nodes.primary.status()["generation"] == generation
     assert whole(node.connect("top0"))[:BLOCK] == pattern(2, BLOCK)
+
+
+def both_in_sync(nodes: Nodes) -> None:
+    nodes.in_sync()
+    wait_until(lambda: nodes.secondary.status()["link"]["state"] == "in-sync", "the secondary knows it")
 
 
 def test_a_refused_stop_of_a_secondary_leaves_the_link_alone(nodes: Nodes) -> None:
@@ -424,7 +436,7 @@ def test_switch_over(nodes: Nodes, role: str) -> None:
             for node, shown in zip(pair, before, strict=True):
                 unchanged(node, shown, owned_up(done.stderr) | DRAINED, done.stderr)
         elif "as before the switch-over that was cut off" in done.stderr:
-            nodes.in_sync()
+            both_in_sync(nodes)
             assert [node.status()["stage"] for node in pair] == ["running", "running"]
         else:
             assert "Repeat the switch-over to finish it" in done.stderr
