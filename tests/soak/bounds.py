@@ -223,12 +223,12 @@ class Bounds:
     def grown(self, role: str, sample: Sample) -> list[str]:
         """What there is more of than at this process's first quiet point in this role."""
         first = self._quiet.get((sample.pid, role), sample)
-        stuck = sample.stuck - first.stuck
+        more = sample.connections + sample.stuck - first.connections - first.stuck
         return [
             f"{value} {what}"
             for what, value, former in (
-                ("threads", sample.threads, first.threads + THREADS_PER_CONNECTION * stuck),
-                ("descriptors", sample.descriptors, first.descriptors + stuck),
+                ("threads", sample.threads, first.threads + THREADS_PER_CONNECTION * more),
+                ("descriptors", sample.descriptors, first.descriptors + more),
             )
             if value > former + QUIET_GROWTH
         ]

@@ -133,6 +133,11 @@ class Guest:
         if self.failure is not None:
             raise self.failure
 
+    @property
+    def connected(self) -> bool:
+        """Whether it has a connection."""
+        return self._handle is not None
+
     def stop(self) -> None:
         """End."""
         self._ending.set()
@@ -251,6 +256,11 @@ class Guests:
         """That checkpoint was taken; to be called before any other `keep`, and with nobody else changing it."""
         for guest, count in zip(self._guests, counts, strict=True):
             guest.region.keep(count)
+
+    @property
+    def connected(self) -> int:
+        """How many have a connection: one that has lost it connects again with its next request."""
+        return sum(guest.connected for guest in self._guests)
 
     def compare(self, disk: bytes, what: str) -> None:
         """With the guests resting: a disk holds exactly what they have written."""

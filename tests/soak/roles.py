@@ -168,7 +168,8 @@ class Roles:
     def _measure(self, node: Node, role: str) -> None:
         """Without its bad clients a node is as it was; nbdkit takes a moment to end their threads."""
         deadline = time.monotonic() + CONNECTIONS_KEPT_S
-        while (sample := node.sample(0)) is not None:
+        guests = self._guests.connected if node is self.first else 0
+        while (sample := node.sample(guests)) is not None:
             if not self._bounds.grown(role, sample) or time.monotonic() > deadline:
                 self._bounds.quiet(node.name, role, sample)
                 return
