@@ -259,6 +259,9 @@ class StateFolder:
         self._binding = Binding(self)
         # Until when the nodes were in sync, while they are (`note_sync`).
         self._synced: float | None = None
+        # The words of _TAKEN of a former checkpoint, with the word of its time: who asks for the age while the next one
+        # is being stored, or when that has failed, gets both of the same. Replaced as a whole.
+        self._former: tuple[int, int, int] | None = None
         # Without a folder: the maps, by name.
         self._kept: dict[str, mmap.mmap] = {}
         self._file = None if path is None else TwinFile(self.file("state.json"))
@@ -583,23 +586,23 @@ class StateFolder:
     @property
     def checkpoint(self) -> dict[str, float | None]:
         """Time (seconds since 1970), duration and age (seconds) of the last complete checkpoint. The age is not the
-        time's distance from now when the wall clock was set meanwhile (`_age_s`)."""
-        moment, duration_s = struct.unpack("dd", struct.pack("QQ", self._words[1], self._words[2]))
-        age_s = self._age_s(moment) if moment else None
+        time's distance from now when the wall clock was set meanwhile (`_age_s`), and never another checkpoint's."""
+        taken, word = self._words[_TAKEN], self._words[1]
+        while taken != self._words[_TAKEN]:  # another checkpoint was complete in between
+            taken, word = self._words[_TAKEN], self._words[1]
+        former = self._former
+        if former is None or former[0] != word:
+            former = (word, taken, self._words[_TAKEN + 1])
+        moment, duration_s = struct.unpack("dd", struct.pack("QQ", word, self._words[2]))
+        age_s = _age_s(moment, *former[1:]) if moment else None
         return {"time": moment or None, "duration": duration_s if moment else None, "age": age_s}
 
     def _note_taken(self) -> None:
         """Never synced: in another boot nobody looks at it."""
+        if self._former is None or self._former[0] != self._words[1]:  # else one that could not be stored was here
+            self._former = (self._words[1], self._words[_TAKEN], self._words[_TAKEN + 1])
         (taken,) = struct.unpack("Q", struct.pack("d", boot_clock_s()))
         self.put_if_room(_TAKEN, taken, _boot_word())
-
-    def _age_s(self, moment: float) -> float:
-        """How old the checkpoint of `moment` (seconds since 1970) is: within a boot by the clock that nobody sets,
-        after another boot, of which only the wall clock tells anything, by that."""
-        if self._words[_TAKEN + 1] == _boot_word():
-            (taken,) = struct.unpack("d", struct.pack("Q", self._words[_TAKEN]))
-            return max(0.0, boot_clock_s() - float(taken))
-        return max(0.0, time.time() - moment)
 
     def close(self, good: bool = False) -> None:
         """Let the folder go; `good`: the process ends in good order."""
@@ -635,6 +638,15 @@ def _make_folder(path: str) -> None:
 
 def _boot_word() -> int:
     return int.from_bytes(hashlib.blake2b(boot_id().encode(), digest_size=8).digest(), "little") | 1
+
+
+def _age_s(moment: float, taken_word: int, boot_word: int) -> float:
+    """How old the checkpoint of `moment` (seconds since 1970) is: within a boot by the clock that nobody sets, after
+    another boot, of which only the wall clock tells anything, by that."""
+    if boot_word == _boot_word():
+        (taken_s,) = struct.unpack("d", struct.pack("Q", taken_word))
+        return max(0.0, boot_clock_s() - float(taken_s))
+    return max(0.0, time.time() - moment)
 
 
 def _clock(duration_s: float) -> tuple[int, int]:

@@ -330,6 +330,46 @@ def durable(path: Path) -> Iterator[StateFolder]:
         folder.close()
 
 
+def test_time_and_age_are_of_one_checkpoint_while_the_next_is_stored_and_when_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(state, "boot_clock_s", lambda: clock[0])
+    real_write, real_sync = files.pwritev, files.fdatasync
+    seen: list[tuple[float | None, float | None]] = []
+    failures = [OSError(errno.EIO, "once")]
+
+    def seen_now() -> tuple[float | None, float | None]:
+        return folder.checkpoint["time"], folder.checkpoint["age"]
+
+    def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        seen.append(seen_now())
+        return real_write(fd, buffers, offset, flags)
+
+    def fdatasync(fd: int) -> None:
+        real_sync(fd)
+        if failures:
+            raise failures.pop()
+
+    with durable(tmp_path / "s") as folder:
+        folder.begin_epoch()
+        folder.end_epoch(0.5)
+        first = folder.checkpoint["time"]
+        clock[0] = 107.0
+        folder.begin_epoch()
+        with monkeypatch.context() as storing:
+            storing.setattr(files, "pwritev", pwritev)
+            storing.setattr(files, "fdatasync", fdatasync)
+            with pytest.raises(StateError):
+                folder.end_epoch(0.5)
+            assert seen_now() == (first, 7.0)
+            clock[0] = 108.0
+            folder.end_epoch(0.5)
+        assert seen[:2] == [(first, 7.0), (first, 8.0)]
+        assert seen_now() == (folder.checkpoint["time"], 0.0)
+        assert folder.checkpoint["time"] != first
+
+
 def test_a_durable_checkpoint_is_on_stable_storage_when_it_is_begun_and_when_it_is_complete(
     tmp_path: Path, calls: list[str]
 ) -> None:
