@@ -275,9 +275,8 @@ class Pairing:
         if record.stage is not Stage.RUNNING:
             self._become(lambda lineage: lineage.receiving(generation, keep=False), True)
             return
-        with self._set.gate.closed(
-            why=PAIRING
-        ):  # first: requests that do not end refuse it, and then nothing has changed
+        # The gate first: requests that do not end refuse it, and then nothing has changed.
+        with self._set.gate.closed(why=PAIRING):
             former, record.inconsistent = record.inconsistent, record.inconsistent or FIRST_COPY
             try:
                 self._become(lambda lineage: lineage.receiving(generation, keep=False), True)

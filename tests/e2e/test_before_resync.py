@@ -61,7 +61,7 @@ def test_a_first_copy_that_is_refused_changes_nothing_and_the_next_one_is_asked_
     bench.handler.refusing.touch()
     said = refused(bench.primary, "replication-start", {"sync": "full"})
     assert "before-resync-target: the handler" in said
-    assert said.endswith("refuses the resync with exit code 4: not before the backup")
+    assert "refuses the resync with exit code 4: not before the backup. Replication has not begun" in said
     assert bench.primary.status()["stage"] == "none"
     assert bench.content() == before != NEW
     bench.handler.refusing.unlink()

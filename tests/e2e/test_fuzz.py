@@ -165,7 +165,7 @@ VALUES = st.recursive(
 
 def fits(argument: Argument, value: Any) -> bool:
     """Whether QMP would take the value; written down a second time, not asked of the product."""
-    kinds: dict[str, Any] = {"boolean": bool, "string": str, "array": list}
+    kinds: dict[str, Any] = {"boolean": bool, "string": str, "array": list, "object": dict}
     if argument.type == "integer":
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kinds[argument.type]) and (not argument.values or value in argument.values)
@@ -175,7 +175,7 @@ def good(argument: Argument) -> Any:
     """A value that the argument takes."""
     if argument.values:
         return argument.values[0]
-    return {"boolean": False, "string": "x", "integer": 1, "array": []}[argument.type]
+    return {"boolean": False, "string": "x", "integer": 1, "array": [], "object": {}}[argument.type]
 
 
 @st.composite

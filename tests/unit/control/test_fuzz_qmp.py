@@ -226,7 +226,8 @@ class Recorder:
         """Whatever the table asks of a node."""
 
         def noted(*values: Any, **named: Any) -> Any:
-            assert all(type(value) in (bool, str, Mode, type(None)) for value in (*values, *named.values()))
+            allowed = (bool, int, str, dict, Mode, type(None))  # an epoch or a rate, a lineage
+            assert all(type(value) in allowed for value in (*values, *named.values()))
             self.asked.append(name)
             return self.ANSWERS.get(name)
 
