@@ -70,3 +70,20 @@ def test_what_runs_the_plugin_is_in_the_table_of_packages() -> None:
     setup = (REPOSITORY / "scripts/setup").read_text(encoding="utf-8")
     runtime = set(re.findall(r"^runtime +(\S+)", setup, re.MULTILINE))
     assert {"nbdkit", "python3", "python3-libnbd", "qemu-utils"} <= runtime
+
+
+def test_ci_names_tests_that_there_are_in_one_line_each() -> None:
+    """make takes a line break in TESTS for the end of a command, and goes on with the next line as another one."""
+    text = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+    lists = re.findall(r"^((?:HERE|THERE)_\w+)=", text, re.MULTILINE)
+    assert lists
+    script = text[text.index(f"{lists[0]}=") : text.index("# shellcheck")]
+    said = subprocess.run(
+        ["bash", "-c", script + "".join(f'printf "%s\\0" "${name}"; ' for name in lists)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for tests in said.rstrip("\0").split("\0"):
+        assert "\n" not in tests
+        assert all((REPOSITORY / name).exists() for name in tests.split())
