@@ -207,6 +207,7 @@ def test_a_server_that_dies_during_a_commit_gets_all_of_it_again_with_a_retry(la
     bench.points.release("commit.written")
     wait_stage(bench.secondary, "failover-failed")
     assert bench.secondary.status()["consistent"]
+    wait_until(lambda: _readable(guest), "the server is connected again, which is tried once a second")
     guest.pwrite(LATER, 512 * KIB)
     bench.secondary.execute("replication-retry")
     wait_stage(bench.secondary, "done")
