@@ -131,7 +131,7 @@ def test_what_is_lost_of_writes_after_the_checkpoint_leaves_it_valid(lab: Lab) -
     bench.flushed(lab)
     bench.primary.connect("disk0").pwrite(LATER, 0)
     target = bench.secondary.connect("disk0")
-    wait_until(lambda: read(target) == LATER, "it is on the secondary")
+    wait_until(lambda: _readable(target) and read(target) == LATER, "it is on the secondary")
     bench.lose()
     wait_until(lambda: _readable(target) and read(target) == LATER, "the primary sends it again")
     assert consistent(bench.secondary)
@@ -149,7 +149,7 @@ def test_both_killed_together_is_a_loss_too(lab: Lab, exposed: bool) -> None:
     if exposed:
         bench.primary.execute("replication-checkpoint")
     target = bench.secondary.connect("disk0")
-    wait_until(lambda: read(target) == NEW, "it is on the secondary")
+    wait_until(lambda: _readable(target) and read(target) == NEW, "it is on the secondary")
     with silent(bench.primary):  # or it would send it again before we look
         bench.secondary.kill()
         bench.points.disarm("look.flush")
@@ -157,7 +157,7 @@ def test_both_killed_together_is_a_loss_too(lab: Lab, exposed: bool) -> None:
         bench.secondary.start()
         assert consistent(bench.secondary) != exposed
     target = bench.secondary.connect("disk0")
-    wait_until(lambda: read(target) == NEW, "the primary sends it again")
+    wait_until(lambda: _readable(target) and read(target) == NEW, "the primary sends it again")
     bench.in_sync()
     bench.primary.execute("replication-checkpoint")
     assert consistent(bench.secondary)
@@ -179,7 +179,9 @@ def test_what_the_primary_s_own_disk_has_lost_the_guest_is_told_and_the_two_are_
         bench.primary.start()
         guest = bench.primary.connect("disk0")
     target = bench.secondary.connect("disk0")
-    wait_until(lambda: read(target) == OLD[: len(NEW)], "the secondary has what the primary's disk has")
+    wait_until(
+        lambda: _readable(target) and read(target) == OLD[: len(NEW)], "the secondary has what the primary's disk has"
+    )
     assert read(guest) == OLD[: len(NEW)]
     with nbd_refusal(errno.EIO):
         guest.flush()
