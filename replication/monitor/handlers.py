@@ -225,15 +225,7 @@ class Runner:
     def _execute(self, environment: Mapping[str, str]) -> None:
         deadline = time.monotonic() + self._handler.timeout_s
         try:
-            process = subprocess.Popen(
-                self._handler.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                cwd="/",
-                start_new_session=True,
-            )
+            process = self._handler.start(environment)
         except OSError as error:
             log(f"{self._named} cannot be run: {error.strerror}")
             return

@@ -73,15 +73,7 @@ class Guard:
     def _run(handler: Handler, environment: Mapping[str, str], deadline: float) -> None:
         named = f"{ASKED}: the handler {handler.command[0]}"
         try:
-            process = subprocess.Popen(
-                handler.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                cwd="/",
-                start_new_session=True,
-            )
+            process = handler.start(environment)
         except OSError as error:
             raise CommandError(f"{named} cannot be run, so the resync is not begun: {error.strerror}") from error
         assert process.stdout is not None
@@ -99,6 +91,13 @@ def _until_ended(process: subprocess.Popen[bytes], fd: int, deadline: float) -> 
     """The last it has printed, when it has ended; None when it had to be ended at the deadline. What it has started may
     keep its output open: that is not waited for."""
     tail, over = b"", False
+
+    def take() -> None:
+        nonlocal tail, over
+        data = os.read(fd, 1 << 16)
+        over = not data
+        tail = (tail + data)[-TAIL_BYTES:]
+
     ready = select.poll()  # not select(), which takes no descriptor above 1023: of a node with many clients
     ready.register(fd, select.POLLIN)
     while process.poll() is None:
@@ -111,13 +110,9 @@ def _until_ended(process: subprocess.Popen[bytes], fd: int, deadline: float) -> 
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_TURN_S)
         elif ready.poll(_TURN_S * 1000):
-            data = os.read(fd, 1 << 16)
-            over = not data
-            tail = (tail + data)[-TAIL_BYTES:]
+            take()
     while not over and ready.poll(0) and time.monotonic() < deadline:
-        data = os.read(fd, 1 << 16)
-        over = not data
-        tail = (tail + data)[-TAIL_BYTES:]
+        take()
     return tail
 
 

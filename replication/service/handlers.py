@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """[[handler]]: which command is run when something has happened to a node (replication.toml(5)).
 
-Read and checked here; replication-monitor runs them (monitor/handlers.py), but for the one that may refuse (guard.py).
+Read, checked and started here; replication-monitor decides when (monitor/handlers.py), and for the one that may refuse
+guard.py.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +66,19 @@ class Handler:
     def fits(self, event: str, values: Mapping[str, str]) -> bool:
         """Whether the command is to be run for an event with these values."""
         return event == self.event and all(values.get(key) in wanted for key, wanted in self.filters.items())
+
+    def start(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Begin the command, with `environment` beside its own; OSError. It leads a session, so that what it starts can
+        be ended with it, and what it prints is read from `stdout`."""
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            cwd="/",
+            start_new_session=True,
+        )
 
 
 def read_handlers(tables: Sequence[Mapping[str, Any]]) -> tuple[Handler, ...]:
