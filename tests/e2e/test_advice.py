@@ -12,6 +12,7 @@ import pytest
 from content import KIB, MIB, pattern, whole
 from lab import Lab
 from nodes import Pair, Secondary, refused
+from pausepoints import PausePoints
 from waiting import wait_until
 
 BLOCK = 4 * KIB
@@ -78,15 +79,21 @@ def test_an_owner_whose_state_was_moved_away_to_start_anew_is_not_overwritten(pa
     assert pair.secondary.disks[0].read_bytes() == pair.primary.disks[0].read_bytes()
 
 
-def test_an_image_that_is_gone_is_not_to_be_copied_anew_from_the_primary_when_this_node_owns_the_disk(
-    lab: Lab,
-) -> None:
-    points = lab.pause_points()
+def stopped_after_a_checkpoint(lab: Lab, points: PausePoints) -> Pair:
+    """The primary was stopped as planned; the secondary, which has the pause points, may fail over."""
     pair = lab.pair(contents=[OLD], secondary_options={"extra_environment": points.environment})
     pair.start_replication()
     in_sync(pair)
     pair.primary.checkpoint()
     pair.primary.execute("replication-stop")
+    return pair
+
+
+def test_an_image_that_is_gone_is_not_to_be_copied_anew_from_the_primary_when_this_node_owns_the_disk(
+    lab: Lab,
+) -> None:
+    points = lab.pause_points()
+    pair = stopped_after_a_checkpoint(lab, points)
     pair.secondary.connect("top0").pwrite(pattern(3, BLOCK), 0)
     points.arm("commit.locked")
     pair.secondary.execute("replication-stop", failover=True)
@@ -107,11 +114,7 @@ def test_an_image_that_is_gone_is_not_to_be_copied_anew_from_the_primary_when_th
 def test_after_a_failover_nobody_is_told_to_copy_from_the_primary_or_to_remove_anything(lab: Lab) -> None:
     """The commit is cut off; from then on active holds what no other node has."""
     points = lab.pause_points()
-    pair = lab.pair(contents=[OLD], secondary_options={"extra_environment": points.environment})
-    pair.start_replication()
-    in_sync(pair)
-    pair.primary.checkpoint()
-    pair.primary.execute("replication-stop")
+    pair = stopped_after_a_checkpoint(lab, points)
     node = pair.secondary
     node.connect("top0").pwrite(pattern(3, BLOCK), 0)
     points.arm("commit.locked")

@@ -336,14 +336,20 @@ def test_full_start_of_a_primary_that_its_secondary_refuses_says_that_all_is_mar
     assert nodes.secondary.disks[0].read_bytes() == node.disks[0].read_bytes()
 
 
-def test_failover_with_force(nodes: Nodes) -> None:
-    """There is no checkpoint; what the overlays held nobody could see."""
+def without_checkpoint(nodes: Nodes) -> FullSecondary:
+    """The secondary, whose primary is dead, and whose checkpoint is lost."""
     nodes.running()
     node = nodes.secondary
     nodes.primary.kill()
     node.kill()
     node.lose_checkpoint()
     node.start()
+    return node
+
+
+def test_failover_with_force(nodes: Nodes) -> None:
+    """There is no checkpoint; what the overlays held nobody could see."""
+    node = without_checkpoint(nodes)
     assert node.status()["consistent"] is False
     disk = node.disks[0].read_bytes()
     steps = refuse_until_done(nodes, node, lambda: node.execute("replication-stop", failover=True, force=True))
@@ -353,12 +359,7 @@ def test_failover_with_force(nodes: Nodes) -> None:
 
 
 def test_force_is_not_advised_to_whom_has_used_it(nodes: Nodes) -> None:
-    nodes.running()
-    node = nodes.secondary
-    nodes.primary.kill()
-    node.kill()
-    node.lose_checkpoint()
-    node.start()
+    node = without_checkpoint(nodes)
     node.room.fill(0)
     why = refused(node, "replication-stop", {"failover": True, "force": True})
     assert "Nothing has changed" in why

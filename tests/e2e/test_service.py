@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbd
@@ -23,15 +22,6 @@ from lab import Lab
 from nbdprocess import silent
 from services import LAUNCHER, NotifySocket, ServiceNode, folders, primary_file, secondary_file
 from waiting import DEADLINE_S, wait_until
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A TCP port that nobody else gets: it stays bound, and the listener of the test shares it."""
-    with socket.socket() as kept:
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        kept.bind(("127.0.0.1", 0))
-        yield kept.getsockname()[1]
 
 
 def launched(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,13 +9,9 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from certificates import Authority
 from checkout import REPOSITORY
@@ -37,15 +33,6 @@ def steps() -> dict[int, list[str]]:
         lines = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
         found[int(text[0])] = [line.partition(" #")[0].strip() for line in lines]
     return found
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A TCP port that nobody else gets: it stays bound, and the listener of the test shares it."""
-    with socket.socket() as kept:
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        kept.bind(("127.0.0.1", 0))
-        yield kept.getsockname()[1]
 
 
 class Host:

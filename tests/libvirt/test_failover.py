@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,15 +22,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("libvirtd", path="/usr/sbin") is None, reason="run scripts/setup libvirt vm"),
     pytest.mark.timeout(600),
 ]
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A TCP port that nobody else gets: it stays bound, and the listener of the test shares it."""
-    with socket.socket() as kept:
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        kept.bind(("127.0.0.1", 0))
-        yield kept.getsockname()[1]
 
 
 def protected(a: VirtHost, b: VirtHost, port: int) -> None:
