@@ -92,6 +92,8 @@ class Agreement:
     """The secondary flushes its disk for each checkpoint."""
     refused: int = 0
     """Requests that the secondary has refused; what was refused is missing there."""
+    taken: int = 0
+    """Checkpoints for which the secondary has answered."""
     completed: bool = False
     """The secondary knows that it has had everything at some time since."""
     settled: bool = False

@@ -335,6 +335,7 @@ class PrimarySide(Side):
                 raise CommandError(self._why_incomplete()) from error
             raise
         self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING or self._is_repaired(fault))
+        self._watch.checkpoint_taken()
 
     def _check_in_place(self) -> None:
         """What is in use has not been removed: otherwise the next process would not find it. StateError."""
@@ -402,6 +403,7 @@ class PrimarySide(Side):
             reason = error.reason if isinstance(error, CommandError) else Reason.STORAGE
             raise CommandError(f"{error}; epoch {epoch} is aborted, and replication goes on", reason=reason) from error
         self._set.faults.clear(lambda fault: fault.case == Case.EMPTYING)
+        self._watch.checkpoint_taken()
 
     def abort(self, epoch: int) -> None:
         """replication-checkpoint-abort."""

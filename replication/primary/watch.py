@@ -8,7 +8,8 @@ asked for is the state as it is, so nothing can have been missed, and a secondar
     it is being stopped as planned                           the stream ends at one instant, then the link
     it lacks something that nobody here knows of             it goes into the change map, and is sent
     it would refuse a checkpoint                             the link is not in sync, and why stands in its reason
-    it has lost its checkpoint                               an error, until the next one is taken
+    it has lost its checkpoint                               an error, until the next one is taken; also one that it has
+                                                             taken and lost between two looks
     it could not be told that it has everything              it is told again, later and later
 
 What was found stays until the secondary says otherwise or a checkpoint succeeds.
@@ -69,6 +70,7 @@ class Watch:
         self._said = ""
         self._watched: Agreement | None = None
         self._consistent = False
+        self._taken = 0
         self._suspect = False
         # How many refusals were known when it was found to lack something that nobody here knows of.
         self._lacked: int | None = None
@@ -85,6 +87,12 @@ class Watch:
     def stop(self, timeout_s: float) -> None:
         """End it, within `timeout_s` seconds if the secondary answers."""
         self._worker.stop(timeout_s)
+
+    def checkpoint_taken(self) -> None:
+        """The secondary has answered for a checkpoint, and what was wrong before it is over. One call at a time."""
+        agreement = self._link.agreement
+        if agreement is not None:
+            agreement.taken += 1
 
     def _round(self) -> float:
         agreement = self._link.agreement
@@ -107,10 +115,11 @@ class Watch:
         assert agreement.peer is not None
         if agreement is not self._watched:
             self._watched, self._consistent, self._suspect, self._lacked = agreement, False, False, None
+            self._taken = 0
             self._again_s, self._again_at = _AGAIN_MIN_S, 0.0
             self._latency_at = 0.0
             self.peer_latency = None
-        refused = agreement.refused
+        refused, taken = agreement.refused, agreement.taken
         status = agreement.peer.call("query-replication", {}, ANSWER_S)
         if not isinstance(status, dict):
             raise PeerError("it answers with something else")
@@ -129,7 +138,7 @@ class Watch:
         lacks = agreement.refused == refused and self._lacks(status)
         former, self._lacked = self._lacked, refused if lacks else None
         if lacks and former != refused:
-            self._note_checkpoint(status)
+            self._note_checkpoint(agreement, taken, status)
             return
         if lacks and self._take_lost(agreement):
             self._lacked = None
@@ -137,7 +146,7 @@ class Watch:
             error = DiskError("the secondary has lost writes that it had answered: they are sent again")
             self._set.faults.report(Case.FORWARD, lacking.name, "write", 0, 0, error)
             self._lacking()
-        self._note_checkpoint(status)
+        self._note_checkpoint(agreement, taken, status)
         if "checkpoint-obstacle" in status:
             obstacle = status["checkpoint-obstacle"]
             self._link.obstructed(
@@ -191,10 +200,14 @@ class Watch:
             self._link.broken(agreement, DiskError(f"the secondary lacks something: {error}"))
             return False
 
-    def _note_checkpoint(self, status: dict[str, Any]) -> None:
-        consistent = status.get("consistent") is True
-        if self._consistent and not consistent:
-            self._lacking()  # what was refused for the checkpoint's sake is taken now
-            error = DiskError("the secondary has lost its last checkpoint: it has none until the next one is taken")
-            self._set.faults.report(Case.EMPTYING, self._disks[0].name, "keep", 0, 0, error)
-        self._consistent = consistent
+    def _note_checkpoint(self, agreement: Agreement, taken: int, status: dict[str, Any]) -> None:
+        """`taken`: how many checkpoints it had answered for when it was asked."""
+        had = self._consistent or taken != self._taken
+        self._consistent, self._taken = status.get("consistent") is True, taken
+        if self._consistent or not had:
+            return
+        if taken != agreement.taken:  # it has taken another one since: the next look tells of that
+            return
+        self._lacking()  # what was refused for the checkpoint's sake is taken now
+        error = DiskError("the secondary has lost its last checkpoint: it has none until the next one is taken")
+        self._set.faults.report(Case.EMPTYING, self._disks[0].name, "keep", 0, 0, error)

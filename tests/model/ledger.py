@@ -10,6 +10,7 @@ the last flush. The claims are
     flushed         a flush that was answered without an error has lost nothing
     consistent      a failover that is not refused leaves one of the checkpoints that may have been the last
     in the end      with everything up again, the pair is in sync by itself, and says no error
+    lost            of a checkpoint that is lost after it was taken, both nodes say so, and the next one is whole
     nobody's loss   who has taken writes of its own is overwritten only after a discard
 
 A step: write, flush, checkpoint; a flush that fails on either disk, and loses half of what it was for; kill of a node,
@@ -61,6 +62,10 @@ Values = set[int]
 
 class _Over(Exception):
     """There is no valid checkpoint to fail over to, and the node says so: a person has to decide."""
+
+
+class _Lost(Exception):
+    """The secondary has no checkpoint any more, and says so."""
 
 
 class Wrong(AssertionError):
@@ -142,10 +147,10 @@ class Host:
         return "".join(self.node.stderr().splitlines(keepends=True)[-_LINES:])
 
     def content(self, export: str) -> list[int]:
-        """The value of each grain; Wrong when a grain is torn."""
+        """The value of each grain; Wrong when a grain is torn, _Lost when it is no longer known what they were."""
         handle = self.node.connect(export)
         with contextlib.closing(_Closing(handle)):
-            data = wait_until(lambda: _read(handle), f"{self.name}: {export} can be read", SETTLE_S)
+            data = wait_until(lambda: self._read(handle), f"{self.name}: {export} can be read", SETTLE_S)
         values = []
         for at in range(0, SIZE, GRAIN):
             grain = data[at : at + GRAIN]
@@ -154,13 +159,14 @@ class Host:
             values.append(int.from_bytes(grain[:8]))
         return values
 
-
-def _read(handle: nbd.NBD) -> bytes | None:
-    """All, None if that fails: the first request after the loss of the server below does."""
-    try:
-        return bytes(handle.pread(SIZE, 0))
-    except nbd.Error:
-        return None
+    def _read(self, handle: nbd.NBD) -> bytes | None:
+        """All, None if that fails: the first request after the loss of the server below does."""
+        try:
+            return bytes(handle.pread(SIZE, 0))
+        except nbd.Error:
+            if self.node.status()["consistent"] is False:
+                raise _Lost from None
+            return None
 
 
 class _Closing:
@@ -180,6 +186,8 @@ class History:
         self.told: list[str] = []
         self._refusal = ""
         self._serial = 0
+        # Something below the secondary has lost what it held; it may notice that after a checkpoint that it then loses.
+        self._shaken = False
         self.first, self.second, self.spare = (Host(lab, name) for name in "abc")
         self.second.begin("secondary")
         self.first.begin("primary", self.second.node.uri())
@@ -296,6 +304,8 @@ class History:
         host.below.kill()
         if host is self.first:
             self._doubt()
+        else:
+            self._shaken = True
         host.up()
 
     def _kill_below_first(self) -> None:
@@ -306,6 +316,7 @@ class History:
 
     def _kill_below_second(self) -> None:
         self.second.below.kill()
+        self._shaken = True
         if self._random.random() < 0.5:
             self._write()
         self.second.up()
@@ -329,6 +340,7 @@ class History:
     def _fail_flush_of_second(self) -> None:
         """Of whoever flushes next: a checkpoint's, soon after it."""
         self.second.below.fail_flush()
+        self._shaken = True
         self._write()
         self._checkpoint(compare=False)
         deadline = time.monotonic() + 2 * TIMEOUT_S
@@ -405,7 +417,16 @@ class History:
 
     def _compare(self) -> None:
         mine = self._see()
-        theirs = self.second.content("top0")
+        try:
+            theirs = self.second.content("top0")
+        except _Lost:
+            if not self._shaken:
+                raise Wrong("a checkpoint was taken and lost, and nothing had been lost below it") from None
+            self._shaken = False
+            wait_until(lambda: self.first.node.status()["error"] is not None, "the primary says it as well", SETTLE_S)
+            wait_until(lambda: self._command(self.first, "replication-checkpoint"), "a checkpoint is taken", SETTLE_S)
+            theirs = self.second.content("top0")
+        self._shaken = False
         if mine != theirs:
             different = [grain for grain in range(GRAINS) if mine[grain] != theirs[grain]]
             raise Wrong(f"a checkpoint was taken, and the grains {different} differ: {mine} here, {theirs} there")

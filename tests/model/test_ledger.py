@@ -10,4 +10,6 @@ from model.ledger import replay
 
 @pytest.mark.parametrize("number", range(3))
 def test_what_a_pair_claims_is_so(number: int) -> None:
-    assert replay("suite", number) is None
+    found = replay("suite", number)
+    if found:
+        pytest.fail(found, pytrace=False)  # all of it, which an assertion would shorten
