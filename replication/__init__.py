@@ -106,6 +106,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         roles.py                replctl's commands by which a manager decides
         verify.py               the comparison of the disks, begun and awaited
+        quiesce.py              a checkpoint for which the guest's agent freezes its file systems
         commands.py             replctl's commands
         check.py                a node as Nagios sees it
         history.py              what replication-monitor knows of all nodes

@@ -12,6 +12,8 @@
 #   vm: stopped N                after `stop` on the console: N was the last, everything is unmounted; the power goes off
 #   vm: error TEXT               something failed; nothing more is written
 #
+# With vm.agent=1 the guest agent of QEMU runs, at the second serial port.
+#
 # Kernel parameters: vm.tag=NUMBER stands in every record, so that one sees which guest has written it. With vm.disks=2
 # a record goes to the journal disk /dev/vdb first, and is durable there before it goes to the data disk /dev/vda.
 
@@ -28,11 +30,12 @@ fail() {
 
 say alive
 read -r cmdline </proc/cmdline
-tag=0 disks=1
+tag=0 disks=1 agent=
 for word in $cmdline; do
     case $word in
         vm.tag=*) tag=${word#*=} ;;
         vm.disks=*) disks=${word#*=} ;;
+        vm.agent=*) agent=${word#*=} ;;
     esac
 done
 
@@ -87,6 +90,11 @@ stty -echo </dev/ttyS0
 while read -r word; do
     if [ "$word" = stop ]; then kill -TERM 1; fi
 done </dev/ttyS0 &
+
+if [ "$agent" ]; then
+    stty raw -echo </dev/ttyS1
+    qemu-ga -m isa-serial -p /dev/ttyS1 -t /run -f /run/qemu-ga.pid </dev/null >/run/qemu-ga.log 2>&1 &
+fi
 
 count=0
 until [ "$stopping" ]; do

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the test guest is made of: Debian's cloud kernel, busybox-static and guest_init.sh, and an empty file system.
+"""What the test guest is made of: Debian's cloud kernel, busybox-static and guest_init.sh, and an empty file system;
+in a guest that is to have it, QEMU's guest agent too.
 
 All of it is kept under build/guest/, by what it is made of, so the second start of a guest builds nothing. The kernel
 is downloaded by apt, which checks its signature, and unpacked, not installed.
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ INIT = Path(__file__).resolve().parent / "guest_init.sh"
 
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
 """What a cloud kernel may not have built in, in the order in which guest_init.sh loads it."""
+
+AGENT = Path("/usr/sbin/qemu-ga")
 
 DISK_BYTES = 64 * MIB
 
@@ -155,6 +158,19 @@ class Images:
                     _make_file_system(folder / "disk.ext4")
         return cls(kernel / "vmlinuz", made / "initramfs", made / "disk.ext4")
 
+    def with_agent(self) -> Images:
+        """The same with the guest agent of this host's Debian, which guest_init.sh starts if it is told to."""
+        if not AGENT.exists():
+            raise GuestError("qemu-guest-agent is missing: run scripts/setup vm")
+        archive = self.initramfs.read_bytes() + newc(dynamic("bin/qemu-ga", AGENT))
+        made = self.initramfs.parent.parent / f"agent-{hashlib.sha256(archive).hexdigest()[:12]}"
+        with open(self.initramfs.parent.parent.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                with _building(made) as folder:
+                    (folder / "initramfs").write_bytes(archive)
+        return replace(self, initramfs=made / "initramfs")
+
     @staticmethod
     def _kernel(cache: Path) -> Path:
         """The folder with vmlinuz and modules of the newest kernel."""
@@ -192,6 +208,17 @@ class Images:
             ),
             ("init", 0o100755, INIT.read_bytes()),
         ]
+
+
+def dynamic(name: str, program: Path) -> list[tuple[str, int, bytes]]:
+    """Entries of a program of this host and of the libraries that it is linked with."""
+    libraries = [Path(word) for word in re.findall(r"(/\S+) \(0x", run("ldd", program))]
+    folders = sorted({str(parent)[1:] for path in libraries for parent in path.parents if parent != Path("/")})
+    return [
+        *((folder, 0o040755, b"") for folder in folders),
+        *((str(path)[1:], 0o100755, path.read_bytes()) for path in libraries),
+        (name, 0o100755, program.read_bytes()),
+    ]
 
 
 def _make_file_system(path: Path) -> None:

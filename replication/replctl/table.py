@@ -202,7 +202,19 @@ TABLE: tuple[Row, ...] = (
             flag("--discard-checkpoint", "do not keep the secondary's last checkpoint until it has everything"),
         ),
     ),
-    Row("checkpoint", f"{_COMMANDS}:checkpoint", "take a checkpoint; on the primary it is one of the pair"),
+    Row(
+        "checkpoint",
+        "replication.client.quiesce:checkpoint",
+        "take a checkpoint; on the primary it is one of the pair",
+        (
+            argument(
+                "--quiesce",
+                metavar="SOCKET",
+                complete="files",
+                help="have the guest agent of QEMU at this socket freeze the guest's file systems for it",
+            ),
+        ),
+    ),
     Row(
         "verify",
         "replication.client.verify:verify",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import guestimages
-from guestimages import GuestError, kernel_package, module_content, newc
+from guestimages import GuestError, dynamic, kernel_package, module_content, newc
 
 ENTRIES = [
     ("bin", 0o040755, b""),
@@ -45,6 +45,15 @@ def test_an_initramfs_holds_its_entries_in_order() -> None:
 def test_an_initramfs_depends_on_nothing_but_its_entries() -> None:
     assert newc(ENTRIES) == newc(list(ENTRIES))
     assert newc(ENTRIES) != newc(ENTRIES[:-1])
+
+
+def test_a_program_brings_its_libraries_along() -> None:
+    entries = dynamic("bin/sh", Path("/bin/sh"))
+    assert entries[-1] == ("bin/sh", 0o100755, Path("/bin/sh").read_bytes())
+    libraries = [path for path, mode, _ in entries[:-1] if mode == 0o100755]
+    assert any("libc.so" in path for path in libraries)
+    folders = [path for path, mode, _ in entries if mode == 0o040755]
+    assert all(str(Path(path).parent) in folders for path in libraries)
 
 
 def apt_says(monkeypatch: pytest.MonkeyPatch, text: str) -> None:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""replctl checkpoint --quiesce: the guest is frozen for the cut alone, and thawed whatever happens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from checkout import REPOSITORY
+from fakeagent import FakeAgent
+from replication.client.qmp import Refused
+from replication.client.quiesce import Agent, checkpoint
+from replication.client.session import Session, Unusable
+from waiting import DEADLINE_S, wait_until
+
+
+class Node:
+    """Notes what it is asked among what the agent is asked."""
+
+    def __init__(self, agent: FakeAgent) -> None:
+        self.agent = agent
+        self.mode = "primary"
+        self.state = "in-sync"
+        self.refusal: Exception | None = None
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        if command == "query-replication":
+            return {"mode": self.mode, "link": {"state": self.state}}
+        self.agent.did.append("cut" if arguments.get("hold") else command.removeprefix("replication-checkpoint-"))
+        if self.refusal is not None:
+            raise self.refusal
+        return {"epoch": 7, "duration": 0.5}
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[FakeAgent]:
+    made = FakeAgent(tmp_path / "agent.sock")
+    yield made
+    made.close()
+
+
+def run(node: Node, *, as_json: bool = False) -> None:
+    checkpoint(cast("Session", node), argparse.Namespace(quiesce=str(node.agent.path), json=as_json))
+
+
+def test_the_guest_is_frozen_for_the_cut_alone(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Node(agent))
+    assert agent.did == ["freeze", "cut", "thaw", "commit"]
+    assert capsys.readouterr().out.startswith("checkpoint 7 took 500.0 ms; 3 file systems were frozen for ")
+    run(Node(agent), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["done"], told["epoch"], told["file-systems"]) == (True, 7, 3)
+    assert told["frozen-seconds"] >= 0
+
+
+def test_what_a_former_client_has_left_is_passed_over(agent: FakeAgent) -> None:
+    agent.first = b'{"return": 12}\n{"error": {"desc": "old"}}\n'
+    run(Node(agent))
+    assert agent.did == ["freeze", "cut", "thaw", "commit"]
+
+
+def test_a_link_that_is_not_in_sync_leaves_the_guest_alone(agent: FakeAgent) -> None:
+    node = Node(agent)
+    node.state = "synchronizing"
+    with pytest.raises(Refused, match=r"not in sync \(synchronizing\): the guest was not frozen"):
+        run(node)
+    assert agent.did == []
+
+
+def test_a_secondary_freezes_nobody(agent: FakeAgent) -> None:
+    node = Node(agent)
+    node.mode = "secondary"
+    with pytest.raises(Refused, match="--quiesce is for the primary"):
+        run(node)
+    assert agent.did == []
+
+
+def test_a_cut_that_is_refused_thaws(agent: FakeAgent) -> None:
+    node = Node(agent)
+    node.refusal = Refused("no")
+    with pytest.raises(Refused, match="no"):
+        run(node)
+    assert agent.did == ["freeze", "cut", "thaw"]
+    assert not agent.frozen
+
+
+def test_a_freeze_that_is_refused_cuts_nothing(agent: FakeAgent) -> None:
+    agent.answers["guest-fsfreeze-freeze"] = {"error": {"class": "GenericError", "desc": "a hook failed"}}
+    with pytest.raises(Refused, match="refuses guest-fsfreeze-freeze: a hook failed"):
+        run(Node(agent))
+    assert agent.did == ["freeze", "thaw"]
+
+
+def test_a_freeze_that_is_not_answered_in_time_thaws(agent: FakeAgent) -> None:
+    """The agent comes to the thaw when the freeze has ended, whenever that is."""
+    asked = Agent(str(agent.path), 0.1)
+    agent.answers["guest-sync"] = None
+    text = r"may still be frozen: .*has not answered guest-fsfreeze-thaw within 0\.1 s"
+    with pytest.raises(Unusable, match=text), asked.frozen():
+        pytest.fail("it was not answered")
+    asked.close()
+    assert agent.did[:2] == ["freeze", "thaw"]
+    assert not agent.frozen
+
+
+def test_an_agent_that_answers_nothing_freezes_nothing(agent: FakeAgent) -> None:
+    agent.answers["guest-sync"] = None
+    with pytest.raises(Unusable, match=r"has not answered guest-sync within 0\.1 s"):
+        Agent(str(agent.path), 0.1)
+    assert agent.did == []
+
+
+def test_a_connection_that_is_lost_while_the_guest_is_frozen_is_made_again(agent: FakeAgent) -> None:
+    asked = Agent(str(agent.path))
+    with asked.frozen():
+        assert agent.frozen
+        agent.drop()
+    asked.close()
+    assert agent.did == ["freeze", "thaw"]
+
+
+def test_an_agent_that_has_gone_while_the_guest_is_frozen_is_waited_for(agent: FakeAgent) -> None:
+    def back() -> None:
+        agent.before.pop("thaw")
+        agent.close()
+        agent.listen()
+
+    agent.before["thaw"] = back
+    asked = Agent(str(agent.path))
+    # Its first thaw was not answered: whether the file systems were frozen until then is not known.
+    with pytest.raises(Refused, match="were thawed by somebody else"), asked.frozen():
+        pass
+    asked.close()
+    assert agent.did == ["freeze", "thaw", "thaw"]
+
+
+def test_an_agent_that_has_gone_for_good_is_said_loudly(agent: FakeAgent) -> None:
+    asked = Agent(str(agent.path), 0.1)
+    text = "may still be frozen: thaw them with guest-fsfreeze-thaw"
+    with pytest.raises(Unusable, match=text), asked.frozen():
+        agent.close()
+    asked.close()
+
+
+def test_without_a_guard_nothing_is_frozen(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fork() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", no_fork)
+    with pytest.raises(Unusable, match="no process can be started"):
+        run(Node(agent))
+    assert agent.did == []
+
+
+def test_somebody_who_has_thawed_before_the_cut_was_known_spoils_it(agent: FakeAgent) -> None:
+    agent.answers["guest-fsfreeze-thaw"] = {"return": 0}
+    with pytest.raises(Refused, match="were thawed by somebody else"):
+        run(Node(agent))
+    assert agent.did == ["freeze", "cut", "thaw", "abort"]
+
+
+def test_a_thaw_that_fails_is_said_loudly(agent: FakeAgent) -> None:
+    agent.answers["guest-fsfreeze-thaw"] = {"error": {"desc": "no"}}
+    with pytest.raises(Unusable, match="may still be frozen: thaw them with guest-fsfreeze-thaw"):
+        run(Node(agent))
+    wait_until(lambda: agent.did[-2:] == ["thaw", "thaw"] or agent.did.count("thaw") == 2, "the guard tries as well")
+
+
+def test_no_agent_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(Unusable, match="no guest agent: No such file or directory"):
+        Agent(str(tmp_path / "none"))
+    with pytest.raises(Unusable, match="no guest agent"):
+        Agent("x" * 200)
+
+
+HELD = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from replication.client import quiesce
+quiesce.GUARD_S = {guard_s}
+with quiesce.Agent({path!r}).frozen():
+    print("frozen", flush=True)
+    time.sleep(600)
+"""
+"""Says `frozen`, and hangs."""
+
+
+def processes_of(number: int) -> list[int]:
+    """A process and its children."""
+    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+    return [*map(int, children), number]
+
+
+@pytest.mark.parametrize("how", ["killed", "ended", "hanging"])
+def test_the_guest_is_thawed_when_the_program_dies_or_hangs(agent: FakeAgent, how: str) -> None:
+    guard_s = 0.1 if how == "hanging" else 600.0
+    text = HELD.format(folder=str(REPOSITORY), path=str(agent.path), guard_s=guard_s)
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, process_group=0)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "frozen\n"
+        if how == "killed":
+            os.kill(process.pid, signal.SIGKILL)
+        if how == "ended":  # as a service manager ends a command: all of its processes
+            for number in processes_of(process.pid):
+                os.kill(number, signal.SIGTERM)
+        wait_until(lambda: not agent.frozen, "it is thawed", DEADLINE_S)
+        assert agent.did == ["freeze", "thaw"]
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+        process.stdout.close()
