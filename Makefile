@@ -23,7 +23,7 @@ SOAK ?= 3600
 # For `make test-debian` and `make test-deb`: the release, by its name.
 RELEASE ?=
 
-# For `make install`: 1 installs the modules compiled.
+# For `make install`: 1 installs the modules compiled. For `make deb`: 0 leaves the compiled ones out.
 COMPILED ?=
 
 # Options for scripts/bench, for example: make bench BENCH='--quick --check'
@@ -111,16 +111,18 @@ test-debian: ## Run the tests on another Debian, in a root under build/ (RELEASE
 	@scripts/debian '$(RELEASE)' scripts/setup test
 	@scripts/debian '$(RELEASE)' make test TESTS='$(TESTS)' WORKERS='$(WORKERS)'
 
-deb: ## Build the Debian package for this release, in build/deb
+deb: ## Build the Debian package for this release, in build/deb (COMPILED=0: without compiled modules)
 	@scripts/setup package
-	@scripts/deb
+	@scripts/deb $(if $(filter 0,$(COMPILED)),--plain)
 
 test-deb: ## Build and try the package on each supported Debian, in roots under build/ (RELEASE= for one of them)
 	@scripts/setup debian trial
 	@for release in $(or $(RELEASE),bookworm trixie); do \
+	    scripts/debian "$$release" scripts/setup package && \
 	    scripts/debian "$$release" make deb && \
 	    scripts/debian "$$release" tests/package_lint.sh && \
 	    scripts/debian --clean "$$release" tests/package_lifecycle.sh && \
+	    tests/package_piuparts.sh "$$release" && \
 	    scripts/debian --boot "$$release" tests/package_booted.sh || exit 1; done
 
 test-vm: ## Run guests in QEMU, kill their hosts, and compare (KILLS=, SEED=; TESTS= picks some)
@@ -194,6 +196,7 @@ uninstall: ## Remove what install has put there
 	rm -rf "$(DESTDIR)$(LIBRARY)"
 	for file in $(HANDLERS); do rm -f "$(DESTDIR)$(SHARE)/handlers/$$file"; done
 	for file in $(MONITORING); do rm -f "$(DESTDIR)$(SHARE)/$$file"; done
+	for folder in handlers ''; do rmdir "$(DESTDIR)$(SHARE)/$$folder" 2>/dev/null || true; done
 	for script in $(INSTALLED_SCRIPTS); do rm -f "$(DESTDIR)$(PREFIX)/bin/$$script"; done
 	for unit in $(UNITS); do rm -f "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
 	for conf in $(USER_CONF); do rm -f "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done

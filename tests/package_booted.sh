@@ -63,4 +63,19 @@ done
 [[ -s /var/lib/nbdkit-replication/kept/state.json ]] || fail "the state of a node has gone"
 quiet dpkg --purge "$PACKAGE"
 [[ -z $(find /etc/systemd/system -name '*nbdkit-replication*') ]] || fail "a unit is still enabled"
+[[ ! -e /run/nbdkit-replication ]] || fail "sockets and locks of nodes are left: $(find /run/nbdkit-replication)"
+
+# From the sources, as on a machine where nobody has installed anything. (build/ cannot be written to here.)
+printf '== the demonstration without a package (%d s)\n' "$SECONDS"
+rm -r /etc/nbdkit-replication.d /var/lib/nbdkit-replication
+quiet userdel nbdkit-replication
+quiet apt-get -qq install -y --no-install-recommends make
+sources=$(mktemp -d)
+chmod 755 "$sources"
+tar -C "$ROOT" --exclude=./build --exclude=./.venv -cf - . | tar -C "$sources" -xf -
+quiet "$sources/scripts/demo-installed"
+grep -q '^-- All that the guest had written' "$log" || fail "it was not shown: $(tail -n 1 "$log")"
+left=$(find /etc /run/nbdkit-replication /srv /usr/local /usr/lib /var/lib -path '*nbdkit-replication*' 2>/dev/null || true)
+[[ -z $left ]] || fail "the demonstration has left $left"
+! getent passwd nbdkit-replication || fail "the demonstration has left its user"
 printf 'package: the units of %s are fine (%d s)\n' "${package##*/}" "$SECONDS"

@@ -33,6 +33,8 @@ OVERLAY_PART_MIN, OVERLAY_PART_LOW = 0.01, 0.1
 
 EXPIRES_S = 14 * 86400.0
 NBDKIT_TESTED = (1, 32)
+NBDKIT_ENDS_HANGUPS = (1, 34)
+"""Before it, the threads of a client that hung up in mid-request may stay (server/hangup.py)."""
 NBDKIT_TELLS_NAMES = (1, 40)
 KERNEL_REPORTS_LOSSES = (4, 13)
 """From this Linux on, each who has a file open learns of a failed write-back (errseq_t); before, only one did."""
@@ -61,7 +63,8 @@ def software(_: Subject) -> Iterator[Finding]:
             "use Linux 4.13 or newer",
         )
     if not missing:
-        yield ok(f"nbdkit {shown}, Linux {os.uname().release}")
+        known = "" if version >= NBDKIT_ENDS_HANGUPS else " (threads of clients that hang up may stay)"
+        yield ok(f"nbdkit {shown}{known}, Linux {os.uname().release}")
 
 
 def identities(node: Subject) -> Iterator[Finding]:

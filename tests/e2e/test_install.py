@@ -140,3 +140,4 @@ def test_nothing_of_the_tests_is_installed_and_uninstall_leaves_nothing(installe
     assert (PREFIX.lstrip("/") + "/lib/nbdkit-replication/replication/machine/agent.py") in map("/".join, names)
     installed.make("uninstall")
     assert installed.files() == []
+    assert not [*installed.root.rglob("nbdkit-replication*")]

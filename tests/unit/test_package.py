@@ -71,9 +71,12 @@ class Builder:
 
     def __init__(self, folder: Path, script: str) -> None:
         self.checkout, self.bin = folder / "checkout", folder / "bin"
-        for name in ("scripts", "debian", ".venv", "build", ".git", ".mypy_cache"):
+        for name in ("scripts", "debian", ".venv/bin", "build", ".git", ".mypy_cache"):
             (self.checkout / name).mkdir(parents=True)
             (self.checkout / name / "file").touch()
+        # As if the compiler of the modules were there.
+        (self.checkout / "scripts/setup").write_text("#!/bin/bash\n")
+        (self.checkout / "scripts/setup").chmod(0o755)
         shutil.copy(REPOSITORY / "scripts/deb", self.checkout / "scripts/deb")
         shutil.copy(DEBIAN / "changelog", self.checkout / "debian/changelog")
         self.bin.mkdir()
@@ -81,9 +84,9 @@ class Builder:
             (self.bin / name).write_text(f"#!/bin/bash\n{text}\n")
             (self.bin / name).chmod(0o755)
 
-    def build(self, *folder: Path) -> subprocess.CompletedProcess[str]:
+    def build(self, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.checkout / "scripts/deb", *folder],
+            [self.checkout / "scripts/deb", *arguments],
             env={**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
@@ -107,8 +110,25 @@ def test_a_copy_of_the_sources_is_built_with_the_release_in_its_version(tmp_path
         "./debian/file",
         "./scripts/deb",
         "./scripts/file",
+        "./scripts/setup",
     ]
     assert (builder.checkout / "debian/changelog").read_bytes() == (DEBIAN / "changelog").read_bytes()
+
+
+def test_the_modules_are_compiled_by_the_pinned_compiler_if_it_can_be_had(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, 'echo "${DEB_BUILD_PROFILES:-} ${COMPILE_PYTHON:-}" >../p.deb')
+    made = builder.checkout / "build/deb/p.deb"
+    profile = "pkg.nbdkit-replication.compiled"
+    assert builder.build().returncode == 0
+    assert made.read_text().split() == [profile, str(builder.checkout / ".venv/bin/python")]
+    assert profile in (DEBIAN / "rules").read_text(encoding="utf-8")
+    assert builder.build("--plain").returncode == 0
+    assert made.read_text().split() == []
+    (builder.checkout / "scripts/setup").write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
+    done = builder.build()
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "no network")
+    assert "slower with small requests" in done.stderr
+    assert made.read_text().split() == []
 
 
 def test_a_build_that_fails_shows_why_and_leaves_the_packages_of_the_last(tmp_path: Path) -> None:

@@ -111,6 +111,16 @@ def test_an_old_nbdkit_and_an_old_kernel(tmp_path: Path, monkeypatch: pytest.Mon
     assert "losses may stay unknown" in bad(hostchecks.software, Subject(""))
 
 
+@pytest.mark.parametrize(("version", "may_stay"), [("1.32.5", True), ("1.34.0", False)])
+def test_the_defect_of_nbdkit_in_debian_12_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, may_stay: bool
+) -> None:
+    monkeypatch.setenv("PATH", f"{shim(tmp_path / 'bin', f'echo nbdkit {version}')}:{os.environ['PATH']}")
+    said = found(hostchecks.software, Subject(""))
+    assert (f"nbdkit {version}" in said[Result.OK], "may stay" in said[Result.OK]) == (True, may_stay)
+    assert not warned(hostchecks.software, Subject(""))
+
+
 def test_names_in_certificates_need_a_newer_nbdkit(
     secondary: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
