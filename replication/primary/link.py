@@ -16,13 +16,16 @@ Invariants
 * One attempt to connect at a time, by the thread or (a start) by the node's command, never by both: the thread tries
   only while `_wanted`, which a start sets last, and a start waits for an attempt that a stop has torn loose.
 * An attempt begins when the former connections have given back everything that was in flight.
+* Who ends the link lets an attempt that has told the secondary what it is going to be sent come to its end, for a
+  while: that secondary takes no checkpoint, and no planned stop, before it is told that it has everything.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 
 from replication.disk.connection import Connection
@@ -89,6 +92,8 @@ class Link:
         # A loss has been noticed and is being told: no attempt to connect begins before.
         self._losing = False
         self._closing = False
+        # An attempt tells the secondary what it is going to be sent, or has, and the link is not up yet.
+        self._settling = False
         self._reason: str | None = None
         # The code of that.
         self._code = Reason.LINK_LOST
@@ -369,6 +374,14 @@ class Link:
         self._attempting.release()
         return True
 
+    def await_settled(self, timeout_s: float, *, last: bool = False) -> None:
+        """Let an attempt that has told the secondary what it is going to be sent bring the link up and say that this
+        was all, for `timeout_s` seconds at most. `last`: no other attempt gets so far."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._settling, timeout_s)
+            self._closing = self._closing or last
+            self._changed.notify_all()
+
     def close(self, timeout_s: float) -> None:
         """End, within about `timeout_s` seconds."""
         with self._changed:
@@ -428,11 +441,10 @@ class Link:
             agreement = self.dialler.dial(self._uri(), "auto", self._set.record.partner)
             self._show_connecting()
             pause("link.dialled")
-            if not self._wanted:
-                raise DiskError("replication was stopped")
-            self.dialler.settle(agreement, "auto")
-            self._set.state.count_from(agreement.epoch)
-            return self.establish(agreement, begin=False)
+            with self._going_to_settle():
+                self.dialler.settle(agreement, "auto")
+                self._set.state.count_from(agreement.epoch)
+                return self.establish(agreement, begin=False)
         except Exception as error:  # noqa: BLE001 (this thread must live: nobody else brings the link back)
             if agreement is not None:
                 agreement.close()
@@ -441,6 +453,20 @@ class Link:
             else:
                 self._failed(DiskError.from_defect(error), tell=True)
             return False
+
+    @contextmanager
+    def _going_to_settle(self) -> Iterator[None]:
+        """In here the secondary is told what it is going to be sent. DiskError when nobody wants that any more."""
+        with self._changed:
+            if not self._wanted or self._closing:
+                raise DiskError("replication was stopped")
+            self._settling = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._settling = False
+                self._changed.notify_all()
 
     def _show_connecting(self) -> None:
         with self._changed:

@@ -232,6 +232,11 @@ class Resync:
     def _has_ended(self, pass_: int) -> bool:
         return self._ended >= pass_ or self._closing
 
+    def finish(self, timeout_s: float) -> None:
+        """Wait for the end of a pass that is at work or was asked for, `timeout_s` seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._begun == self._ended and not self._asked, timeout_s)
+
     def stop(self, timeout_s: float) -> None:
         """End the thread."""
         with self._changed:
