@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -54,6 +55,11 @@ class FillWatch:
         """What the overlays could hold at the last look, by their paths."""
         for disk_name, stack in stacks:
             stack.room.grown = partial(self.look, disk_name)
+        for overlay in self._overlays:
+            with suppress(OSError):  # the first look says it
+                level = self._level(overlay)
+                if level.size:
+                    self._limits[overlay.path] = _limit(overlay, level)
 
     def warn_at(self, watermark: float) -> None:
         """Another watermark from the next write on that makes an overlay grow."""
@@ -63,8 +69,8 @@ class FillWatch:
                 overlay.watch_at = 0
 
     def limit(self, overlay: Overlay) -> int | None:
-        """What `overlay` can hold, in bytes, as of the last look, which its growing brings about: so this asks no file
-        system, which may hang. None before the first look, and where there is no limit but the disk's size."""
+        """What `overlay` can hold, in bytes, as of when it was opened or of the last look, which its growing brings
+        about: so this asks no file system, which may hang. None where there is no limit but the disk's size."""
         with self._lock:
             found = self._limits.get(overlay.path)
         return None if found is None else min(found, overlay.layout.size)
@@ -82,7 +88,7 @@ class FillWatch:
         room = int(level.size * self._watermark / 100) - level.used
         step = max(_STEP_MIN, abs(room) // 2 // BLOCK) // len(level.sharers)
         with self._lock:
-            self._limits[overlay.path] = overlay.data_blocks * BLOCK + max(0, level.size - level.used)
+            self._limits[overlay.path] = _limit(overlay, level)
             # The first look since a checkpoint may come with a request that fills everything at once.
             was_lower = room > 0 or (overlay.watch_at == 0 and room + level.held > 0)
             if was_lower:
@@ -118,3 +124,8 @@ class FillWatch:
         whole = os.statvfs(overlay.layout.data_path)
         size = whole.f_blocks * whole.f_frsize
         return _Level(size, max(0, size - whole.f_bavail * whole.f_frsize - stale), held, sharers)
+
+
+def _limit(overlay: Overlay, level: _Level) -> int:
+    """What an overlay could hold, in bytes: what it holds, and the room that there is."""
+    return overlay.data_blocks * BLOCK + max(0, level.size - level.used)

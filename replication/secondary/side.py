@@ -872,6 +872,8 @@ class SecondarySide(Side):
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
+        # In stage done nobody looks at the overlays any more, and the next process will not open them.
+        fill = None if self._set.record.stage is Stage.DONE else self._fill
         return {
             "consistent": self._set.record.inconsistent is None,
             "checkpoint-of-primary": self._set.state.asked,
@@ -886,8 +888,8 @@ class SecondarySide(Side):
                     "size": disk.size,
                     "active-bytes": stack.active.bytes_held if stack else 0,
                     "hidden-bytes": stack.hidden.bytes_held if stack else 0,
-                    "active-limit-bytes": self._fill.limit(stack.active) if stack and self._fill else None,
-                    "hidden-limit-bytes": self._fill.limit(stack.hidden) if stack and self._fill else None,
+                    "active-limit-bytes": fill.limit(stack.active) if stack and fill else None,
+                    "hidden-limit-bytes": fill.limit(stack.hidden) if stack and fill else None,
                     "out-of-sync-bytes": disk.lost.marked_bytes,
                     "marks": -(-(disk.lost.marked_bytes + disk.changes.marked_bytes) // GRAIN),
                     "totals": dict(disk.totals),

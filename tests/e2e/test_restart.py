@@ -40,8 +40,6 @@ def lasting(server: Server) -> dict[str, Any]:
     status = server.status()
     for disk in status["disks"]:
         del disk["totals"]
-        for image in ("active", "hidden"):
-            disk.pop(f"{image}-limit-bytes", None)  # not known before this process has written to it
     del status["checkpoint"]["age"]
     if status["stage"] == "none":
         del status["node"]  # nobody has been told of it yet

@@ -45,6 +45,7 @@ class Bench:
         self.events: list[dict[str, Any]] = []
         hub.subscribe(lambda event: self.events.append(event["data"]))
         self.watch = FillWatch([("disk0", self.stack)], watermark, hub)
+        self.asked.clear()
 
     def statvfs(self, path: str) -> Any:
         self.asked.append(os.path.basename(path))
@@ -86,7 +87,6 @@ def test_at_the_watermark_there_is_one_event_with_what_is_known(bench: Bench) ->
 
 def test_the_limit_is_what_it_holds_and_the_room_at_the_last_look(bench: Bench) -> None:
     active, hidden = bench.stack.active, bench.stack.hidden
-    assert bench.watch.limit(active) is None
     bench.stack.write_top(pattern(2, 4 * BLOCK), 0)
     held = active.data_blocks * BLOCK
     assert held
@@ -97,10 +97,34 @@ def test_the_limit_is_what_it_holds_and_the_room_at_the_last_look(bench: Bench) 
     assert held + 10 * FRAME <= limit <= held + 10 * FRAME + active.data.status().st_blocks * 512
     bench.used = 0
     assert bench.watch.limit(active) == limit
-    assert bench.watch.limit(hidden) is None
+    assert bench.watch.limit(hidden) == 1000 * FRAME, "as of when it was opened"
     bench.frames = 10**9
     bench.watch.look("disk0", active)
     assert bench.watch.limit(active) == SIZE
+
+
+def test_the_limit_is_known_before_anything_grows(bench: Bench) -> None:
+    """After a restart, too: what the overlay holds counts to what it can hold."""
+    active = bench.stack.active
+    bench.stack.write_top(pattern(2, 4 * BLOCK), 0)
+    bench.used = 990
+    watch = FillWatch([("disk0", bench.stack)], 80.0, EventHub())
+    limit = watch.limit(active)
+    assert limit is not None
+    held = active.data_blocks * BLOCK + 10 * FRAME
+    assert held <= limit <= held + active.data.status().st_blocks * 512
+    assert bench.events == [], "it is no growth"
+
+
+def test_a_file_system_that_cannot_be_seen_keeps_no_secondary_from_opening(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: str) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fill.os, "statvfs", fails)
+    watch = FillWatch([("disk0", bench.stack)], 80.0, EventHub())
+    assert watch.limit(bench.stack.active) is None
 
 
 def test_it_warns_again_after_the_level_was_lower(bench: Bench) -> None:
