@@ -43,6 +43,8 @@ from replication.log import log, log_defect, surviving
 from replication.order.worker import NO_THREAD
 
 CLIENTS_MAX = 16
+# Who comes while others are being let in waits here. Where there is no room, a client that does not wait gets EAGAIN.
+BACKLOG = 128
 # Beyond these, for who has something urgent to say (commands.URGENT).
 RESERVED = 4
 # A client that has said nothing for so many seconds may lose its place to a newcomer: long enough for a program that
@@ -355,7 +357,7 @@ class ControlServer:
             listener.bind(f"/proc/self/fd/{folder}/{fresh}")
             try:
                 os.chmod(fresh, 0o600, dir_fd=folder)
-                listener.listen(CLIENTS_MAX)
+                listener.listen(BACKLOG)
                 self._claim(folder, fresh, name)
             finally:
                 os.unlink(fresh, dir_fd=folder)

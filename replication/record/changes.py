@@ -98,6 +98,9 @@ class ChangeMap:
             states[states != CLEAN] = MISSING
             self._store_locked(0, states.tobytes())
         self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
+        # Whether `close` was called, and the state of the last grain then.
+        self._closed = False
+        self._last = CLEAN
 
     def _store_locked(self, grain: int, states: bytes) -> None:
         """Change the states from `grain` on. Where the file has no room for that, it gets another name, for which a
@@ -400,8 +403,10 @@ class ChangeMap:
     @property
     def missing_bytes(self) -> int:
         """Bytes of the grains that have to be sent anew."""
-        beyond = self._count * GRAIN - self._size if self._bytes[self._count - 1] == MISSING else 0
-        return max(0, self._missing * GRAIN - beyond)
+        with self._lock:
+            last = self._last if self._closed else self._bytes[self._count - 1]
+            beyond = self._count * GRAIN - self._size if last == MISSING else 0
+            return max(0, self._missing * GRAIN - beyond)
 
     @property
     def missing(self) -> bool:
@@ -449,7 +454,12 @@ class ChangeMap:
             raise DiskError.from_os("flushing a change map", error) from error
 
     def close(self) -> None:
-        """Let the file go."""
+        """Let the file go. What is counted stays: in a change of role somebody may ask until the disk is another
+        side's."""
+        with self._lock:
+            if not self._closed:
+                self._last = self._bytes[self._count - 1]
+                self._closed = True
         self._grain_states = np.empty(0, np.uint8)  # a mapping with a view of it cannot be closed
         if self._source is None:
             self._bytes.close()

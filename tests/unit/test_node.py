@@ -4,6 +4,7 @@ played by the test."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from content import make_raw, pattern
+from replication.control.commands import Commands
 from replication.control.inband import ControlExport
 from replication.errors import CommandError, ConfigError, DiskError
 from replication.events import EventHub
@@ -344,6 +346,36 @@ def test_a_demotion_that_meets_a_defect_leaves_the_owner(host: Host, monkeypatch
     assert bytes(buffer) == pattern(1, SIZE)[:BLOCK]
     node.demote()
     assert node.stage is Stage.RUNNING
+
+
+QUERIES = ("query-replication", "query-failover", "query-role", "query-jobs", "query-replication-latency")
+
+
+@pytest.mark.parametrize("was", ["a failover", "a stop"])
+def test_a_node_is_asked_how_it_is_while_its_disks_change_hands(
+    host: Host, monkeypatch: pytest.MonkeyPatch, was: str
+) -> None:
+    """The side that they were of is closed by then, and its maps are no longer in memory."""
+    node = host.promoted()
+    if was == "a stop":
+        node.start(Mode.PRIMARY, URI, "auto")
+        node.stop(failover=False)
+    commands = Commands(node, lambda: None)
+    real, told = SecondarySide.open, {}
+
+    def asked_before(side: SecondarySide) -> None:
+        for name in QUERIES:
+            with contextlib.suppress(CommandError):  # a primary has no failover to tell of
+                told[name] = commands.execute(name, {}).value
+        real(side)
+
+    before = node.query()
+    with monkeypatch.context() as patch:
+        patch.setattr(SecondarySide, "open", asked_before)
+        node.demote()
+    assert node.stage is Stage.RUNNING
+    assert told.keys() >= {"query-replication", "query-role"}
+    assert told["query-replication"]["disks"] == before["disks"]
 
 
 def test_a_full_resync_that_requests_in_flight_refuse_costs_no_checkpoint(

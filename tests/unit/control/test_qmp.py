@@ -791,6 +791,20 @@ def test_live_socket_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_clients_that_come_at_once_find_room_without_waiting(tmp_path: Path) -> None:
+    """One with a timeout connects without blocking, and would get EAGAIN: from Python, for example."""
+    path = tmp_path / "control.sock"
+    listening = bound(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(5 * server.CLIENTS_MAX):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(path))
+    finally:
+        listening.stop()
+
+
 def test_live_socket_with_a_full_backlog_is_in_use(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     with contextlib.ExitStack() as stack:
