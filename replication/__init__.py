@@ -135,6 +135,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         commands.py             the QMP command table over a Node
         qmp.py                  the protocol: parsing, greeting, errors
     node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
+    promotion.py                from any state to a role
     role.py                     who owns the disks, as far as a node knows, and how good an owner it would be
     primary/                    the primary's half of the pair
         schedule.py             automatic checkpoints, and the warning when the last one gets old
@@ -165,6 +166,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         reclaim.py              giving back stale overlay space
     side.py                     what the two modes have in common for the node
     digests.py                  digests of a secondary's disk, read like data
+    conditions.py               under which conditions a failover is wanted, and what it loses
     batch.py                    many small writes in one NBD request
     image/                      overlays, as stock qemu-img reads them
         stack.py                active, hidden and secondary disk as one, as the guest sees them
@@ -189,6 +191,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         binding.py              what binds the files of a state folder together
         changes.py              the change map
         grainfile.py            a file of one byte a grain, with a seal
+        outdated.py             that another node went on
         lineage.py              who has what: generations, and what two nodes that meet may do
         boot.py                 the boot of the host
     disk/                       a disk in a file or behind NBD
@@ -226,6 +229,7 @@ Who waits for whom: the lock order
 ----------------------------------
 A thread takes these only downwards, and holds none of the locks marked (m) across I/O:
 
+    0. Promotion._changing  a change of role, which is several commands
     1. Node._command   one control command that changes the stage at a time
     2. Gate            every guest and target request is inside the gate; checkpoint, start and stop close it,
                        wait until it is empty, and work alone. A request takes it once.

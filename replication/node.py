@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from replication.conditions import Conditions
 from replication.errors import CommandError, ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
 from replication.log import log, log_defect
-from replication.options import CHANGEABLE, Durability, Options
+from replication.options import CHANGEABLE, Durability, Options, check_uri
 from replication.order.gate import Gate, GateStuck
 from replication.order.latency import ROLE_CHANGE, STALL_S
 from replication.order.pause import pause
@@ -29,11 +30,13 @@ from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD, Worker
 from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
+from replication.promotion import Promotion
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
 from replication.record.ledger import Ledger, settled
 from replication.record.lineage import Lineage, compare
+from replication.record.outdated import Outdated
 from replication.record.state import Record, StateError, StateFolder
 from replication.role import Standing, judge
 from replication.secondary.disk import changing_face
@@ -76,6 +79,7 @@ class Node:
         """Open everything; ConfigError says what is wrong, and the state folder stays the caller's to close. Nothing is
         served and no thread runs yet."""
         self.gate = Gate()
+        self._promotion = Promotion(self)
         self._hub = hub
         self._options = options
         # One command at a time. First in the lock order. Held across I/O (a start connects, a stop drains), but no
@@ -127,6 +131,8 @@ class Node:
             lambda stage, haste=None: self._enter(side(), stage, haste),
             self._save,
             lambda: side().show_stage(self.stage),
+            self._outdate,
+            self._accepted,
             self._commanding,
         )
 
@@ -140,6 +146,8 @@ class Node:
         if self._options.mode is Mode.SECONDARY:
             # A promoted one has become a primary since it was started by this command line, and stays it. A former
             # primary comes back as a secondary: what may happen to its content is decided by its lineage.
+            if self._options.role_auto and not record.promoted and record.stage is not Stage.NONE:
+                return replace(record, promoted=True)
             if record.promoted:
                 log("mode=secondary: this node was promoted and is a primary now; it stays one until it is demoted")
                 return record
@@ -205,6 +213,7 @@ class Node:
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""
         self._closing.set()
+        self._promotion.close()
         self._autostarter.stop(0.0)
         self._clocks.stop()
         self._looks.stop(STOP_S)
@@ -408,17 +417,21 @@ class Node:
         """replication-demote: a secondary that was promoted becomes one again, with its disks as they are, and runs.
         Its guest has been moved away."""
         with self._commanding():
-            if self._options.mode is not Mode.SECONDARY:
-                raise CommandError(
-                    "This was started as a primary: start it with mode=secondary and its top-id instead",
-                    reason=Reason.WRONG_MODE,
-                )
+            self.check_demotable()
             if self.stage is not Stage.DONE:
                 raise CommandError(
                     f"Only the owner of its disks can be demoted, in stage done, not {self.stage.value}",
                     reason=Reason.WRONG_STAGE,
                 )
             self._become_secondary()
+
+    def check_demotable(self) -> None:
+        """CommandError when this process cannot be a secondary: it lacks the keys for that."""
+        if self._options.mode is not Mode.SECONDARY:
+            raise CommandError(
+                "This was started as a primary: start it with mode=secondary and its top-id instead",
+                reason=Reason.WRONG_MODE,
+            )
 
     def _become_secondary(self) -> None:
         former, record = self.side, self._record
@@ -620,8 +633,8 @@ class Node:
             return "Block replication is not running"
         return None if self._faults.fault is None else "I/O error occurred"
 
-    def stop(self, failover: bool, force: bool = False) -> None:
-        """replication-stop."""
+    def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None:
+        """replication-stop. `conditions`: of a failover."""
         if failover and not self._check_running():
             return  # without waiting for whoever is at work
         haste = Haste(time.monotonic() + FAILOVER_S, force) if failover else None
@@ -639,11 +652,14 @@ class Node:
                 if haste is None:
                     self.side.stop()
                 else:
-                    self._hasten(haste)
+                    self._hasten(haste, conditions)
 
-    def _hasten(self, haste: Haste) -> None:
+    def _hasten(self, haste: Haste, conditions: Conditions | None) -> None:
         try:
-            self.side.fail_over(haste)
+            if conditions is not None and self.side.check_failover(conditions):
+                self.side.stop()
+            else:
+                self.side.fail_over(haste)
         except StateError as error:
             said = f"{error}. Nothing has changed. Try again when the storage of the state folder answers"
             if haste.force:
@@ -680,7 +696,7 @@ class Node:
         """query-replication."""
         pause("query.begun")
         fault = self._faults.fault
-        return {
+        answer = {
             "mode": self.side.mode.value,
             "stage": self.stage.value,
             "error": None if fault is None else fault.to_json(),
@@ -694,6 +710,109 @@ class Node:
             "longest-stall": self.gate.latency.longest(STALL_S),
             **self.side.query(),
         }
+        outdated = self._record.outdated
+        answer["outdated"] = outdated is not None or answer.get("outdated") is True
+        answer["outdated-reason"] = outdated
+        return answer
+
+    def outdate(self, text: str) -> None:
+        """replication-outdate: who knows it says that another node went on. StateError as CommandError, with nothing
+        changed."""
+        with self._commanding():
+            record = self._record
+            if record.outdated is not None:
+                return
+            left_well, record.left_well = record.left_well, False  # whoever has left is not the last word
+            record.outdated = Outdated(Reason.TOLD, text, time.time()).to_json()
+            try:
+                self._save()
+            except BaseException:
+                record.outdated, record.left_well = None, left_well
+                raise
+            self._outdated()
+
+    def _outdate(self, code: Reason, text: str) -> None:
+        """As a thread of the link has learnt. It is so all the same when it cannot be saved: it is saved later."""
+        if self._record.outdated is not None:
+            return
+        self._record.outdated = Outdated(code, text, time.time()).to_json()
+        try:
+            self._save()
+        except StateError as error:
+            log(f"that this node is outdated is not saved yet: {error}")
+        self._outdated()
+
+    def _outdated(self) -> None:
+        outdated = self._record.outdated
+        assert outdated is not None
+        if isinstance(self.side, SecondarySide):
+            self.side.pairing.doubt()
+        log(f"this node is outdated: {outdated['reason']}")
+        self._hub.emit("REPLICATION_OUTDATED", code=outdated["code"], reason=outdated["reason"])
+
+    # -- roles ---------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """Of the side at work."""
+        return self.side.mode
+
+    @property
+    def outdated_reason(self) -> str | None:
+        """Why the node is outdated."""
+        outdated = self._record.outdated
+        return None if outdated is None else str(outdated["reason"])
+
+    @property
+    def peer(self) -> str | None:
+        """The URI of the other node as a secondary, if the command line or an earlier start has named it."""
+        return self._record.secondary or self._options.secondary
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the nodes are in sync at this moment."""
+        return self.side.in_sync
+
+    def primary_is_there(self) -> str | None:
+        """The node id of the primary that this secondary has, and hears."""
+        return self.side.pairing.live_primary if isinstance(self.side, SecondarySide) else None
+
+    def keeps_all(self) -> bool:
+        """Whether a failover loses nothing."""
+        return isinstance(self.side, SecondarySide) and self.side.outlook.lossless
+
+    def insist(self) -> None:
+        """Somebody promotes this node by force: what is here counts, whoever has gone on."""
+        with self._commanding():
+            former, self._record.outdated = self._record.outdated, None
+            try:
+                self._save()
+            except BaseException:
+                self._record.outdated = former
+                raise
+
+    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
+        """replication-set-role."""
+        if primary:
+            if peer is not None:
+                try:
+                    check_uri(peer, len(self._options.disks))
+                except ConfigError as error:
+                    raise CommandError(f"Parameter 'peer': {error}") from error
+            self._promotion.to_primary(peer, force)
+        elif peer is not None or force:
+            raise CommandError("Parameters 'peer' and 'force' are for role 'primary'")
+        else:
+            self._promotion.to_secondary()
+
+    def _accepted(self) -> None:
+        """A secondary takes this primary's writes: nobody has gone on from them."""
+        outdated, self._record.outdated = self._record.outdated, None
+        if outdated is not None:
+            try:
+                self._save()
+            except StateError as error:
+                log(f"that this node is outdated no longer is not saved yet: {error}")
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""
@@ -714,13 +833,14 @@ class Node:
                 mode=self.side.mode,
                 stage=self.stage,
                 inconsistent=record.inconsistent,
+                outdated=None if record.outdated is None else str(record.outdated["reason"]),
                 paired_before=bool(lineage.current or lineage.incoming),
                 alone=not lineage.shared,
                 met=self.side.met,
                 in_step=self.side.in_step,
                 checkpoint_age_s=self._state.checkpoint["age"],
             )
-        ).to_json()
+        ).to_json() | {"peer-obstacle": self._promotion.obstacle}
 
     def query_latency(self) -> dict[str, Any]:
         """query-replication-latency."""

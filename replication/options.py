@@ -105,6 +105,8 @@ class Options:
     primary_identity: str | None = None
     guest_identity: str | None = None
     """Distinguished name in the certificate of the only client that may be the primary, or the guest."""
+    role_auto: bool = False
+    """The state folder says which mode the node has; a new one is a secondary."""
     placement: bool = True
     """Whether the process chooses the cores of its threads (placement.py)."""
     folder: str = field(default_factory=os.getcwd)
@@ -216,6 +218,8 @@ class OptionParser:
         """Check and complete; ConfigError names the first thing that is wrong."""
         values = self._values
         mode = self._mode()
+        if "peer" in values and "secondary" in values:
+            raise ConfigError("peer and secondary are given both: peer is the other node in either role")
         for key in sorted(values):
             if mode is Mode.SECONDARY and key in PRIMARY_KEYS:
                 raise ConfigError(f"The secondary side does not support option {key}")
@@ -223,6 +227,7 @@ class OptionParser:
                 raise ConfigError(f"The primary side does not support option {key}")
         state = _path(values.get("state"), "state")
         options = Options(mode, [], state, _path(values.get("control"), "control"))
+        options.role_auto = "role" in values
         if options.control is None and state is not None:
             options.control = os.path.join(state, "control.sock")
         for key, convert in _CONVERTERS.items():
@@ -235,7 +240,8 @@ class OptionParser:
                 check_uri(options.secondary, len(options.disks))
                 options.secondary = absolute(options.secondary, options.folder)
             except ConfigError as error:
-                raise ConfigError(f"secondary={error}") from error
+                key = "peer" if "peer" in values else "secondary"
+                raise ConfigError(f"{key}={error}") from error
         _check_tls(options)
         if options.durability is Durability.POWER and state is None:
             raise ConfigError("Missing the option state: durability=power has to write the checkpoints somewhere")
@@ -246,6 +252,12 @@ class OptionParser:
         return options
 
     def _mode(self) -> Mode:
+        if "role" in self._values:
+            if "mode" in self._values:
+                raise ConfigError("role and mode are given both: with role=auto the state folder says the mode")
+            if self._values["role"] != "auto":
+                raise ConfigError(f"role={self._values['role']} should be auto")
+            return Mode.SECONDARY
         if "mode" not in self._values:
             raise ConfigError("Missing the option mode")
         try:
@@ -511,10 +523,11 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "primary-identity": _set_primary_identity,
     "guest-identity": _set_guest_identity,
     "placement": _set_placement,
+    "peer": _set_secondary,
 }
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))
 PRIMARY_KEYS = frozenset(("secondary",))
 SECONDARY_KEYS = frozenset(("durability", "overlay-watermark", "primary-identity"))
-KEYS = frozenset(("mode", "state", "control", *_CONVERTERS))
+KEYS = frozenset(("mode", "role", "state", "control", *_CONVERTERS))
 ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

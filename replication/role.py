@@ -11,7 +11,7 @@ The score is for a manager that compares nodes. Higher is better, and 0 is never
     501 to 1000     a secondary that is in step, or was when the link was lost: 1000 less the age of its checkpoint
     101 to 500      a secondary with a valid checkpoint that lacks something: 500 less the age
     10              a secondary that never had a primary
-    0               not running, or without a valid checkpoint
+    0               not running, without a valid checkpoint, or outdated
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Standing:
     stage: Stage
     inconsistent: str | None
     """Why there is no valid checkpoint."""
+    outdated: str | None
+    """Why it is outdated."""
     paired_before: bool
     """It was part of a pair at some time."""
     alone: bool
@@ -75,6 +77,8 @@ def judge(standing: Standing) -> Judgement:
     """The role, the score, and whether a guest may run."""
     if not is_owner(standing.mode, standing.stage):
         return _secondary(standing)
+    if standing.outdated is not None:
+        return Judgement(PRIMARY, NEVER, False, Reason.OUTDATED, f"this node is outdated ({standing.outdated})")
     if standing.inconsistent is not None:
         text = f"there is no valid checkpoint ({standing.inconsistent})"
         return Judgement(PRIMARY, NEVER, False, Reason.NO_CHECKPOINT, text)
@@ -90,7 +94,7 @@ def _secondary(standing: Standing) -> Judgement:
 
 
 def _score(standing: Standing) -> int:
-    if standing.stage is Stage.NONE or standing.inconsistent is not None:
+    if standing.stage is Stage.NONE or standing.inconsistent is not None or standing.outdated is not None:
         return NEVER
     if not standing.paired_before:
         return NEW

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from replication.batch import Write
+from replication.conditions import Conditions
 from replication.disk.face import Extent
-from replication.errors import DiskError
+from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
 from replication.options import Options
 from replication.order.gate import Gate
 from replication.order.urgency import Haste
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.ledger import Ledger
 from replication.record.state import Record, StateFolder
@@ -100,6 +102,10 @@ class Setting:
     """Make the record last; StateError."""
     show: Callable[[], None]
     """Show the stage to the disks anew, because something else in the record has changed. The gate is closed."""
+    outdate: Callable[[Reason, str], None]
+    """This node has learnt that another one went on."""
+    accepted: Callable[[], None]
+    """A secondary takes this primary's writes: nobody has gone on from them."""
     commanding: Callable[[], AbstractContextManager[None]]
     """`with commanding():` around what no command may come in between; CommandError."""
 
@@ -161,6 +167,10 @@ class Side(ABC):
     def fail_over(self, haste: Haste) -> None:
         """Leave stage running at once: a secondary fails over, a primary goes on without its secondary. CommandError,
         StateError or GateStuck, with nothing changed, in the time of `haste`."""
+
+    def check_failover(self, conditions: Conditions) -> bool:
+        """CommandError unless they hold; whether it takes a planned stop then to keep everything."""
+        raise CommandError("Conditions of a failover are for a secondary", reason=Reason.WRONG_MODE)
 
     def make_way(self) -> str:
         """A failover waits for another command, which waits for what only this side can end. Harmless, and soon

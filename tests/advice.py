@@ -95,6 +95,16 @@ TABLE = [
     # -- leaving a stage
     ("resync from the primary, or use force to take", "failover, running", "e2e/test_recovery.py"),
     (
+        "resynchronise it from the node that has gone on, or use force",
+        "failover or stop of an outdated node",
+        "e2e/test_roles.py::test_demote_outdates_and_force_takes_what_is_there",
+    ),
+    (
+        "is connected; demote it first",
+        "promotion, running",
+        "e2e/test_roles.py::test_a_role_from_every_state_and_back",
+    ),
+    (
         "The commit cannot go on",
         "retry, failover-failed: the guest has gone on here, so there is no word of the primary",
         "e2e/test_advice.py::test_after_a_failover_nobody_is_told_to_copy_from_the_primary_or_to_remove_anything",
@@ -182,6 +192,7 @@ TABLE = [
     ("give a shorter one with control=PATH", "control=", NOTHING),
     # -- replctl
     ("It cannot be undone. Copy what you need of it first", "before discard, which asks", LINEAGE),
+    ("Make sure first that the guest does not run", "before promotion, which asks", NOTHING),
     ("Stop the guest on the primary first", "before switch-over, which asks", "e2e/test_switchover.py"),
     ("owns the disk now; start the guest there", "after switch-over", NOTHING),
     ("now start the primary with it", "after demote; lineage decides", LINEAGE),
@@ -255,7 +266,8 @@ NO_ADVICE = (
     "Copy-before-write has ended with that",
     "start replication",
     "stop replication as planned",
-    "make a promoted secondary a secondary again",
+    "make the node the owner of its disks",
+    "make the node a secondary, from any state",
     "lock the primary out and make this",
     "drain and stop the primary, then make",
     "check the file of a node",

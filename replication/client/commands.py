@@ -136,7 +136,12 @@ def demote(client: Session, options: argparse.Namespace) -> None:
     """Make the owner of the disks a secondary again."""
     if not options.yes:
         confirm(options, DEMOTE_TEXT, "demotion")
-    client.call("replication-demote")
+    try:
+        client.call("replication-set-role", role="secondary")
+    except Refused as refused:
+        if refused.error_class != "CommandNotFound":
+            raise
+        client.call("replication-demote")  # of version 0.2
     tell(options, "this is a secondary again, and runs; now start the primary with it")
 
 
@@ -180,30 +185,50 @@ def preflight_lines(answer: dict[str, Any]) -> Iterator[str]:
     lost = (
         "there is no checkpoint" if age is None else f"{human_seconds(age)} old: what the primary wrote since is lost"
     )
-    if answer.get("force"):
+    if answer.get("force") and answer.get("code") != "outdated":
         lost = "which is not valid any more"
     yield f"last checkpoint    number {human_value(answer.get('epoch'))}, {lost}"
     to_commit, seconds = human_bytes(answer.get("bytes-to-commit")), human_seconds(answer.get("predicted-seconds"))
     yield f"to commit          {to_commit}, about {seconds}; the guest need not wait for it"
 
 
+def check_conditions(answer: dict[str, Any], conditions: dict[str, Any]) -> None:
+    """Refused, as the node will, when its answer to query-failover already says that a condition does not hold."""
+    age, most = answer.get("checkpoint-age"), conditions.get("max-age")
+    if most is not None and (age is None or age > most):
+        raise Refused(f"the last checkpoint is older than {most:g} s, or there is none", code="too-old")
+    if conditions.get("only-in-sync") and answer.get("in-sync") is not True:
+        text = "this secondary was not in sync when its primary was last heard of"
+        raise Refused(text, code="not-in-sync")
+    if conditions.get("lossless") and answer.get("lossless") is not True:
+        raise Refused("something would be lost, or it is not known that nothing would", code="not-lossless")
+
+
 def failover(client: Session, options: argparse.Namespace) -> None:
     """Show what a failover costs; unless it is only to be shown, fail over."""
     answer = client.call("query-failover")
+    conditions = {
+        **({} if options.max_age is None else {"max-age": options.max_age}),
+        **({"only-in-sync": True} if options.only_in_sync else {}),
+        **({"lossless": True} if options.lossless else {}),
+    }
+    if conditions and options.force:
+        raise Unusable("--force does not go with conditions: it is for when they do not count")
     if not options.json:
         print("\n".join(preflight_lines(answer)))
     if answer.get("stage") in ("failover", "done"):
         tell(options, "nothing to do", done=False, preflight=answer)
         return
     if not answer.get("allowed") and not (options.force and answer.get("force")):
-        raise Refused(str(answer.get("reason", "failover is not allowed")))
+        raise Refused(str(answer.get("reason", "failover is not allowed")), code=answer.get("code"))
+    check_conditions(answer, conditions)
     if options.check:
         if options.json:
             tell(options, "", done=False, preflight=answer)
         return
     if not options.yes:
         confirm(options, FAILOVER_TEXT, "failover")
-    client.call("replication-stop", failover=True, **forced(options))
+    client.call("replication-stop", failover=True, **forced(options), **conditions)
     tell(options, "failed over; `replctl jobs --watch` shows the commit", preflight=answer)
 
 

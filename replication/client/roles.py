@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from .commands import tell
+from .commands import confirm, forced, tell
 from .qmp import Refused
 from .session import Session, Unreachable, Unusable
 from .values import human_value, printable
@@ -35,6 +35,20 @@ def score(client: Session, options: argparse.Namespace) -> None:
     """Print how good an owner of the disks the node would be."""
     answer = client.call("query-role")
     print(json.dumps(answer) if options.json else printable(answer["score"]))
+
+
+PROMOTE_TEXT = """\
+Promotion makes this node the owner of its disks. If it is a secondary whose primary has not left in good order, what
+that has written since the last checkpoint is lost. Make sure first that the guest does not run on the other node."""
+
+
+def promote(client: Session, options: argparse.Namespace) -> None:
+    """Make the node the owner of its disks."""
+    if not options.yes:
+        confirm(options, PROMOTE_TEXT, "promotion")
+    peer = {"peer": options.peer} if options.peer else {}
+    client.call("replication-set-role", role="primary", **peer, **forced(options))
+    tell(options, "this node owns its disks; it looks for its peer in the background, if it knows where that is")
 
 
 def may_run(path: str, options: argparse.Namespace) -> int:
@@ -95,6 +109,12 @@ def _too_late(options: argparse.Namespace, wanted: dict[str, list[str]], seen: d
         print(json.dumps({"failed": {"code": TIMED_OUT, "reason": "timed-out", "text": text}}))
     print(f"replctl: {printable(text)}", file=sys.stderr)
     return TIMED_OUT
+
+
+def outdate(client: Session, options: argparse.Namespace) -> None:
+    """Another node went on."""
+    client.call("replication-outdate", **({"reason": options.reason} if options.reason else {}))
+    tell(options, "this node is outdated: it is not promoted before it is resynchronised, unless by force")
 
 
 def quit_node(client: Session, options: argparse.Namespace) -> None:

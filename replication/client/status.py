@@ -15,6 +15,7 @@ from .values import (
     human_lineage,
     human_link,
     human_member,
+    human_outdated,
     human_stall,
     human_time,
     human_value,
@@ -43,6 +44,7 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "longest-stall": human_stall,
     "verify": human_verify,
     "last-verify": human_last_verify,
+    "outdated-reason": human_outdated,
 }
 LEFT_OUT = ("disks", "guest-stalls")
 """What stands elsewhere: in the table, and in `replctl trace`."""

@@ -133,6 +133,13 @@ def human_last_verify(outcome: object) -> str:
     return f"{text} ({printable(outcome['reason'])})" if outcome.get("reason") else text
 
 
+def human_outdated(outdated: object) -> str:
+    """query-replication's `outdated-reason`."""
+    if not isinstance(outdated, dict):
+        return "-" if outdated is None else human_value(outdated)
+    return f"since {human_time(outdated.get('time'))}: {printable(outdated.get('reason'))}"
+
+
 def human_member(name: str, value: object) -> str:
     """A member this tool knows only by its name."""
     return human_bytes(value) if name.endswith("bytes") else human_value(value)

@@ -8,10 +8,12 @@ texts of the commands that QEMU has are QEMU's (qapi/migration.json, qapi/job.js
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from replication.conditions import Conditions
 from replication.control import qmp
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
@@ -36,8 +38,16 @@ class Replicated(Protocol):
     def get_error(self) -> str | None:
         """The description of the failure that replication has suffered, None if there is none."""
 
-    def stop(self, failover: bool, force: bool = False) -> None:
-        """Stop replication, as planned or by failover; `force`: although there is no valid checkpoint."""
+    def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None:
+        """Stop replication, as planned or by failover; `force`: although there is no valid checkpoint, or the node is
+        outdated; `conditions`: of a failover, without `force`."""
+
+    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
+        """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
+        is outdated, or its primary is connected."""
+
+    def outdate(self, text: str) -> None:
+        """Another node went on: who knows it says so."""
 
     def retry(self, force: bool = False) -> None:
         """Go on with a commit that has failed; `force`: although there is no valid checkpoint."""
@@ -199,9 +209,19 @@ class Commands:
 
     def _stop(self, arguments: Mapping[str, Any]) -> Any:
         failover, force = arguments.get("failover", False), arguments.get("force", False)
+        conditions = _conditions(arguments)
         if force and not failover:
             raise CommandError("Parameter 'force' is only for failover")
-        self._node.stop(failover, force)
+        if conditions is None:
+            self._node.stop(failover, force)
+        elif not failover or force:
+            raise CommandError("Conditions are only for failover without 'force'")
+        else:
+            self._node.stop(failover, conditions=conditions)
+        return {}
+
+    def _outdate(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.outdate(arguments.get("reason", "") or "somebody who knows it has said so")
         return {}
 
     def _retry(self, arguments: Mapping[str, Any]) -> Any:
@@ -222,6 +242,11 @@ class Commands:
 
     def _compare(self, arguments: Mapping[str, Any]) -> Any:
         return self._node.compare(read_lineage(arguments["lineage"]))
+
+    def _set_role(self, arguments: Mapping[str, Any]) -> Any:
+        primary = arguments["role"] == "primary"
+        self._node.set_role(primary, arguments.get("peer"), arguments.get("force", False))
+        return {}
 
     # Jobs
 
@@ -274,7 +299,25 @@ class Commands:
         "replication-verify": Command(_verify, {"rate": Argument("integer"), "repair": Argument("boolean")}),
         "replication-verify-cancel": Command(_cancel_verify),
         "replication-get-error": Command(_get_error),
-        "replication-stop": Command(_stop, {"failover": Argument("boolean"), "force": Argument("boolean")}),
+        "replication-stop": Command(
+            _stop,
+            {
+                "failover": Argument("boolean"),
+                "force": Argument("boolean"),
+                "max-age": Argument("number"),
+                "only-in-sync": Argument("boolean"),
+                "lossless": Argument("boolean"),
+            },
+        ),
+        "replication-set-role": Command(
+            _set_role,
+            {
+                "role": Argument("string", required=True, values=("primary", "secondary")),
+                "peer": Argument("string"),
+                "force": Argument("boolean"),
+            },
+        ),
+        "replication-outdate": Command(_outdate, {"reason": Argument("string")}),
         "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),
         "replication-demote": Command(_demote),
         "replication-retry": Command(_retry, {"force": Argument("boolean")}),
@@ -298,6 +341,15 @@ TABLE = Commands.TABLE
 _QUERIES = tuple(name for name in TABLE if name.startswith("query-"))
 URGENT = (*_QUERIES, "x-colo-lost-heartbeat", "quit", "replication-get-error", "replication-compare")
 """Commands that must get through whoever else is connected; so must a stop that is a failover (`is_urgent`)."""
+
+
+def _conditions(arguments: Mapping[str, Any]) -> Conditions | None:
+    """Those of a failover, None if none is given; CommandError."""
+    max_age_s = arguments.get("max-age")
+    if max_age_s is not None and not 0 <= max_age_s < math.inf:
+        raise CommandError("Parameter 'max-age' expects seconds")
+    conditions = Conditions(max_age_s, arguments.get("only-in-sync", False), arguments.get("lossless", False))
+    return None if conditions == Conditions() else conditions
 
 
 def read_lineage(value: Mapping[str, Any]) -> Lineage:

@@ -32,8 +32,9 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
-from replication.record.lineage import Lineage, Verdict, check_id, decide, new_id
+from replication.record.lineage import OUTDATED, Lineage, Verdict, check_id, decide, new_id
 from replication.record.state import StateError, check_epoch
+from replication.secondary.pairing import NOBODYS
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
 from replication.stage import Stage
 from replication.uri import export_of
@@ -169,7 +170,7 @@ class Dialler:
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
-            raise Refusal(f"the secondary {uri} refuses: {error}", error.reason) from error
+            raise Refusal(f"the secondary {uri} refuses: {error}", _told(error)) from error
         except BaseException:
             agreement.close()
             raise
@@ -399,7 +400,7 @@ class Dialler:
                 with contextlib.suppress(StateError):
                     self._ancestry.become(lambda lineage: former if lineage == settled else lineage)
                     self.noted = before
-            raise Refusal(f"the secondary {agreement.uri} refuses: {error}", error.reason) from error
+            raise Refusal(f"the secondary {agreement.uri} refuses: {error}", _told(error)) from error
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
@@ -431,6 +432,11 @@ class Dialler:
             },
         )
         agreement.generation = mine.current
+
+
+def _told(error: PeerError) -> Reason | None:
+    """Its reason; of a secondary of version 0.2, which gives no code, by its text."""
+    return error.reason or {NOBODYS: Reason.NOT_SECONDARY, OUTDATED: Reason.PEER_NEWER}.get(str(error))
 
 
 def _check_token(token: object) -> str:

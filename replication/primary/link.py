@@ -52,6 +52,11 @@ _OFFER, _CHECKPOINT = "offer", "checkpoint"
 """Operations of the faults of a secondary that has everything, and cannot be told or takes no checkpoint."""
 
 
+_WENT_ON = {Reason.NOT_SECONDARY: Reason.PEER_PROMOTED, Reason.PEER_NEWER: Reason.PEER_NEWER}
+"""Refusals by which this node learns that the other one went on. Not split brain: that one is a secondary again, and
+which of the two counts a person says."""
+
+
 class LinkState(Enum):
     """What query-replication and REPLICATION_LINK say of the link."""
 
@@ -444,7 +449,10 @@ class Link:
             with self._going_to_settle():
                 self.dialler.settle(agreement, "auto")
                 self._set.state.count_from(agreement.epoch)
-                return self.establish(agreement, begin=False)
+                up = self.establish(agreement, begin=False)
+            if up:
+                self.accepted(agreement)
+            return up
         except Exception as error:  # noqa: BLE001 (this thread must live: nobody else brings the link back)
             if agreement is not None:
                 agreement.close()
@@ -473,6 +481,12 @@ class Link:
             if self._wanted and self._agreement is None:
                 self._show_locked(LinkState.CONNECTING)
 
+    def accepted(self, agreement: Agreement) -> None:
+        """The secondary takes this node's writes, so nobody has gone on from them; a plain server says nothing of
+        that."""
+        if agreement.peer is not None:
+            self._set.accepted()
+
     def _failed(self, error: ReplicationError, tell: bool) -> None:
         """An attempt has failed. The same reason is told once."""
         with self._changed:
@@ -491,3 +505,5 @@ class Link:
             self._told = str(error)
         if latched:
             self._set.faults.keep()
+        if isinstance(error, Refusal) and error.reason in _WENT_ON:
+            self._set.outdate(_WENT_ON[error.reason], str(error))

@@ -291,6 +291,7 @@ class PrimarySide(Side):
                 raise CommandError(f"{error}{self._noted}", reason=reason) from error
             raise
         self._link.establish(agreement, begin=True)
+        self._link.accepted(agreement)
         if discard_checkpoint:
             try:
                 self._link.dialler.discard_checkpoint(agreement)

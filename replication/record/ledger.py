@@ -140,4 +140,6 @@ def settled(record: Record, state: StateFolder) -> Record:
         if promise.epoch == state.epoch:
             record.inconsistent = None
             record.lineage = promise.lineage or record.lineage
+            if promise.lineage is not None:
+                record.outdated = None  # it is the primary's content that was promised
     return record

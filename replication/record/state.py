@@ -51,12 +51,14 @@ from replication.errors import ConfigError, ReplicationError
 from replication.fault import Fault
 from replication.log import log
 from replication.order.pause import pause
+from replication.reason import Reason
 from replication.record.binding import Binding, Doubts
 from replication.record.boot import boot_clock_s, boot_id
 from replication.record.changes import MISSING, ChangeMap
 from replication.record.grainfile import GrainFile
 from replication.record.keeper import Keeper
 from replication.record.lineage import Lineage, check_id, new_id
+from replication.record.outdated import DEMOTED_TEXT, Outdated
 from replication.record.twin import TwinFile
 from replication.stage import Mode, Stage
 
@@ -167,12 +169,20 @@ class Record:
     was sent."""
     promise: dict[str, Any] | None = None
     """What becomes true with the next checkpoint (ledger.py)."""
+    outdated: dict[str, Any] | None = None
+    """That another node went on from what this one has (outdated.py)."""
+    left_well: bool = False
+    """A secondary's last primary has left in good order, after it had sent everything."""
     identity: str = ""
     """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
     opens: int = 0
 
     def as_secondary(self) -> Record:
-        """An owner of disks that comes back as a secondary: what it knows of its content stays."""
+        """An owner of disks that comes back as a secondary: what it knows of its content stays. If it was part of a
+        pair, another one is the owner then, or will be, so it is outdated until it is resynchronised."""
+        outdated, lineage = self.outdated, self.lineage
+        if outdated is None and lineage is not None and (lineage["shared"] or lineage["history"]):
+            outdated = Outdated(Reason.DEMOTED, DEMOTED_TEXT, time.time()).to_json()
         return replace(
             self,
             mode=Mode.SECONDARY,
@@ -189,6 +199,8 @@ class Record:
             resync=False,
             offered=None,
             promise=None,
+            outdated=outdated,
+            left_well=False,
         )
 
     def take(self, other: Record) -> None:
@@ -234,6 +246,8 @@ class Record:
                 Lineage.from_json(lineage)
         if record.promise is not None:
             Promise.from_json(record.promise)
+        if record.outdated is not None:
+            Outdated.from_json(record.outdated)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
         return record
 
@@ -241,7 +255,7 @@ class Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("backup", "durability", "node", "next_generation", "identity"), str),
     **dict.fromkeys(("secondary", "replaced", "boot", "inconsistent", "partner"), str | None),
-    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync"), bool),
+    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well"), bool),
     "commit_rate": float | None,
 }
 

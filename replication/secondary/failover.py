@@ -17,6 +17,7 @@ from replication.order.latency import FAILOVER
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD
 from replication.reason import Reason
+from replication.record.outdated import refusal as outdated_refusal
 from replication.record.state import StateError
 from replication.secondary.commit import Commit, CommitThread
 from replication.secondary.disk import SecondaryDisk
@@ -65,6 +66,8 @@ class Failover:
             reason = Reason.FAILED_OVER
         elif record.inconsistent is not None:
             refusal, reason = f"Failover is refused: {forceful(record.inconsistent)}", Reason.NO_CHECKPOINT
+        elif record.outdated is not None:
+            refusal, reason = outdated_refusal("Failover", record.outdated), Reason.OUTDATED
         to_commit = 0
         if record.stage is not Stage.DONE and record.inconsistent is None:
             stacks = [disk.stack for disk in self._disks]
@@ -73,7 +76,7 @@ class Failover:
         return {
             "allowed": refusal is None,
             **({} if refusal is None or reason is None else {"reason": refusal, "code": reason.value}),
-            "force": record.inconsistent is not None,
+            "force": record.inconsistent is not None or reason is Reason.OUTDATED,
             "stage": record.stage.value,
             "epoch": self._set.state.epoch,
             "checkpoint-age": self._set.state.checkpoint["age"],

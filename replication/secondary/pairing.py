@@ -105,6 +105,8 @@ class Pairing:
         self._session: Session | None = None
         self.met = False
         """A primary has come to an agreement with this process."""
+        # Another node went on, as somebody knows: what the primary of this session has sent is no resync.
+        self._doubted = False
 
     # -- what others see -----------------------------------------------------------------------------------
 
@@ -113,6 +115,12 @@ class Pairing:
         """The node id of the primary that is paired, if one is."""
         session = self._session
         return None if session is None else session.node
+
+    @property
+    def live_primary(self) -> str | None:
+        """The same, of one that was heard of within its time."""
+        session = self._session
+        return None if session is None or session.lost else session.node
 
     @property
     def incomplete(self) -> str | None:
@@ -195,6 +203,7 @@ class Pairing:
                 # It was given up while it waited here, and may have been followed by another one already.
                 raise CommandError("the control connection was closed")
             self._session = session
+        self._doubted = False
         pause("pairing.begun")
         return session.token
 
@@ -289,8 +298,9 @@ class Pairing:
         """What is said of the content from now on. An offer ends when the primary says what it is going to send, before
         it does so: until then nobody has written but strangers, whose writes are marked."""
         record = self._set.record
-        former, lineage = (record.resync, record.paired, record.offered), self._ancestry.lineage
-        becoming = (resync, True, None if offered is None else offered.to_json())
+        former = (record.resync, record.paired, record.offered, record.left_well)
+        lineage = self._ancestry.lineage
+        becoming = (resync, True, None if offered is None else offered.to_json(), False)
         if former == becoming and change(lineage) == lineage:
             return
         try:
@@ -298,22 +308,23 @@ class Pairing:
         except ValueError as error:  # a generation that stands in this node's history, say
             raise CommandError(f"what the primary says of its generations does not fit: {error}") from error
         take_back = self._ancestry.note(change)  # may fail, so first
-        record.resync, record.paired, record.offered = becoming
+        record.resync, record.paired, record.offered, record.left_well = becoming
         try:
             self._set.save()
         except BaseException:
-            record.resync, record.paired, record.offered = former
+            record.resync, record.paired, record.offered, record.left_well = former
             take_back()
             raise
 
     def end(self, token: str) -> None:
         """The primary has sent everything, and leaves."""
         self.check_token(token)
-        self._set.record.paired = False
+        record = self._set.record
+        record.paired, record.left_well = False, not record.resync
         try:
             self._set.save()
         except BaseException:
-            self._set.record.paired = True
+            record.paired, record.left_well = True, False
             raise
         with self._ended:
             self._session = None
@@ -386,6 +397,17 @@ class Pairing:
         if lineage.current == offered.current and not lineage.incoming:
             return None
         return lambda lineage: lineage.adopted(offered.current, offered.history)
+
+    @property
+    def resynchronised(self) -> bool:
+        """Whether a checkpoint now is one of what the primary has, which is connected or has left in good order."""
+        session, record = self._session, self._set.record
+        there = record.left_well or (session is not None and session.agreed)
+        return record.offered is not None and there and not record.resync and not self._doubted
+
+    def doubt(self) -> None:
+        """Another node went on: what the primary has sent until now does not count as a resync."""
+        self._doubted = True
 
     def adopt(self) -> Callable[[], None] | None:
         """Note the adoption in the record, which the caller saves. What takes that back; None when there is nothing

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from replication.conditions import Conditions, Outlook
 from replication.disk.face import Disk
 from replication.disk.file import FileDisk
 from replication.disk.open import open_disk
@@ -27,6 +28,7 @@ from replication.order.worker import NO_THREAD
 from replication.reason import Reason
 from replication.record.binding import Doubts
 from replication.record.lineage import new_id
+from replication.record.outdated import refusal
 from replication.record.state import StateError
 from replication.secondary.backup import RUNNING, Backup
 from replication.secondary.disk import SecondaryDisk
@@ -493,14 +495,21 @@ class SecondarySide(Side):
         promised = former is not None or adoption is not None
         if promised:
             self._ledger.promise(self._set.state.next_epoch(number), adoption)
+        resynchronised = self.pairing.resynchronised
         try:
             failure = self._empty_all(number)
         except BaseException:
             if promised:
                 self._ledger.withdraw()
             raise
+        outdated = self._set.record.outdated
+        if resynchronised:
+            self._set.record.outdated = None
         if promised:
             self._ledger.fulfil(adoption)
+        elif outdated is not None and resynchronised:
+            with suppress(StateError):  # it comes along with what is saved next; else it is outdated until then
+                self._set.save()
         if adoption is not None:
             self.pairing.adopted()
         if former is not None:
@@ -516,11 +525,19 @@ class SecondarySide(Side):
         """What would refuse a planned stop refuses it here, before the primary is asked to end its stream. CommandError
         or StateError."""
         self._check_complete()
+        self._check_current()
         self._prepare_emptying(flush=True)
         self._set.save()
 
+    def _check_current(self) -> None:
+        """CommandError when a planned stop would make the owner of a node that another one has left behind."""
+        outdated = self._set.record.outdated
+        if outdated is not None and not self.pairing.resynchronised:
+            raise CommandError(refusal("This stop", outdated), reason=Reason.OUTDATED)
+
     def stop(self) -> None:
         self._check_complete()
+        self._check_current()
         self._prepare_emptying(flush=True)
         with self._set.gate.closed(why=STOP):
             self._check_complete()
@@ -541,6 +558,35 @@ class SecondarySide(Side):
         self._reclaimer.wake()
 
     def fail_over(self, haste: Haste) -> None:
+        record = self._set.record
+        outdated = record.outdated
+        if outdated is not None and record.inconsistent is None and not haste.force:
+            raise CommandError(refusal("Failover", outdated), reason=Reason.OUTDATED)
+        if haste.force:
+            record.outdated = None  # what is here counts from now on
+        try:
+            self._fail_over(haste)
+        except BaseException:
+            record.outdated = outdated
+            raise
+
+    def check_failover(self, conditions: Conditions) -> bool:
+        self.outlook.check(conditions)
+        return conditions.lossless and self.outlook.by_stop
+
+    @property
+    def outlook(self) -> Outlook:
+        """What a failover would cost."""
+        stacks = [disk.stack for disk in self.disks if disk.stack is not None]
+        return Outlook(
+            self.in_step,
+            self._set.record.left_well,
+            self._set.state.checkpoint["age"],
+            sum(stack.active.bytes_held for stack in stacks),
+            sum(stack.hidden.bytes_held for stack in stacks),
+        )
+
+    def _fail_over(self, haste: Haste) -> None:
         if self._set.record.inconsistent is not None:
             self._fail_over_without(self._set.record.inconsistent, haste)
             return
@@ -659,11 +705,19 @@ class SecondarySide(Side):
 
     def _enter_with(self, stage: Stage, inconsistent: str | None) -> None:
         """Enter a stage in which the disks count as the primary has offered them; `inconsistent`: or why not."""
+        resynchronised = inconsistent is None and self.pairing.resynchronised
         take_back = self.pairing.adopt() if inconsistent is None else None
         adopted = take_back is not None
         if take_back is None and stage is Stage.DONE:
             take_back = self._set.ancestry.note(lambda lineage: lineage.kept())
-        self._enter(stage, inconsistent, take_back)
+        outdated = self._set.record.outdated
+        if resynchronised:
+            self._set.record.outdated = None
+        try:
+            self._enter(stage, inconsistent, take_back)
+        except BaseException:
+            self._set.record.outdated = outdated
+            raise
         if adopted:
             self.pairing.adopted()
 
@@ -753,7 +807,7 @@ class SecondarySide(Side):
             self.pairing.admit(token)
 
     def query_failover(self) -> dict[str, Any]:
-        return self._failover.preflight()
+        return {**self._failover.preflight(), **self.outlook.to_json()}
 
     # -- checkpoint ----------------------------------------------------------------------------------------
 

@@ -498,7 +498,8 @@ class World:
 
     def failover(self, name: str, force: bool = False) -> None:
         node = self._up(name)
-        node.server.execute("replication-stop", failover=True, force=force)
+        outdated = node.status()["outdated-reason"] is not None  # a demoted owner, say: a person insists
+        node.server.execute("replication-stop", failover=True, force=force or outdated)
         status = node.server.wait_stage("done", "failover-failed")
         assert (status["stage"], status["consistent"]) == ("done", True)
         node.content = node.content_now() if force else changed(node.checkpoint, *node.own)
@@ -518,6 +519,10 @@ class World:
     def switch(self, secondary: str) -> None:
         """Planned stop of a secondary."""
         node = self._up(secondary)
+        if node.status()["outdated-reason"] is not None:
+            assert "outdated" in refused(node.server, "replication-stop")
+            self.failover(secondary)
+            return
         node.server.execute("replication-stop")
         assert node.status()["stage"] == "done"
         node.own = []

@@ -225,7 +225,7 @@ def test_the_command_lines_are_found() -> None:
 def test_every_use_of_replctl_is_a_command() -> None:
     used = set()
     for text in (*DOCUMENTS.values(), *(plain(page.text) for page in PAGES.values())):
-        used |= set(re.findall(r"(?:\breplctl --(?:state|control) [^\s\[\]|]+|`replctl) ([a-z]+)", text))
+        used |= set(re.findall(r"(?:\breplctl --(?:state|control) [^\s\[\]|]+|`replctl) ([a-z]+(?:-[a-z]+)*)", text))
     assert {"start", "checkpoint", "failover", "switchover", "jobs", "retry", "status", "discard", "demote"} <= used
     assert used <= set(_commands("replctl"))
 

@@ -598,3 +598,28 @@ def test_a_socket_path_of_a_uri_that_becomes_too_long_names_its_key(
     uri = "nbd+unix:///?socket=b.sock"
     assert refusal(*PRIMARY, "disk=/d", f"secondary={uri}").startswith(f"secondary={folder}/b.sock is too long")
     assert refusal(*PRIMARY, f"disk={uri}").startswith(f"disk={uri}: {folder}/b.sock is too long")
+
+
+# -- roles -----------------------------------------------------------------------------------------------------
+
+
+def test_role_auto_is_a_secondary_until_the_state_folder_says_more() -> None:
+    options = parse("role=auto", "peer=nbd://b", "state=/s", "disk=/d", "top-id=t")
+    assert (options.mode, options.role_auto, options.secondary) == (Mode.SECONDARY, True, "nbd://b")
+    assert not parse(*SECONDARY, "disk=/d", "top-id=t").role_auto
+    assert parse(*PRIMARY, "disk=/d", "peer=nbd://b").secondary == "nbd://b"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        (("role=auto", "mode=secondary"), "role and mode are given both"),
+        (("role=primary",), "role=primary should be auto"),
+        (("role=auto", "peer=b"), "peer='b' is not an NBD URI"),
+        (("role=auto", "secondary=nbd://b"), "The secondary side does not support option secondary"),
+        (("mode=primary", "peer=nbd://b", "secondary=nbd://b"), "peer and secondary are given both"),
+    ],
+)
+def test_roles_that_are_refused(pairs: tuple[str, ...], text: str) -> None:
+    top_id = () if "mode=primary" in pairs else ("top-id=t",)
+    assert text in refusal(*pairs, "state=/s", "disk=/d", *top_id)

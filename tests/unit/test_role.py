@@ -12,8 +12,8 @@ from replication.reason import Reason
 from replication.role import BEHIND, IN_STEP, NEVER, NEW, OWNER, UNSURE_OWNER, Standing, judge
 from replication.stage import Mode, Stage
 
-SECONDARY = Standing(Mode.SECONDARY, Stage.RUNNING, None, True, False, True, True, 0.0)
-PRIMARY = Standing(Mode.PRIMARY, Stage.RUNNING, None, True, False, True, True, 0.0)
+SECONDARY = Standing(Mode.SECONDARY, Stage.RUNNING, None, None, True, False, True, True, 0.0)
+PRIMARY = Standing(Mode.PRIMARY, Stage.RUNNING, None, None, True, False, True, True, 0.0)
 RESTARTED = replace(PRIMARY, met=False)
 
 
@@ -33,6 +33,8 @@ RESTARTED = replace(PRIMARY, met=False)
             False,
             Reason.NO_CHECKPOINT,
         ),
+        (replace(PRIMARY, outdated="x"), "primary", NEVER, False, Reason.OUTDATED),
+        (replace(SECONDARY, outdated="x"), "secondary", NEVER, False, Reason.IS_SECONDARY),
         (SECONDARY, "secondary", IN_STEP, False, Reason.IS_SECONDARY),
         (replace(SECONDARY, checkpoint_age_s=7.9), "secondary", IN_STEP - 7, False, Reason.IS_SECONDARY),
         (replace(SECONDARY, in_step=False, checkpoint_age_s=None), "secondary", BEHIND, False, Reason.IS_SECONDARY),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from replication.conditions import Conditions
 from replication.control import qmp
 from replication.control.commands import TABLE, Commands
 from replication.errors import CommandError
@@ -44,8 +45,8 @@ class Node:
         self._record("get_error")
         return self.error
 
-    def stop(self, failover: bool, force: bool = False) -> None:
-        self._record("stop", failover, force)
+    def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None:
+        self._record("stop", failover, force, *([] if conditions is None else [conditions]))
 
     def retry(self, force: bool = False) -> None:
         self._record("retry", force)
@@ -87,6 +88,12 @@ class Node:
     def query_failover(self) -> dict[str, Any]:
         self._record("query_failover")
         return {"allowed": True, "force": False}
+
+    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
+        self._record("set_role", primary, peer, force)
+
+    def outdate(self, text: str) -> None:
+        self._record("outdate", text)
 
     def query_role(self) -> dict[str, Any]:
         self._record("query_role")
@@ -169,6 +176,18 @@ SET = "xen-set-replication"
         ("replication-stop", None, [("stop", False, False)], {}),
         ("replication-stop", {"failover": True}, [("stop", True, False)], {}),
         ("replication-stop", {"failover": True, "force": True}, [("stop", True, True)], {}),
+        ("replication-stop", {"failover": True, "max-age": 2}, [("stop", True, False, Conditions(2))], {}),
+        (
+            "replication-stop",
+            {"failover": True, "only-in-sync": True, "lossless": True},
+            [("stop", True, False, Conditions(None, True, True))],
+            {},
+        ),
+        ("replication-stop", {"failover": True, "lossless": False}, [("stop", True, False)], {}),
+        ("replication-outdate", {"reason": "fenced"}, [("outdate", "fenced")], {}),
+        ("replication-set-role", {"role": "primary", "peer": "nbd://b"}, [("set_role", True, "nbd://b", False)], {}),
+        ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False)], {}),
+        ("replication-outdate", None, [("outdate", "somebody who knows it has said so")], {}),
         ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
         ("query-failover", None, [("query_failover",)], {"allowed": True, "force": False}),
@@ -223,6 +242,13 @@ BOTH = {"enable": True, "primary": True}
         ("replication-stop", {"failover": True, "force": 1}, "Invalid parameter type for 'force', expected: boolean"),
         ("replication-stop", {"force": True}, "Parameter 'force' is only for failover"),
         ("replication-stop", {"failover": False, "force": True}, "Parameter 'force' is only for failover"),
+        ("replication-stop", {"failover": True, "max-age": -1}, "Parameter 'max-age' expects seconds"),
+        ("replication-stop", {"max-age": 1}, "Conditions are only for failover without 'force'"),
+        (
+            "replication-stop",
+            {"failover": True, "force": True, "lossless": True},
+            "Conditions are only for failover without 'force'",
+        ),
         ("replication-retry", {"force": "yes"}, "Invalid parameter type for 'force', expected: boolean"),
         ("replication-retry", {"failover": True}, "Parameter 'failover' is unexpected"),
         ("query-failover", {"force": True}, "Parameter 'force' is unexpected"),
@@ -345,6 +371,8 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "query-replication-latency",
         "query-failover",
         "query-role",
+        "replication-outdate",
+        "replication-set-role",
         "replication-compare",
         "query-jobs",
         "job-cancel",

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from replication.conditions import Conditions
 from replication.control import qmp
 from replication.control.commands import TABLE, Commands
 from replication.control.qmp import Argument, Session, check_arguments
@@ -226,7 +227,7 @@ class Recorder:
         """Whatever the table asks of a node."""
 
         def noted(*values: Any, **named: Any) -> Any:
-            allowed = (bool, int, str, dict, Mode, type(None))  # an epoch or a rate, a lineage
+            allowed = (bool, int, str, dict, Mode, Conditions, type(None))  # an epoch or a rate, a lineage
             assert all(type(value) in allowed for value in (*values, *named.values()))
             self.asked.append(name)
             return self.ANSWERS.get(name)

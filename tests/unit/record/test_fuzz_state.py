@@ -25,6 +25,8 @@ from replication.control import qmp
 from replication.errors import ConfigError
 from replication.fault import Fault
 from replication.options import ALL_KEYS, DISK_KEYS, KEYS, OptionParser, Options
+from replication.reason import Reason
+from replication.record.outdated import Outdated
 from replication.record.state import Record, StateFolder
 from replication.stage import Mode, Stage
 
@@ -42,6 +44,8 @@ FULL = Record(
     secondary="nbd+unix:///?socket=/s",
     fault=FAULT.to_json(),
     disks={"disk0": 1 << 20, "disk1": 1 << 40},
+    outdated=Outdated(Reason.TOLD, "somebody has said so", 1.5e9).to_json(),
+    left_well=True,
 )
 FIELDS = sorted(field.name for field in dataclasses.fields(Record))
 FAULT_FIELDS = sorted(field.name for field in dataclasses.fields(Fault))
