@@ -97,8 +97,11 @@ class Situations:
         found = self._linked(sight.link)
         reason = members(sight.answer.get("link")).get("reason")
         found += self._stands("split-brain", sight.split_brain, {"reason": reason})
-        outdated = sight.answer.get("outdated")
-        found += self._stands("outdated", outdated if isinstance(outdated, bool) else None, {"reason": reason})
+        outdated, why = sight.answer.get("outdated"), members(sight.answer.get("outdated-reason"))
+        if why.get("code") == "demoted":
+            outdated = False  # it was made a secondary: that another one goes on is no news
+        known = outdated if isinstance(outdated, bool) else None
+        found += self._stands("outdated", known, {"reason": reason or why.get("reason")})
         lacking = sight.lacking
         found += self._stands("out-of-sync", None if lacking is None else lacking > 0, {"bytes": lacking})
         consistent = sight.answer.get("consistent")

@@ -132,6 +132,11 @@ def test_a_node_that_has_learnt_that_the_other_has_gone_on() -> None:
     (found,) = node.of_look(sight(outdated=True, reason="the secondary has newer data"))
     assert (found.event, found.values["reason"]) == ("outdated", "the secondary has newer data")
     assert node.of_look(sight(outdated=True)) == []
+    assert node.of_look(sight(outdated=False)) == []
+    demoted = {"code": "demoted", "reason": "it was made a secondary", "time": 1.0}
+    assert node.of_look(sight(outdated=True, **{"outdated-reason": demoted})) == [], "its own demotion is no news"
+    (found,) = node.of_look(sight(outdated=True, **{"outdated-reason": {**demoted, "code": "told", "reason": "x"}}))
+    assert found.values["reason"] == "x"
 
 
 def test_a_node_that_is_gone_says_nothing() -> None:
