@@ -214,6 +214,11 @@ TABLE = [
         "doctor, the sizes differ",
         "unit/replctl/test_doctor.py::test_what_a_primary_sees_of_its_secondary",
     ),
+    (
+        "bring back the size that it had; or, for a disk of another size, move",
+        "doctor, where the disk has another size than its state folder knows; lineage decides afterwards",
+        "unit/replctl/test_doctor.py::test_a_secondary_whose_disk_got_another_size_starts_when_the_advice_was_followed",
+    ),
     ("start replication on the primary", "doctor; lineage decides", LINEAGE),
     ("start the secondary there", "doctor: the service", NOTHING),
     ("start --sync full", "init, a new node; no start gets around a refusal", LINEAGE),

@@ -14,6 +14,7 @@ from typing import Any
 from replication.client.qmp import Refused
 from replication.client.session import Session, Unusable
 from replication.disk.connection import Connection
+from replication.record.twin import TwinFile
 from replication.service import config
 from replication.uri import is_uri
 
@@ -86,6 +87,18 @@ class Subject:
             if size is not None:
                 found[disk.name] = size
         return found
+
+    @cached_property
+    def remembered(self) -> dict[str, int]:
+        """Bytes of each disk by its name as the state folder has them; nothing where it has none, or cannot be read."""
+        file = TwinFile(os.path.join(self.config.state, "state.json"))
+        try:
+            disks = (file.read() or {}).get("disks")
+        except (OSError, ValueError, TypeError, RecursionError):
+            return {}
+        finally:
+            file.close()
+        return disks if isinstance(disks, dict) else {}
 
     def _size(self, location: str) -> int | None:
         if not is_uri(location):

@@ -117,6 +117,13 @@ def disks(node: Subject) -> Iterator[Finding]:
             yield bad(f"{disk.location} is empty", _make(node, disk.location))
         elif not may_write(disk.location, USER):
             yield bad(f"the user {USER} may not write to {disk.location}", f"chown {USER} {disk.location}")
+        elif (former := node.remembered.get(disk.name, size)) != size:
+            # Without its folder the node is one that knows of no content, and nobody is overwritten for it.
+            yield bad(
+                f"{disk.location} has {size} bytes, but {node.config.state} is of {former}: the node does not start",
+                f"bring back the size that it had; or, for a disk of another size, move {node.config.state} away: "
+                "everything is sent anew then",
+            )
         else:
             yield ok(f"{disk.location} has {size} bytes")
 

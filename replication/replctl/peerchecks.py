@@ -72,11 +72,18 @@ def sizes(node: Subject) -> Iterator[Finding]:
             first = "" if theirs < ours else f"what is there behind byte {ours} is lost with this: "
             yield bad(
                 f"disk {disk.name} has {ours} bytes here and {theirs} bytes there",
-                f"{first}stop the secondary, truncate -s {ours} its disk, and start it",
+                f"{first}stop the secondary, truncate -s {ours} its disk, and start it; if it does not start, doctor "
+                "there says what its state folder knows of the former size",
             )
 
 
 def _advice(uri: str) -> str:
+    place = host_of(uri)
+    if place is not None:
+        try:
+            connect(*place, time.monotonic() + CONNECT_S).close()
+        except (OSError, UnicodeError):
+            return "see `peer`, which is about its address"
     if is_tls(uri):
         return "docs/security.md has how to make certificates; the name in the URI has to be in the server's"
     return "does the secondary require TLS? Then the URI begins with nbds://, and tls-certificates is needed"

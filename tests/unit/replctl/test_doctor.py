@@ -157,6 +157,28 @@ def test_a_disk_that_a_state_folder_knows_is_not_to_be_made_anew(secondary: Node
         assert "truncate" not in said
 
 
+def test_a_secondary_whose_disk_got_another_size_starts_when_the_advice_was_followed(pair: Pair) -> None:
+    b = pair.secondary
+    assert found(hostchecks.disks, Subject("b")).keys() == {Result.OK}
+    b.kill()
+    os.truncate(b.disks[0], 2 * MIB)
+    said = bad(hostchecks.disks, Subject("b"))
+    assert f"has {2 * MIB} bytes, but {b.state} is of {MIB}: the node does not start" in said
+    assert f"of {MIB} bytes, but these are" in b.failed_start(b.folder, b.arguments)[1]
+    assert f"move {b.state} away" in said
+    b.state.rename(b.state.with_name("away"))
+    assert found(hostchecks.disks, Subject("b")).keys() == {Result.OK}
+    b.start()
+    # And so does one that gets its size back.
+    b.kill()
+    os.truncate(b.disks[0], MIB)
+    shutil.rmtree(b.state)
+    b.state.with_name("away").rename(b.state)
+    assert found(hostchecks.disks, Subject("b")).keys() == {Result.OK}
+    b.start()
+    assert b.status()["stage"] == "running"
+
+
 def test_a_disk_that_the_service_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a" / "disk"
     path.parent.mkdir()
@@ -321,6 +343,7 @@ def test_a_secondary_that_cannot_be_reached(primary: Node, monkeypatch: pytest.M
         nobody.bind(("127.0.0.1", 0))
         primary.top["secondary"] = f"nbd://127.0.0.1:{nobody.getsockname()[1]}"
         assert "nobody listens" in bad(peerchecks.reachable, primary)
+        assert "-> see `peer`" in bad(peerchecks.sizes, primary)
         primary.top["secondary"] = f"nbd://127.0.0.1:{server.getsockname()[1]}"
         assert found(peerchecks.reachable, primary.subject()).keys() == {Result.OK}
         monkeypatch.setattr(peerchecks, "CONNECT_S", 0.5)
