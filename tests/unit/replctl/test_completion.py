@@ -66,7 +66,10 @@ def completed(folder: Path, line: str) -> list[str]:
         ("replctl --st", ["--state"]),
         ("replctl start --mode ", ["primary", "secondary"]),
         ("replctl web1 start --sync f", ["full"]),
-        ("replctl web1 failover --", ["--check", "--force", "--help", "--json", "--yes"]),
+        (
+            "replctl web1 failover --",
+            ["--check", "--force", "--help", "--json", "--lossless", "--max-age", "--only-in-sync", "--yes"],
+        ),
         ("replctl status --watch --j", ["--json"]),
         ("replctl --timeout ", []),
         ("replctl --control some", ["some file"]),
