@@ -143,11 +143,13 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         watch.py                what the secondary says of itself while the link is up
         epochs.py               the primary's checkpoints: cut, brought over, taken
         verify.py               the job that compares the disks of both nodes
-        compare.py              the comparison of one disk, while the guest writes
         link.py                 the link's states, its loss, and its coming back
         cause.py                why there is no link, as a code
         dial.py                 how a primary comes to an agreement with its secondary
         resync.py               the job that sends what the secondary lacks
+        proof.py                what of that the secondary has nevertheless
+        compare.py              the comparison of one disk, while the guest writes
+        pace.py                 how fast what is not the guest's may be sent, or read
         disk.py                 local I/O and forwarding
         content.py              what a range of the primary's disk holds, as entries
         forward.py              the forward queue of a disk and its connection

@@ -29,7 +29,7 @@ class Replicated(Protocol):
     locking, and raises CommandError when it refuses."""
 
     def start(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
-        """Start replication; `sync` is "auto", "full" or "none"; None: as configured. `discard_checkpoint`: the
+        """Start replication; `sync` is "auto", "none", "full", "digest" or "verify". `discard_checkpoint`: the
         secondary need not keep its last checkpoint until it has everything."""
 
     def checkpoint(self) -> tuple[int, float]:
@@ -289,7 +289,7 @@ class Commands:
             {
                 "mode": Argument("string", values=tuple(mode.value for mode in Mode)),
                 "secondary": Argument("string"),
-                "sync": Argument("string", values=("auto", "none", "full")),
+                "sync": Argument("string", values=("auto", "none", "full", "digest", "verify")),
                 "discard-checkpoint": Argument("boolean"),
             },
         ),

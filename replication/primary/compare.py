@@ -23,7 +23,7 @@ from replication.disk.unflushed import GRAIN
 from replication.errors import DiskError, ReplicationError
 from replication.primary.backlog import Entry, Kind
 from replication.primary.disk import Checked, PrimaryDisk
-from replication.primary.resync import Pace
+from replication.primary.pace import Pace
 
 WINDOW = 4
 """Questions under way. Two keep both disks busy, and four a link of 20 ms at 200 MB/s; a checkpoint waits for them."""

@@ -47,6 +47,11 @@ times a second; if not, the wait ends with the link, within `timeout`."""
 SIZE_MAX = 1 << 47
 """Of a disk whose size the other side tells: one change map of it takes 2 GiB."""
 
+EVERYTHING = ("full", "digest")
+"""Values of `sync` with which all of the disks counts as missing."""
+COMPARING = ("digest", "verify")
+"""Those that need digests of the secondary's disks."""
+
 _PART_MIN = 64 << 20
 """Bytes of the disk between two parts of a change map: the parts have 4096 runs of 64 KiB and as many gaps."""
 
@@ -158,6 +163,10 @@ class Dialler:
         if peer is None:
             if former is not None:
                 raise Refusal(f"what answers at {uri} is not the secondary that it was")
+            if sync in COMPARING:
+                raise Refusal(
+                    f"{uri} is a plain NBD server, which tells no digests of its disk: sync={sync} needs them"
+                )
             return self._dial_plain(agreement)
         agreement.peer = self._peer = peer
         try:
@@ -228,12 +237,16 @@ class Dialler:
             raise Refusal(f"what answers at {uri} is another secondary than it was: stop, then start with it")
         if decision.verdict is Verdict.REFUSED:
             raise Refusal(decision.reason, decision.code)
+        if sync in COMPARING and not agreement.digests:
+            raise Refusal(
+                f"the secondary {uri} is of a version that tells no digests of its disk: sync={sync} needs them"
+            )
         agreement.verdict = Verdict.EQUAL if sync == "none" else decision.verdict
-        if sync == "full" and agreement.verdict is Verdict.EQUAL:
+        if sync in EVERYTHING and agreement.verdict is Verdict.EQUAL:
             # Two new nodes, and who starts them says that the disks are not equal: this is the first copy, before which
             # the secondary has no checkpoint of anything.
             agreement.verdict = Verdict.FULL
-        if agreement.verdict is Verdict.FULL or sync == "full":
+        if agreement.verdict is Verdict.FULL or sync in EVERYTHING:
             for disk in self._disks:
                 if disk.local is None:
                     raise Refusal(
@@ -366,7 +379,7 @@ class Dialler:
     def settle(self, agreement: Agreement, sync: str) -> None:
         """Make what was agreed last, here and there. No forwarder is up. DiskError, Refusal or StateError."""
         self._check_interrupted()
-        if sync == "full" or agreement.verdict is Verdict.FULL:
+        if sync in EVERYTHING or agreement.verdict is Verdict.FULL:
             self.noted = Noted.HERE
             for disk in self._disks:
                 disk.changes.mark_all()

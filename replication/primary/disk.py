@@ -472,16 +472,16 @@ class PrimaryDisk:
         finally:
             self.ranges.release(held)
 
-    def check(self, entry: Entry, content: memoryview | None) -> Checked:
+    def check(self, entry: Entry, content: memoryview | None, missing: bool = False) -> Checked:
         """Read the range of a CHECK entry into `content`, and queue it: what the secondary answers is what it has at
         the place of the stream at which this disk had that content, as far as nothing became missing meanwhile
-        (ChangeMap.marks). Without `content` the range is looked at only: it has to be zeroes. DiskError when the local
-        disk cannot be read."""
+        (ChangeMap.marks). Without `content` the range is looked at only: it has to be zeroes. `missing`: also what the
+        secondary is known to lack. DiskError when the local disk cannot be read."""
         assert self.local is not None
         held = self.ranges.acquire(entry.offset, entry.offset + entry.length, VERIFY)
         try:
             entry.marks = self.changes.marks
-            if self.changes.lacks(entry.offset, entry.length):
+            if not missing and self.changes.lacks(entry.offset, entry.length):
                 return Checked.LACKING
             self.local.check_settled(entry.offset, entry.length)
             if content is not None:

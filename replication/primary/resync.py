@@ -9,6 +9,8 @@ Invariants
   up; a secondary that is full or has a bad disk may have been helped meanwhile.
 * What the local disk cannot read stays marked; the rest is sent, up to UNREADABLE_MAX such grains in a pass.
 * A disk whose job was cancelled is left alone until somebody asks for what is missing: at a start or for a barrier.
+* After a start with sync=digest the secondary is asked first for digests of what is missing (proof.py), until a pass
+  has brought everything over; what it has is not sent.
 * All disks together send at most `rate` bytes a second, whoever waits for them. Guest writes are not counted.
 * It waits for the guest, and never the guest for it but for the piece that is being read: what it sends takes no room
   in the queue, is sent where the queue is empty, and is as much at a time as the secondary answers quickly
@@ -28,9 +30,11 @@ from replication.image.qcow2 import BLOCK
 from replication.jobs import Job, JobList
 from replication.log import log, surviving
 from replication.order.worker import Worker
-from replication.primary.backlog import DATA_MAX, Entry
+from replication.primary.backlog import Entry
 from replication.primary.content import Unreadable, look
 from replication.primary.disk import PrimaryDisk
+from replication.primary.pace import Pace
+from replication.primary.proof import Proof
 from replication.stage import Stage
 
 _COMPLETE_PASSES = 2
@@ -42,50 +46,9 @@ _IDLE_S = 3600.0
 _LINK_S = 0.1
 """How late the loss of the link is noticed by a resync that waits because of its rate."""
 
-_ZEROES_COST = 4 << 10
-"""What a request without data counts for the rate: it is some work for the secondary."""
-
 UNREADABLE_MAX = 64
 """Grains that a pass finds unreadable, after which it ends: not a few sectors but the disk is broken, and each try of
 such a disk may take seconds."""
-
-_BURST_MAX = 1 << 20
-_PIECES_A_SECOND = 8
-"""A limited resync sends smaller requests, so that a guest's write never waits behind much of it on a slow link."""
-
-
-class Pace:
-    """A rate in bytes a second, None for no limit. The clock is the caller's: seconds, monotonic.
-
-    A bucket of at most a second's bytes, and at most 1 MiB, is filled at the rate. A piece may be sent when the bucket
-    is not overdrawn, and then is taken out of it.
-    """
-
-    def __init__(self, rate: int | None) -> None:
-        self._rate = rate
-        self._burst = self._left = 0.0 if rate is None else float(min(rate, _BURST_MAX))
-        self._seen: float | None = None
-        self.piece_max = DATA_MAX
-        """Most bytes of data to send at a time: whole grains."""
-        if rate is not None:
-            self.piece_max = min(max(rate // _PIECES_A_SECOND // GRAIN, 1) * GRAIN, DATA_MAX)
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until the next piece may be sent."""
-        if self._rate is None:
-            return 0.0
-        passed_s = 0.0 if self._seen is None else now - self._seen
-        self._seen = now
-        self._left = min(self._left + passed_s * self._rate, self._burst)
-        return max(0.0, -self._left / self._rate)
-
-    def spend(self, entries: Sequence[Entry]) -> None:
-        """Pieces were sent."""
-        self.take(sum(len(entry.data) or _ZEROES_COST for entry in entries))
-
-    def take(self, size: int) -> None:
-        """So many bytes were sent."""
-        self._left -= size
 
 
 class _Pass:
@@ -107,6 +70,13 @@ class _Pass:
         self._failed = 0
         self._total = disk.changes.missing_bytes
 
+    def proved(self, length: int) -> None:
+        """So many bytes need not be sent: the secondary has them."""
+        with self._lock:
+            self._queued += length
+            self._arrived += length
+            self._count_locked()
+
     def queued(self, entries: Sequence[Entry]) -> int:
         """Entries were queued; how many bytes they cover."""
         length = sum(entry.length for entry in entries)
@@ -125,7 +95,7 @@ class _Pass:
                 self._failed += entry.length
 
     def current(self) -> int:
-        """What has arrived."""
+        """What has arrived, or was there."""
         return self._arrived
 
     def total(self) -> int:
@@ -157,14 +127,16 @@ class Resync:
         unreadable: Callable[[PrimaryDisk, int, int, DiskError], None],
         pass_ended: Callable[[], None],
         rate: int | None = None,
+        tells_digests: Callable[[], bool] = lambda: False,
     ) -> None:
         """`unreadable(disk, offset, length, error)` is called when the local disk cannot be read, `pass_ended()` after
         every pass.
-        `rate`: bytes a second over all disks, None for no limit."""
+        `rate`: bytes a second over all disks, None for no limit. `tells_digests()`: whether the secondary does."""
         self._disks = disks
         self._jobs = jobs
         self._unreadable = unreadable
         self._pass_ended = pass_ended
+        self._tells_digests = tells_digests
         self._pace = Pace(rate)  # only the thread's, but for taking another one
         # Protects the fields below. Never held across I/O.
         self._changed = threading.Condition()
@@ -178,6 +150,8 @@ class Resync:
         self._overtaken = False
         # Names of the disks whose job was cancelled.
         self._left_alone: set[str] = set()
+        # Names of the disks of which the secondary is asked first.
+        self._asked_first: set[str] = set()
         # What the next pass begins with, by the names of the disks: its jobs are listed already.
         self._announced: dict[str, _Pass] = {}
         self._sent: _Pass | None = None
@@ -187,6 +161,11 @@ class Resync:
     def limit(self, rate: int | None) -> None:
         """Another rate from the next piece on."""
         self._pace = Pace(rate)
+
+    def ask_first(self, first: bool) -> None:
+        """A start has said that the secondary may have much of what is missing, or not."""
+        with self._changed:
+            self._asked_first = {disk.name for disk in self._disks} if first else set()
 
     def start(self) -> None:
         """Start the thread, once; it has nothing to do yet. CommandError when there is none to be had."""
@@ -342,6 +321,7 @@ class Resync:
             self._overtaken |= overtaken
             if failure is None:
                 self._left_alone.discard(disk.name)  # cancelled too late
+                self._asked_first.discard(disk.name)
         self._jobs.conclude(work.job, failure)
         if failure is not None:
             log(f"disk '{disk.name}': what the secondary lacks was not sent: {failure}")
@@ -363,12 +343,21 @@ class Resync:
         first look (a write that had found no link just before there was one). DiskError."""
         for _ in range(_LOOKS):
             for offset, length in work.disk.changes.missing_ranges():
-                failure = self._send_run(work, offset, offset + length)
+                failure = self._prove_run(work, offset, offset + length)
+                for begin, part in work.disk.changes.missing_ranges(offset, offset + length):
+                    failure = failure or self._send_run(work, begin, begin + part)
                 if failure is not None:
                     return failure
             if work.unreadable:
                 break  # it is missing still, and to look for what was marked behind is to try it again
         return None
+
+    def _prove_run(self, work: _Pass, at: int, stop: int) -> str | None:
+        """After a start with sync=digest: take off the map what of a run of missing grains the secondary has."""
+        if work.disk.name not in self._asked_first or not self._tells_digests():
+            return None
+        turn, obstacle = partial(self._wait_turn, work), partial(self._obstacle, work)
+        return Proof(work.disk, work.moved, turn, obstacle, self._pace.take, work.proved).run(at, stop)
 
     def _send_run(self, work: _Pass, at: int, stop: int) -> str | None:
         disk = work.disk

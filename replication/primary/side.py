@@ -24,7 +24,7 @@ from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.primary.backlog import Budget, Entry, Kind
 from replication.primary.cause import GONE_ON
-from replication.primary.dial import ANSWER_S, Agreement, Refusal
+from replication.primary.dial import ANSWER_S, COMPARING, EVERYTHING, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking, Unknown
 from replication.primary.forward import Forwarder
@@ -76,7 +76,10 @@ class PrimarySide(Side):
         self.disks: list[PrimaryDisk] = []
         self._ancestry = setting.ancestry
         self._budget = Budget(setting.options.queue_limit)
-        self._resync = Resync(self.disks, setting.jobs, self._unreadable, self._pass_ended, setting.options.resync_rate)
+        rate = setting.options.resync_rate
+        self._resync = Resync(
+            self.disks, setting.jobs, self._unreadable, self._pass_ended, rate, lambda: self._verify.able
+        )
         self._link = Link(setting, self._ancestry, self.disks, lambda: self._uri, self._resync.now)
         self._epochs = Epochs(setting, self.disks, self._link)
         self._watch = Watch(setting, self.disks, self._link, self._left_behind, self._part)
@@ -225,8 +228,8 @@ class PrimarySide(Side):
     # -- commands ------------------------------------------------------------------------------------------
 
     def start(self, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
-        if sync == "full" and any(disk.local is None for disk in self.disks):
-            raise CommandError("Parameter 'sync' does not accept value 'full': there is no local disk to send")
+        if sync in (*EVERYTHING, *COMPARING) and any(disk.local is None for disk in self.disks):
+            raise CommandError(f"Parameter 'sync' does not accept value '{sync}': there is no local disk to send")
         if secondary is not None:
             try:
                 check_uri(secondary, len(self.disks))
@@ -290,8 +293,14 @@ class PrimarySide(Side):
                 reason = Reason.STORAGE if isinstance(error, StateError) else Reason.BUSY
                 raise CommandError(f"{error}{self._noted}", reason=reason) from error
             raise
+        self._resync.ask_first(sync == "digest")
         self._link.establish(agreement, begin=True)
         self._link.accepted(agreement)
+        if sync == "verify":
+            try:
+                self._verify.start(None, repair=True)
+            except CommandError as error:
+                raise CommandError(f"Replication has been started, but the disks are not compared: {error}") from error
         if discard_checkpoint:
             try:
                 self._link.dialler.discard_checkpoint(agreement)

@@ -39,7 +39,7 @@ from replication.order.worker import Worker
 from replication.primary.compare import WAIT_S, Comparison, Ended
 from replication.primary.disk import PrimaryDisk
 from replication.primary.link import Link
-from replication.primary.resync import Pace
+from replication.primary.pace import Pace
 from replication.reason import Reason
 from replication.record.verified import Place, Verified
 from replication.side import Setting
@@ -190,6 +190,12 @@ class Verify:
         if self._link.agreement is None or not all(disk.forwarder.up for disk in self._disks):
             return f"The link to the secondary is not up ({self._link.reason or self._link.state.value})"
         return None
+
+    @property
+    def able(self) -> bool:
+        """Whether there is a secondary that tells digests."""
+        agreement = self._link.agreement
+        return agreement is not None and agreement.digests
 
     def _unable(self) -> str | None:
         """Why this secondary cannot be asked."""

@@ -351,16 +351,32 @@ class ChangeMap:
             with self._lock:
                 self._put_locked(range(first, last), _CLEAN * (last - first))
 
+    def prove(self, offset: int, length: int, marks: int) -> bool:
+        """The secondary was found to have what the disk had at one place of the stream of writes: what was missing of
+        these whole grains is not, or is on its way, if writes of it have begun. But nothing changes, False, when
+        anything has become missing since `marks` was the number of marks, before the disk was read."""
+        grains = self._grains(offset, length)
+        with self._lock:
+            if self.marks != marks:
+                return False
+            states = bytearray(self._bytes[grains.start : grains.stop])
+            for index, grain in enumerate(grains):
+                if states[index] == MISSING:
+                    states[index] = ON_ITS_WAY if grain in self._open else CLEAN
+            self._put_locked(grains, states)
+        return True
+
     def mark_all(self) -> None:
         """Nothing is known of the other side: everything is missing, what is in flight included."""
         self._fill(MISSING, self._count)
 
     # -- what is marked ------------------------------------------------------------------------------------
 
-    def missing_ranges(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of the missing parts, whole grains, at most RUN_MAX bytes each, ascending. What becomes
-        missing behind the iterator's position is not seen."""
-        for first, stop in self._runs(0, lambda states: states == MISSING):
+    def missing_ranges(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the missing parts from `begin` to `end`, whole grains, at most RUN_MAX bytes each,
+        ascending. What becomes missing behind the iterator's position is not seen."""
+        last = self._count if end is None else -(-end // GRAIN)
+        for first, stop in self._runs(begin // GRAIN, lambda states: states == MISSING, last):
             for at in range(first, stop, _RUN_GRAINS):
                 yield self._span(at, min(at + _RUN_GRAINS, stop))
 
@@ -378,10 +394,14 @@ class ChangeMap:
                 return found, offset
         return found, None
 
-    def _runs(self, grain: int, chosen: Callable[[_States], _Chosen]) -> Iterator[tuple[int, int]]:
-        """(first, stop) of the runs of chosen grains from `grain` on; a long one is in parts, one after the other."""
-        for step in range(grain, self._count, _SCAN_STEP):
-            states = self._grain_states[step : step + _SCAN_STEP]
+    def _runs(
+        self, grain: int, chosen: Callable[[_States], _Chosen], last: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """(first, stop) of the runs of chosen grains from `grain` on, up to `last`; a long one is in parts, one after
+        the other."""
+        last = self._count if last is None else last
+        for step in range(grain, last, _SCAN_STEP):
+            states = self._grain_states[step : min(step + _SCAN_STEP, last)]
             inside = np.zeros(len(states) + 2, np.bool_)
             inside[1:-1] = chosen(states)
             edges = cast("list[int]", (np.flatnonzero(inside[1:] != inside[:-1]) + step).tolist())

@@ -196,8 +196,9 @@ TABLE: tuple[Row, ...] = (
             argument("--secondary", metavar="URI", help="NBD URI of the secondary, for a primary of a new pair"),
             argument(
                 "--sync",
-                choices=("auto", "none", "full"),
-                help="what is sent first: what the secondary lacks, nothing, everything (default: auto)",
+                choices=("auto", "none", "full", "digest", "verify"),
+                help="what is sent first: what the secondary lacks, nothing, everything, everything that differs; or "
+                "what it lacks, and then compare (default: auto)",
             ),
             flag("--discard-checkpoint", "do not keep the secondary's last checkpoint until it has everything"),
         ),

@@ -295,7 +295,7 @@ class SecondarySide(Side):
             raise CommandError("Block replication is running or done")
         if discard_checkpoint:
             raise CommandError("Parameter 'discard-checkpoint' is for the primary; this is a secondary")
-        if sync == "full":
+        if sync in ("full", "digest", "verify"):
             raise CommandError("Parameter 'sync' is for the primary; this is a secondary")
         self._check_start()
         self._start(0)

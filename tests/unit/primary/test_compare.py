@@ -17,7 +17,7 @@ from replication.primary import compare
 from replication.primary.backlog import Entry
 from replication.primary.compare import LOOKS, Comparison, Ended
 from replication.primary.disk import Checked, PrimaryDisk
-from replication.primary.resync import Pace
+from replication.primary.pace import Pace
 from replication.record.changes import ChangeMap
 from waiting import DEADLINE_S, begin, wait_until
 

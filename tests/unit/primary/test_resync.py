@@ -25,7 +25,8 @@ from replication.primary.backlog import DATA_MAX, Entry, Kind
 from replication.primary.content import ZERO_RUN_MAX
 from replication.primary.disk import PrimaryDisk
 from replication.primary.forward import Forwarder
-from replication.primary.resync import Pace, Resync
+from replication.primary.pace import Pace
+from replication.primary.resync import Resync
 from replication.record.ancestry import Ancestry
 from replication.record.changes import GRAIN, ChangeMap
 from replication.stage import Stage

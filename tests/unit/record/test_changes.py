@@ -623,3 +623,35 @@ def test_whatever_becomes_missing_is_counted_but_what_a_comparison_has_found() -
     assert counted(changes.clear_claimed) == 1
     changes.need_flushes(True)
     assert counted(changes.unflushed) == 1
+
+
+# -- what was proven ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_proven_is_clean_or_on_its_way() -> None:
+    changes = ChangeMap(None, 4 * GRAIN)
+    changes.mark(0, 3 * GRAIN)
+    marks = changes.marks
+    changes.begin(GRAIN, 10)  # a guest's write, behind the question
+    assert changes.prove(0, 2 * GRAIN, marks)
+    assert list(changes.missing_ranges()) == [(2 * GRAIN, GRAIN)]
+    assert changes.marked_bytes == 2 * GRAIN, "the write is on its way"
+    changes.end(GRAIN, 10, arrived=True)
+    assert changes.marked_bytes == GRAIN
+
+
+def test_nothing_is_proven_when_anything_became_missing_since() -> None:
+    changes = ChangeMap(None, 4 * GRAIN)
+    changes.mark_all()
+    marks = changes.marks
+    changes.begin(GRAIN, 10)
+    changes.end(GRAIN, 10, arrived=False)
+    assert not changes.prove(0, 4 * GRAIN, marks)
+    assert changes.missing_bytes == 4 * GRAIN
+
+
+def test_missing_ranges_of_a_part() -> None:
+    changes = ChangeMap(None, 4 * GRAIN + 7)
+    changes.mark_all()
+    assert list(changes.missing_ranges(GRAIN, 3 * GRAIN)) == [(GRAIN, 2 * GRAIN)]
+    assert list(changes.missing_ranges(3 * GRAIN, 4 * GRAIN + 7)) == [(3 * GRAIN, GRAIN + 7)]
