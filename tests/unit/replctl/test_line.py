@@ -14,7 +14,7 @@ import pytest
 
 from nodes import Secondary
 from replication.replctl import line, nodes
-from replication.replctl.table import TABLE, Row
+from replication.replctl.table import TABLE, On, Row
 from replication.service import config
 
 REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
@@ -48,6 +48,37 @@ def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_every_row_leads_to_a_function(row: Row) -> None:
     assert callable(row.function())
     assert row.function().__doc__
+
+
+NEEDED = {
+    "cancel": ["job"],
+    "compare": ["./a", "./b"],
+    "demote": ["--yes"],
+    "discard": ["--yes"],
+    "failover": ["--yes"],
+    "history": ["--monitor", "http://127.0.0.1:1"],
+    "init": ["new", "--mode", "secondary", "--disk", "/srv/b"],
+    "switchover": ["--peer", "./b", "--yes"],
+    "top": ["--monitor", "http://127.0.0.1:1", "--once"],
+    "wait": ["--stage", "done", "--timeout", "0.1"],
+}
+"""What commands do not go without."""
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_every_command_prints_json_and_nothing_else_also_when_it_fails(
+    row: Row, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no such node, or a node that does not run."""
+    monkeypatch.chdir(folder)
+    (folder / "web1.toml").write_text('mode = "secondary"\n[disk.disk0]\ndisk = "/srv/b"\ntop-id = "guest"\n')
+    where = {On.NODE: ["-s", "./none"], On.SOCKET: ["-s", "./none"], On.CONFIG: ["web1"]}.get(row.on, [])
+    code = line.run([*where, row.name, *NEEDED.get(row.name, []), "--json"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed
+    for text in printed:
+        json.loads(text)
+    assert (code != 0) == (row.on in (On.NODE, On.SOCKET) or row.name in ("compare", "doctor", "top", "history"))
 
 
 def test_names_and_options_are_unique() -> None:
