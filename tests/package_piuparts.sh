@@ -27,8 +27,10 @@ fi
 
 # In a mount namespace: what is mounted here goes with it, also when the run is interrupted.
 mount -t tmpfs tmpfs /mnt
-# What systemd's own tmpfiles have made by then; systemd comes in as a dependency and goes again.
+# What systemd's own scripts and tmpfiles have made by then (a dependency, which goes again), and the locks of passwd and
+# of debconf.
 ignore='^/(root/\.ssh|var/(cache|lib|log)/private|var/lib/systemd/(coredump|pstore))(/.*)?$'
+ignore+='|^/etc/(vconsole\.conf|default/locale|\.pwd\.lock)$|^/var/cache/debconf/tmp\.ci/?$'
 # The root names its own sources of packages. (No eatmydata: it would have to be in the root.)
 piuparts --existing-chroot="$1-clean" --keep-sources-list --no-eatmydata --install-remove-install --tmpdir=/mnt \
     --ignore-regex="$ignore" --log-file="$1.piuparts" "${made[0]}" >/dev/null 2>&1 </dev/null || {
