@@ -113,6 +113,8 @@ class Seam:
         self._began: set[tuple[str, str]] = set()
         self.hits = 0
         """Calls that failed or fell short."""
+        self.called: set[tuple[str, str]] = set()
+        """By path and call, all that were made since `fail`."""
         for call in ("preadv", "pwritev", "fdatasync", "fallocate"):
             monkeypatch.setattr(files, call, self._replaced(call, getattr(files, call)))
 
@@ -120,6 +122,7 @@ class Seam:
         """From now on calls fail as `faults`, by path and call, says."""
         self._began = set()
         self.hits = 0
+        self.called = set()
         self._faults = faults
 
     def work(self) -> None:
@@ -130,6 +133,7 @@ class Seam:
         def replacement(fd: int, *arguments: Any) -> Any:
             faults = self._faults
             key = (os.readlink(f"/proc/self/fd/{fd}"), call)
+            self.called.add(key)
             if key not in faults:
                 return real(fd, *arguments)
             self.hits += 1
@@ -243,6 +247,12 @@ class Row:
     latches: tuple[int, str, str] | None = None
     untouched: bool = False
     """The failing image is not needed, so no call on it is made at all."""
+
+    @property
+    def refused_below(self) -> bool:
+        """Whether the secondary disk does not take the request's data."""
+        faults = [fault for fault in self.fails.split() if fault.startswith("secondary:")]
+        return not self.untouched and any(not fault.endswith(("=short", "=EOPNOTSUPP")) for fault in faults)
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.fails}, {self.does}".replace(" ", "_")
@@ -579,9 +589,10 @@ class SecondaryBench(Bench):
         super().__init__(arguments, folder / "state")
         images.keep()
         self.guest, self.target = self.face("top0"), self.face("disk0")
-        self._paths = {"secondary": str(self._disks[0])}
-        self._paths |= {kind: str(folder / f"{kind}0.data") for kind in ("active", "hidden")}
-        assert all(os.path.exists(path) for path in self._paths.values())
+        self.paths = {"secondary": str(self._disks[0])}
+        self.paths |= {kind: str(folder / f"{kind}0.data") for kind in ("active", "hidden")}
+        self.paths |= {"record": str(folder / "state/state.json"), "twin": str(folder / "state/state.json.twin")}
+        assert all(os.path.exists(path) for path in self.paths.values())
         self._held = threading.Event()
         self._go_on = threading.Event()
         self._pool = ThreadPoolExecutor(1)
@@ -606,7 +617,7 @@ class SecondaryBench(Bench):
         for fault in faults.split():
             image, _, what = fault.partition(":")
             call, _, kind = what.partition("=")
-            found[self._paths[image], call] = kind
+            found[self.paths[image], call] = kind
         self.seam.fail(found)
 
     # -- stages --------------------------------------------------------------------------------------------
@@ -686,9 +697,9 @@ class SecondaryBench(Bench):
         """The checkpoint was one for the other disk, too."""
         assert read(self.face("top1")) == self.below(1) == changed(OLD, (OVERWRITTEN, NEW))
 
-    def check_content(self, request: Request, number: int, before: tuple[bytes, bytes], copied: bool) -> None:
-        """The guest face and the disk after a request that ended with errno `number`. `copied`: the request may have
-        reached the disk, as far as copy-before-write decides that."""
+    def check_content(self, request: Request, number: int, before: tuple[bytes, bytes], copied: bool, row: Row) -> None:
+        """The guest face and the disk after the request of `row`, which ended with errno `number`. `copied`: the
+        request may have reached the disk, as far as copy-before-write decides that."""
         seen_before, below_before = before
         seen, below = self.seen(), self.below()
         after = changed(seen_before, (request.offset, request.data))
@@ -710,6 +721,12 @@ class SecondaryBench(Bench):
                 assert seen == after
             if self.stage in ("none", "running") or not request.data:
                 assert below == below_before, "a request of the guest has changed the secondary disk"
+            elif self.stage == "failover" and not number:
+                # In the disk as well, with whole blocks of it, unless that has refused it: then with the commit.
+                assert is_either(below, below_before, after)
+                if "short-then" not in row.fails:
+                    part = slice(request.offset, request.offset + request.length)
+                    assert below[part] == (below_before if row.refused_below else after)[part]
             else:
                 # A write that is committed at once brings its whole blocks down.
                 assert is_either(below, below_before, after)
@@ -818,7 +835,7 @@ def test_a_fault_on_the_secondary_is_told_to_whom_it_concerns_and_breaks_nothing
     secondary.seam.work()
     assert secondary.told() == []
     copied = row.latches is None or (row.latches[0] == 4 and row.latches[1] != "read")
-    secondary.check_content(request, number, before, copied)
+    secondary.check_content(request, number, before, copied, row)
     secondary.check_later_requests(row.latches[0] if row.latches else 0)
     # In stage failover-failed there is no commit that could fail for it: the next one brings down everything anyway.
     unflushed = (row.stage, row.fails, row.does) == ("failover", "secondary:fdatasync=EIO", "guest flush")
@@ -996,6 +1013,102 @@ def test_a_commit_that_is_over_before_its_thread_is_known_ends_well(
     secondary.fail_over()
     secondary.wait_done()
     assert secondary.below() == seen
+
+
+# -- the failover itself -------------------------------------------------------------------------------------------
+
+
+CALLS_OF_A_FAILOVER = {
+    *((name, call) for name in ("record", "twin") for call in ("pwritev", "fdatasync")),
+    *(("secondary", call) for call in ("pwritev", "fallocate", "fdatasync")),
+    *((name, call) for name in ("active", "hidden") for call in ("preadv", "fallocate")),
+}
+"""Each system call on files that a failover makes, from the command to stage done: of the record before the stage and
+at the end of the commit (the rows below), of the disk and the overlays by the commit (the rows above), and of the
+overlays when their space is given back (the end of "commands that need no data")."""
+
+
+def test_a_failover_makes_the_calls_of_which_the_rows_have_each(secondary: SecondaryBench) -> None:
+    secondary.bring_to("running")
+    secondary.seam.fail({})
+    secondary.fail_over()
+    secondary.wait_done()
+    names = {path: name for name, path in secondary.paths.items()}
+    others = {path.replace("1.", "0.") for path, _ in secondary.seam.called} - names.keys()
+    assert not others, "a file of which no row knows"
+    called = {(names[path.replace("1.", "0.")], call) for path, call in secondary.seam.called}
+    given_back = {(name, "fallocate") for name in ("active", "hidden")}
+    assert called | given_back == CALLS_OF_A_FAILOVER
+
+
+RECORD_FAULTS = [
+    "record:pwritev=EIO",
+    "record:pwritev=ENOSPC",
+    "record:pwritev=nothing",
+    "record:pwritev=short-then-EIO",
+    "record:fdatasync=EIO",
+    "twin:pwritev=EIO",
+    "twin:fdatasync=EIO",
+]
+
+
+@pytest.mark.parametrize("fails", RECORD_FAULTS)
+def test_a_failover_whose_stage_cannot_be_saved_is_refused_and_changes_nothing(
+    secondary: SecondaryBench, fails: str
+) -> None:
+    """The next process would be the primary's secondary again, on a disk on which the commit had begun."""
+    secondary.bring_to("running")
+    before = secondary.seen(), secondary.below()
+    secondary.fail(fails)
+    refusal = secondary.refused("xen-set-replication", **FAILOVER)
+    assert refusal.startswith("cannot write ")
+    assert "Nothing has changed. Try again" in refusal
+    assert "use force" in refusal
+    assert (secondary.stage, secondary.error, secondary.told()) == ("running", None, [])
+    assert (secondary.seen(), secondary.below()) == before
+    # Neither the guest nor the old primary is kept out.
+    secondary.check_later_requests(0)
+    secondary.seam.work()
+    secondary.check_end(None)
+
+
+@pytest.mark.parametrize("fails", RECORD_FAULTS)
+def test_a_failover_by_force_whose_stage_cannot_be_saved_keeps_the_old_primary_out_and_commits_when_it_is(
+    secondary: SecondaryBench, fails: str
+) -> None:
+    """A person accepts that a kill before would undo it; so nothing comes down before."""
+    secondary.bring_to("running")
+    before = secondary.seen(), secondary.below()
+    secondary.fail(fails)
+    secondary.execute("replication-stop", failover=True, force=True)
+    assert (secondary.stage, secondary.told()) == ("failover", [])
+    assert Request("target", "write", FREE, LENGTH).send(secondary.target)[0] == errno.ESHUTDOWN
+    secondary.guest.write(memoryview(MORE), LATER, False)
+    assert secondary.seen() == changed(before[0], (LATER, MORE))
+    assert secondary.below() == before[1], "the commit has begun"
+    secondary.seam.work()
+    secondary.wait_done()
+    assert secondary.below() == secondary.seen() == changed(before[0], (LATER, MORE))
+
+
+@pytest.mark.parametrize("fails", RECORD_FAULTS)
+def test_a_commit_whose_end_cannot_be_saved_serves_the_guest_in_stage_failover_until_it_can(
+    secondary: SecondaryBench, fails: str
+) -> None:
+    """There is nobody to give the error to, and everything has come down: nothing is told as a fault of the commit."""
+    secondary.bring_to("failover")
+    seen = secondary.seen()
+    secondary.fail(fails)
+    secondary.release_failover()
+    wait_until(lambda: secondary.below() == seen, "all has come down")
+    wait_until(lambda: secondary.seam.hits, "the end of the commit cannot be saved")
+    assert (secondary.stage, secondary.error, secondary.told()) == ("failover", None, [])
+    secondary.guest.write(memoryview(MORE), LATER, False)
+    assert secondary.seen() == changed(seen, (LATER, MORE))
+    assert Request("target", "write", FREE, LENGTH).send(secondary.target)[0] == errno.ESHUTDOWN
+    secondary.seam.work()
+    secondary.wait_done()
+    assert secondary.below() == secondary.seen() == changed(seen, (LATER, MORE))
 
 
 # -- commands that need no data --------------------------------------------------------------------------------------
