@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import nbdkit
 
@@ -130,6 +130,9 @@ def _boundary(callback: Callable[..., R]) -> Callable[..., R]:
             raise DiskError("internal error; the server's log has more") from None
 
     return guarded
+
+
+_FUA: Final = int(nbdkit.FLAG_FUA)
 
 
 def _request(callback: Callable[..., R]) -> Callable[..., R]:
@@ -393,16 +396,24 @@ def can_extents(h: Handle) -> bool:
 # -- requests ----------------------------------------------------------------------------------------------
 
 
-@_request
-def pread(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
-    """Read."""
-    h.read(buf, offset)
+def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    """Read. Like `pwrite` without `_request`, whose call more is a part of it that can be measured."""
+    try:
+        h.threads.keep()
+        h.export.read(buf, offset)
+    except (DiskError, MemoryError) as error:
+        _tell_client(error)
+        raise
 
 
-@_request
-def pwrite(h: AnyExport, buf: memoryview, offset: int, flags: int) -> None:
+def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     """Write."""
-    h.write(buf, offset, bool(flags & nbdkit.FLAG_FUA))
+    try:
+        h.threads.keep()
+        h.export.write(buf, offset, flags & _FUA != 0)
+    except (DiskError, MemoryError) as error:
+        _tell_client(error)
+        raise
 
 
 @_request

@@ -61,7 +61,7 @@ class FileDisk(Disk):
             raise DiskError.from_os(f"reading {len(buffer)} bytes at {offset} of {self.location}", error) from error
 
     def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
-        length = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+        length = len(pieces[0]) if len(pieces) == 1 else sum([len(piece) for piece in pieces])
         unflushed = self.unflushed
         if unflushed is None:
             self._write(pieces, offset, length, fua)
@@ -75,7 +75,7 @@ class FileDisk(Disk):
         else:
             number = unflushed.begin(offset, length)
             try:
-                self._write(pieces, offset, length, fua)
+                self._write(pieces, offset, length, False)
             finally:
                 unflushed.end(number)
 

@@ -125,8 +125,11 @@ class Unflushed:
         # small writes find their byte set, and take no lock.
         self._under_way[number] = (first, stop, self._turn)
         if stop - first != 1 or self._bytes[first] & _WRITTEN != self._mark:
-            with self._lock:
+            self._lock.acquire()
+            try:
                 self._put_locked(first, stop)
+            finally:
+                self._lock.release()
         return number
 
     def end(self, number: int) -> None:

@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,11 @@ class Held(IntEnum):
     NOTHING = 0
     DATA = 1
     ZERO = 2
+
+
+NOTHING: Final = Held.NOTHING
+DATA: Final = Held.DATA
+ZERO: Final = Held.ZERO
 
 
 def _native(bit: int) -> int:
@@ -174,30 +180,30 @@ class Overlay:
             data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
             upto = start + last - first
             if not word & (data | zero):
-                yield start, upto, Held.NOTHING
+                yield start, upto, NOTHING
             elif word & data == data:
-                yield start, upto, Held.DATA
+                yield start, upto, DATA
             elif word & zero == zero:
-                yield start, upto, Held.ZERO
+                yield start, upto, ZERO
             else:
                 for block in range(first, last):
                     if word & DATA_MASK[block][block + 1]:
-                        state = Held.DATA
+                        state = DATA
                     elif word & ZERO_MASK[block][block + 1]:
-                        state = Held.ZERO
+                        state = ZERO
                     else:
-                        state = Held.NOTHING
+                        state = NOTHING
                     yield start, start + 1, state
                     start += 1
             start = upto
 
     def holds_any(self, start: int, stop: int) -> bool:
         """Whether any of the blocks [start, stop) is held."""
-        return any(state is not Held.NOTHING for _, _, state in self._pieces(start, stop))
+        return any(state is not NOTHING for _, _, state in self._pieces(start, stop))
 
     def holds_all(self, start: int, stop: int) -> bool:
         """Whether every one of the blocks [start, stop) is held."""
-        return all(state is not Held.NOTHING for _, _, state in self._pieces(start, stop))
+        return all(state is not NOTHING for _, _, state in self._pieces(start, stop))
 
     # -- changes -------------------------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class Overlay:
             data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
             some = data | zero
             old = self._all[2 * cluster + 1]
-            new = (old | some) ^ (zero if state is Held.DATA else data if state is Held.ZERO else some)
+            new = (old | some) ^ (zero if state is DATA else data if state is ZERO else some)
             if new != old:
                 if not self._in_place:
                     self._keep(2 * cluster + 1, new.to_bytes(8, sys.byteorder), start * BLOCK)
@@ -232,7 +238,7 @@ class Overlay:
                     self.data_blocks += (new & DATA_BITS).bit_count() - (old & DATA_BITS).bit_count()
                 else:  # the first write to a block is what happens most often: that takes half the time
                     self.allocated_blocks += last - first
-                    if state is Held.DATA:
+                    if state is DATA:
                         self.data_blocks += last - first
             start += last - first
 
@@ -254,7 +260,7 @@ class Overlay:
         if stop >= self.blocks:
             # QEMU, zeroing up to the disk's end, marks its last cluster to the end.
             stop = -(-stop // BLOCKS_PER_CLUSTER) * BLOCKS_PER_CLUSTER
-        self.mark(start, stop, Held.NOTHING)
+        self.mark(start, stop, NOTHING)
 
     def forget_chosen(self, first: int, chosen: npt.NDArray[np.bool_]) -> None:
         """`forget` for those of the clusters' blocks, from cluster `first` on, that are chosen: a megabyte in 15 us,
@@ -379,7 +385,7 @@ class Overlay:
         range, so that no write is between its data and its bit."""
         freed = 0
         for first, last, state in self.held(start, stop):
-            if state is not Held.DATA:
+            if state is not DATA:
                 self.data.discard(first * BLOCK, (last - first) * BLOCK)
                 freed += (last - first) * BLOCK
         return freed

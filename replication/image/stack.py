@@ -64,7 +64,7 @@ from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.image.descent import Descent
 from replication.image.layer import Layer, LayerError, Source, flush_secondary, on_layer
-from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
+from replication.image.overlay import DATA, DATA_MASK, ZERO, ZERO_MASK, Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.room import Room
 from replication.image.syncgroup import SyncGroup
@@ -210,7 +210,7 @@ class Stack:
     def _layers_of(overlay: Overlay, name: Source, start: int, stop: int) -> Iterator[tuple[int, int, Source]]:
         """Runs of one overlay, in bytes; what it does not hold is DISK."""
         for first, last, held in overlay.held(start // BLOCK, -(-stop // BLOCK)):
-            source = name if held is Held.DATA else Source.ZERO if held is Held.ZERO else Source.DISK
+            source = name if held is DATA else Source.ZERO if held is ZERO else Source.DISK
             yield max(start, first * BLOCK), min(stop, last * BLOCK), source
 
     def holds_all(self, start: int, stop: int) -> bool:
@@ -288,7 +288,7 @@ class Stack:
         if head:
             self._write_active([ZEROES[:head]], offset, head, spare)
         with on_layer(Layer.ACTIVE, "zero", offset, length):
-            self.active.mark(first, last, Held.ZERO)
+            self.active.mark(first, last, ZERO)
         tail = stop - last * BLOCK
         if tail > 0:
             self._write_active([ZEROES[:tail]], last * BLOCK, tail, spare)
@@ -323,7 +323,7 @@ class Stack:
                 return
             self.room.write_again(self.active, Layer.ACTIVE, pieces, offset, length, error)
         pause("guest-write.before-mark")
-        self.active.mark(first, last, Held.DATA)
+        self.active.mark(first, last, DATA)
         if self.active.data_blocks >= self.active.watch_at:
             self.room.grown(self.active)
 
@@ -343,7 +343,7 @@ class Stack:
         self.active.forget(first, last)
 
     def _held_as_data(self, first: int, last: int) -> bool:
-        return all(state is Held.DATA for _, _, state in self.active.held(first, last))
+        return all(state is DATA for _, _, state in self.active.held(first, last))
 
     # -- guest face after failover -------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.image.layer import Layer, LayerError, flush_secondary, on_layer
-from replication.image.overlay import DATA_MASK, ZERO_MASK, Held, Overlay
+from replication.image.overlay import DATA, DATA_MASK, NOTHING, ZERO, ZERO_MASK, Overlay
 from replication.image.plan import Piece, Plan, arrange
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
 from replication.image.room import Room
@@ -224,8 +224,8 @@ class TargetWrites:
             data.append(blocks)
         self._spare.give(room)
         pause("copy-before-write.before-mark")
-        self._hidden.mark_each(zeroes, Held.ZERO)
-        self._hidden.mark_each(data, Held.DATA)
+        self._hidden.mark_each(zeroes, ZERO)
+        self._hidden.mark_each(data, DATA)
         if self._hidden.data_blocks >= self._hidden.watch_at:
             self._room.grown(self._hidden)
 
@@ -265,7 +265,7 @@ class TargetWrites:
                 return True
         copied = False
         for start, stop, held in list(self._hidden.held(first, last)):
-            if held is Held.NOTHING:
+            if held is NOTHING:
                 self._copy_to_hidden(start * BLOCK, min(stop * BLOCK, self._size))
                 copied = True
         return copied
@@ -278,7 +278,7 @@ class TargetWrites:
                 hole = at + self._hole(at, stop)
                 whole = hole if hole >= stop else hole // BLOCK * BLOCK
                 if whole > at:
-                    self._hidden.mark(at // BLOCK, -(-whole // BLOCK), Held.ZERO)
+                    self._hidden.mark(at // BLOCK, -(-whole // BLOCK), ZERO)
                     at = whole
                     continue
             old = self._spare.take(end - at)
@@ -289,7 +289,7 @@ class TargetWrites:
     def _copy_piece(self, old: memoryview, at: int) -> None:
         self._read_old(old, at)
         if _ZEROES.startswith(old):
-            self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.ZERO)
+            self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), ZERO)
         else:
             self._write_hidden(old, at)
 
@@ -315,7 +315,7 @@ class TargetWrites:
         except DiskError as error:
             self._room.write_again(self._hidden, Layer.HIDDEN, [old], at, len(old), error)
         pause("copy-before-write.before-mark")
-        self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), Held.DATA)
+        self._hidden.mark(at // BLOCK, -(-(at + len(old)) // BLOCK), DATA)
         if self._hidden.data_blocks >= self._hidden.watch_at:
             self._room.grown(self._hidden)
 

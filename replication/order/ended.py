@@ -21,8 +21,9 @@ _sem_post.argtypes = (ctypes.c_void_p,)
 _sem_clockwait = _library.sem_clockwait
 _sem_clockwait.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
-_SEMAPHORE_SIZE = 32
-"""sizeof(sem_t) on 64-bit machines (16 elsewhere). All zero, it is an unnamed one of this process with the value 0."""
+_Semaphore = ctypes.c_char * 32
+"""sem_t: its size on 64-bit machines (16 elsewhere). All zero, it is an unnamed one of this process with the value 0.
+(ctypes.create_string_buffer looks the type up for each.)"""
 
 
 class Ended:
@@ -35,7 +36,7 @@ class Ended:
     __slots__ = ("_address", "_semaphore", "told")
 
     def __init__(self) -> None:
-        self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_SIZE)
+        self._semaphore = _Semaphore()
         self._address = ctypes.addressof(self._semaphore)
         self.told = False
 
@@ -46,9 +47,12 @@ class Ended:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds; whether it has."""
+        return self.told or self.wait_until(time.monotonic() + timeout_s)
+
+    def wait_until(self, until_s: float) -> bool:
+        """Wait until then at most (seconds, monotonic); whether it has."""
         if self.told:
             return True
-        until_s = time.monotonic() + timeout_s
         until = _Timespec(int(until_s), int(until_s % 1 * 1e9))
         while _sem_clockwait(self._address, time.CLOCK_MONOTONIC, ctypes.addressof(until)):
             if ctypes.get_errno() != errno.EINTR:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from replication.errors import DiskError, ReplicationError
-from replication.order.latency import GATE, STOP, Latency
+from replication.order.latency import GATE, STOP, Course, Latency, Tally
 from replication.order.urgency import GIVES_WAY, Urgency
 
 ENTER_S = 60.0
@@ -34,7 +34,8 @@ class GateStuck(ReplicationError):
 
 
 class Gate:
-    """`with gate:` around every request; `with gate.closed():` around what needs them all out."""
+    """`course = gate.enter(tally)` and `gate.leave(course)` around every request of a client, `with gate:` around other
+    work; `with gate.closed():` around what needs them all out."""
 
     def __init__(self) -> None:
         self.latency = Latency()
@@ -50,6 +51,49 @@ class Gate:
         self._why = STOP
         self.passed = 0
         """How many have entered so far."""
+
+    def enter(self, tally: Tally) -> Course:
+        """The calling thread begins with a client's request; `leave` is to follow, whatever comes of it. DiskError: it
+        has ended already."""
+        course = self.latency.begin(tally)
+        self._lock.acquire()
+        try:
+            if self._shut:
+                try:
+                    self._wait_open_locked()
+                except BaseException:
+                    course.end()
+                    raise
+            self._inside += 1
+            self.passed += 1
+        finally:
+            self._lock.release()
+        return course
+
+    def leave(self, course: Course) -> None:
+        """The request has ended, well or not."""
+        self._lock.acquire()
+        try:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._changed.notify_all()
+        finally:
+            self._lock.release()
+        course.end()
+
+    def give_way(self) -> None:
+        """Between two steps of a long request: a command finds the gate empty. DiskError: the request is to end, and is
+        still to `leave`."""
+        with self._lock:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._changed.notify_all()
+            try:
+                if self._shut:
+                    self._wait_open_locked()
+                self.passed += 1
+            finally:
+                self._inside += 1
 
     def __enter__(self) -> None:
         with self._lock:

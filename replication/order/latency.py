@@ -32,6 +32,9 @@ SECONDARY: Final = 3
 WAITS = ("gate", "lock", "queue", "secondary")
 """What a request may wait for, beside its disk: the gate (gate.py), other requests on the same blocks, room in the
 forward queue, and with protocol=sync the secondary's answer."""
+_PARTS = range(len(WAITS))
+_NOTHING: Final = -1
+_SEVERAL: Final = -2
 
 CHECKPOINT: Final = "checkpoint"
 START: Final = "start"
@@ -92,7 +95,11 @@ class Histogram:
 
     def add(self, seconds: float) -> None:
         """Count one."""
-        self.counts[int(seconds * 1e6).bit_length()] += 1
+        self.count(int(seconds * 1e6).bit_length(), seconds)
+
+    def count(self, bucket: int, seconds: float) -> None:
+        """`add`, for who knows the bucket."""
+        self.counts[bucket] += 1
         self.sum_s += seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -116,22 +123,37 @@ class Tally:
         self.counts = [0] * _BUCKETS
         self.sum_s = 0.0
         self.waits = [Histogram() for _ in WAITS]
-        # Of the requests that have waited: all of their time, and what of it was not waiting. The others' time is all
-        # the disk's, so nothing more is counted for them.
-        self.waited = Histogram()
-        self.rest = Histogram()
+        # By how much the counts and the sum of the disk's time differ from those above: for a request that has waited,
+        # one less in the bucket of all its time, one more in that of what was not waiting. The others' time is all the
+        # disk's, so nothing more is counted for them.
+        self._moved = [0] * _BUCKETS
+        self._moved_s = 0.0
+
+    def note_waits(self, course: Course, elapsed_s: float) -> None:
+        """A request has waited."""
+        waited_s = course.waited_s
+        bucket = int(waited_s * 1e6).bit_length()
+        self.account.waited.count(bucket, waited_s)
+        if course.part != _SEVERAL:
+            self.waits[course.part].count(bucket, waited_s)
+        else:
+            for part in _PARTS:
+                if course.waits[part] > 0:
+                    self.waits[part].add(course.waits[part])
+        rest_s = elapsed_s - waited_s if elapsed_s > waited_s else 0.0
+        self._moved[int(elapsed_s * 1e6).bit_length()] -= 1
+        self._moved[int(rest_s * 1e6).bit_length()] += 1
+        self._moved_s += rest_s - elapsed_s
 
     def to_json(self) -> dict[str, Any]:
         """`parts` has only what somebody has waited for, and the disk."""
-        waited, rest, sum_s = self.waited, self.rest, self.sum_s
-        counts = [
-            max(0, all_ - with_) + left
-            for all_, with_, left in zip(self.counts, waited.counts, rest.counts, strict=True)
-        ]
+        moved_s, sum_s = self._moved_s, self.sum_s
+        # Requests may end meanwhile, so it is an estimate.
+        counts = [max(0, all_ + moved) for all_, moved in zip(self.counts, self._moved, strict=True)]
         parts = {
             name: histogram.to_json() for name, histogram in zip(WAITS, self.waits, strict=True) if histogram.sum_s > 0
         }
-        parts["disk"] = _told(counts, max(0.0, sum_s - waited.sum_s + rest.sum_s))
+        parts["disk"] = _told(counts, max(0.0, sum_s + moved_s))
         total = _told(self.counts, sum_s)
         return {"export": self.export, "operation": self.operation, "total": total, "parts": parts}
 
@@ -172,12 +194,7 @@ class Account:
         """A request has ended which has waited, or is the longest of its minute."""
         tally = course.tally
         if course.waited_s > 0:
-            self.waited.add(course.waited_s)
-            tally.waited.add(elapsed_s)
-            tally.rest.add(max(0.0, elapsed_s - course.waited_s))
-            for part, seconds in enumerate(course.waits):
-                if seconds > 0:
-                    tally.waits[part].add(seconds)
+            tally.note_waits(course, elapsed_s)
         if elapsed_s > self.longest_s:
             now_s, reason = time.monotonic(), course.reason(elapsed_s)
             with self._lock:
@@ -221,6 +238,8 @@ class Course:
         """0: nothing is under way."""
         self.waits = [0.0] * len(WAITS)
         self.waited_s = 0.0
+        self.part = _NOTHING
+        """What it has waited for so far, or _SEVERAL."""
         # The longest wait so far and what it was for; what is waited for now (-1: nothing), why, and since when.
         self._worst_s = 0.0
         self._worst = ""
@@ -236,12 +255,14 @@ class Course:
         tally.counts[int(elapsed_s * 1e6).bit_length()] += 1
         tally.sum_s += elapsed_s
         account = tally.account
-        if elapsed_s > account.longest_s or self.waited_s > 0:
+        if elapsed_s > account.longest_s or self.part != _NOTHING:
             account.note(self, elapsed_s)
 
     def wait(self, part: int, why: str) -> None:
         """It waits from now on."""
         self.why = why
+        if self.part != part:
+            self.part = part if self.part == _NOTHING else _SEVERAL
         self.since_s = time.monotonic()
         self.waiting = part
 
@@ -261,10 +282,12 @@ class Course:
 
     def forget(self) -> None:
         """Nothing is known of the next request."""
-        if self.waited_s > 0:
-            self.waited_s = self._worst_s = 0.0
-            for part in range(len(WAITS)):
-                self.waits[part] = 0.0
+        if self.part >= 0:
+            self.waits[self.part] = 0.0
+        elif self.part == _SEVERAL:
+            self.waits = [0.0] * len(WAITS)
+        self.waited_s = self._worst_s = 0.0
+        self.part = _NOTHING
 
     def stall(self, now_s: float) -> Stall | None:
         """What is under way, as one that has ended now. Read while the thread goes on: an estimate."""

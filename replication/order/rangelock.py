@@ -63,6 +63,13 @@ class Range:
         if self._wake is not None:
             self._wake.release()
 
+    def tell_followers_locked(self) -> None:
+        """Nobody has to wait for it any more."""
+        for follower in self.followers:
+            follower.waits_for -= 1
+            if not follower.waits_for:
+                follower.wake_locked()
+
 
 class RangeLock:
     """`held = lock.acquire(start, stop)` ... `lock.release(held)`; ranges are bytes, callers round them to blocks."""
@@ -77,7 +84,18 @@ class RangeLock:
     def acquire(self, start: int, stop: int, why: str = OVERLAP) -> Range:
         """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds. `why`: what others wait
         for meanwhile (latency.REASONS)."""
-        return self._ask(Range(start, stop, (), why))
+        mine = Range(start, stop, (), why)
+        self._lock.acquire()
+        try:
+            for other in self._asked:
+                if other.start < stop and start < other.stop:
+                    break
+            else:
+                self._asked.append(mine)
+                return mine
+        finally:
+            self._lock.release()
+        return self._ask(mine)
 
     def acquire_all(self, spans: Sequence[tuple[int, int]], why: str = OVERLAP) -> Range:
         """As `acquire`, for several ranges (disjoint, ascending) at one instant. So here, too, nobody waits for what
@@ -123,17 +141,16 @@ class RangeLock:
             for other in self._asked:
                 if mine in other.followers:
                     other.followers.remove(mine)
-            self._leave_locked(mine)
+            self._asked.remove(mine)
+            mine.tell_followers_locked()
         raise DiskError(f"waited {WAIT_S:.0f} s for another request on bytes {mine.start} to {mine.stop}")
 
     def release(self, held: Range) -> None:
         """Give the range back."""
-        with self._lock:
-            self._leave_locked(held)
-
-    def _leave_locked(self, mine: Range) -> None:
-        self._asked.remove(mine)
-        for follower in mine.followers:
-            follower.waits_for -= 1
-            if not follower.waits_for:
-                follower.wake_locked()
+        self._lock.acquire()
+        try:
+            self._asked.remove(held)
+            if held.followers:
+                held.tell_followers_locked()
+        finally:
+            self._lock.release()

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from typing import Final
 
 import nbd
 
@@ -179,11 +180,15 @@ class Budget:
     def take_now(self, size: int) -> bool:
         """Take room if there is some; whether there was. For a request to try first: preparing for a wait costs more
         than this does."""
-        with self._lock:
-            if self._behind or self._line or not self._fits(size):
+        self._lock.acquire()
+        try:
+            used = self._used
+            if self._behind or self._line or (used and used + size > self.limit):
                 return False
-            self._used += size
+            self._used = used + size
             return True
+        finally:
+            self._lock.release()
 
     def _fits(self, size: int) -> bool:
         return not self._used or self._used + size <= self.limit
@@ -223,6 +228,13 @@ class Kind(Enum):
     failure to forward, unless it says that nothing is taken any more."""
     CUT = "cut"
     """The end of an epoch: nothing behind it is sent before all in front of it is answered and it is let go."""
+
+
+WRITE: Final = Kind.WRITE
+ZERO: Final = Kind.ZERO
+FLUSH: Final = Kind.FLUSH
+CHECK: Final = Kind.CHECK
+CUT: Final = Kind.CUT
 
 
 class Entry:
@@ -293,7 +305,7 @@ class Entry:
     @property
     def weight(self) -> int:
         """Bytes that it is for the link or, of zeroes, for the secondary's disk."""
-        return self.length if self.kind is Kind.ZERO else len(self.data)
+        return self.length if self.kind is ZERO else len(self.data)
 
     def overlaps(self, other: Entry) -> bool:
         """Whether their order matters."""
@@ -303,13 +315,13 @@ class Entry:
     def flags(self) -> int:
         """NBD's flags for the request."""
         flags = nbd.CMD_FLAG_FUA if self.fua else 0
-        return flags | nbd.CMD_FLAG_NO_HOLE if self.kind is Kind.ZERO and not self.may_trim else flags
+        return flags | nbd.CMD_FLAG_NO_HOLE if self.kind is ZERO and not self.may_trim else flags
 
     def issue(self, handle: nbd.NBD, completion: Completion) -> None:
         """Make the libnbd call, for what carries no data (Connection.write_alone sends what does)."""
-        if self.kind is Kind.ZERO:
+        if self.kind is ZERO:
             handle.aio_zero(self.length, self.offset, completion, self.flags)
-        elif self.kind is Kind.CHECK:
+        elif self.kind is CHECK:
             handle.aio_pread(self.answer, self.answer_at, completion)
         else:
             handle.aio_flush(completion)
@@ -375,12 +387,12 @@ class InFlight:
             self._large[entry] = None
         self._all[entry] = None
         self.bytes += len(entry.data)
-        if entry.kind is Kind.ZERO:
+        if entry.kind is ZERO:
             self.zeroes += entry.length
         return True
 
     def _meets(self, entry: Entry) -> bool:
-        if entry.kind is Kind.FLUSH:
+        if entry.kind is FLUSH:
             return bool(self._all)
         blocks = _blocks(entry)
         if len(blocks) <= len(self._blocks):
@@ -396,7 +408,7 @@ class InFlight:
         for entry in entries:
             del self._all[entry]
             self.bytes -= len(entry.data)
-            if entry.kind is Kind.ZERO:
+            if entry.kind is ZERO:
                 self.zeroes -= entry.length
             block = entry.offset // BLOCK
             if block == (entry.offset + entry.length - 1) // BLOCK:
@@ -408,7 +420,7 @@ class InFlight:
 
 
 def _is_small(entry: Entry) -> bool:
-    return entry.length <= _SMALL and entry.kind is not Kind.FLUSH
+    return entry.length <= _SMALL and entry.kind is not FLUSH
 
 
 def _blocks(entry: Entry) -> range:
@@ -416,14 +428,14 @@ def _blocks(entry: Entry) -> range:
 
 
 def _overlap(one: Entry, other: Entry) -> bool:
-    if other.kind is Kind.FLUSH:
+    if other.kind is FLUSH:
         return True
     return one.offset < other.offset + other.length and other.offset < one.offset + one.length
 
 
 def cost(entries: Sequence[Entry]) -> int:
     """What the entries together take of the budget, in bytes."""
-    return sum(entry.cost for entry in entries)
+    return sum([entry.cost for entry in entries])
 
 
 class Flows:
@@ -432,26 +444,30 @@ class Flows:
     def __init__(self) -> None:
         self.data = Flow(DATA_MIN, _FLIGHT_FIRST, FLIGHT_MAX)
         self.zeroes = Flow(ZERO_MIN, _ZERO_FLIGHT_FIRST, ZERO_FLIGHT_MAX)
-
-    @property
-    def data_piece(self) -> int:
+        # Kept, because every write asks for it.
+        self.data_piece = DATA_MIN
         """Most data of an entry now, in bytes: half of what may be in flight."""
-        return max(DATA_MIN, min(DATA_MAX, self.data.window // 2))
+        self.fit()
+
+    def fit(self) -> None:
+        """The window of data has changed, perhaps."""
+        self.data_piece = max(DATA_MIN, min(DATA_MAX, self.data.window // 2))
+
+    def have_room(self, in_flight: InFlight) -> bool:
+        """Whether another entry may be sent. An entry may be larger than what is left."""
+        return in_flight.bytes <= self.data.window and in_flight.zeroes <= self.zeroes.window
 
     @property
     def zero_piece(self) -> int:
         """Longest range of an entry of zeroes now, in bytes: one that fills the flight, since each is a round trip."""
         return max(ZERO_MIN, min(ZERO_MAX, 2 * self.zeroes.window))
 
-    def have_room(self, in_flight: InFlight) -> bool:
-        """Whether another entry may be sent. An entry may be larger than what is left."""
-        return in_flight.bytes <= self.data.window and in_flight.zeroes <= self.zeroes.window
-
     def learn(self, entries: Sequence[Entry], sent_at: float, in_flight: InFlight, timeout_s: float) -> None:
         """Entries that were sent together were answered now."""
         now = time.monotonic()
-        if entries[0].kind is Kind.ZERO:
+        if entries[0].kind is ZERO:
             self.zeroes.learn(entries[0].length, sent_at, now, in_flight.zeroes, timeout_s / _QUICK_ZEROES_PART)
-        elif entries[0].kind is Kind.WRITE:
+        elif entries[0].kind is WRITE:
             size = sum([len(entry.data) for entry in entries])
             self.data.learn(size, sent_at, now, in_flight.bytes, timeout_s / _QUICK_PART)
+            self.fit()

@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
 from replication.disk.unflushed import Loss, Unflushed
@@ -48,7 +48,7 @@ from replication.image.qcow2 import BLOCK
 from replication.order.latency import CHECKPOINT, LINK_LOST, RESYNC, SECONDARY, SLOW_SECONDARY, VERIFY, Latency
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
-from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, Entry, Kind, cost
+from replication.primary.backlog import DATA_MAX, FLIGHT_MAX, FLUSH, WRITE, ZERO, Entry, cost
 from replication.primary.content import ZERO_RUN_MAX, known_zeroes, what_can_be_read, what_is_read
 from replication.primary.forward import Forwarder
 from replication.record.ancestry import Ancestry
@@ -58,6 +58,9 @@ from replication.stage import Stage
 _SPARE = 2 * FLIGHT_MAX
 """Bytes of memory for large entries that are kept for the next ones: a flight comes back almost at once while the next
 is being filled. (With 4 MiB a third of 256k writes found none.)"""
+
+
+_RUNNING: Final = Stage.RUNNING
 
 
 class Barrier(NamedTuple):
@@ -151,14 +154,14 @@ class PrimaryDisk:
         for lost in loss.ranges:
             self.changes.mark(*lost)
         offset, length = loss.ranges[0]
-        if self.stage is Stage.RUNNING:
+        if self.stage is _RUNNING:
             self.left_behind("flush", offset, length, False)
         if not loss.told:  # otherwise the guest has asked, and is told what has become of that
             self._report_lost(offset, length, loss.error)
         return True
 
     def _report_lost(self, offset: int, length: int, error: DiskError) -> None:
-        note = self._faults.report if self.stage is Stage.RUNNING else self._faults.tell
+        note = self._faults.report if self.stage is _RUNNING else self._faults.tell
         note(Case.PRIMARY_DISK, self.name, "flush", offset, length, error)
 
     def settle(self) -> None:
@@ -175,7 +178,11 @@ class PrimaryDisk:
     def read(self, buffer: memoryview, offset: int) -> None:
         """Local; an export that only forwards has nothing to read (as QEMU's primary, whose quorum reads elsewhere)."""
         local = self._readable()
-        self._tell("read", offset, len(buffer), lambda: local.read(buffer, offset))
+        try:
+            local.read(buffer, offset)
+        except BaseException as error:
+            self._tell_failure("read", offset, len(buffer), error)
+            raise
         self.bytes_read += len(buffer)
 
     def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
@@ -200,12 +207,12 @@ class PrimaryDisk:
         """Write locally and forward."""
         length, piece = len(data), self.forwarder.data_piece
         if length <= piece:
-            entry = Entry(Kind.WRITE, offset, length, self._on_end, self._sync)
+            entry = Entry(WRITE, offset, length, self._on_end, self._sync)
             entry.load(data, self._memory)
             entries: Sequence[Entry] = (entry,)
         else:
             entries = [
-                Entry(Kind.WRITE, offset + at, min(piece, length - at), self._on_end, self._sync)
+                Entry(WRITE, offset + at, min(piece, length - at), self._on_end, self._sync)
                 for at in range(0, length, piece)
             ]
             for entry in entries:
@@ -217,7 +224,7 @@ class PrimaryDisk:
         """Zero locally and forward. Trim comes here, too: both disks must read the same afterwards."""
         piece = self.forwarder.zero_piece
         entries = [
-            Entry(Kind.ZERO, offset + at, min(piece, length - at), self._on_end, self._sync)
+            Entry(ZERO, offset + at, min(piece, length - at), self._on_end, self._sync)
             for at in range(0, length, piece)
         ]
         for entry in entries:
@@ -230,9 +237,9 @@ class PrimaryDisk:
         self._ancestry.flush()
         if self.local is not None:
             self._tell("flush", 0, 0, self.local.flush)
-        elif self.stage is not Stage.RUNNING:
+        elif self.stage is not _RUNNING:
             raise self._not_running()
-        if self._sync and self.stage is Stage.RUNNING and not self.forwarder.behind:
+        if self._sync and self.stage is _RUNNING and not self.forwarder.behind:
             barrier = self.begin_barrier()
             until = time.monotonic() + self.forwarder.patience_s
             course = None if self._latency is None else self._latency.waiting(SECONDARY, SLOW_SECONDARY)
@@ -248,7 +255,7 @@ class PrimaryDisk:
         self, operation: str, offset: int, length: int, fua: bool, entries: Sequence[Entry], *arguments: object
     ) -> None:
         """Change the local disk by its method `operation(*arguments)`, and the secondary's by the entries."""
-        if self.stage is not Stage.RUNNING:
+        if self.stage is not _RUNNING:
             if self.local is None:
                 raise self._not_running()
             # Not forwarded, but remembered for the resync of the next pair.
@@ -321,22 +328,16 @@ class PrimaryDisk:
         late = False
         course = None if self._latency is None else self._latency.waiting(SECONDARY, SLOW_SECONDARY)
         try:
-            late = self._await_all(entries, until)
+            for entry in entries:
+                if self.forwarder.await_until(entry, until) or not self._leave(entry):
+                    self.changes.end(entry.offset, entry.length, True)
+                else:
+                    late = True
         finally:
             if course is not None:
                 course.go_on(self._why_awaited(course.since_s))
         if late and self.forwarder.up:
             self._fall_behind(operation, offset, length)
-
-    def _await_all(self, entries: Sequence[Entry], until: float) -> bool:
-        """Whether some of them are on their way still."""
-        late = False
-        for entry in entries:
-            if self.forwarder.await_until(entry, until) or not self._leave(entry):
-                self.changes.end(entry.offset, entry.length, True)
-            else:
-                late = True
-        return late
 
     def _why_awaited(self, since_s: float) -> str:
         """Why the secondary's answer has been waited for since then (seconds, monotonic)."""
@@ -375,8 +376,11 @@ class PrimaryDisk:
         if not entry.arrived:
             self._ancestry.part()
             self.changes.mark(entry.offset, entry.length)
-        with self._leaving:
+        self._leaving.acquire()
+        try:
             entry.settled = True
+        finally:
+            self._leaving.release()
         if entry.left:
             self.changes.end(entry.offset, entry.length, True)
 
@@ -392,7 +396,7 @@ class PrimaryDisk:
 
     def begin_barrier(self) -> Barrier:
         """Queue a flush behind everything answered so far. Never waits."""
-        entry = Entry(Kind.FLUSH, waited_for=True)
+        entry = Entry(FLUSH, waited_for=True)
         # Whoever asks for it waits, so there are few; to wait for room as well would be to do it with the gate closed.
         entry.cost = 0
         with self._order:
@@ -455,7 +459,7 @@ class PrimaryDisk:
         held = self.ranges.acquire(offset, offset + length, RESYNC)
         try:
             self.changes.watch(offset, length)
-            if self.stage is not Stage.RUNNING:
+            if self.stage is not _RUNNING:
                 # Looked at behind `watch`: a guest that writes after a stop takes no range lock, but what it marks from
                 # now on stays missing.
                 return ()
@@ -490,7 +494,7 @@ class PrimaryDisk:
                 return Checked.WRITTEN
             pause("verify.read")
             # Only now: while replication does not run, a guest's write takes no range lock.
-            if self.stage is not Stage.RUNNING or not self.forwarder.put_spare(entry):
+            if self.stage is not _RUNNING or not self.forwarder.put_spare(entry):
                 return Checked.UNSENT
             return Checked.QUEUED
         finally:

@@ -27,13 +27,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import Enum
+from typing import Final
 
 from replication import batch
 from replication.disk.connection import Connection, Request
 from replication.errors import DiskError
 from replication.order.latency import LINK_LOST, QUEUE, QUEUE_FULL, Histogram, Latency
 from replication.order.pause import pause
-from replication.primary.backlog import PATIENCE, Budget, Entry, Flows, InFlight, Kind, cost
+from replication.primary.backlog import CHECK, CUT, FLUSH, PATIENCE, WRITE, Budget, Entry, Flows, InFlight, cost
 from replication.record.changes import ChangeMap
 
 WINDOW = 256
@@ -83,6 +84,12 @@ class Rest(Enum):
     HELD = "held"
 
 
+_NONE: Final = Rest.NONE
+_NAP: Final = Rest.NAP
+_SLEEP: Final = Rest.SLEEP
+_HELD: Final = Rest.HELD
+
+
 class Forwarder:
     """Sends one disk's writes to the secondary, by a thread of its own."""
 
@@ -98,6 +105,8 @@ class Forwarder:
         the connection is lost; both without locks, by the forwarding thread."""
         self.disk_name = disk_name
         self.timeout_s = timeout_s
+        self.patience_s = PATIENCE * timeout_s
+        """Longest wait of a guest for the secondary, in seconds."""
         self._budget = budget
         self._failed = failed
         self._lost = lost
@@ -114,7 +123,7 @@ class Forwarder:
         self._answered: deque[tuple[Sequence[Entry], int]] = deque()
         # Entries queued or in flight that somebody waits for (of cuts, those that are not reached yet).
         self._awaited = 0
-        self._rest = Rest.NONE
+        self._rest = _NONE
         self._up = False
         self._stopping = False
         self._connection: Connection | None = None
@@ -209,11 +218,6 @@ class Forwarder:
                 course.go_on(QUEUE_FULL if self._up else LINK_LOST)
 
     @property
-    def patience_s(self) -> float:
-        """Longest wait of a guest for the secondary, in seconds."""
-        return PATIENCE * self.timeout_s
-
-    @property
     def behind(self) -> bool:
         """Whether there is a link and it carries less than is written: nobody waits for it."""
         return self._up and self._budget.behind
@@ -250,9 +254,9 @@ class Forwarder:
             if taken:
                 self._spare.extend(entries)
                 self._spare_weight += sum([_spare_weight(entry) for entry in entries])
-                wake = self._rest is Rest.SLEEP
+                wake = self._rest is _SLEEP
                 if wake:
-                    self._rest = Rest.NONE
+                    self._rest = _NONE
         if not taken:
             for entry in entries:
                 entry.end(False)
@@ -264,7 +268,7 @@ class Forwarder:
         """What of a resync must not come behind these entries goes into the queue, in front of them."""
         behind: deque[Entry] = deque()
         for spare in self._spare:
-            if any(entry.kind is Kind.CUT or spare.overlaps(entry) for entry in entries):
+            if any(entry.kind is CUT or spare.overlaps(entry) for entry in entries):
                 self._queue.append(spare)
             else:
                 behind.append(spare)
@@ -277,7 +281,8 @@ class Forwarder:
     def put(self, *entries: Entry) -> bool:
         """Queue entries for which `reserve` has made room, all of them on one side of a cut. They may end before this
         returns. Whether they were queued; without a link they have ended."""
-        with self._lock:
+        self._lock.acquire()
+        try:
             connection = self._connection
             taken = self._up and connection is not None
             if taken:
@@ -287,9 +292,11 @@ class Forwarder:
                 self._queue.extend(entries)
                 if urgent:
                     self._awaited += len(entries)
-                wake = self._rest is Rest.SLEEP or (urgent and self._rest is Rest.NAP)
+                wake = self._rest is _SLEEP or (urgent and self._rest is _NAP)
                 if wake:
-                    self._rest = Rest.NONE
+                    self._rest = _NONE
+        finally:
+            self._lock.release()
         if not taken:
             for entry in entries:
                 self._budget.give(entry.cost)
@@ -304,14 +311,14 @@ class Forwarder:
             entry.let_go = True
             self.let_go_s = time.monotonic()
             connection = self._connection
-            self._rest = Rest.NONE
+            self._rest = _NONE
         if connection is not None:
             connection.poke()
 
     def await_until(self, entry: Entry, until: float) -> bool:
         """Wait until an entry has ended, until `until` (seconds, monotonic) at most; whether it has."""
         assert entry.ended is not None
-        return entry.ended.wait(max(0.0, until - time.monotonic()))
+        return entry.ended.wait_until(until)
 
     def await_end(self, entry: Entry) -> bool:
         """Wait until an entry has ended; whether it arrived. Bounded: the link is lost without progress."""
@@ -339,7 +346,7 @@ class Forwarder:
     def stop(self, drain_s: float) -> bool:
         """Send what is queued, for at most `drain_s` seconds, then let the connection go; whether it was drained. What
         has not arrived by then ends as not arrived."""
-        barrier = Entry(Kind.FLUSH, waited_for=True)
+        barrier = Entry(FLUSH, waited_for=True)
         barrier.cost = 0  # room in a full queue would have to be waited for
         if drain_s > 0 and self.up:
             self.put(barrier)
@@ -382,7 +389,7 @@ class Forwarder:
                 hurry = self._awaited > 0 or bool(self._queue)
                 nap = not hurry and (in_flight > 0 or time.monotonic() < active_until)
                 held = not in_flight and bool(self._queue)
-                self._rest = Rest.NONE if entries else Rest.NAP if nap else Rest.HELD if held else Rest.SLEEP
+                self._rest = _NONE if entries else _NAP if nap else _HELD if held else _SLEEP
             if entries:
                 active_until = time.monotonic() + _ACTIVE_S
                 for together in [entries] if len(entries) == 1 else self._sent_together(entries):
@@ -403,7 +410,7 @@ class Forwarder:
         room = self._window - len(in_flight)
         while queue and len(entries) < room:
             entry = queue[0]
-            if entry.kind is Kind.CUT:
+            if entry.kind is CUT:
                 if in_flight or not self._passed_locked(entry):
                     break
             elif not flows.have_room(in_flight) or not in_flight.admit(entry):
@@ -458,17 +465,17 @@ class Forwarder:
             self._answered.append((entries, request.errno))
 
         first = entries[0]
-        if first.kind is Kind.FLUSH and self._proof is not None:
+        if first.kind is FLUSH and self._proof is not None:
             first.flush_number = self._proof.begin_flush()
         try:
             if len(entries) > 1:
                 assert self._batch_at is not None
-                packed = batch.pack((entry.offset, entry.data) for entry in entries)
+                packed = batch.pack([(entry.offset, entry.data) for entry in entries])
                 connection.write_alone(packed, self._batch_at, 0, answered)
-            elif first.kind is Kind.WRITE:
+            elif first.kind is WRITE:
                 connection.write_alone(first.data, first.offset, first.flags, answered)
             else:
-                change = (first.offset, first.length) if first.length and first.kind is not Kind.CHECK else None
+                change = (first.offset, first.length) if first.length and first.kind is not CHECK else None
                 connection.issue(first.issue, 0, answered, change=change)
         except DiskError as error:
             self._answered.append((entries, error.errno))
@@ -500,7 +507,7 @@ class Forwarder:
             self._learn_flushed(number, failure)
             if failure and not connection.dead:
                 what = f"the secondary answered flush with: {os.strerror(failure)}"
-                self._failed(Entry(Kind.FLUSH), DiskError(what, failure))
+                self._failed(Entry(FLUSH), DiskError(what, failure))
 
     def _learn_flushed(self, number: int, failure: int) -> None:
         proof = self._proof
@@ -530,11 +537,11 @@ class Forwarder:
                         self._send(connection, [entry])
                     continue
                 first = entries[0]
-                if first.kind is Kind.CHECK and number != errno.ESHUTDOWN:
+                if first.kind is CHECK and number != errno.ESHUTDOWN:
                     first.refusal = number
                 else:
                     self._tell_refused(first, number)
-            if entries[0].kind is Kind.FLUSH and not number:
+            if entries[0].kind is FLUSH and not number:
                 self._learn_flushed(entries[0].flush_number, 0)
             waiting = [entry.ended for entry in entries if entry.ended is not None]
             with self._lock:
@@ -543,18 +550,19 @@ class Forwarder:
                 if entries[0].spare or entries[-1].spare:
                     self._spare_weight -= sum([_spare_weight(entry) for entry in entries if entry.spare])
             self._budget.give(cost(entries))
-            if not number and entries[0].kind is not Kind.CHECK:
+            if not number and entries[0].kind is not CHECK:
                 self.bytes_forwarded += sum([entry.length for entry in entries])
+            arrived = not number
             for entry in entries:
-                if not number:
+                if arrived and entry.memory is not None:
                     entry.unload()
-                entry.settle(not number)
+                entry.settle(arrived)
             # Only now, because everybody who is woken takes the GIL.
             for ended in waiting:
                 ended.set()
 
     def _tell_refused(self, entry: Entry, number: int) -> None:
-        if entry.kind is Kind.FLUSH:
+        if entry.kind is FLUSH:
             self._learn_flushed(entry.flush_number, number)
         what = f"the secondary answered {entry.kind.value} of {entry.length} bytes at {entry.offset} with"
         self._failed(entry, DiskError(f"{what}: {os.strerror(number)}", number))
@@ -603,7 +611,7 @@ def _spare_weight(entry: Entry) -> int:
 def cut(forwarders: Sequence[Forwarder]) -> list[Entry] | None:
     """End an epoch in all queues at one instant: the entries that wait there for `let_go`, in the order of the
     forwarders; None, with nothing done, when one of them is not up. One at a time, which the caller sees to."""
-    entries = [Entry(Kind.CUT, waited_for=True) for _ in forwarders]
+    entries = [Entry(CUT, waited_for=True) for _ in forwarders]
     for entry in entries:
         entry.cost = 0
     with ExitStack() as locked:
@@ -615,7 +623,7 @@ def cut(forwarders: Sequence[Forwarder]) -> list[Entry] | None:
             forwarder._promote_locked([entry])
             forwarder._queue.append(entry)
             forwarder._awaited += 1
-            forwarder._rest = Rest.NONE
+            forwarder._rest = _NONE
     for forwarder in forwarders:
         connection = forwarder._connection
         if connection is not None:

@@ -28,7 +28,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ CLEAN, ON_ITS_WAY, MISSING, ARRIVED = 0, 1, 2, 3
 _CLEAN, _ON_ITS_WAY, _MISSING, _ARRIVED = (bytes([state]) for state in (CLEAN, ON_ITS_WAY, MISSING, ARRIVED))
 _BEGUN = bytes([ON_ITS_WAY, ON_ITS_WAY, MISSING, ON_ITS_WAY, *range(4, 256)])
 """What a state becomes when a write begins."""
+_WITHOUT_WRITES: Final = (CLEAN, ARRIVED)
 _RUN_GRAINS = RUN_MAX // GRAIN
 _SCAN_STEP = 16 << 10
 """Grains looked at together: few enough that what became missing ahead of a resync is not overlooked for long."""
@@ -218,9 +219,10 @@ class ChangeMap:
         grain = offset // GRAIN
         if not repair and offset + length <= (grain + 1) * GRAIN:
             # As below, for the writes that are many: without ranges.
-            with self._lock:
+            self._lock.acquire()
+            try:
                 state = self._bytes[grain]
-                if state in (CLEAN, ARRIVED):
+                if state in _WITHOUT_WRITES:
                     if state == CLEAN:
                         self._dirty += 1
                     if self._kept_first:
@@ -228,6 +230,8 @@ class ChangeMap:
                     else:
                         self._bytes[grain] = ON_ITS_WAY
                 self._open[grain] = self._open.get(grain, 0) + 1
+            finally:
+                self._lock.release()
             return
         grains = self._grains(offset, length)
         with self._lock:
@@ -243,7 +247,8 @@ class ChangeMap:
         """The change of `begin` has arrived on the secondary, or will not."""
         grain = offset // GRAIN
         if arrived and offset + length <= (grain + 1) * GRAIN:
-            with self._lock:
+            self._lock.acquire()
+            try:
                 left = self._open.pop(grain) - 1
                 if left:
                     self._open[grain] = left
@@ -256,6 +261,8 @@ class ChangeMap:
                         self._store_locked(grain, _CLEAN)
                     else:
                         self._bytes[grain] = CLEAN
+            finally:
+                self._lock.release()
             return
         grains = self._grains(offset, length)
         with self._lock:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from replication.batch import Write
 from replication.digests import digest_of
@@ -41,6 +41,11 @@ _SLOW_BATCHES, _PACE_COUNT = 3, 4
 SLOW_AGAIN_S = 30.0
 """So long batches are refused then."""
 
+_NONE: Final = Stage.NONE
+_RUNNING: Final = Stage.RUNNING
+_FAILOVER: Final = Stage.FAILOVER
+_DONE: Final = Stage.DONE
+
 
 class SecondaryDisk:
     """The two faces of one disk. `stack` is None until the overlays are open (stage none, with images that `start`
@@ -58,7 +63,7 @@ class SecondaryDisk:
         self.disk = disk
         self.size = disk.size
         self.stack: Stack | None = None
-        self.stage = Stage.NONE
+        self.stage = _NONE
         """Set by the node while the gate is closed."""
         self.fenced = False
         """Whether the old primary is kept out: from the first instant of failover on, at which the gate may be open."""
@@ -121,7 +126,7 @@ class SecondaryDisk:
             return
         if not account.kept:
             account.again()
-        if self.stage is Stage.RUNNING and account.exposed and not disk.outlives:
+        if self.stage is _RUNNING and account.exposed and not disk.outlives:
             pause("look.flush")
             try:
                 disk.flush()
@@ -132,7 +137,7 @@ class SecondaryDisk:
         """Make everything stable for the end of this role, or of the process; DiskError, which is reported where it is
         the disk's."""
         try:
-            if self.stack is not None and self.stage is not Stage.DONE:
+            if self.stack is not None and self.stage is not _DONE:
                 self.stack.flush_all()
             else:
                 self.disk.flush()
@@ -144,7 +149,7 @@ class SecondaryDisk:
     @property
     def _own(self) -> bool:
         """Whether the disk is this node's own, or about to be."""
-        return self.stage not in (Stage.NONE, Stage.RUNNING)
+        return self.stage not in (_NONE, _RUNNING)
 
     def _report_lost(self, offset: int, length: int, error: DiskError) -> None:
         note = self._faults.tell if self._own else self._faults.report
@@ -160,7 +165,7 @@ class SecondaryDisk:
         for lost in loss.ranges:
             (self.changes if own else self.lost).mark(*lost)
         kept = True
-        if self.stage is not Stage.NONE and not all(self._preserved(*lost) for lost in loss.exposed):
+        if self.stage is not _NONE and not all(self._preserved(*lost) for lost in loss.exposed):
             kept = self.checkpoint_lost(f"disk '{self.name}' has lost what was not flushed: {error}")
         if own and stack is not None:
             stack.lost_below(error)
@@ -174,7 +179,7 @@ class SecondaryDisk:
 
     def _preserved(self, offset: int, length: int) -> bool:
         """Whether the overlays have all of the range, so that it does not matter what the disk holds."""
-        return self.stage is Stage.DONE or (self.stack is not None and self.stack.holds_all(offset, offset + length))
+        return self.stage is _DONE or (self.stack is not None and self.stack.holds_all(offset, offset + length))
 
     # -- guest face ----------------------------------------------------------------------------------------
 
@@ -209,11 +214,11 @@ class SecondaryDisk:
             if stack is None:
                 self._note(offset, len(data), fua)
                 self.disk.write([data], offset, fua)
-            elif self.stage is Stage.RUNNING:
+            elif self.stage is _RUNNING:
                 stack.write_top(data, offset)
             else:
                 self._note(offset, len(data), fua)
-                stack.write_over(data, offset, shelter=self.stage is Stage.FAILOVER)
+                stack.write_over(data, offset, shelter=self.stage is _FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
         except DiskError as error:
@@ -228,11 +233,11 @@ class SecondaryDisk:
             if stack is None:
                 self._note(offset, length, fua)
                 self.disk.zero(offset, length, may_trim, fua)
-            elif self.stage is Stage.RUNNING:
+            elif self.stage is _RUNNING:
                 stack.zero_top(offset, length)
             else:
                 self._note(offset, length, fua)
-                stack.zero_over(offset, length, may_trim, shelter=self.stage is Stage.FAILOVER)
+                stack.zero_over(offset, length, may_trim, shelter=self.stage is _FAILOVER)
             if fua and stack is not None:
                 stack.flush_top()
         except DiskError as error:
@@ -267,9 +272,9 @@ class SecondaryDisk:
 
     def _for_guest(self) -> Stack | None:
         """The stack while the overlays count; None once the disk alone does."""
-        if self.stage is Stage.DONE:
+        if self.stage is _DONE:
             return None
-        if self.stage is Stage.NONE or self.stack is None:
+        if self.stage is _NONE or self.stack is None:
             raise DiskError(
                 f"disk '{self.name}' has no content for the guest yet: replication is not running", errno.EIO
             )
@@ -279,7 +284,7 @@ class SecondaryDisk:
 
     def _tell_guest(self, operation: str, offset: int, length: int, error: DiskError) -> None:
         """A failure here is the guest's to know, whichever image it was on; nothing is latched."""
-        below = self.stage is Stage.DONE or (isinstance(error, LayerError) and error.layer is Layer.SECONDARY)
+        below = self.stage is _DONE or (isinstance(error, LayerError) and error.layer is Layer.SECONDARY)
         case = Case.SECONDARY_DISK if below else Case.ACTIVE_DISK
         self._faults.tell(case, self.name, operation, offset, length, error)
 
@@ -340,7 +345,7 @@ class SecondaryDisk:
             raise DiskError(f"disk '{self.name}' is slow: its writes should come one by one", errno.EBUSY)
         stack = self.stack
         failures: list[DiskError] = []
-        if self.stage is Stage.NONE or stack is None or not self.accepts_writes:
+        if self.stage is _NONE or stack is None or not self.accepts_writes:
             for offset, data in writes:
                 try:
                     self.target_write(data, offset, False)
@@ -398,7 +403,7 @@ class SecondaryDisk:
     def target_flush(self) -> None:
         """Make stable what the primary was answered for."""
         self._for_target()
-        if self.stage is Stage.NONE or self.stack is None:
+        if self.stage is _NONE or self.stack is None:
             self.disk.flush()
         else:
             self._target("flush", 0, 0, self.stack.target.flush)
@@ -410,12 +415,12 @@ class SecondaryDisk:
 
     def _for_target(self) -> None:
         """From the first instant of failover on the old primary is kept out."""
-        if self.fenced or self.stage not in (Stage.NONE, Stage.RUNNING):
+        if self.fenced or self.stage not in (_NONE, _RUNNING):
             raise kept_out(self.name)
 
     def _for_target_write(self, offset: int, length: int) -> Stack | None:
         self._for_target()
-        if self.stage is Stage.NONE:
+        if self.stage is _NONE:
             return None
         if not self.accepts_writes:
             self.lost.mark(offset, length)

@@ -41,7 +41,7 @@ class Export:
         face = node.faces[name]
         self.size = face.size()
         self.description = face.description
-        self._latency = latency = node.gate.latency
+        latency = node.gate.latency
         account = latency.guests if of_guest else latency.primarys
         self._reads, self._writes = account.tally(name, READ), account.tally(name, WRITE)
         self._zeroes, self._flushes = account.tally(name, ZERO), account.tally(name, FLUSH)
@@ -49,54 +49,47 @@ class Export:
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from `offset`."""
-        course = self._latency.begin(self._reads)
+        course = self._gate.enter(self._reads)
         try:
-            with self._gate:
-                self._faces[self._name].read(buffer, offset)
+            self._faces[self._name].read(buffer, offset)
         finally:
-            course.end()
+            self._gate.leave(course)
 
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """Write the data at `offset`."""
-        course = self._latency.begin(self._writes)
+        course = self._gate.enter(self._writes)
         try:
-            with self._gate:
-                self._node.side.admit(self._name, self._token)
-                self._faces[self._name].write(data, offset, fua)
+            self._node.side.admit(self._name, self._token)
+            self._faces[self._name].write(data, offset, fua)
         finally:
-            course.end()
+            self._gate.leave(course)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Make a range read as zeroes: a long one in steps, between which a command finds the gate empty."""
-        course = self._latency.begin(self._zeroes)
+        course = self._gate.enter(self._zeroes)
         try:
-            self._zero(offset, length, may_trim, fua)
-        finally:
-            course.end()
-
-    def _zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
-        at, stop = offset, offset + length
-        stable = fua and length > ZERO_MAX
-        while at < stop:
-            end = min(stop, (at // ZERO_MAX + 1) * ZERO_MAX)
-            with self._gate:
+            at, stop = offset, offset + length
+            stable = fua and length > ZERO_MAX
+            while at < stop:
+                if at != offset:
+                    self._gate.give_way()
+                end = min(stop, (at // ZERO_MAX + 1) * ZERO_MAX)
                 self._node.side.admit(self._name, self._token)
                 self._faces[self._name].zero(at, end - at, may_trim, fua and not stable)
-            at = end
-        if stable:
-            self._flush()  # once, which covers all steps
+                at = end
+            if stable:
+                self._gate.give_way()
+                self._faces[self._name].flush()  # once, which covers all steps
+        finally:
+            self._gate.leave(course)
 
     def flush(self) -> None:
         """Make stable what was answered."""
-        course = self._latency.begin(self._flushes)
+        course = self._gate.enter(self._flushes)
         try:
-            self._flush()
-        finally:
-            course.end()
-
-    def _flush(self) -> None:
-        with self._gate:
             self._faces[self._name].flush()
+        finally:
+            self._gate.leave(course)
 
     def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         """Extents from `offset` on; `one`: the first, for a client that asks for no more (NBD_CMD_FLAG_REQ_ONE)."""
@@ -143,14 +136,13 @@ class DataExport(Export):
         if fua:
             raise DiskError("a batch of writes cannot be forced to stable storage: flush", errno.EINVAL)
         writes = unpack(data, self._disk_size)
-        course = self._latency.begin(self._batches)
+        course = self._gate.enter(self._batches)
         try:
-            with self._gate:
-                self._node.side.admit(self._name, self._token)
-                self._gate.count(len(writes) - 1)
-                self._faces[self._name].write_batch(writes)
+            self._node.side.admit(self._name, self._token)
+            self._gate.count(len(writes) - 1)
+            self._faces[self._name].write_batch(writes)
         finally:
-            course.end()
+            self._gate.leave(course)
 
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         self._check(offset, length)

@@ -12,6 +12,7 @@ import pytest
 from replication.errors import DiskError
 from replication.order import gate as gate_module
 from replication.order.gate import Gate, GateStuck
+from replication.order.latency import ZERO
 from waiting import DEADLINE_S, wait_until
 
 
@@ -237,3 +238,80 @@ def test_under_load_no_request_is_ever_inside_together_with_a_command(pool: Thre
     for ended in requests:
         ended.result(DEADLINE_S)
     assert seen == []
+
+
+class Request:
+    """A client's request of several steps, between which it gives way; a step ends when it is told to."""
+
+    def __init__(self, gate: Gate, steps: int) -> None:
+        self._gate, self._steps = gate, steps
+        self._tally = gate.latency.guests.tally("disk0", ZERO)
+        self.begun, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        course = self._gate.enter(self._tally)
+        try:
+            for step in range(self._steps):
+                if step:
+                    self._gate.give_way()
+                self.begun.release()
+                assert self.go_on.acquire(timeout=DEADLINE_S)
+        finally:
+            self._gate.leave(course)
+
+
+def test_between_two_steps_of_a_request_a_command_finds_the_gate_empty(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    request = Request(gate, 2)
+    end = pool.submit(request.run)
+    assert request.begun.acquire(timeout=DEADLINE_S)
+    entered, done = threading.Event(), threading.Event()
+
+    def command() -> None:
+        with gate.closed(DEADLINE_S):
+            entered.set()
+            assert done.wait(DEADLINE_S)
+
+    commanded = pool.submit(command)
+    closing(gate)
+    assert not entered.is_set()
+    request.go_on.release()
+    assert entered.wait(DEADLINE_S)
+    assert not request.begun.acquire(blocking=False), "the second step waits for the command"
+    done.set()
+    commanded.result(DEADLINE_S)
+    assert request.begun.acquire(timeout=DEADLINE_S)
+    assert not gate.idle
+    request.go_on.release()
+    end.result(DEADLINE_S)
+    assert gate.idle
+    assert gate.passed == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_request_that_a_command_keeps_waiting_for_too_long_fails_and_has_left(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """At its beginning, or between two steps."""
+    gate = Gate()
+    request = Request(gate, steps)
+    monkeypatch.setattr(gate_module, "ENTER_S", 0.05)
+    if steps == 1:
+        with gate.closed(), pytest.raises(DiskError, match="kept requests waiting"):
+            request.run()
+    else:
+        end = pool.submit(request.run)
+        assert request.begun.acquire(timeout=DEADLINE_S)
+
+        def command() -> None:
+            with gate.closed(DEADLINE_S), pytest.raises(DiskError, match="kept requests waiting"):
+                end.result(DEADLINE_S)
+
+        commanded = pool.submit(command)
+        closing(gate)
+        request.go_on.release()
+        commanded.result(DEADLINE_S)
+    assert gate.idle
+    assert gate.latency.longest() is not None, "what has failed is counted, too"
+    with gate.closed(DEADLINE_S):
+        pass

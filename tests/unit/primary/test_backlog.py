@@ -313,6 +313,7 @@ class TestFlow:
         flight = InFlight()
         for size, piece in ((1, DATA_MIN), (256 << 10, 128 << 10), (4 << 20, DATA_MAX), (1 << 30, DATA_MAX)):
             flows.data.window = size
+            flows.fit()
             assert flows.data_piece == piece
         for size, piece in ((1, ZERO_MIN), (2 << 20, 4 << 20), (1 << 40, ZERO_MAX)):
             flows.zeroes.window = size

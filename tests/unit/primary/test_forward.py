@@ -774,12 +774,20 @@ class Watched:
         self.real = threading.Lock()
         self._before = before
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
+        """Have it."""
         self._before()
         self.real.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Let it go."""
         self.real.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def test_a_guest_that_writes_while_the_queues_are_being_cut_is_behind_the_cut_on_both(lab: Lab) -> None:
