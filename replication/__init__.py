@@ -96,6 +96,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         initial.py              the file of a new node; checking files
         guest.py                libvirt's XML and QEMU's arguments for a node
         comparison.py           which of two nodes is newer
+        veto.py                 a hook of libvirt that asks may-run
         nodes.py                the nodes of this host, by name
         outcome.py              exit codes, and the JSON of a failure
     service/                    a node as a service of its host

@@ -270,6 +270,7 @@ NO_ADVICE = (
     "takes no writes: copy-before-write has ended",
     "Copy-before-write has ended with that",
     "start replication",
+    "let the guest start also where",
     "stop replication as planned",
     "make the node the owner of its disks",
     "make the node a secondary, from any state",

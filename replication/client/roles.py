@@ -51,20 +51,25 @@ def promote(client: Session, options: argparse.Namespace) -> None:
     tell(options, "this node owns its disks; it looks for its peer in the background, if it knows where that is")
 
 
+def ask_may_run(path: str, timeout_s: float) -> tuple[object, dict[str, Any]]:
+    """Whether a guest may run on the node at that socket now (anything but a bool: it cannot be told), and if not, the
+    `code` and the `reason`."""
+    try:
+        with Session(path, timeout_s) as client:
+            answer = client.call("query-role")
+        return answer["may-run"], {"code": answer.get("code"), "reason": answer.get("reason")}
+    except (Refused, Unreachable, KeyError, TypeError) as error:
+        return None, {"code": "no-answer", "reason": str(error)}
+
+
 def may_run(path: str, options: argparse.Namespace) -> int:
     """Whether a guest may run on this node now: the exit code."""
-    try:
-        with Session(path, options.timeout) as client:
-            answer = client.call("query-role")
-        may = answer["may-run"]
-        why = {"code": answer.get("code"), "reason": answer.get("reason")}
-    except (Refused, Unreachable, KeyError, TypeError) as error:
-        may, why = None, {"code": "no-answer", "reason": str(error)}
-    said = {True: "yes", False: "no"}.get(may, "cannot tell")
+    may, why = ask_may_run(path, options.timeout)
+    said = "yes" if may is True else "no" if may is False else "cannot tell"
     if options.json:
         print(json.dumps({"may-run": may, **why}))
     else:
-        print(said if may else f"{said}: {printable(why['reason'])}")
+        print(said if may is True else f"{said}: {printable(why['reason'])}")
     return MAY if may is True else MAY_NOT if may is False else CANNOT_TELL
 
 

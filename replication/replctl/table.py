@@ -383,6 +383,19 @@ TABLE: tuple[Row, ...] = (
         timeout_s=SOON_S,
     ),
     Row(
+        "libvirt-hook",
+        "replication.replctl.veto:libvirt_hook",
+        "as libvirt's hook: exit with code 1 before a guest starts that may not run on its node now",
+        (
+            argument("guest", metavar="GUEST", help="the name of the domain, whose XML is on stdin"),
+            argument("operation", metavar="OPERATION", help="what libvirt does; prepare is looked at"),
+            argument("more", metavar="ARGUMENT", nargs="*", help="what else libvirt gives"),
+            flag("--allow-unknown", "let the guest start also where it cannot be told"),
+        ),
+        on=On.HOST,
+        timeout_s=SOON_S,
+    ),
+    Row(
         "compare",
         "replication.replctl.comparison:compare",
         "say which of two nodes is newer, or that they cannot be compared",

@@ -58,6 +58,7 @@ NEEDED = {
     "failover": ["--yes"],
     "history": ["--monitor", "http://127.0.0.1:1"],
     "init": ["new", "--mode", "secondary", "--disk", "/srv/b"],
+    "libvirt-hook": ["web1", "stopped"],
     "switchover": ["--peer", "./b", "--yes"],
     "top": ["--monitor", "http://127.0.0.1:1", "--once"],
     "wait": ["--stage", "done", "--timeout", "0.1"],
