@@ -168,6 +168,8 @@ def fits(argument: Argument, value: Any) -> bool:
     kinds: dict[str, Any] = {"boolean": bool, "string": str, "array": list, "object": dict}
     if argument.type == "integer":
         return isinstance(value, int) and not isinstance(value, bool)
+    if argument.type == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kinds[argument.type]) and (not argument.values or value in argument.values)
 
 
@@ -175,7 +177,7 @@ def good(argument: Argument) -> Any:
     """A value that the argument takes."""
     if argument.values:
         return argument.values[0]
-    return {"boolean": False, "string": "x", "integer": 1, "array": [], "object": {}}[argument.type]
+    return {"boolean": False, "string": "x", "integer": 1, "number": 1.5, "array": [], "object": {}}[argument.type]
 
 
 @st.composite
