@@ -26,6 +26,7 @@ _NO_KEYS = frozenset(("folder",))
 _KEYS = {
     "sync": "protocol",
     "guests_local": "guest-access",
+    "role_auto": "role",
     "guest_socket": "guest-socket",
     "disks": "the [disk.NAME] tables",
     "tls": "the tls- keys",
