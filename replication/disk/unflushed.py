@@ -29,7 +29,7 @@ import contextlib
 import itertools
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -43,7 +43,9 @@ TOLD, EXPOSED, LOST = 0x20, 0x40, 0x80
 _WRITTEN = 0x03
 _FLAGS = TOLD | EXPOSED | LOST
 _PAGE = 4096
-"""Grains looked at together: 256 MiB of the disk."""
+"""Grains of which it is known whether any is not flushed: 256 MiB of the disk."""
+_RUN = 64
+"""Most pages that are looked at together: 16 GiB of the disk, in 0.2 ms."""
 
 _WAIT_S = 60.0
 """Longest wait for the flush of another request; the kernel's own limit for a disk command is 30 s."""
@@ -211,15 +213,13 @@ class Unflushed:
         with self._lock:
             for first, stop, _ in list(self._under_way.values()):
                 self._put_locked(first, stop)
-            page = self._pages.find(1)
-            while page >= 0:
-                states = self._states[page * _PAGE : (page + 1) * _PAGE]
-                states[(states & _WRITTEN) == covered] &= LOST
-                if checkpoints == self._checkpoints:
-                    states &= ~np.uint8(EXPOSED)
-                self._keep_locked(page * _PAGE, (page + 1) * _PAGE)
-                self._pages[page] = int(bool(states.any()))
-                page = self._pages.find(1, page + 1)
+            left = ~np.uint8(EXPOSED if checkpoints == self._checkpoints else 0)
+            for start, states in self._runs():
+                flushed = (states & _WRITTEN) == covered
+                np.bitwise_and(states, np.where(flushed, np.uint8(LOST), np.uint8(0xFF)) & left, out=states)
+                self._keep_locked(start, start + len(states))
+                for page in range(start // _PAGE, -(-(start + len(states)) // _PAGE)):
+                    self._pages[page] = int(bool(self._states[page * _PAGE : (page + 1) * _PAGE].any()))
             if checkpoints == self._checkpoints:
                 self._exposed = False
 
@@ -235,17 +235,23 @@ class Unflushed:
         found = False
         with self._lock:
             self._checkpoints += 1
-            page = self._pages.find(1)
-            while page >= 0:
-                states = self._states[page * _PAGE : (page + 1) * _PAGE]
+            for start, states in self._runs():
                 written = (states & _WRITTEN) != 0
-                states &= ~np.uint8(EXPOSED)
-                states[written] |= EXPOSED
-                self._keep_locked(page * _PAGE, (page + 1) * _PAGE)
+                np.bitwise_or(states & ~np.uint8(EXPOSED), written * np.uint8(EXPOSED), out=states)
+                self._keep_locked(start, start + len(states))
                 found |= bool(written.any())
-                page = self._pages.find(1, page + 1)
             self._exposed = found
         return found
+
+    def _runs(self) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """The pages in which a byte may not be 0, neighbours together: the first grain, and the states from there."""
+        page = self._pages.find(1)
+        while page >= 0:
+            stop = self._pages.find(0, page, page + _RUN)
+            if stop < 0:
+                stop = min(page + _RUN, len(self._pages))
+            yield page * _PAGE, self._states[page * _PAGE : stop * _PAGE]
+            page = self._pages.find(1, stop)
 
     def lose(self, error: DiskError, all_of_it: bool = True, told: bool = False) -> bool:
         """What is unflushed is gone, because of `error`; whether there was anything. `all_of_it`: if not, only what a
@@ -255,16 +261,12 @@ class Unflushed:
         with self._lock:
             self._mark = 3 - self._mark
             self._turn += 1
-            page = self._pages.find(1)
-            while page >= 0:
-                start = page * _PAGE
-                states = self._states[start : start + _PAGE]
+            for start, states in self._runs():
                 lost = states != 0 if all_of_it else (states & LOST) != 0
                 states[lost] = (states[lost] & EXPOSED) | LOST | self._mark
-                self._keep_locked(start, start + _PAGE)
+                self._keep_locked(start, start + len(states))
                 ranges += self._ranges(lost, start)
                 exposed += self._ranges(lost & ((states & EXPOSED) != 0), start)
-                page = self._pages.find(1, page + 1)
             for first, stop, _ in list(self._under_way.values()):
                 self._put_locked(first, stop)
             self._exposed = False

@@ -68,6 +68,30 @@ def test_a_flush_that_fails_loses_what_was_written_since_the_last_good_one(accou
     assert not account.any
 
 
+def test_a_map_of_many_pages_is_looked_through_to_its_end() -> None:
+    """Pages that are neighbours are looked at together, and so many at a time."""
+    page = 4096 * GRAIN
+    account = Unflushed(130 * page - 1)
+    keeper = Keeper(account)
+    write(account, 0, 130 * page - 1)
+    assert account.expose()
+    account.flush(good)
+    assert not account.any
+    assert not account.exposed
+    assert not account.expose()
+    places = [0, 63 * page, 64 * page - 1, 65 * page, 100 * page, 130 * page - 2]
+    for place in places:
+        write(account, place)
+    with pytest.raises(DiskError):
+        account.flush(broken)
+    [loss] = keeper.seen
+    found = [offset for offset, _ in loss.ranges]
+    assert found == sorted({place // GRAIN * GRAIN for place in places})
+    assert sum(length for _, length in loss.ranges) == len(places) * GRAIN - 1
+    account.flush(good)
+    assert not account.any
+
+
 def test_a_write_that_ends_behind_a_flush_is_not_covered_by_it(account: Unflushed) -> None:
     keeper = Keeper(account)
     number = account.begin(0, 1)
