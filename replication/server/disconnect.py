@@ -28,10 +28,11 @@ from replication.server.clients import sockets
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _AGAIN_S = 0.5
 
-_LEAVING_S = 1.0
+_LEAVING_S = 2.0
 """How long the clients may take to go before nbdkit is told to end. Those whose requests in flight take longer are
 answered nevertheless, and nbdkit would wait for them as well: so this is no time lost of END_S. On a machine that does
-other things a thread of nbdkit may need a good part of it to see the end of the stream."""
+other things (128 threads of eight clients at a load of 17) one second was not always enough for them to see the end of
+the stream. What a primary cannot send in what is left is in its change map."""
 
 _LOOK_S = 0.01
 
