@@ -13,8 +13,9 @@ from typing import Any
 
 
 class FakeAgent:
-    """`did` is what it was asked, without guest-fsfreeze-, and whatever others note in between. As a channel of QEMU's,
-    it serves one client at a time."""
+    """`did` is what it was asked to do, without guest-fsfreeze-, and whatever others note in between. As a channel of
+    QEMU's, it serves one client at a time; as QEMU's agent, it refuses to freeze while something is frozen, and a
+    freeze that fails has frozen nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,13 +59,18 @@ class FakeAgent:
         self.before.get(name, bool)()
         if command == "guest-sync":
             found = self.answers.get(command, {"return": message["arguments"]["id"]})
+        elif name == "status":
+            found = self.answers.get(command, {"return": "frozen" if self.frozen else "thawed"})
         else:
-            freezes = name == "freeze"
-            count = 3 * (self.frozen != freezes)
-            self.frozen = freezes
             self.did.append(name)
-            found = self.answers.get(command, {"return": count})
+            found = self.answers.get(command, self._freeze() if name == "freeze" else {"return": 3 * self.frozen})
+            self.frozen = name == "freeze" and (self.frozen or "error" not in (found or {}))
         return dict(found) if found is not None else None
+
+    def _freeze(self) -> dict[str, Any]:
+        if self.frozen:
+            return {"error": {"class": "CommandNotFound", "desc": "Command guest-fsfreeze-freeze has been disabled"}}
+        return {"return": 3}
 
     def drop(self) -> None:
         """The connection to the client ends."""

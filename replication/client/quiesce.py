@@ -9,6 +9,9 @@
 The guest is thawed whatever happens to this program: a process beside it (`_guard`) has the agent's connection as well,
 and thaws when this one dies, or when it has not been told within GUARD_S that this one has done it. Either connects
 again if the connection is gone. What is left is an agent that does not answer at all: that is said, and what to do.
+
+What somebody else has frozen, a backup say, stays frozen: the agent is asked before, and nothing is thawed after a
+freeze that it has refused, which has frozen nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ _RESET = b"\xff"
 """What the agent's parser takes for the end of whatever a former client has left unfinished (QEMU, guest-sync)."""
 
 _SYNC = "guest-sync"
+_STATUS = {"execute": "guest-fsfreeze-status"}
 _FREEZE = {"execute": "guest-fsfreeze-freeze"}
 _THAW = {"execute": "guest-fsfreeze-thaw"}
 
@@ -50,6 +54,10 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class _Lost(Unusable):
     """There is no agent at the socket (any more), or what there is does not talk as one."""
+
+
+class _Unfrozen(Refused):
+    """The agent has refused to freeze: it has undone by itself what it had frozen already."""
 
 
 class Agent:
@@ -116,12 +124,18 @@ class Agent:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[int]:
-        """In here the guest's file systems are frozen, so many of them. Refused when somebody else has thawed them
-        meanwhile, Unusable when it is not known that they are thawed afterwards."""
+        """In here the guest's file systems are frozen, so many of them. Refused when there are none, and when somebody
+        else has frozen them before or thawed them meanwhile; Unusable when it is not known that they are thawed
+        afterwards."""
+        if self._ask(_STATUS) == "frozen":
+            raise Refused("the guest's file systems are frozen already, by somebody else: they were left as they are")
         with self._guard() as done:
             try:
-                count = self._ask(_FREEZE)
+                count = self._freeze()
                 yield count
+            except _Unfrozen:
+                done()
+                raise
             except BaseException:
                 # Also when nobody knows whether they are frozen: then it answers 0.
                 self._thaw()
@@ -129,8 +143,18 @@ class Agent:
                 raise
             thawed = self._thaw()
             done()
-        if count and not thawed:
+        if not thawed:
             raise Refused("the guest's file systems were thawed by somebody else, perhaps before the cut")
+
+    def _freeze(self) -> int:
+        """How many file systems it has frozen."""
+        try:
+            count = self._ask(_FREEZE)
+        except Refused as error:
+            raise _Unfrozen(str(error)) from error
+        if not isinstance(count, int) or count < 1:  # its hooks have run all the same, and are to hear of a thaw
+            raise Refused("the guest agent has frozen no file system: no checkpoint was taken")
+        return count
 
     def _thaw(self) -> Any:
         """How many file systems were frozen still. A connection that is gone is made again, for as long as an answer

@@ -106,6 +106,15 @@ def test_an_agent_that_refuses_has_no_checkpoint_taken(bench: Bench, command: st
     bench.works_on()
 
 
+def test_a_guest_that_a_backup_has_frozen_stays_frozen(bench: Bench) -> None:
+    bench.agent.frozen = True
+    code, said = bench.run()
+    assert code == 1
+    assert "are frozen already, by somebody else" in said["failed"]["text"]
+    assert bench.agent.frozen
+    assert not bench.taken
+
+
 def test_an_agent_that_dies_while_the_guest_is_frozen_is_asked_again_when_it_is_back(bench: Bench) -> None:
     bench.points.arm("epoch.cut")
     process = bench.begin()

@@ -22,6 +22,9 @@ from replication.client.quiesce import Agent, checkpoint
 from replication.client.session import Session, Unusable
 from waiting import DEADLINE_S, wait_until
 
+SOON_S = 0.5
+"""Long enough for an agent to answer on a busy machine."""
+
 
 class Node:
     """Notes what it is asked among what the agent is asked."""
@@ -97,14 +100,38 @@ def test_a_freeze_that_is_refused_cuts_nothing(agent: FakeAgent) -> None:
     agent.answers["guest-fsfreeze-freeze"] = {"error": {"class": "GenericError", "desc": "a hook failed"}}
     with pytest.raises(Refused, match="refuses guest-fsfreeze-freeze: a hook failed"):
         run(Node(agent))
+    assert agent.did == ["freeze"], "it has frozen nothing: to thaw is not ours"
+
+
+def test_what_somebody_else_has_frozen_stays_frozen(agent: FakeAgent) -> None:
+    agent.frozen = True
+    with pytest.raises(Refused, match="are frozen already, by somebody else: they were left as they are"):
+        run(Node(agent))
+    assert agent.did == []
+    assert agent.frozen
+
+
+def test_what_somebody_else_freezes_after_the_question_stays_frozen(agent: FakeAgent) -> None:
+    agent.before["freeze"] = lambda: setattr(agent, "frozen", True)
+    with pytest.raises(Refused, match=r"refuses guest-fsfreeze-freeze: .* disabled"):
+        run(Node(agent))
+    assert agent.did == ["freeze"]
+    assert agent.frozen
+
+
+def test_a_guest_of_which_nothing_is_frozen_has_no_checkpoint_taken(agent: FakeAgent) -> None:
+    """Its hooks have run, and hear of the thaw."""
+    agent.answers["guest-fsfreeze-freeze"] = {"return": 0}
+    with pytest.raises(Refused, match="has frozen no file system: no checkpoint was taken"):
+        run(Node(agent))
     assert agent.did == ["freeze", "thaw"]
 
 
 def test_a_freeze_that_is_not_answered_in_time_thaws(agent: FakeAgent) -> None:
     """The agent comes to the thaw when the freeze has ended, whenever that is."""
-    asked = Agent(str(agent.path), 0.1)
-    agent.answers["guest-sync"] = None
-    text = r"may still be frozen: .*has not answered guest-fsfreeze-thaw within 0\.1 s"
+    asked = Agent(str(agent.path), SOON_S)
+    agent.before["freeze"] = lambda: agent.answers.update({"guest-sync": None})
+    text = rf"may still be frozen: .*has not answered guest-fsfreeze-thaw within {SOON_S} s"
     with pytest.raises(Unusable, match=text), asked.frozen():
         pytest.fail("it was not answered")
     asked.close()
