@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """From any state to a role: what replication-set-role does, with the commands that each step has already.
 
-    primary      a secondary that runs fails over, or stops as planned where that keeps more; one that is new starts
-                 first. An owner stays one. Then the peer is looked for in the background, until it is this node's
-                 secondary or the role is another one.
+    primary      a secondary that runs fails over, or, with and without force, stops as planned where that keeps more;
+                 one that is new starts first. An owner stays one. Then the peer is looked for in the background, until
+                 it is this node's secondary or the role is another one.
     secondary    a primary that runs takes a last checkpoint, stops, and is demoted. A secondary stays one.
 
 What has the role already is not changed, so a manager may ask again and again.
@@ -103,10 +103,23 @@ class Promotion:
             )
         if node.stage is Stage.NONE:
             node.start(None, None, "auto")
-        if node.keeps_all() and not force:
-            node.stop(True, conditions=Conditions(lossless=True))
-        else:
+        if not node.keeps_all():
             node.stop(True, force)
+            return
+        try:
+            node.stop(True, conditions=Conditions(lossless=True))
+        except CommandError as error:
+            if not force:
+                raise
+            # What the storage holds up, a later attempt may keep.
+            if error.reason in (Reason.STORAGE, Reason.BUSY):
+                raise CommandError(
+                    f"{error}. This node has all that its primary wrote; a failover with force (replctl failover "
+                    "--force) would go back to the last checkpoint",
+                    reason=error.reason,
+                ) from error
+            log(f"promoted by force, from the last checkpoint: {error}")
+            node.stop(True, True)
 
     def to_secondary(self) -> None:
         """Keep a copy of the disks. CommandError says what stands in the way."""

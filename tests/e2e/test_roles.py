@@ -307,6 +307,19 @@ def test_a_role_from_every_state_and_back(lab: Lab) -> None:
     assert relation(a, b) == "same"
 
 
+def test_a_promotion_by_force_keeps_what_one_without_it_keeps(lab: Lab) -> None:
+    """A manager that always gives `force` went back to the last checkpoint of a primary that had left in good order."""
+    pair = lab.pair([MIB])
+    in_sync(pair)
+    pair.primary.connect(disk_name(0)).pwrite(b"late" * 128, 0)
+    drained(pair.primary)
+    pair.primary.terminate()
+    assert pair.secondary.execute("query-failover")["lossless"]
+    set_role(pair.secondary, "primary", force=True)
+    assert bytes(pair.secondary.connect(top_id(0)).pread(4, 0)) == b"late"
+    assert pair.secondary.status()["stage"] == "done"
+
+
 def test_a_promoted_node_says_why_it_has_no_secondary_yet(lab: Lab) -> None:
     twins = Twins(lab)
     a, b = twins.a, twins.b
