@@ -23,7 +23,7 @@ from replication.disk.unflushed import GRAIN
 from replication.errors import DiskError, ReplicationError
 from replication.primary.backlog import Entry, Kind
 from replication.primary.disk import Checked, PrimaryDisk
-from replication.primary.pace import Pace
+from replication.primary.pace import ZEROES_COST, Pace
 
 WINDOW = 4
 """Questions under way. Two keep both disks busy, and four a link of 20 ms at 200 MB/s; a checkpoint waits for them."""
@@ -37,9 +37,6 @@ WAIT_S = 600.0
 
 _QUICK_S, _SLOW_S = 0.05, 0.25
 """An answer so quick lets the next question about zeroes be twice as long; one so slow makes it RANGE again."""
-
-_ZEROES_COST = 4 << 10
-"""What a question about known zeroes counts for the rate."""
 
 _NAP_S = 0.1
 _AGAIN_S = 0.5
@@ -198,7 +195,7 @@ class Comparison:
             self._look_again(offset, length, "the secondary lacks something of them, which a resync has to send")
         elif checked is Checked.QUEUED:
             question.mine = digests_of_zeroes(length, unit) if content is None else digests(content, unit)
-            self._pace.take(_ZEROES_COST if zeroes else length)
+            self._pace.take(ZEROES_COST if zeroes else length)
             self._asked.append(question)
         return checked in (Checked.QUEUED, Checked.LACKING)
 

@@ -485,6 +485,10 @@ class PrimaryDisk:
         held = self.ranges.acquire(entry.offset, entry.offset + entry.length, VERIFY)
         try:
             entry.marks = self.changes.marks
+            # While replication does not run, a guest's write takes no range lock: one that was marked before may come
+            # after what is read here. A start is after it, and whatever is marked after this look shows in `marks`.
+            if self.stage is not _RUNNING:
+                return Checked.UNSENT
             if not missing and self.changes.lacks(entry.offset, entry.length):
                 return Checked.LACKING
             self.local.check_settled(entry.offset, entry.length)
@@ -493,7 +497,7 @@ class PrimaryDisk:
             elif self.local.hole(entry.offset, entry.length) < entry.length:
                 return Checked.WRITTEN
             pause("verify.read")
-            # Only now: while replication does not run, a guest's write takes no range lock.
+            # Once more: a write that has come since a stop is not in the stream.
             if self.stage is not _RUNNING or not self.forwarder.put_spare(entry):
                 return Checked.UNSENT
             return Checked.QUEUED

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from replication.disk.unflushed import GRAIN
 from replication.primary.backlog import DATA_MAX, Entry
 
-_ZEROES_COST = 4 << 10
+ZEROES_COST = 4 << 10
 """What a request without data counts for the rate: it is some work for the secondary."""
 
 _BURST_MAX = 1 << 20
@@ -43,7 +43,7 @@ class Pace:
 
     def spend(self, entries: Sequence[Entry]) -> None:
         """Pieces were sent."""
-        self.take(sum(len(entry.data) or _ZEROES_COST for entry in entries))
+        self.take(sum(len(entry.data) or ZEROES_COST for entry in entries))
 
     def take(self, size: int) -> None:
         """So many bytes were sent."""

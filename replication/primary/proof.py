@@ -26,6 +26,7 @@ from replication.errors import DiskError
 from replication.primary.compare import WINDOW, Question
 from replication.primary.content import ZERO_RUN_MAX
 from replication.primary.disk import Checked, PrimaryDisk
+from replication.primary.pace import ZEROES_COST
 
 _NAP_S = 0.1
 
@@ -43,8 +44,8 @@ class Proof:
         proved: Callable[[int], None],
     ) -> None:
         """`moved` is set when an answer has come. `wait_turn()` waits until something may be read and asked; it and
-        `obstacle()` say why the pass has to end, if it has. `read(length)` and `proved(length)` are called with bytes
-        that were read here, and that need not be sent."""
+        `obstacle()` say why the pass has to end, if it has. `read(cost)` is called with what a question counts
+        for the rate, `proved(length)` with bytes that need not be sent."""
         self._disk = disk
         self._moved = moved
         self._wait_turn = wait_turn
@@ -97,7 +98,7 @@ class Proof:
             return False
         if checked is Checked.QUEUED:
             question.mine = digests_of_zeroes(length, GRAIN) if content is None else digests(content, GRAIN)
-            self._read(0 if zeroes else length)
+            self._read(ZEROES_COST if zeroes else length)
             self._asked.append(question)
         return True
 

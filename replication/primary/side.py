@@ -296,18 +296,19 @@ class PrimarySide(Side):
         self._resync.ask_first(sync == "digest")
         self._link.establish(agreement, begin=True)
         self._link.accepted(agreement)
-        if sync == "verify":
-            try:
-                self._verify.start(None, repair=True)
-            except CommandError as error:
-                raise CommandError(f"Replication has been started, but the disks are not compared: {error}") from error
+        failures: list[str] = []
         if discard_checkpoint:
             try:
                 self._link.dialler.discard_checkpoint(agreement)
             except (DiskError, PeerError) as error:
-                raise CommandError(
-                    f"Replication has been started, but the secondary's last checkpoint was not given up: {error}"
-                ) from error
+                failures.append(f"the secondary's last checkpoint was not given up: {error}")
+        if sync == "verify":
+            try:
+                self._verify.start(None, repair=True)
+            except CommandError as error:
+                failures.append(f"the disks are not compared: {error}")
+        if failures:
+            raise CommandError(f"Replication has been started, but {'; '.join(failures)}")
 
     @property
     def _noted(self) -> str:

@@ -23,7 +23,7 @@ from replication.events import EventHub
 from replication.fault import Case, FaultLatch
 from replication.order.latency import CHECKPOINT, LINK_LOST, SLOW_SECONDARY, Course, Latency
 from replication.primary.backlog import DATA_MAX, ZERO_MAX, Budget, Entry, Kind
-from replication.primary.disk import PrimaryDisk
+from replication.primary.disk import Checked, PrimaryDisk
 from replication.primary.forward import Forwarder
 from replication.record.ancestry import Ancestry
 from replication.record.changes import CLEAN, GRAIN, MISSING, ON_ITS_WAY, ChangeMap
@@ -1032,3 +1032,34 @@ def test_what_the_guest_wants_stable_has_its_generation_on_stable_storage_first(
     else:
         done(bench.zero(0, 8, fua=True))
     assert steps == ["generation", "disk"]
+
+
+def test_a_question_whose_reading_began_while_replication_was_stopped_is_not_put(make: Make) -> None:
+    """
+    guest:     marks its write, which is slow                       ... is answered
+    question:                              reads what was there              ... and would be queued
+    command:  (stopped)                                                          starts again
+    """
+    bench = make()
+    written, looked = Hold(), Hold()
+    assert bench.local is not None
+    bench.local.before = written.here
+    bench.disk.stage = Stage.DONE
+    write = bench.write(b"new", 0)
+    written.wait()
+    settled = bench.local.check_settled
+
+    def check_settled(offset: int, length: int) -> None:
+        looked.here()
+        settled(offset, length)
+
+    bench.local.check_settled = check_settled  # type: ignore[method-assign]
+    entry = Entry(Kind.CHECK, 0, GRAIN)
+    asked = bench.pool.submit(bench.disk.check, entry, memoryview(bytearray(GRAIN)), True)
+    wait_until(lambda: asked.done() or looked.reached.is_set(), "the question has looked at the stage")
+    written.release()
+    write.result(DEADLINE_S)
+    bench.disk.stage = Stage.RUNNING
+    looked.release()
+    assert asked.result(DEADLINE_S) is Checked.UNSENT
+    assert not bench.link.put_entries

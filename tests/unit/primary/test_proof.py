@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import cast
 
+import pytest
+
 from content import KIB, MIB, pattern
 from replication.digests import DIGEST_BYTES, digests
 from replication.errors import DiskError
@@ -16,6 +18,7 @@ from replication.primary.backlog import Entry
 from replication.primary.compare import WINDOW
 from replication.primary.content import ZERO_RUN_MAX
 from replication.primary.disk import Checked, PrimaryDisk
+from replication.primary.pace import ZEROES_COST
 from replication.primary.proof import Proof
 from replication.record.changes import ChangeMap
 
@@ -40,6 +43,8 @@ class FakeDisk:
         self.most = 0
         self.asked: list[tuple[int, int]] = []
         self.act: Callable[[Entry], object] = lambda _entry: None
+        self.behind: Callable[[Entry], object] = lambda _entry: None
+        """What happens when a question was answered, before anybody looks at the answer."""
         self.failure: DiskError | None = None
 
     def hole(self, _offset: int, length: int) -> int:
@@ -71,6 +76,7 @@ class FakeDisk:
             assert unit <= GRAIN
             entry.answer[:] = digests(memoryview(self.theirs)[entry.offset : stop], GRAIN)
             entry.settle(True)
+            self.behind(entry)
         self.waiting = []
 
 
@@ -89,7 +95,8 @@ def proven(
     proof = Proof(cast(PrimaryDisk, disk), Moved(), obstacle, obstacle, read.append, counted.append)
     failure = proof.run(0, disk.size)
     assert sum(counted) == disk.size - disk.changes.missing_bytes
-    assert sum(read) == (0 if disk.zeroes or disk.failure or failure else disk.size)
+    asked = len(disk.asked) * ZEROES_COST if disk.zeroes else disk.size
+    assert sum(read) == (0 if disk.failure or failure else asked)
     return failure, list(disk.changes.missing_ranges())
 
 
@@ -126,6 +133,23 @@ def test_nothing_is_proven_if_something_became_missing_meanwhile() -> None:
     failure, missing = proven(disk)
     assert failure is None
     assert missing == [(2 * MIB, MIB)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_write_behind_the_question_that_is_refused_before_the_answer_is_judged_stays_missing(late: bool) -> None:
+    """The answer is right, and of the past."""
+    disk = FakeDisk()
+    disk.late = late
+
+    def behind(entry: Entry) -> None:
+        if entry.offset == 2 * MIB:
+            disk.changes.begin(2 * MIB, 1)
+            disk.changes.end(2 * MIB, 1, False)
+
+    disk.behind = behind
+    failure, missing = proven(disk)
+    assert failure is None
+    assert any(offset <= 2 * MIB < offset + length for offset, length in missing)
 
 
 def test_what_the_disk_cannot_read_is_left_to_who_sends_it() -> None:
