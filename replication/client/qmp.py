@@ -11,8 +11,8 @@ It is here once. Who uses it has the words and the errors that suit who reads th
 
 Invariants
 * Every wait ends at a deadline, except where None is given for it. QEMU answers nothing while a disk is stuck.
-* The answer to a command that was given up is dropped when it comes, and until then no other command is sent: a node
-  that hangs for a day does not find a day's commands.
+* The answer to a command that was given up is dropped when it comes, unless `overdue` waits for it, and until then no
+  other command is sent: a node that hangs for a day does not find a day's commands.
 """
 
 from __future__ import annotations
@@ -75,7 +75,15 @@ class Qmp:
         if arguments:
             request["arguments"] = arguments
         self._lines.send(request, deadline)
-        message = self._answer(self._serial, deadline)
+        return self._result(self._serial, deadline)
+
+    def overdue(self, deadline: float) -> Any:
+        """The `return` of a command that was given up, when it comes; None if there is none whose answer is owed.
+        Refused, Late, Gone, Malformed."""
+        return None if self._owed is None else self._result(self._owed, deadline)
+
+    def _result(self, serial: int, deadline: float) -> Any:
+        message = self._answer(serial, deadline)
         if "error" in message:
             error = message["error"]
             code = error.get("code")

@@ -2,9 +2,11 @@
 """A checkpoint of clean file systems: the guest's QEMU agent freezes them, the epoch is cut, and they are thawed.
 
     freeze      guest-fsfreeze-freeze: the guest's applications (its hooks) and file systems write everything and stop
-    cut         replication-checkpoint with `hold`, which answers at once
+    cut         replication-checkpoint with `hold`, which answers at once, or when another command of the node's has
+                ended: so long, and HOLD_S at most, the guest stands still
     thaw        guest-fsfreeze-thaw, whatever has become of the cut
-    commit      what was cut is brought over, and becomes the checkpoint, while the guest works again
+    commit      what was cut is brought over, and becomes the checkpoint, while the guest works again; a node keeps it
+                for its `timeout`, so the thaw must not take longer
 
 The guest is thawed whatever happens to this program: a process beside it (`_guard`) has the agent's connection as well,
 and thaws when this one dies, or when it has not been told within GUARD_S that this one has done it. Either connects
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import select
 import signal
@@ -28,7 +31,7 @@ from typing import Any, NoReturn
 from . import commands
 from .lines import Late, Lines, Nonsense, Trouble
 from .qmp import Refused
-from .session import Session, Unusable
+from .session import Session, Unanswered, Unusable
 from .values import human_seconds, human_value, printable
 
 FREEZE_S = 10.0
@@ -36,6 +39,12 @@ FREEZE_S = 10.0
 
 GUARD_S = 2 * FREEZE_S
 """After so long the guard thaws: the longest that the file systems stay frozen, of an agent that answers."""
+
+HOLD_S = 3.0
+"""Longest wait for the cut."""
+
+SLOW_THAW_S = 1.0
+"""A thaw that took so long is perhaps why the node has what was cut no longer: the shortest sensible `timeout`."""
 
 AGAIN_S = 0.1
 """Between two attempts at a connection that was lost."""
@@ -226,21 +235,42 @@ def checkpoint(client: Session, options: argparse.Namespace) -> None:
     if state != "in-sync":
         raise Refused(f"the link is not in sync ({human_value(state)}): the guest was not frozen")
     epoch: Any = None
-    with contextlib.closing(Agent(options.quiesce)) as agent:
-        begun = time.monotonic()
-        try:
+    try:
+        with contextlib.closing(Agent(options.quiesce)) as agent:
+            begun = time.monotonic()
             with agent.frozen() as count:
-                epoch = client.call("replication-checkpoint", hold=True).get("epoch")
-        except BaseException:
-            if epoch is not None:
-                with contextlib.suppress(Refused, Unusable):  # then it is given up by itself
-                    client.call("replication-checkpoint-abort", epoch=epoch)
+                epoch = client.attempt(HOLD_S, "replication-checkpoint", hold=True).get("epoch")
+                cut = time.monotonic()
+        thawed = time.monotonic()
+    except Unanswered as error:
+        _give_up(client, epoch, math.inf)
+        raise Refused(
+            "the node did not cut in time, being at another command, a checkpoint perhaps: the guest was thawed, and "
+            "no checkpoint of it was taken"
+        ) from error
+    except BaseException:
+        _give_up(client, epoch, HOLD_S)
+        raise
+    try:
+        answer = client.call("replication-checkpoint-commit", epoch=epoch)
+    except Refused as error:
+        if thawed - cut < SLOW_THAW_S:
             raise
-        frozen_s = time.monotonic() - begun
-    answer = client.call("replication-checkpoint-commit", epoch=epoch)
+        slow = f"the thaw took {human_seconds(thawed - cut)}, and a node keeps what it has cut for its timeout only"
+        raise Refused(f"{error}; {slow}", error.error_class, error.code) from error
+    frozen_s = thawed - begun
     text = (
         f"checkpoint {human_value(answer.get('epoch'))} took {human_seconds(answer.get('duration'))}; "
         f"{human_value(count)} file systems were frozen for {human_seconds(frozen_s)}"
     )
     facts: dict[str, Any] = {"file-systems": count, "frozen-seconds": frozen_s}
     commands.tell(options, text, epoch=answer.get("epoch"), duration=answer.get("duration"), **facts)
+
+
+def _give_up(client: Session, epoch: Any, within_s: float) -> None:
+    """Abort what was cut, also if the node cuts it now only (within `within_s`), when nobody is frozen any more."""
+    with contextlib.suppress(Refused, Unusable):  # then it is given up by itself, after the node's timeout
+        if epoch is None:
+            epoch = (client.overdue(within_s) or {}).get("epoch")
+        if epoch is not None:
+            client.call("replication-checkpoint-abort", epoch=epoch)

@@ -5,12 +5,14 @@ Refused (qmp.py)   the node has answered with an error
 Unusable           nothing could be asked of a node as things are
  +- Unreachable    there is no node at the socket, or it has stopped talking
      +- NotRunning nobody listens there
+     +- Unanswered it has a command, and has not answered it in time
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, Self
@@ -29,6 +31,10 @@ class Unreachable(Unusable):
 
 class NotRunning(Unreachable):
     """Nobody listens at the socket."""
+
+
+class Unanswered(Unreachable):
+    """The node has not answered a command in time; it may run it yet."""
 
 
 _NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
@@ -63,6 +69,20 @@ class Session:
         with self._broken(f"answer to {command}", command):
             return self._qmp.execute(command, arguments, self._deadline())
 
+    def attempt(self, within_s: float, command: str, **arguments: Any) -> Any:
+        """As `call`, but Unanswered after `within_s` already, or what bounds all calls if that is less. `overdue` knows
+        then what becomes of it."""
+        within_s = min(within_s, self._timeout_s)
+        with self._broken(f"answer to {command}", command, within_s):
+            return self._qmp.execute(command, arguments, time.monotonic() + within_s)
+
+    def overdue(self, within_s: float = math.inf) -> Any:
+        """What a command returns that was given up, or during which this program was interrupted; None when the answer
+        to every command has come. `within_s` as for `attempt`."""
+        within_s = min(within_s, self._timeout_s)
+        with self._broken("answer", within_s=within_s):
+            return self._qmp.overdue(time.monotonic() + within_s)
+
     def again(self, timeout_s: float) -> Session:
         """Another conversation with the same node."""
         return Session(self._path, timeout_s)
@@ -79,17 +99,19 @@ class Session:
         return time.monotonic() + self._timeout_s
 
     @contextlib.contextmanager
-    def _broken(self, awaited: str, command: str = "") -> Iterator[None]:
+    def _broken(self, awaited: str, command: str = "", within_s: float | None = None) -> Iterator[None]:
         """Trouble becomes Unreachable."""
         try:
             yield
         except Trouble as error:
             nobody = error.step is Step.CONNECT and getattr(error.cause, "errno", None) in _NOBODY
-            kind = NotRunning if nobody else Unreachable
-            raise kind(f"{self._path}: {self._text(error, awaited, command)}") from None
+            unanswered = isinstance(error, Late) and error.step is Step.RECEIVE and command
+            kind = NotRunning if nobody else Unanswered if unanswered else Unreachable
+            raise kind(f"{self._path}: {self._text(error, awaited, command, within_s or self._timeout_s)}") from None
 
-    def _text(self, error: Trouble, awaited: str, command: str) -> str:
-        within = f"within {self._timeout_s:g} s"
+    @staticmethod
+    def _text(error: Trouble, awaited: str, command: str, within_s: float) -> str:
+        within = f"within {within_s:g} s"
         match error:
             case Unwelcome():
                 return error.desc

@@ -20,9 +20,19 @@ from fakeagent import FakeAgent
 from lab import Lab
 from nodes import Pair
 from pausepoints import PausePoints
-from waiting import DEADLINE_S, wait_until
+from waiting import DEADLINE_S, begin, wait_until
 
 DATA = pattern(1, 64 * KIB)
+
+REPLCTL = """
+import sys
+sys.path.insert(0, {folder!r})
+from replication.client import quiesce
+from replication.replctl import line
+quiesce.HOLD_S, quiesce.GUARD_S = {hold_s}, {guard_s}
+sys.exit(line.run(sys.argv[1:]))
+"""
+"""With times in which what a test forces happens."""
 
 
 class Bench:
@@ -44,9 +54,10 @@ class Bench:
         # The last that a guest does before it stands still.
         agent.before["freeze"] = lambda: self.guest.pwrite(DATA, 0)
 
-    def begin(self) -> subprocess.Popen[str]:
-        """The command, with --json."""
-        command = [sys.executable, REPOSITORY / "scripts/replctl", "--control", self.pair.primary.control_path]
+    def begin(self, hold_s: float = DEADLINE_S) -> subprocess.Popen[str]:
+        """The command, with --json, that waits for the cut for `hold_s`."""
+        text = REPLCTL.format(folder=str(REPOSITORY), hold_s=hold_s, guard_s=3 * DEADLINE_S)
+        command = [sys.executable, "-c", text, "--control", self.pair.primary.control_path]
         command += ["checkpoint", "--json", "--quiesce", self.agent.path]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -141,16 +152,42 @@ def test_a_program_that_is_ended_while_the_guest_is_frozen_leaves_it_thawed(benc
         bench.points.wait_hit("epoch.cut")
         assert bench.agent.frozen
         process.send_signal(signal.Signals[how])
-        process.communicate(timeout=DEADLINE_S)
         wait_until(lambda: not bench.agent.frozen, "the guest is thawed")
         assert not bench.taken
+        if how == "SIGKILL":
+            process.wait(DEADLINE_S)
+        bench.points.release("epoch.cut")
+        process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
         process.wait(DEADLINE_S)
         bench.points.disarm("epoch.cut")
-    # It was asked for, and nobody is left to commit it.
-    held = wait_until(lambda: bench.pair.primary.status()["held-epoch"], "the epoch is held")
-    bench.pair.primary.execute("replication-checkpoint-abort", epoch=held)
+    status = bench.pair.primary.status
+    if how == "SIGKILL":  # It was asked for, and nobody is left to commit it.
+        held = wait_until(lambda: status()["held-epoch"], "the epoch is held")
+        bench.pair.primary.execute("replication-checkpoint-abort", epoch=held)
+    assert status()["held-epoch"] is None, "it was given up when it was cut"
+    bench.works_on()
+
+
+def test_a_node_that_is_at_another_checkpoint_keeps_the_guest_frozen_for_a_short_time_only(bench: Bench) -> None:
+    bench.points.arm("epoch.reached")
+    other = begin(bench.pair.primary.checkpoint)
+    bench.points.wait_hit("epoch.reached")
+    process = bench.begin(hold_s=0.25)
+    try:
+        wait_until(lambda: bench.agent.did == ["freeze", "thaw"], "the guest is thawed before the checkpoint ends")
+        bench.points.release("epoch.reached")
+        said, _ = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+        bench.points.disarm("epoch.reached")
+    other.result(DEADLINE_S)
+    assert process.returncode == 1
+    assert "the guest was thawed, and no checkpoint of it was taken" in json.loads(said)["failed"]["text"]
+    assert bench.pair.primary.status()["held-epoch"] is None, "what was cut after all is given up"
+    assert not bench.taken
     bench.works_on()
 
 

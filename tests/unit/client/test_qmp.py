@@ -87,6 +87,25 @@ def test_an_answer_to_a_command_that_was_given_up_is_not_taken_for_another_ones(
     assert asked.result(DEADLINE_S) == {"running": True}
 
 
+def test_an_answer_to_a_command_that_was_given_up_can_be_waited_for(ends: Ends) -> None:
+    make, server = ends
+    qmp = make()
+    assert qmp.overdue(in_s(0)) is None
+    for answer in ({"return": 5}, {"error": {"desc": "no"}}):
+        with pytest.raises(Late):
+            qmp.execute("stop", None, in_s(SOON_S))
+        with pytest.raises(Late):
+            qmp.overdue(in_s(0))
+        asked = begin(qmp.overdue, in_s(DEADLINE_S))
+        server.tell(answer | {"id": server.asked()["id"]})
+        if "error" in answer:
+            with pytest.raises(Refused, match="no"):
+                asked.result(DEADLINE_S)
+        else:
+            assert asked.result(DEADLINE_S) == 5
+        assert qmp.overdue(in_s(0)) is None
+
+
 def test_refusals_and_answers_of_a_server_that_knows_no_ids(ends: Ends) -> None:
     make, server = ends
     qmp = make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +19,8 @@ import pytest
 from checkout import REPOSITORY
 from fakeagent import FakeAgent
 from replication.client.qmp import Refused
-from replication.client.quiesce import Agent, checkpoint
-from replication.client.session import Session, Unusable
+from replication.client.quiesce import FREEZE_S, GUARD_S, HOLD_S, Agent, checkpoint
+from replication.client.session import Session, Unanswered, Unusable
 from waiting import DEADLINE_S, wait_until
 
 SOON_S = 0.5
@@ -33,14 +34,31 @@ class Node:
         self.agent = agent
         self.mode = "primary"
         self.state = "in-sync"
-        self.refusal: Exception | None = None
+        self.refusal: BaseException | None = None
+        """What becomes of the next command."""
+        self.owed: dict[str, Any] | None = None
+        """What it answers later."""
+        self.patience_s: float | None = None
+        """How long that was waited for."""
+
+    def attempt(self, within_s: float, command: str, **arguments: Any) -> Any:
+        assert within_s < GUARD_S - FREEZE_S, "the guard does not come first"
+        return self.call(command, **arguments)
+
+    def overdue(self, within_s: float) -> Any:
+        self.patience_s = within_s
+        return self.owed
 
     def call(self, command: str, **arguments: Any) -> Any:
         if command == "query-replication":
             return {"mode": self.mode, "link": {"state": self.state}}
-        self.agent.did.append("cut" if arguments.get("hold") else command.removeprefix("replication-checkpoint-"))
-        if self.refusal is not None:
-            raise self.refusal
+        done = command.removeprefix("replication-checkpoint-")
+        self.agent.did.append(
+            {"replication-checkpoint": "cut", "abort": f"abort {arguments.get('epoch')}"}.get(done, done)
+        )
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            raise refusal
         return {"epoch": 7, "duration": 0.5}
 
 
@@ -94,6 +112,51 @@ def test_a_cut_that_is_refused_thaws(agent: FakeAgent) -> None:
         run(node)
     assert agent.did == ["freeze", "cut", "thaw"]
     assert not agent.frozen
+
+
+def test_a_cut_that_does_not_come_in_time_is_given_up_when_it_comes(agent: FakeAgent) -> None:
+    """For that, the guest does not stand still."""
+    node = Node(agent)
+    node.refusal = Unanswered("no answer to replication-checkpoint")
+    node.owed = {"epoch": 8}
+    with pytest.raises(
+        Refused, match=r"did not cut in time, .* the guest was thawed, and no checkpoint of it was taken"
+    ):
+        run(node)
+    assert agent.did == ["freeze", "cut", "thaw", "abort 8"]
+    assert node.patience_s == math.inf
+
+
+def test_one_who_is_interrupted_gives_up_what_is_cut(agent: FakeAgent) -> None:
+    node = Node(agent)
+    node.refusal = KeyboardInterrupt()
+    node.owed = {"epoch": 8}
+    with pytest.raises(KeyboardInterrupt):
+        run(node)
+    assert agent.did == ["freeze", "cut", "thaw", "abort 8"]
+    assert node.patience_s == HOLD_S
+
+
+def test_a_cut_that_never_comes_leaves_the_error_as_it_is(agent: FakeAgent) -> None:
+    node = Node(agent)
+    node.refusal = Unanswered("no answer to replication-checkpoint")
+    with pytest.raises(Refused, match="did not cut in time"):
+        run(node)
+    assert agent.did == ["freeze", "cut", "thaw"]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_checkpoint_that_is_refused_after_a_slow_thaw_says_how_long_it_took(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    monkeypatch.setattr("replication.client.quiesce.SLOW_THAW_S", 0.0 if slow else math.inf)
+    node = Node(agent)
+    agent.before["thaw"] = lambda: setattr(node, "refusal", Refused("Epoch 7 is not held", code="some"))
+    with pytest.raises(Refused, match=r"^Epoch 7 is not held") as refused:
+        run(node)
+    assert ("the thaw took" in str(refused.value)) == slow
+    assert refused.value.code == "some"
+    assert agent.did == ["freeze", "cut", "thaw", "commit"]
 
 
 def test_a_freeze_that_is_refused_cuts_nothing(agent: FakeAgent) -> None:
@@ -192,7 +255,7 @@ def test_somebody_who_has_thawed_before_the_cut_was_known_spoils_it(agent: FakeA
     agent.answers["guest-fsfreeze-thaw"] = {"return": 0}
     with pytest.raises(Refused, match="were thawed by somebody else"):
         run(Node(agent))
-    assert agent.did == ["freeze", "cut", "thaw", "abort"]
+    assert agent.did == ["freeze", "cut", "thaw", "abort 7"]
 
 
 def test_a_thaw_that_fails_is_said_loudly(agent: FakeAgent) -> None:
