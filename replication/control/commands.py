@@ -18,6 +18,7 @@ from replication.control import qmp
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
 from replication.record.lineage import Lineage
+from replication.role import PRIMARY, ROLES
 from replication.stage import Mode
 
 RATE_MIN, RATE_MAX = 64 << 10, 1 << 40
@@ -244,7 +245,7 @@ class Commands:
         return self._node.compare(read_lineage(arguments["lineage"]))
 
     def _set_role(self, arguments: Mapping[str, Any]) -> Any:
-        primary = arguments["role"] == "primary"
+        primary = arguments["role"] == PRIMARY
         self._node.set_role(primary, arguments.get("peer"), arguments.get("force", False))
         return {}
 
@@ -312,7 +313,7 @@ class Commands:
         "replication-set-role": Command(
             _set_role,
             {
-                "role": Argument("string", required=True, values=("primary", "secondary")),
+                "role": Argument("string", required=True, values=ROLES),
                 "peer": Argument("string"),
                 "force": Argument("boolean"),
             },
@@ -339,8 +340,15 @@ TABLE = Commands.TABLE
 """The commands by name, in the order in which query-commands lists them."""
 
 _QUERIES = tuple(name for name in TABLE if name.startswith("query-"))
-URGENT = (*_QUERIES, "x-colo-lost-heartbeat", "quit", "replication-get-error", "replication-compare")
-"""Commands that must get through whoever else is connected; so must a stop that is a failover (`is_urgent`)."""
+URGENT = (
+    *_QUERIES,
+    "x-colo-lost-heartbeat",
+    "quit",
+    "replication-get-error",
+    "replication-compare",
+    "replication-outdate",
+)
+"""Commands that must get through whoever else is connected; so must a failover and a promotion (`is_urgent`)."""
 
 
 def _conditions(arguments: Mapping[str, Any]) -> Conditions | None:
@@ -364,4 +372,6 @@ def is_urgent(name: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a command is one that an operator must be able to give at all times. Each of them ends soon."""
     if name in URGENT:
         return True
+    if name == "replication-set-role":
+        return arguments.get("role") == PRIMARY
     return name in ("replication-stop", "xen-set-replication") and arguments.get("failover") is True

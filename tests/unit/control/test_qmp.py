@@ -583,11 +583,14 @@ def test_client_too_many_gets_urgent_answers_only_and_a_free_place_can_be_taken(
                 ("x-colo-lost-heartbeat", {}),
                 ("replication-stop", {"failover": True, "force": True}),
                 ("xen-set-replication", {"enable": False, "primary": False, "failover": True}),
+                ("replication-set-role", {"role": "primary"}),
+                ("replication-outdate", {}),
                 ("quit", {}),
             ):
                 assert reserved.call(name, **arguments) == {"return": arguments}
             for name in ("replication-stop", "xen-set-replication", "replication-checkpoint"):
                 assert "Too many clients" in reserved.call(name)["error"]["desc"]
+            assert "Too many clients" in reserved.call("replication-set-role", role="secondary")["error"]["desc"]
             assert all(client.call("echo") == NOTHING for client in clients)
             clients[0].close()
             wait_until(lambda: stage.clients() == server.CLIENTS_MAX)
