@@ -236,7 +236,8 @@ Who waits for whom: the lock order
 ----------------------------------
 A thread takes these only downwards, and holds none of the locks marked (m) across I/O:
 
-    0. Promotion._changing  a change of role, which is several commands
+    0. Promotion._changing  a change of role, which is several commands; then Promotion._attempt, an attempt to reach
+                       the peer, whose holder only tries to get the former
     1. Node._command   one control command that changes the stage at a time
     2. Gate            every guest and target request is inside the gate; checkpoint, start and stop close it,
                        wait until it is empty, and work alone. A request takes it once.

@@ -781,6 +781,14 @@ class Node:
         """Whether a failover loses nothing."""
         return isinstance(self.side, SecondarySide) and self.side.outlook.lossless
 
+    def lacking(self) -> str | None:
+        """What this secondary lacks of its primary's, so that it has no valid checkpoint once it is started."""
+        side = self.side
+        if not isinstance(side, SecondarySide):
+            return None
+        lost = next((disk.name for disk in side.disks if disk.lost.missing), None)
+        return side.pairing.incomplete or (lost and f"disk '{lost}' has lost something")
+
     def insist(self) -> None:
         """Somebody promotes this node by force: what is here counts, whoever has gone on."""
         with self._commanding():

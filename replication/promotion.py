@@ -12,6 +12,8 @@ What has the role already is not changed, so a manager may ask again and again.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from replication.conditions import Conditions
@@ -24,6 +26,12 @@ from replication.stage import Mode, Stage
 
 AGAIN_MIN_S, AGAIN_MAX_S = 0.5, 5.0
 """Between two attempts to reach the peer."""
+
+PROMOTE_S = 0.5
+"""Longest wait of a promotion for another change of role: it is answered soon."""
+
+DEMOTE_S = 120.0
+"""Longest wait of a demotion for another change of role, and for an attempt to reach the peer."""
 
 
 class Commanded(Protocol):
@@ -47,6 +55,7 @@ class Commanded(Protocol):
     def checkpoint(self) -> Any: ...
     def primary_is_there(self) -> str | None: ...
     def keeps_all(self) -> bool: ...
+    def lacking(self) -> str | None: ...
 
 
 class Promotion:
@@ -54,8 +63,11 @@ class Promotion:
 
     def __init__(self, node: Commanded) -> None:
         self._node = node
-        # Held for the whole of a change of role, and of an attempt to reach the peer; above Node._command.
+        # Held for the whole of a change of role; above Node._command.
         self._changing = threading.Lock()
+        # Held by the seeker for the whole of an attempt to reach the peer, across network I/O: a demotion waits for it,
+        # a promotion does not. Below _changing, which the seeker, holding this, only tries to get.
+        self._attempt = threading.Lock()
         self._seeker = Worker("seek-peer", self._seek)
         self._again_s = AGAIN_MIN_S
         self._sought: str | None = None
@@ -67,27 +79,43 @@ class Promotion:
         self._sought = None
         self._seeker.stop(0.0)
 
+    @contextmanager
+    def _alone(self, within_s: float) -> Iterator[None]:
+        if not self._changing.acquire(timeout=within_s):
+            raise CommandError("Another change of role is at work: try again when it has ended", reason=Reason.BUSY)
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    @property
+    def _replicates(self) -> bool:
+        return self._node.mode is Mode.PRIMARY and self._node.stage is Stage.RUNNING
+
+    # -- to primary ----------------------------------------------------------------------------------------
+
     def to_primary(self, peer: str | None, force: bool) -> None:
         """Own the disks, and look for the peer. CommandError says what stands in the way."""
-        with self._changing:
+        with self._alone(PROMOTE_S):
             node = self._node
-            outdated = node.outdated_reason
+            sought = peer or node.peer
+            if sought is not None and not self._replicates:
+                self._seeker.start(AGAIN_MIN_S)  # there is no owner without the thread that it needs
             if is_owner(node.mode, node.stage):
-                if outdated is not None and not force:
-                    raise CommandError(
-                        f"Promotion is refused: this node is outdated ({outdated})", reason=Reason.OUTDATED
-                    )
-                if outdated is not None:
-                    node.insist()
+                self._stay(force)
             else:
                 self._take_over(force)
-            if node.mode is Mode.PRIMARY and node.stage is Stage.RUNNING:
-                return
-            self._sought = peer or node.peer
-            if self._sought is not None:
-                self._again_s = AGAIN_MIN_S
-                self._seeker.start()
-                self._seeker.wake()
+            if not self._replicates:
+                self._look_for(sought)
+
+    def _stay(self, force: bool) -> None:
+        """An owner stays one; what it has counts."""
+        outdated = self._node.outdated_reason
+        if outdated is None:
+            return
+        if not force:
+            raise CommandError(f"Promotion is refused: this node is outdated ({outdated})", reason=Reason.OUTDATED)
+        self._node.insist()
 
     def _take_over(self, force: bool) -> None:
         node = self._node
@@ -101,8 +129,28 @@ class Promotion:
                 f"Promotion is refused: the primary (node {connected}) is connected; demote it first",
                 reason=Reason.HAS_PRIMARY,
             )
-        if node.stage is Stage.NONE:
-            node.start(None, None, "auto")
+        if node.stage is not Stage.NONE:
+            self._own(force)
+            return
+        lacking = node.lacking()
+        if lacking is not None and not force:
+            # Once it runs it would be a secondary without a valid checkpoint, until its primary has sent everything.
+            raise CommandError(
+                f"Promotion is refused: this secondary lacks something of its primary's ({lacking}), so there is no "
+                "valid checkpoint; have the primary send the rest, or use force to take the disks as they are",
+                reason=Reason.NO_CHECKPOINT,
+            )
+        node.start(None, None, "auto")
+        try:
+            self._own(force)
+        except CommandError as error:
+            raise CommandError(
+                f"{error}. Replication has been started: this secondary runs now", reason=error.reason
+            ) from error
+
+    def _own(self, force: bool) -> None:
+        """A secondary that runs ends that, with as much as can be kept."""
+        node = self._node
         if not node.keeps_all():
             node.stop(True, force)
             return
@@ -121,51 +169,96 @@ class Promotion:
             log(f"promoted by force, from the last checkpoint: {error}")
             node.stop(True, True)
 
+    # -- to secondary --------------------------------------------------------------------------------------
+
     def to_secondary(self) -> None:
         """Keep a copy of the disks. CommandError says what stands in the way."""
-        with self._changing:
+        with self._alone(DEMOTE_S):
             node = self._node
-            self._sought = self.obstacle = None
-            if not is_owner(node.mode, node.stage):
-                return
-            node.check_demotable()
-            if node.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
-                raise CommandError(
-                    f"Demotion is refused: the commit after failover is not complete (stage {node.stage.value})",
-                    reason=Reason.COMMITTING,
-                )
-            if node.stage is Stage.RUNNING:
-                try:
-                    if node.in_sync:
-                        node.checkpoint()
-                except CommandError as error:  # a peer that is not there does not keep a node from being demoted
-                    log(f"no last checkpoint before the demotion: {error}")
-                node.stop(False)
+            if is_owner(node.mode, node.stage):
+                self._check_demotable()
+            again, self._sought = self._sought, None  # no further attempt
+            try:
+                if not self._attempt.acquire(timeout=DEMOTE_S):
+                    raise CommandError("An attempt to reach the peer has not ended: try again", reason=Reason.BUSY)
+                self._attempt.release()
+                if self._replicates:
+                    again = node.peer
+                if is_owner(node.mode, node.stage):
+                    self._check_demotable()
+                    self._demote()
+            except BaseException:
+                self._look_for(again)
+                raise
+            self.obstacle = None
+
+    def _check_demotable(self) -> None:
+        node = self._node
+        node.check_demotable()
+        if node.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
+            raise CommandError(
+                f"Demotion is refused: the commit after failover is not complete (stage {node.stage.value})",
+                reason=Reason.COMMITTING,
+            )
+
+    def _demote(self) -> None:
+        node = self._node
+        if node.stage is not Stage.RUNNING:
             node.demote()
+            return
+        try:
+            if node.in_sync:
+                node.checkpoint()
+        except CommandError as error:  # a peer that is not there does not keep a node from being demoted
+            log(f"no last checkpoint before the demotion: {error}")
+        node.stop(False)
+        try:
+            node.demote()
+        except CommandError as error:
+            raise CommandError(
+                f"{error}. Replication has been stopped, this node still owns its disks, and it looks for its "
+                "secondary again, to replicate as before",
+                reason=error.reason,
+            ) from error
 
     # -- in the background ---------------------------------------------------------------------------------
 
+    def _look_for(self, sought: str | None) -> None:
+        """Have the seeker do so. A change of role is under way."""
+        self._sought = sought
+        if sought is not None:
+            self._again_s = AGAIN_MIN_S
+            self._seeker.wake()
+
     def _seek(self) -> float | None:
         """Try to make the peer this node's secondary; when to try again."""
-        if not self._changing.acquire(blocking=False):
-            return AGAIN_MIN_S
-        try:
-            return self._seek_alone(self._sought)
-        finally:
-            self._changing.release()
+        with self._attempt:
+            if not self._changing.acquire(blocking=False):
+                return AGAIN_MIN_S
+            try:
+                sought, again_s = self._decide()
+            finally:
+                self._changing.release()
+            return again_s if sought is None else self._try(sought)
 
-    def _seek_alone(self, sought: str | None) -> float | None:
+    def _decide(self) -> tuple[str | None, float | None]:
+        """Whom to reach now, or when to look again. No change of role is under way."""
         node = self._node
-        if sought is None or not is_owner(node.mode, node.stage):
-            return None
-        if node.stage is Stage.FAILOVER:
-            return self._again_s  # the commit is under way
-        if node.stage not in (Stage.DONE, Stage.NONE):
-            self.obstacle = None
-            return None
+        if self._sought is None or not is_owner(node.mode, node.stage):
+            return None, None
+        if node.stage is Stage.RUNNING:
+            self.obstacle = self._sought = None
+            return None, None
+        if node.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):  # one that has failed may be resumed
+            return None, self._again_s if node.stage is Stage.FAILOVER else AGAIN_MAX_S
+        return self._sought, None
+
+    def _try(self, sought: str) -> float | None:
         try:
-            node.start(Mode.PRIMARY, sought, "auto")
+            self._node.start(Mode.PRIMARY, sought, "auto")
         except CommandError as error:
+            if self._sought is None:
+                return None  # it is to be a secondary meanwhile
             if str(error) != self.obstacle:
                 log(f"promoted, and looks for its peer: {error}")
             self.obstacle = str(error)

@@ -117,6 +117,13 @@ TABLE = [
     ("Try again when the storage of the state folder answers", "failover, the state folder hangs", LATER),
     ("are empty, and the primary sends everything", "failover with force", LATER),
     ("does not answer; try again", "failover, beside a step that hangs", LATER),
+    ("Another change of role is at work: try again", "a change of role, beside another one", LATER),
+    ("attempt to reach the peer has not ended: try again", "demote, done", LATER),
+    (
+        "have the primary send the rest, or use force",
+        "promote, none",
+        "e2e/test_roles.py::test_half_a_first_copy_is_not_started_by_a_promotion",
+    ),
     ("Replication goes on, but {}; try again", "the failover of a primary", LATER),
     ("emptying the overlays: {}; try again", "failover with force", LATER),
     ("requests are in flight: {}; try again", "failover without a thread", LATER),

@@ -11,7 +11,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Primary, Secondary, Server, disk_name, drained, top_id
+from nodes import Pair, Primary, Secondary, Server, disk_name, drained, refused, top_id
 from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
 
@@ -37,9 +37,9 @@ def in_sync(pair: Pair) -> None:
 
 def code_of(server: Server, command: str, **arguments: Any) -> str | None:
     """The code with which a command is refused."""
-    with pytest.raises(QmpError) as refused:
+    with pytest.raises(QmpError) as answer:
         server.execute(command, **arguments)
-    return refused.value.code
+    return answer.value.code
 
 
 def test_from_a_pair_to_a_failover(lab: Lab) -> None:
@@ -318,6 +318,39 @@ def test_a_promotion_by_force_keeps_what_one_without_it_keeps(lab: Lab) -> None:
     set_role(pair.secondary, "primary", force=True)
     assert bytes(pair.secondary.connect(top_id(0)).pread(4, 0)) == b"late"
     assert pair.secondary.status()["stage"] == "done"
+
+
+def test_a_primary_that_cannot_be_demoted_goes_on_with_its_secondary(lab: Lab) -> None:
+    """The demotion has stopped it before it found that its overlays cannot be opened."""
+    twins = Twins(lab)
+    a, b = twins.a, twins.b
+    set_role(a, "primary")
+    twins.joined(a)
+    overlay = twins.nodes[0].overlay("active")
+    kept = overlay.read_bytes()
+    overlay.write_bytes(b"no image" * 1000)
+    said = refused(a, "replication-set-role", {"role": "secondary"})
+    assert "cannot become a secondary" in said
+    assert "it looks for its secondary again" in said
+    assert role(a)["role"] == "primary"
+    twins.joined(a)
+    overlay.write_bytes(kept)
+    set_role(a, "secondary")
+    set_role(b, "primary")
+    twins.joined(b)
+
+
+def test_half_a_first_copy_is_not_started_by_a_promotion(lab: Lab) -> None:
+    """It was: then it ran without a valid checkpoint, and the failover was refused."""
+    pair = lab.pair([MIB], contents=[b"x" * MIB], primary_arguments=["resync-rate=64K"])
+    pair.primary.execute("replication-start", sync="full")
+    wait_until(lambda: pair.secondary.status()["link"]["state"] == "synchronizing", "the first copy has begun")
+    pair.primary.kill()
+    wait_until(lambda: pair.secondary.status()["link"]["primary"] is None, "it is interrupted")
+    assert code_of(pair.secondary, "replication-set-role", role="primary") == "no-checkpoint"
+    assert pair.secondary.status()["stage"] == "none"
+    pair.secondary.execute("replication-set-role", role="primary", force=True)
+    pair.secondary.wait_stage("done")
 
 
 def test_a_promoted_node_says_why_it_has_no_secondary_yet(lab: Lab) -> None:

@@ -4,33 +4,66 @@ The node is played by the test."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import pytest
 
+from replication import promotion as promoting
 from replication.conditions import Conditions
 from replication.errors import CommandError
 from replication.promotion import Promotion
 from replication.reason import Reason
 from replication.stage import Mode, Stage
+from waiting import DEADLINE_S, begin, wait_until
 
 LOSSLESS = ("stop", True, False, Conditions(lossless=True))
 FORCED = ("stop", True, True, None)
+PEER = "nbd://peer"
+SEEK = ("start", Mode.PRIMARY, PEER, "auto")
 
 
 class FakeNode:
     """Does as it is told at once, unless `refusals` has an error for the call."""
 
     def __init__(self, mode: Mode = Mode.SECONDARY, stage: Stage = Stage.RUNNING) -> None:
-        self.mode, self.stage = mode, stage
+        self.mode, self._stage = mode, stage
+        self.looked = 0
         self.outdated_reason: str | None = None
         self.peer: str | None = None
         self.in_sync = True
         self.connected: str | None = None
         self.lossless = False
+        self.lacks: str | None = None
         self.calls: list[tuple[object, ...]] = []
         self.refusals: dict[tuple[object, ...], CommandError] = {}
+        self._holds: dict[object, tuple[threading.Event, threading.Event]] = {}
+
+    @property
+    def stage(self) -> Stage:
+        self.looked += 1
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: Stage) -> None:
+        self._stage = stage
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[threading.Event]:
+        """Every call of `name` takes until the body has ended; the event says that there is one."""
+        reached, released = self._holds[name] = (threading.Event(), threading.Event())
+        try:
+            yield reached
+        finally:
+            released.set()
 
     def _call(self, *call: object) -> None:
         self.calls.append(call)
+        if call[0] in self._holds:
+            reached, released = self._holds[call[0]]
+            reached.set()
+            assert released.wait(DEADLINE_S)
         if call in self.refusals:
             raise self.refusals[call]
 
@@ -61,6 +94,21 @@ class FakeNode:
 
     def keeps_all(self) -> bool:
         return self.lossless
+
+    def lacking(self) -> str | None:
+        return self.lacks
+
+
+@pytest.fixture
+def node() -> FakeNode:
+    return FakeNode()
+
+
+@pytest.fixture
+def promotion(node: FakeNode) -> Iterator[Promotion]:
+    promotion = Promotion(node)
+    yield promotion
+    promotion.close()
 
 
 # -- to primary ------------------------------------------------------------------------------------------------
@@ -101,3 +149,121 @@ def test_without_force_a_refusal_stands() -> None:
     with pytest.raises(CommandError, match="damaged"):
         Promotion(node).to_primary(None, False)
     assert node.calls == [LOSSLESS]
+
+
+def test_a_secondary_that_lacks_something_is_not_started_for_a_promotion() -> None:
+    """It would run without a valid checkpoint, and be refused then."""
+    node = FakeNode(stage=Stage.NONE)
+    node.lacks = "a resync was interrupted"
+    with pytest.raises(CommandError, match="a resync was interrupted") as refused:
+        Promotion(node).to_primary(None, False)
+    assert (refused.value.reason, node.calls) == (Reason.NO_CHECKPOINT, [])
+    Promotion(node).to_primary(None, True)
+    assert node.calls == [("start", None, None, "auto"), FORCED]
+
+
+def test_a_promotion_that_has_started_replication_says_so() -> None:
+    node = FakeNode(stage=Stage.NONE)
+    node.refusals["stop", True, False, None] = CommandError("no answer", reason=Reason.STORAGE)
+    with pytest.raises(CommandError, match=r"no answer.*has been started: this secondary runs") as refused:
+        Promotion(node).to_primary(None, False)
+    assert refused.value.reason is Reason.STORAGE
+
+
+def test_without_a_thread_for_the_search_nothing_is_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    node = FakeNode()
+    node.peer = PEER
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(CommandError, match="no thread for seek-peer"):
+        Promotion(node).to_primary(None, False)
+    assert (node.calls, node.stage) == ([], Stage.RUNNING)
+    node.mode = Mode.PRIMARY  # and one that needs none any more is what it is to be
+    Promotion(node).to_primary(None, False)
+
+
+def test_a_promotion_does_not_wait_for_another_change_of_role(node: FakeNode, promotion: Promotion) -> None:
+    node.mode = Mode.PRIMARY
+    with node.held("demote") as demoting:
+        demotion = begin(promotion.to_secondary)
+        demoting.wait(DEADLINE_S)
+        with pytest.raises(CommandError, match="Another change of role") as refused:
+            promotion.to_primary(None, False)
+        assert refused.value.reason is Reason.BUSY
+    demotion.result(DEADLINE_S)
+    assert node.mode is Mode.SECONDARY
+
+
+def test_a_promotion_does_not_wait_for_an_attempt_to_reach_the_peer(node: FakeNode, promotion: Promotion) -> None:
+    """Which takes as long as the network."""
+    with node.held("start") as attempt:
+        promotion.to_primary(PEER, False)
+        attempt.wait(DEADLINE_S)
+        promotion.to_primary(PEER, False)
+        node.outdated_reason = "the cluster has said so"
+        promotion.to_primary(PEER, True)
+    assert ("insist",) in node.calls
+
+
+# -- to secondary ----------------------------------------------------------------------------------------------
+
+
+def test_a_demotion_waits_for_an_attempt_to_reach_the_peer(node: FakeNode, promotion: Promotion) -> None:
+    """That one succeeds, so there is a primary to be stopped."""
+    with node.held("start") as attempt:
+        promotion.to_primary(PEER, False)
+        attempt.wait(DEADLINE_S)
+        demotion = begin(promotion.to_secondary)
+        wait_until(lambda: promotion._sought is None, "the demotion has begun")
+    demotion.result(DEADLINE_S)
+    assert node.calls[-4:] == [SEEK, ("checkpoint",), ("stop", False, False, None), ("demote",)]
+    assert (node.mode, node.stage, promotion.obstacle) == (Mode.SECONDARY, Stage.RUNNING, None)
+
+
+def test_an_attempt_that_fails_during_a_demotion_is_the_last_one(node: FakeNode, promotion: Promotion) -> None:
+    node.refusals[SEEK] = CommandError("nobody there")
+    with node.held("start") as attempt:
+        promotion.to_primary(PEER, False)
+        attempt.wait(DEADLINE_S)
+        demotion = begin(promotion.to_secondary)
+        wait_until(lambda: promotion._sought is None, "the demotion has begun")
+    demotion.result(DEADLINE_S)
+    assert (node.calls[-2:], promotion.obstacle) == ([SEEK, ("demote",)], None)
+    wait_until(lambda: not promotion._seeker.alive, "nobody looks for the peer")
+
+
+def test_a_demotion_that_is_refused_does_not_end_the_search(node: FakeNode, promotion: Promotion) -> None:
+    promotion.to_primary(None, False)
+    node.stage = Stage.FAILOVER
+    promotion.to_primary(PEER, False)
+    with pytest.raises(CommandError, match="commit after failover") as refused:
+        promotion.to_secondary()
+    assert refused.value.reason is Reason.COMMITTING
+    node.stage = Stage.DONE
+    wait_until(lambda: node.mode is Mode.PRIMARY, "it looks for its peer")
+
+
+def test_the_search_goes_on_when_a_commit_that_has_failed_is_resumed(
+    node: FakeNode, promotion: Promotion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promoting, "AGAIN_MAX_S", 0.01)
+    promotion.to_primary(None, False)
+    node.stage = Stage.FAILOVER_FAILED
+    promotion.to_primary(PEER, False)
+    wait_until(lambda: node.looked > 2, "the seeker has seen that")
+    assert SEEK not in node.calls
+    node.stage = Stage.DONE
+    wait_until(lambda: node.mode is Mode.PRIMARY, "it looks for its peer")
+
+
+def test_a_primary_that_was_stopped_and_cannot_be_demoted_goes_on(node: FakeNode, promotion: Promotion) -> None:
+    node.mode, node.peer = Mode.PRIMARY, PEER
+    node.refusals["demote",] = CommandError("cannot become a secondary: no room", reason=Reason.STORAGE)
+    with pytest.raises(CommandError, match=r"no room\. Replication has been stopped, this node still owns") as refused:
+        promotion.to_secondary()
+    assert refused.value.reason is Reason.STORAGE
+    wait_until(lambda: node.stage is Stage.RUNNING, "it replicates again")
+    assert node.calls[-1] == SEEK
+    assert node.mode is Mode.PRIMARY
