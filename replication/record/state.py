@@ -173,15 +173,19 @@ class Record:
     """That another node went on from what this one has (outdated.py)."""
     left_well: bool = False
     """A secondary's last primary has left in good order, after it had sent everything."""
+    received: bool = False
+    """A failover by force has ended a copy that a primary was sending here: that primary has what this node lacks."""
     identity: str = ""
     """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
     opens: int = 0
 
     def as_secondary(self) -> Record:
         """An owner of disks that comes back as a secondary: what it knows of its content stays. If it was part of a
-        pair, another one is the owner then, or will be, so it is outdated until it is resynchronised."""
+        pair, another one is the owner then, or will be, so it is outdated until it is resynchronised. What was taken
+        of an unfinished copy descends from nothing, and is half of what that copy's primary has all the same."""
         outdated, lineage = self.outdated, self.lineage
-        if outdated is None and lineage is not None and (lineage["shared"] or lineage["history"]):
+        of_pair = self.received or (lineage is not None and (lineage["shared"] or lineage["history"]))
+        if outdated is None and of_pair:
             outdated = Outdated(Reason.DEMOTED, DEMOTED_TEXT, time.time()).to_json()
         return replace(
             self,
@@ -255,7 +259,7 @@ class Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("backup", "durability", "node", "next_generation", "identity"), str),
     **dict.fromkeys(("secondary", "replaced", "boot", "inconsistent", "partner"), str | None),
-    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well"), bool),
+    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well", "received"), bool),
     "commit_rate": float | None,
 }
 

@@ -614,6 +614,8 @@ class SecondarySide(Side):
                 self._set.gate.urgency.run(self._failover.begin, haste.left_s, yields=False, name="begin")
 
     def _enter_failover(self, haste: Haste) -> bool:
+        # Before the lineage forgets it. True whether this comes to be or not: the copy has begun.
+        self._set.record.received |= bool(self._set.ancestry.lineage.incoming)
         take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
         return self._enter(Stage.FAILOVER, None, take_back, haste)
 

@@ -46,6 +46,7 @@ FULL = Record(
     disks={"disk0": 1 << 20, "disk1": 1 << 40},
     outdated=Outdated(Reason.TOLD, "somebody has said so", 1.5e9).to_json(),
     left_well=True,
+    received=True,
 )
 FIELDS = sorted(field.name for field in dataclasses.fields(Record))
 FAULT_FIELDS = sorted(field.name for field in dataclasses.fields(Fault))
