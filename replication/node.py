@@ -717,19 +717,25 @@ class Node:
 
     def outdate(self, text: str) -> None:
         """replication-outdate: who knows it says that another node went on. StateError as CommandError, with nothing
-        changed."""
+        changed. It takes the place of another reason: what would end that one does not end this."""
         with self._commanding():
             record = self._record
-            if record.outdated is not None:
-                return
-            left_well, record.left_well = record.left_well, False  # whoever has left is not the last word
-            record.outdated = Outdated(Reason.TOLD, text, time.time()).to_json()
+            former = (record.outdated, record.left_well)
+            record.left_well = False  # whoever has left is not the last word
+            told = Outdated(Reason.TOLD, text, time.time()).to_json()
+            news = former[0] is None or any(former[0][key] != told[key] for key in ("code", "reason"))
+            if news:
+                record.outdated = told
             try:
-                self._save()
+                if (record.outdated, record.left_well) != former:
+                    self._save()
             except BaseException:
-                record.outdated, record.left_well = None, left_well
+                record.outdated, record.left_well = former
                 raise
-            self._outdated()
+            if isinstance(self.side, SecondarySide):
+                self.side.pairing.doubt()
+            if news:
+                self._tell_outdated()
 
     def _outdate(self, code: Reason, text: str) -> None:
         """As a thread of the link has learnt. It is so all the same when it cannot be saved: it is saved later."""
@@ -740,13 +746,12 @@ class Node:
             self._save()
         except StateError as error:
             log(f"that this node is outdated is not saved yet: {error}")
-        self._outdated()
+        self._tell_outdated()
 
-    def _outdated(self) -> None:
+    def _tell_outdated(self) -> None:
         outdated = self._record.outdated
-        assert outdated is not None
-        if isinstance(self.side, SecondarySide):
-            self.side.pairing.doubt()
+        if outdated is None:
+            return  # that has ended meanwhile
         log(f"this node is outdated: {outdated['reason']}")
         self._hub.emit("REPLICATION_OUTDATED", code=outdated["code"], reason=outdated["reason"])
 

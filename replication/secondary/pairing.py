@@ -320,7 +320,7 @@ class Pairing:
         """The primary has sent everything, and leaves."""
         self.check_token(token)
         record = self._set.record
-        record.paired, record.left_well = False, not record.resync
+        record.paired, record.left_well = False, not (record.resync or self._doubted)
         try:
             self._set.save()
         except BaseException:

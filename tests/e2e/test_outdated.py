@@ -9,7 +9,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Secondary, Server, disk_name
+from nodes import Pair, Secondary, Server, disk_name, top_id
 from qmp import QmpError
 from waiting import wait_until
 
@@ -62,3 +62,61 @@ def test_a_node_that_never_had_a_primary_is_not_outdated_by_a_demotion(lab: Lab)
     alone.failover()
     alone.execute("replication-demote")
     assert outdated(alone) is None
+
+
+# -- told --------------------------------------------------------------------------------------------------------
+
+
+def resynchronised(lab: Lab) -> tuple[Secondary, Secondary]:
+    """The next owner, and the one before it, which was demoted and has everything from it, without a checkpoint."""
+    pair = lab.pair([MIB])
+    in_sync(pair)
+    owner = pair.secondary
+    pair.primary.kill()
+    owner.failover()
+    owner.connect(top_id(0)).pwrite(b"newer", 0)
+    old = lab.start(
+        Secondary(lab.folder, [MIB], name=pair.primary.name, extra_environment=lab.pause_points().environment)
+    )
+    old.start_replication()
+    owner.execute("replication-start", mode="primary", secondary=old.uri())
+    wait_until(lambda: owner.status()["link"]["state"] == "in-sync", "resynchronised")
+    assert outdated(old) == "demoted"
+    return owner, old
+
+
+def tell(server: Server) -> None:
+    """Say to a node that is outdated for another reason that a third one has gone on."""
+    with server.qmp() as qmp:
+        qmp.execute("replication-outdate", reason="c was promoted")
+        assert qmp.wait_event("REPLICATION_OUTDATED")["data"]["code"] == "told"
+
+
+@pytest.mark.parametrize("command", ["replication-stop", "replication-checkpoint"])
+def test_what_a_primary_had_sent_is_no_resync_when_it_was_told_afterwards(lab: Lab, command: str) -> None:
+    """The demoted node would have become the owner by a planned stop, or current by a checkpoint."""
+    owner, old = resynchronised(lab)
+    owner.terminate()
+    wait_until(lambda: old.execute("query-failover")["primary-left-well"], "it has left in good order")
+    tell(old)
+    if command == "replication-stop":
+        assert code_of(old, command) == "outdated"
+    else:
+        old.execute(command)
+    assert outdated(old) == "told"
+    old.kill()
+    old.start()
+    assert outdated(old) == "told"
+    assert code_of(old, "replication-stop") == "outdated"
+
+
+def test_a_primary_that_leaves_after_that_ends_nothing_either(lab: Lab) -> None:
+    """Also not in the next process, which has the record only."""
+    owner, old = resynchronised(lab)
+    tell(old)
+    owner.terminate()
+    wait_until(lambda: old.status()["link"]["state"] == "disconnected", "it has left in good order")
+    old.kill()
+    old.start()
+    assert code_of(old, "replication-stop") == "outdated"
+    assert outdated(old) == "told"
