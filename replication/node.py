@@ -746,6 +746,7 @@ class Node:
             self._save()
         except StateError as error:
             log(f"that this node is outdated is not saved yet: {error}")
+            self._save_later()
         self._tell_outdated()
 
     def _tell_outdated(self) -> None:
@@ -826,6 +827,7 @@ class Node:
                 self._save()
             except StateError as error:
                 log(f"that this node is outdated no longer is not saved yet: {error}")
+                self._save_later()
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""

@@ -92,11 +92,12 @@ class Ledger:
         self._save = save
         self.state = Settlement.SETTLED
 
-    def promise(self, number: int, change: Callable[[Lineage], Lineage] | None) -> None:
-        """With epoch `number` there is a valid checkpoint, of the lineage that `change` makes of the present one.
-        StateError, with nothing changed. `fulfil` or `withdraw` must follow."""
+    def promise(self, number: int, change: Callable[[Lineage], Lineage] | None, current: bool = False) -> None:
+        """With epoch `number` there is a valid checkpoint, of the lineage that `change` makes of the present one, and
+        (`current`) the node is not outdated any more. StateError, with nothing changed. `fulfil` or `withdraw` must
+        follow."""
         lineage = None if change is None else change(self._ancestry.lineage).to_json()
-        self._record.promise = Promise(number, lineage).to_json()
+        self._record.promise = Promise(number, lineage, current).to_json()
         try:
             self._save()
         except BaseException:
@@ -108,7 +109,10 @@ class Ledger:
 
     def fulfil(self, change: Callable[[Lineage], Lineage] | None) -> None:
         """The epoch was begun. The record is saved if that is possible now, and is right if not."""
-        self._record.inconsistent = None
+        record = self._record
+        record.inconsistent = None
+        if record.promise is not None and record.promise["current"]:
+            record.outdated = None
         if change is not None:
             self._ancestry.note(change)
         self._owe()
@@ -140,6 +144,6 @@ def settled(record: Record, state: StateFolder) -> Record:
         if promise.epoch == state.epoch:
             record.inconsistent = None
             record.lineage = promise.lineage or record.lineage
-            if promise.lineage is not None:
-                record.outdated = None  # it is the primary's content that was promised
+            if promise.current:
+                record.outdated = None
     return record

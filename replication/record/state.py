@@ -105,9 +105,11 @@ class Promise(NamedTuple):
     epoch: int
     lineage: dict[str, Any] | None
     """What the node descends from then, None if as before."""
+    current: bool = False
+    """It is not outdated any more then. (A record that does not say so yet: it stays so until the next checkpoint.)"""
 
     def to_json(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "lineage": self.lineage}
+        return {"epoch": self.epoch, "lineage": self.lineage, "current": self.current}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Promise:
@@ -115,6 +117,8 @@ class Promise(NamedTuple):
         promise = cls(**saved)
         if type(promise.epoch) is not int or not 0 < promise.epoch <= EPOCH_MAX:
             raise ValueError("promise has no epoch")
+        if type(promise.current) is not bool:
+            raise TypeError("current of promise is true or false")
         if promise.lineage is not None:
             Lineage.from_json(promise.lineage)
         return promise

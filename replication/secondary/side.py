@@ -492,22 +492,20 @@ class SecondarySide(Side):
         """`_empty_all`, and what else a checkpoint means after a resync: it is of the primary's generation, and, if
         there was none, there is a valid one again. All of it at one instant (ledger.py). The gate is closed."""
         former, adoption = self._set.record.inconsistent, self.pairing.adoption
+        resynchronised = self.pairing.resynchronised
         promised = former is not None or adoption is not None
         if promised:
-            self._ledger.promise(self._set.state.next_epoch(number), adoption)
-        resynchronised = self.pairing.resynchronised
+            self._ledger.promise(self._set.state.next_epoch(number), adoption, resynchronised)
         try:
             failure = self._empty_all(number)
         except BaseException:
             if promised:
                 self._ledger.withdraw()
             raise
-        outdated = self._set.record.outdated
-        if resynchronised:
-            self._set.record.outdated = None
         if promised:
             self._ledger.fulfil(adoption)
-        elif outdated is not None and resynchronised:
+        elif resynchronised and self._set.record.outdated is not None:
+            self._set.record.outdated = None
             with suppress(StateError):  # it comes along with what is saved next; else it is outdated until then
                 self._set.save()
         if adoption is not None:

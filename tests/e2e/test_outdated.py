@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from content import MIB
 from lab import Lab
 from nodes import Pair, Secondary, Server, disk_name, top_id
 from qmp import QmpError
-from waiting import wait_until
+from waiting import DEADLINE_S, wait_until
 
 
 def in_sync(pair: Pair) -> None:
@@ -120,3 +121,23 @@ def test_a_primary_that_leaves_after_that_ends_nothing_either(lab: Lab) -> None:
     old.start()
     assert code_of(old, "replication-stop") == "outdated"
     assert outdated(old) == "told"
+
+
+@pytest.mark.parametrize("was_told", [True, False])
+def test_a_kill_in_the_midst_of_the_checkpoint_after_a_resync(lab: Lab, was_told: bool) -> None:
+    """It counts as taken, and ends what a resync ends."""
+    owner, old = resynchronised(lab)
+    pauses = lab.pause_points()
+    if was_told:
+        tell(old)
+    pauses.arm("checkpoint.begun")
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(owner.execute, "replication-checkpoint")
+        pauses.wait_hit("checkpoint.begun")
+        old.kill()
+        owner.kill()
+        with pytest.raises((QmpError, OSError, EOFError)):
+            asked.result(DEADLINE_S)
+    pauses.disarm("checkpoint.begun")
+    old.start()
+    assert outdated(old) == ("told" if was_told else None)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from replication.disk import files
+from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.ledger import Ledger, Settlement, settled
 from replication.record.lineage import Lineage
+from replication.record.outdated import Outdated
 from replication.record.state import Record, StateError, StateFolder
 from replication.stage import Mode, Stage
 
@@ -122,3 +124,22 @@ def test_a_promise_for_an_epoch_that_was_not_begun_does_not_come_true_later(node
     node.state.count_from(1)
     node.killed()
     assert not Node(tmp_path).taken
+
+
+@pytest.mark.parametrize("step", ["promised", "begun", "fulfilled"])
+@pytest.mark.parametrize("current", [True, False])
+def test_only_what_was_promised_as_current_ends_that_the_node_is_outdated(
+    node: Node, tmp_path: Path, step: str, current: bool
+) -> None:
+    """A checkpoint adopts what a primary has sent, but somebody has said that a third node went on."""
+    node.record.outdated = Outdated(Reason.TOLD, "c was promoted", 1.5e9).to_json()
+    node.save()
+    node.ledger.promise(node.state.next_epoch(7), adoption, current)
+    if step != "promised":
+        node.state.begin_epoch(7)
+    if step == "fulfilled":
+        node.ledger.fulfil(adoption)
+    node.killed()
+    after = Node(tmp_path)
+    assert (after.record.outdated is None) == (current and step != "promised")
+    after.killed()
