@@ -19,6 +19,8 @@ from replication.client.session import Unusable
 FOLDER, FOLDER_VARIABLE = "/etc/nbdkit-replication.d", "NBDKIT_REPLICATION_CONFIG_DIR"
 RUN, RUN_VARIABLE = "/run/nbdkit-replication", "NBDKIT_REPLICATION_RUN_DIR"
 SUFFIX = ".toml"
+_SOCKET_KEY = "guest-socket"
+_SOCKET_LINE = re.compile(rf"""^\s*{_SOCKET_KEY}\s*=\s*(["'])([^"'\\]+)\1\s*(?:#.*)?$""", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}\Z")
 
 
@@ -76,3 +78,29 @@ def control_of(name: str) -> str:
     # Started by hand with config=FILE, a node has it in its state folder.
     by_hand = os.path.join(state, "control.sock") if isinstance(state, str) and state else usual
     return by_hand if os.path.exists(by_hand) and not os.path.exists(usual) else usual
+
+
+def guest_socket_of(name: str) -> str:
+    """Where the guest of a node connects, whatever else is wrong with its file; Unusable if it cannot be told."""
+    path = known(name)
+    usual = os.path.join(os.environ.get(RUN_VARIABLE) or RUN, name, "guest.sock")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Unusable(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Unusable(f"{path} is not UTF-8: {error}") from error
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = _SOCKET_LINE.findall(text)
+        if _SOCKET_KEY not in text:
+            return usual
+        if len(lines) == 1:
+            return str(lines[0][1])
+        raise Unusable(f"{path} is not TOML, and does not say where its guest connects: {error}") from error
+    service = content.get("service", {})
+    socket = service.get(_SOCKET_KEY, usual) if isinstance(service, dict) else None
+    if not isinstance(socket, str) or not socket:
+        raise Unusable(f"{_SOCKET_KEY} of [service] in {path} is no path")
+    return socket

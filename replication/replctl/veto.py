@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from typing import Any
 
 from replication.client.qmp import Refused
 from replication.client.roles import ask_may_run
 from replication.client.session import Unusable
 from replication.client.values import printable
-from replication.errors import ConfigError
-from replication.service import config
 
 from . import nodes
 
@@ -31,10 +29,11 @@ _BEFORE_START = "prepare"
 
 
 def libvirt_hook(options: argparse.Namespace) -> None:
-    """Refused if the guest that libvirt is about to start uses a node on which it may not run now."""
-    used = list(_used(sys.stdin.read(_XML_MAX))) if options.operation == _BEFORE_START else []
+    """Refused if the guest that libvirt is about to start uses a node on which it may not run now, or may use one of
+    which that cannot be told."""
+    used = list(_used(sys.stdin.read(_XML_MAX), options)) if options.operation == _BEFORE_START else []
     for name in used:
-        may, why = ask_may_run(nodes.control_of(name), options.timeout)
+        may, why = _ask(name, options.timeout)
         if may is True or (may is not False and options.allow_unknown):
             continue
         verb = "may not" if may is False else "might not be allowed to"
@@ -48,22 +47,31 @@ def libvirt_hook(options: argparse.Namespace) -> None:
         print(json.dumps({"guest": options.guest, "nodes": used}))
 
 
-def _used(text: str) -> Iterator[str]:
-    """The nodes of this host whose sockets the domain has, as libvirt's disks or in arguments for QEMU."""
+def _ask(name: str, timeout_s: float) -> tuple[object, dict[str, Any]]:
+    try:
+        return ask_may_run(nodes.control_of(name), timeout_s)
+    except Unusable as error:  # nor is it known where to ask
+        return None, {"reason": str(error)}
+
+
+def _used(text: str, options: argparse.Namespace) -> Iterator[str]:
+    """The nodes of this host whose sockets the domain has, as libvirt's disks or in arguments for QEMU. Refused where
+    one of them cannot be known, unless that is allowed."""
     try:
         domain = ET.fromstring(text)
     except ET.ParseError as error:
         raise Unusable(f"what libvirt gives on stdin is no XML: {error}") from error
     said = [value for element in domain.iter() for value in (*element.attrib.values(), element.text or "")]
     for name in nodes.names():
-        socket = re.compile(rf"{re.escape(_guest_socket(name))}(?![\w./-])")
+        try:
+            place = nodes.guest_socket_of(name)
+        except Unusable as error:
+            if options.allow_unknown:
+                continue
+            raise Refused(
+                f"the guest {printable(options.guest)} might not be allowed to run on this host now, because it may "
+                f"use the node {name}: {printable(str(error))}"
+            ) from error
+        socket = re.compile(rf"{re.escape(place)}(?![\w./-])")
         if any(socket.search(value) for value in said):
             yield name
-
-
-def _guest_socket(name: str) -> str:
-    """Where the guest of a node connects; with a file that cannot be used, the usual place."""
-    try:
-        return config.load(name).guest_socket
-    except ConfigError:
-        return os.path.join(os.environ.get(nodes.RUN_VARIABLE) or nodes.RUN, name, "guest.sock")

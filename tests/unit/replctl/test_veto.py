@@ -117,6 +117,29 @@ def test_a_file_of_a_node_that_cannot_be_used(host: Host, monkeypatch: pytest.Mo
     assert host.starts(disk=f"{host.folder}/b/guest.sock")[0] == 1
 
 
+@pytest.mark.parametrize("error", ["timout = 5\n", "= broken\n", "[disk.disk0\n"])
+def test_an_error_elsewhere_in_a_file_hides_no_socket(host: Host, error: str) -> None:
+    """The node was started before the typing error; the guest started on a host whose node is a secondary."""
+    (host.folder / "b.toml").write_text(
+        f'{error}control = "{host.folder}/b.sock"\n[service]\n guest-socket = "{host.socket("b")}" # ours\n'
+    )
+    host.nodes["b"].answers["query-role"] = SECONDARY
+    assert host.starts(disk=host.socket("b"))[0] == 1
+    assert host.starts(disk=host.socket("a")) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[service]\nguest-socket = 5\n", b"[service\nguest-socket = x\n", b"\xff", b"service = 1\n"]
+)
+def test_a_file_that_hides_a_socket_lets_no_guest_start(host: Host, content: bytes) -> None:
+    (host.folder / "b.toml").write_bytes(content)
+    code, said = host.starts(disk=host.socket("a"))
+    assert code == 1
+    assert "the guest web might not be allowed to run on this host now, because it may use the node b" in said
+    assert f"{host.folder}/b.toml" in said
+    assert host.starts("--allow-unknown", disk=host.socket("a")) == (0, "")
+
+
 def test_what_is_no_xml(host: Host) -> None:
     code, said = host.starts(domain="<domain>")
     assert (code, "is no XML" in said) == (2, True)
