@@ -738,8 +738,9 @@ class Node:
                 self._tell_outdated()
 
     def _outdate(self, code: Reason, text: str) -> None:
-        """As a thread of the link has learnt. It is so all the same when it cannot be saved: it is saved later."""
-        if self._record.outdated is not None:
+        """As a thread of the link, or a start, has learnt. It is so all the same when it cannot be saved: it is saved
+        later."""
+        if self._record.outdated is not None or code.value in self._record.overruled:
             return
         self._record.outdated = Outdated(code, text, time.time()).to_json()
         try:
@@ -796,13 +797,18 @@ class Node:
         return side.pairing.incomplete or (lost and f"disk '{lost}' has lost something")
 
     def insist(self) -> None:
-        """Somebody promotes this node by force: what is here counts, whoever has gone on."""
+        """Somebody promotes this node by force: what is here counts, whoever has gone on. That lasts until something
+        new is learnt: the link meets the same refusal again within seconds."""
         with self._commanding():
-            former, self._record.outdated = self._record.outdated, None
+            record = self._record
+            former = (record.outdated, record.overruled)
+            if record.outdated is not None:
+                record.overruled = sorted({*record.overruled, record.outdated["code"]})
+            record.outdated = None
             try:
                 self._save()
             except BaseException:
-                self._record.outdated = former
+                record.outdated, record.overruled = former
                 raise
 
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
@@ -821,8 +827,10 @@ class Node:
 
     def _accepted(self) -> None:
         """A secondary takes this primary's writes: nobody has gone on from them."""
-        outdated, self._record.outdated = self._record.outdated, None
-        if outdated is not None:
+        record = self._record
+        known = record.outdated is not None or record.overruled
+        record.outdated, record.overruled = None, []
+        if known:
             try:
                 self._save()
             except StateError as error:

@@ -253,6 +253,7 @@ class PrimarySide(Side):
         except (DiskError, Refusal) as error:
             for disk in self.disks:
                 disk.changes.drop_claim()
+            self._learn(error)
             raise _cannot_start(error, self._noted) from error
         record = self._set.record
         former = (record.secondary, record.replaced, record.partner)
@@ -288,6 +289,7 @@ class PrimarySide(Side):
             record.secondary, record.replaced, record.partner = former
             agreement.close()
             if isinstance(error, DiskError | Refusal):
+                self._learn(error)
                 raise _cannot_start(error, self._noted) from error
             if isinstance(error, StateError | GateStuck):
                 reason = Reason.STORAGE if isinstance(error, StateError) else Reason.BUSY
@@ -309,6 +311,12 @@ class PrimarySide(Side):
                 failures.append(f"the disks are not compared: {error}")
         if failures:
             raise CommandError(f"Replication has been started, but {'; '.join(failures)}")
+
+    def _learn(self, error: DiskError | Refusal) -> None:
+        """A start that is refused because the other node's content comes from this one's proves that it has gone on.
+        One that owns its disks does not: the URI may be a wrong one."""
+        if isinstance(error, Refusal) and error.reason is Reason.PEER_NEWER:
+            self._set.outdate(Reason.PEER_NEWER, str(error))
 
     @property
     def _noted(self) -> str:

@@ -175,6 +175,9 @@ class Record:
     """What becomes true with the next checkpoint (ledger.py)."""
     outdated: dict[str, Any] | None = None
     """That another node went on from what this one has (outdated.py)."""
+    overruled: list[str] = field(default_factory=list)
+    """Codes of why it was outdated, of which a person has said since that what is here counts all the same: what the
+    link learns again of that is nothing new."""
     left_well: bool = False
     """A secondary's last primary has left in good order, after it had sent everything."""
     received: bool = False
@@ -208,6 +211,7 @@ class Record:
             offered=None,
             promise=None,
             outdated=outdated,
+            overruled=[],
             left_well=False,
         )
 
@@ -256,6 +260,10 @@ class Record:
             Promise.from_json(record.promise)
         if record.outdated is not None:
             Outdated.from_json(record.outdated)
+        if not isinstance(record.overruled, list):
+            raise TypeError("overruled is a list")
+        for code in record.overruled:
+            Reason(code)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
         return record
 

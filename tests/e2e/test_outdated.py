@@ -10,7 +10,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Secondary, Server, disk_name, top_id
+from nodes import Pair, Secondary, Server, top_id
 from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
 
@@ -36,9 +36,8 @@ def outdated(server: Server) -> str | None:
 
 def test_half_a_copy_that_was_taken_by_force_is_outdated_once_it_is_demoted(lab: Lab) -> None:
     """It descends from nothing, so its lineage says nothing of the primary that has the other half."""
-    pair = lab.pair([4 * MIB], primary_arguments=["resync-rate=64K"])
+    pair = lab.pair([4 * MIB], contents=[b"x" * 4 * MIB], primary_arguments=["resync-rate=64K"])  # zeroes cost nothing
     pair.secondary.start_replication()
-    pair.primary.connect(disk_name(0)).pwrite(b"x" * 4096, 0)
     pair.primary.execute("replication-start", sync="full")
     wait_until(lambda: pair.secondary.status()["link"]["state"] == "synchronizing", "the copy has begun")
     pair.primary.kill()
@@ -141,3 +140,49 @@ def test_a_kill_in_the_midst_of_the_checkpoint_after_a_resync(lab: Lab, was_told
     pauses.disarm("checkpoint.begun")
     old.start()
     assert outdated(old) == ("told" if was_told else None)
+
+
+# -- learnt ------------------------------------------------------------------------------------------------------
+
+
+def test_an_owner_whose_start_shows_that_the_other_has_gone_on_is_outdated(lab: Lab) -> None:
+    """It was stopped as planned, so no link learns of it."""
+    pair = lab.pair([MIB])
+    in_sync(pair)
+    former, newer = pair.primary, pair.secondary
+    former.execute("replication-stop")
+    newer.failover()
+    assert code_of(former, "replication-start", secondary=newer.uri()) == "not-secondary"
+    assert outdated(former) is None, "what owns its disks there may be another pair's"
+    newer.execute("replication-demote")
+    for _ in range(2):
+        assert code_of(former, "replication-start", secondary=newer.uri()) == "peer-newer"
+        assert outdated(former) == "peer-newer"
+        assert former.execute("query-role")["may-run"] is False
+        former.kill()
+        former.start()
+    former.execute("replication-set-role", role="primary", force=True)
+    assert outdated(former) is None
+    assert code_of(former, "replication-start", secondary=newer.uri()) == "peer-newer"
+    assert outdated(former) is None, "a person has overruled that"
+
+
+def test_what_a_person_has_overruled_the_link_does_not_learn_again(lab: Lab) -> None:
+    """It meets the same refusal every few seconds; another one is news."""
+    pair = lab.pair([MIB])
+    in_sync(pair)
+    former, newer = pair.primary, pair.secondary
+    newer.failover()
+    wait_until(lambda: outdated(former) == "peer-promoted", "the link has learnt of it", DEADLINE_S)
+    former.execute("replication-set-role", role="primary", force=True)
+    assert outdated(former) is None
+    former.kill()
+    former.start()
+    wait_until(lambda: former.status()["link"].get("code") == "not-secondary", "it was refused again", DEADLINE_S)
+    former.terminate()  # with the thread of the link
+    newer.kill()
+    former.start()
+    assert outdated(former) is None
+    newer.start()
+    newer.execute("replication-demote")
+    wait_until(lambda: outdated(former) == "peer-newer", "that it has a newer copy is news", DEADLINE_S)

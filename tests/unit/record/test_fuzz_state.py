@@ -45,6 +45,7 @@ FULL = Record(
     fault=FAULT.to_json(),
     disks={"disk0": 1 << 20, "disk1": 1 << 40},
     outdated=Outdated(Reason.TOLD, "somebody has said so", 1.5e9).to_json(),
+    overruled=["peer-promoted"],
     left_well=True,
     received=True,
 )
