@@ -44,6 +44,7 @@ from replication.secondary.pairing import NOBODYS, Channel
 from replication.secondary.side import SecondarySide
 from replication.side import LOOK_S, Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
+from replication.uri import absolute
 
 COMMAND_S = 120.0
 """Longest wait for another command to end; each is bounded by the gate's and the link's deadlines."""
@@ -191,6 +192,7 @@ class Node:
             self._autostart_failure = self._autostarted("")
             if self._autostart_failure:
                 self._autostarter.start(_AUTOSTART_RETRY_S)
+        self._promotion.resume()
 
     def _autostarted(self, former: str) -> str:
         """Start; why that failed, empty if it did not. The `former` reason is not said again."""
@@ -776,6 +778,17 @@ class Node:
         return self._record.secondary or self._options.secondary
 
     @property
+    def sought(self) -> str | None:
+        """Whom this owner looks for (Record.sought)."""
+        return self._record.sought
+
+    def seek(self, uri: str | None, save: bool) -> None:
+        """Look for that one, over restarts too. Not `save`: it is saved with what changes next."""
+        self._record.sought = uri
+        if save:
+            self._keep_fault()
+
+    @property
     def in_sync(self) -> bool:
         """Whether the nodes are in sync at this moment."""
         return self.side.in_sync
@@ -817,6 +830,7 @@ class Node:
             if peer is not None:
                 try:
                     check_uri(peer, len(self._options.disks))
+                    peer = absolute(peer, self._options.folder)
                 except ConfigError as error:
                     raise CommandError(f"Parameter 'peer': {error}") from error
             self._promotion.to_primary(peer, force)

@@ -56,6 +56,9 @@ class Commanded(Protocol):
     def primary_is_there(self) -> str | None: ...
     def keeps_all(self) -> bool: ...
     def lacking(self) -> str | None: ...
+    @property
+    def sought(self) -> str | None: ...
+    def seek(self, uri: str | None, save: bool) -> None: ...
 
 
 class Promotion:
@@ -70,14 +73,20 @@ class Promotion:
         self._attempt = threading.Lock()
         self._seeker = Worker("seek-peer", self._seek)
         self._again_s = AGAIN_MIN_S
-        self._sought: str | None = None
         self.obstacle: str | None = None
         """Why the peer is not this node's secondary yet, None if it is not looked for or there is nothing to say."""
 
     def close(self) -> None:
-        """The process ends."""
-        self._sought = None
+        """The process ends; the next one goes on looking for the peer."""
         self._seeker.stop(0.0)
+
+    def resume(self) -> None:
+        """The process has started: go on with what a former one was looking for."""
+        node = self._node
+        if node.sought is not None and is_owner(node.mode, node.stage) and not self._replicates:
+            self._seeker.wake()
+        else:
+            node.seek(None, save=False)  # what it was for has been reached, or is over
 
     @contextmanager
     def _alone(self, within_s: float) -> Iterator[None]:
@@ -98,13 +107,18 @@ class Promotion:
         """Own the disks, and look for the peer. CommandError says what stands in the way."""
         with self._alone(PROMOTE_S):
             node = self._node
-            sought = peer or node.peer
+            sought = None if peer is None and node.peer is None else peer or ""
             if sought is not None and not self._replicates:
                 self._seeker.start(AGAIN_MIN_S)  # there is no owner without the thread that it needs
             if is_owner(node.mode, node.stage):
                 self._stay(force)
             else:
-                self._take_over(force)
+                node.seek(sought, save=False)  # together with the stage
+                try:
+                    self._take_over(force)
+                except BaseException:
+                    node.seek(None, save=False)
+                    raise
             if not self._replicates:
                 self._look_for(sought)
 
@@ -177,13 +191,14 @@ class Promotion:
             node = self._node
             if is_owner(node.mode, node.stage):
                 self._check_demotable()
-            again, self._sought = self._sought, None  # no further attempt
+            again = node.sought
+            node.seek(None, save=False)  # no further attempt
             try:
                 if not self._attempt.acquire(timeout=DEMOTE_S):
                     raise CommandError("An attempt to reach the peer has not ended: try again", reason=Reason.BUSY)
                 self._attempt.release()
                 if self._replicates:
-                    again = node.peer
+                    again = ""
                 if is_owner(node.mode, node.stage):
                     self._check_demotable()
                     self._demote()
@@ -225,7 +240,7 @@ class Promotion:
 
     def _look_for(self, sought: str | None) -> None:
         """Have the seeker do so. A change of role is under way."""
-        self._sought = sought
+        self._node.seek(sought, save=True)
         if sought is not None:
             self._again_s = AGAIN_MIN_S
             self._seeker.wake()
@@ -244,25 +259,30 @@ class Promotion:
     def _decide(self) -> tuple[str | None, float | None]:
         """Whom to reach now, or when to look again. No change of role is under way."""
         node = self._node
-        if self._sought is None or not is_owner(node.mode, node.stage):
+        if node.sought is None or not is_owner(node.mode, node.stage):
             return None, None
         if node.stage is Stage.RUNNING:
-            self.obstacle = self._sought = None
+            self._found()
             return None, None
         if node.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):  # one that has failed may be resumed
             return None, self._again_s if node.stage is Stage.FAILOVER else AGAIN_MAX_S
-        return self._sought, None
+        return node.sought or node.peer, None
 
     def _try(self, sought: str) -> float | None:
         try:
             self._node.start(Mode.PRIMARY, sought, "auto")
         except CommandError as error:
-            if self._sought is None:
+            if self._node.sought is None:
                 return None  # it is to be a secondary meanwhile
             if str(error) != self.obstacle:
                 log(f"promoted, and looks for its peer: {error}")
             self.obstacle = str(error)
             again_s, self._again_s = self._again_s, min(2 * self._again_s, AGAIN_MAX_S)
             return again_s
-        self.obstacle = self._sought = None
+        self._found()
         return None
+
+    def _found(self) -> None:
+        """Not saved at once: a process that finds itself running has nobody to look for."""
+        self._node.seek(None, save=False)
+        self.obstacle = None

@@ -182,6 +182,8 @@ class Record:
     """A secondary's last primary has left in good order, after it had sent everything."""
     received: bool = False
     """A failover by force has ended a copy that a primary was sending here: that primary has what this node lacks."""
+    sought: str | None = None
+    """Whom an owner looks for, to make it its secondary: a URI, or, if empty, the one that the command line names."""
     identity: str = ""
     """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
     opens: int = 0
@@ -202,6 +204,7 @@ class Record:
             fault=None,
             secondary=None,
             replaced="",
+            sought=None,
             partner=None,
             promoted=False,
             inconsistent=None,
@@ -270,7 +273,7 @@ class Record:
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("backup", "durability", "node", "next_generation", "identity"), str),
-    **dict.fromkeys(("secondary", "replaced", "boot", "inconsistent", "partner"), str | None),
+    **dict.fromkeys(("secondary", "replaced", "sought", "boot", "inconsistent", "partner"), str | None),
     **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well", "received"), bool),
     "commit_rate": float | None,
 }

@@ -365,6 +365,21 @@ def test_a_promoted_node_says_why_it_has_no_secondary_yet(lab: Lab) -> None:
     assert role(a)["peer-obstacle"] is None
 
 
+def test_a_promoted_node_that_is_restarted_goes_on_looking_for_its_peer(lab: Lab) -> None:
+    twins = Twins(lab)
+    a, b = twins.a, twins.b
+    b.kill()
+    a.execute("replication-set-role", role="primary")
+    a.wait_stage("done")
+    for how in ("kill", "terminate"):
+        getattr(a, how)()
+        a.start()
+        wait_until(lambda: role(a)["peer-obstacle"], "it has tried")
+    b.start()
+    twins.joined(a)
+    assert role(a)["peer-obstacle"] is None
+
+
 def test_a_primary_by_its_command_line_stays_one(lab: Lab) -> None:
     """It lacks the keys of a secondary, so a demotion is refused before anything has changed."""
     pair = lab.pair([MIB])

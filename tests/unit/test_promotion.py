@@ -30,6 +30,10 @@ class FakeNode:
     def __init__(self, mode: Mode = Mode.SECONDARY, stage: Stage = Stage.RUNNING) -> None:
         self.mode, self._stage = mode, stage
         self.looked = 0
+        self.sought: str | None = None
+        self.saved: str | None = None
+        """What the next process finds of `sought`."""
+        self.saved_with_stage: str | None = None
         self.outdated_reason: str | None = None
         self.peer: str | None = None
         self.in_sync = True
@@ -47,7 +51,7 @@ class FakeNode:
 
     @stage.setter
     def stage(self, stage: Stage) -> None:
-        self._stage = stage
+        self._stage, self.saved, self.saved_with_stage = stage, self.sought, self.sought
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[threading.Event]:
@@ -57,6 +61,11 @@ class FakeNode:
             yield reached
         finally:
             released.set()
+
+    def seek(self, uri: str | None, save: bool) -> None:
+        self.sought = uri
+        if save:
+            self.saved = uri
 
     def _call(self, *call: object) -> None:
         self.calls.append(call)
@@ -216,7 +225,7 @@ def test_a_demotion_waits_for_an_attempt_to_reach_the_peer(node: FakeNode, promo
         promotion.to_primary(PEER, False)
         attempt.wait(DEADLINE_S)
         demotion = begin(promotion.to_secondary)
-        wait_until(lambda: promotion._sought is None, "the demotion has begun")
+        wait_until(lambda: node.sought is None, "the demotion has begun")
     demotion.result(DEADLINE_S)
     assert node.calls[-4:] == [SEEK, ("checkpoint",), ("stop", False, False, None), ("demote",)]
     assert (node.mode, node.stage, promotion.obstacle) == (Mode.SECONDARY, Stage.RUNNING, None)
@@ -228,7 +237,7 @@ def test_an_attempt_that_fails_during_a_demotion_is_the_last_one(node: FakeNode,
         promotion.to_primary(PEER, False)
         attempt.wait(DEADLINE_S)
         demotion = begin(promotion.to_secondary)
-        wait_until(lambda: promotion._sought is None, "the demotion has begun")
+        wait_until(lambda: node.sought is None, "the demotion has begun")
     demotion.result(DEADLINE_S)
     assert (node.calls[-2:], promotion.obstacle) == ([SEEK, ("demote",)], None)
     wait_until(lambda: not promotion._seeker.alive, "nobody looks for the peer")
@@ -267,3 +276,46 @@ def test_a_primary_that_was_stopped_and_cannot_be_demoted_goes_on(node: FakeNode
     wait_until(lambda: node.stage is Stage.RUNNING, "it replicates again")
     assert node.calls[-1] == SEEK
     assert node.mode is Mode.PRIMARY
+
+
+# -- over a restart --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer", [None, "nbd://other"])
+def test_the_search_outlives_the_process(node: FakeNode, promotion: Promotion, peer: str | None) -> None:
+    """The key peer may say something else by then; a URI that a command gave counts as it was."""
+    node.peer = "nbd://former"
+    seek = ("start", Mode.PRIMARY, peer or PEER, "auto")
+    for uri in ("nbd://former", "nbd://other"):
+        node.refusals["start", Mode.PRIMARY, uri, "auto"] = CommandError("nobody there")
+    promotion.to_primary(peer, False)
+    wait_until(lambda: promotion.obstacle, "it has tried")
+    promotion.close()
+    assert (node.sought, node.saved) == (peer or "", peer or "")
+    node.peer = PEER
+    node.refusals.clear()
+    following = Promotion(node)
+    following.resume()
+    wait_until(lambda: node.mode is Mode.PRIMARY and node.sought is None, "it looks for its peer")
+    assert node.calls[-1] == seek
+
+
+def test_it_is_saved_with_the_stage_and_taken_back_with_it(node: FakeNode, promotion: Promotion) -> None:
+    node.refusals["stop", True, False, None] = CommandError("no answer")
+    with pytest.raises(CommandError):
+        promotion.to_primary(PEER, False)
+    assert node.sought is None
+    node.refusals.clear()
+    node.refusals[SEEK] = CommandError("nobody there")
+    promotion.to_primary(PEER, False)
+    assert (node.stage, node.saved_with_stage) == (Stage.DONE, PEER)
+
+
+@pytest.mark.parametrize(("mode", "stage"), [(Mode.PRIMARY, Stage.RUNNING), (Mode.SECONDARY, Stage.NONE)])
+def test_who_has_found_it_or_is_no_owner_does_not_go_on(mode: Mode, stage: Stage) -> None:
+    """A process was killed between the start and the save after it, say; a stop by hand must not be undone later."""
+    node = FakeNode(mode, stage)
+    node.sought = PEER
+    promotion = Promotion(node)
+    promotion.resume()
+    assert (node.sought, promotion._seeker.alive) == (None, False)

@@ -48,6 +48,7 @@ FULL = Record(
     overruled=["peer-promoted"],
     left_well=True,
     received=True,
+    sought="nbd://peer",
 )
 FIELDS = sorted(field.name for field in dataclasses.fields(Record))
 FAULT_FIELDS = sorted(field.name for field in dataclasses.fields(Fault))
