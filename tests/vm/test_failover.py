@@ -72,8 +72,8 @@ def test_the_guest_on_b_boots_and_works_before_anything_has_been_committed(lab: 
     hosts.start()
     guest = hosts.guest(hosts.a, 1)
     guest.wait_working(50)
+    due = guest.console.last  # before the cut: the guest goes on
     hosts.a.execute("replication-checkpoint")
-    due = guest.console.last
     guest.console.wait_more(50, DEADLINE_S)  # copied into hidden, which is to be committed then
     guest.kill()
     drained(hosts.a)
