@@ -19,7 +19,7 @@ class Conditions:
     only_in_sync: bool = False
     """Nothing was known to be missing here when the primary was last heard of."""
     lossless: bool = False
-    """The primary has left in good order, and all of it is kept."""
+    """The primary has left in good order, and all that it had written by then is kept."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Outlook:
 
     in_step: bool
     left_well: bool
-    """The primary has left in good order: it had sent everything."""
+    """The primary has left in good order: it had sent everything by then. Whether its guest has gone on without this
+    node since, nobody here knows."""
     checkpoint_age_s: float | None
     active_bytes: int
     hidden_bytes: int
 
     @property
     def lossless(self) -> bool:
-        """Whether all that the primary has written can be kept, and what the guest here has written as well."""
+        """Whether all that the primary had written when it left can be kept, and what the guest here has written as
+        well."""
         return self.in_step and self.left_well and not (self.active_bytes and self.hidden_bytes)
 
     @property
@@ -68,5 +70,5 @@ class Outlook:
         if not self.in_step:
             return "this secondary lacks something of its primary's"
         if not self.left_well:
-            return "the primary did not leave in good order, so it may have written what is not here"
+            return "the primary did not leave in good order, or is back, so it may have written what is not here"
         return "both the primary and the guest of this node have written since the last checkpoint"

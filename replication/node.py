@@ -659,7 +659,7 @@ class Node:
     def _hasten(self, haste: Haste, conditions: Conditions | None) -> None:
         try:
             if conditions is not None and self.side.check_failover(conditions):
-                self.side.stop()
+                self.side.stop(lossless=True)
             else:
                 self.side.fail_over(haste)
         except StateError as error:

@@ -160,8 +160,9 @@ class Side(ABC):
         """A checkpoint, or on a primary a barrier, in stage running."""
 
     @abstractmethod
-    def stop(self) -> None:
-        """Leave stage running as planned."""
+    def stop(self, lossless: bool = False) -> None:
+        """Leave stage running as planned. `lossless`: of a failover that takes that to keep everything
+        (`check_failover`); CommandError, with nothing changed, if that is not so any more at that instant."""
 
     @abstractmethod
     def fail_over(self, haste: Haste) -> None:

@@ -485,7 +485,8 @@ class PrimarySide(Side):
             "a resync is needed"
         )
 
-    def stop(self) -> None:
+    def stop(self, lossless: bool = False) -> None:
+        assert not lossless  # `check_failover`
         urgency, timeout_s = self._set.gate.urgency, self._set.options.timeout_s
         urgency.run(lambda: self._link.await_settled(timeout_s), name="await-link")
         held = self._epochs.held

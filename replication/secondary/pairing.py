@@ -197,6 +197,7 @@ class Pairing:
         decision = decide(lineage, self._ancestry.lineage)
         if decision.verdict is Verdict.REFUSED:
             raise CommandError(decision.reason, reason=decision.code)
+        self._note_back()
         session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
         with self._set.gate.closed(why=PAIRING), self._lock:
             if channel.closed:
@@ -206,6 +207,18 @@ class Pairing:
         self._doubted = False
         pause("pairing.begun")
         return session.token
+
+    def _note_back(self) -> None:
+        """A primary is back, and its guest may write before it says what it will send, or go on where it never does:
+        that the last one had left in good order says nothing any more. StateError, with nothing changed."""
+        record = self._set.record
+        if record.left_well:
+            record.left_well = False
+            try:
+                self._set.save()
+            except BaseException:
+                record.left_well = True
+                raise
 
     def _check_disks(self, disks: dict[str, int]) -> None:
         own = {disk.name: disk.size for disk in self._disks}

@@ -533,12 +533,15 @@ class SecondarySide(Side):
         if outdated is not None and not self.pairing.resynchronised:
             raise CommandError(refusal("This stop", outdated), reason=Reason.OUTDATED)
 
-    def stop(self) -> None:
+    def stop(self, lossless: bool = False) -> None:
         self._check_complete()
         self._check_current()
         self._prepare_emptying(flush=True)
+        pause("stop.prepared")
         with self._set.gate.closed(why=STOP):
             self._check_complete()
+            if lossless:  # again: the guest may have written here while the disks were flushed
+                self.outlook.check(Conditions(lossless=True))
             for disk in self.disks:
                 self._flush_disk(disk)
             # The stage first: in done nobody looks at the overlays any more, so a process killed in between has

@@ -10,7 +10,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Secondary, Server, top_id
+from nodes import Pair, Secondary, Server, disk_name, drained, top_id
 from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
 
@@ -186,3 +186,52 @@ def test_what_a_person_has_overruled_the_link_does_not_learn_again(lab: Lab) -> 
     newer.start()
     newer.execute("replication-demote")
     wait_until(lambda: outdated(former) == "peer-newer", "that it has a newer copy is news", DEADLINE_S)
+
+
+# -- lossless ----------------------------------------------------------------------------------------------------
+
+
+def left_well(lab: Lab) -> Pair:
+    """A pair whose primary has written something after the last checkpoint, and left in good order."""
+    pauses = lab.pause_points()
+    options = {"extra_environment": pauses.environment}
+    pair = lab.pair([MIB], primary_options=options, secondary_options=options)
+    in_sync(pair)
+    pair.primary.connect(disk_name(0)).pwrite(b"late", 0)
+    drained(pair.primary)
+    pair.primary.terminate()
+    wait_until(lambda: pair.secondary.execute("query-failover")["lossless"], "it has left in good order")
+    return pair
+
+
+def test_a_write_of_the_guest_while_a_lossless_failover_flushes_is_not_dropped(lab: Lab) -> None:
+    """The planned stop drops what the guest here has written; that there was nothing was seen before the flush."""
+    secondary, pauses = left_well(lab).secondary, lab.pause_points()
+    guest = secondary.connect(top_id(0))
+    pauses.arm("stop.prepared")
+    with ThreadPoolExecutor() as pool:
+        refused = pool.submit(code_of, secondary, "replication-stop", failover=True, lossless=True)
+        pauses.wait_hit("stop.prepared")
+        guest.pwrite(b"mine", 4096)
+        pauses.release("stop.prepared")
+        assert refused.result(DEADLINE_S) == "not-lossless"
+    assert secondary.status()["stage"] == "running"
+    assert bytes(guest.pread(4, 4096)) == b"mine"
+
+
+def test_a_primary_that_is_back_has_not_left_any_more(lab: Lab) -> None:
+    """It has paired, and not yet said what it will send; then it is gone again, in whatever order."""
+    pair, pauses = left_well(lab), lab.pause_points()
+    pauses.arm("link.dialled")
+    pair.primary.start()
+    pauses.wait_hit("link.dialled")
+    for step in ("paired", "gone", "restarted"):
+        if step == "gone":
+            pair.primary.kill()
+        if step == "restarted":
+            pair.secondary.kill()
+            pair.secondary.start()
+        preflight = pair.secondary.execute("query-failover")
+        assert (preflight["primary-left-well"], preflight["lossless"]) == (False, False), step
+        assert code_of(pair.secondary, "replication-stop", failover=True, lossless=True) == "not-lossless", step
+    pauses.disarm("link.dialled")
