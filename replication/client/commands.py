@@ -142,7 +142,10 @@ def demote(client: Session, options: argparse.Namespace) -> None:
         if refused.error_class != "CommandNotFound":
             raise
         client.call("replication-demote")  # of version 0.2
-    tell(options, "this is a secondary again, and runs; now start the primary with it")
+    if client.call("query-replication").get("stage") == "none":
+        tell(options, "this is a secondary, which has not been started")
+    else:
+        tell(options, "this is a secondary again, and runs; now start the primary with it")
 
 
 def stop(client: Session, options: argparse.Namespace) -> None:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from checkout import REPOSITORY
 from content import MIB
 from lab import Lab
 from nodes import Pair, Secondary, Server, disk_name, drained, top_id
@@ -235,3 +237,11 @@ def test_a_primary_that_is_back_has_not_left_any_more(lab: Lab) -> None:
         assert (preflight["primary-left-well"], preflight["lossless"]) == (False, False), step
         assert code_of(pair.secondary, "replication-stop", failover=True, lossless=True) == "not-lossless", step
     pauses.disarm("link.dialled")
+
+
+def test_demote_does_not_say_that_a_secondary_runs_which_was_never_started(lab: Lab) -> None:
+    alone = lab.start(Secondary(lab.folder, [MIB]))
+    command = [REPOSITORY / "scripts/replctl", "--state", alone.state, "demote", "--yes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert "has not been started" in done.stdout
+    assert alone.status()["stage"] == "none"
