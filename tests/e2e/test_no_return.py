@@ -320,11 +320,19 @@ def hold_and_commit(primary: Primary) -> None:
 
 
 def test_full_start_of_a_primary_that_its_secondary_refuses_says_that_all_is_marked(nodes: Nodes) -> None:
+    """Or that nothing has changed, if the refusal came first: a secondary whose primary had left in good order saves
+    that one is back."""
     nodes.stopped()
-    nodes.secondary.room.fill(0)
     node = nodes.primary
     before = said(node), said(nodes.secondary)
-    why = refused(node, "replication-start", {"secondary": nodes.secondary.uri(), "sync": "full"})
+    start = {"secondary": nodes.secondary.uri(), "sync": "full"}
+    nodes.secondary.room.fill(0)
+    why = refused(node, "replication-start", start)
+    assert "No space left" in why
+    unchanged(node, before[0], (), why)
+    unchanged(nodes.secondary, before[1], (), why)
+    nodes.secondary.room.fill(1)
+    why = refused(node, "replication-start", start)
     assert "No space left" in why
     unchanged(node, before[0], owned_up(why), why)
     assert node.status()["disks"][0]["out-of-sync-bytes"] == MIB
