@@ -20,6 +20,9 @@ _SAMPLES = 80
 _SEEDS = range(1, 29)
 _TRIES = (28, *range(20, 28), *range(29, 40))
 """Histories in one of which a mistake must be noticed; most are in the first."""
+_FEW, _MANY = 100, 600
+"""Cuts in the first of them, and in the others: what shows only while a record is written shows in 1 of 10 histories
+with few cuts, and in 3 of 4 with many. It differs from run to run, as threads are killed."""
 _DEADLINE_S = 90
 
 
@@ -48,7 +51,7 @@ def test_after_a_power_cut_everything_that_was_promised_is_there(seed: int) -> N
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_noticed(fault: str) -> None:
     for seed in _TRIES:
-        done = simulate(seed, 100, fault)
+        done = simulate(seed, _FEW if seed == _TRIES[0] else _MANY, fault)
         if done.returncode:
             assert "power.verify.Violation: " in done.stderr
             return
