@@ -124,19 +124,19 @@ class Promotion:
 
     def _stay(self, force: bool) -> None:
         """An owner stays one; what it has counts."""
+        if self._check_outdated(force):
+            self._node.insist()
+
+    def _check_outdated(self, force: bool) -> bool:
+        """Whether this node is outdated, and that does not count; CommandError if it does."""
         outdated = self._node.outdated_reason
-        if outdated is None:
-            return
-        if not force:
+        if outdated is not None and not force:
             raise CommandError(f"Promotion is refused: this node is outdated ({outdated})", reason=Reason.OUTDATED)
-        self._node.insist()
+        return outdated is not None
 
     def _take_over(self, force: bool) -> None:
         node = self._node
-        if node.outdated_reason is not None and not force:
-            raise CommandError(
-                f"Promotion is refused: this node is outdated ({node.outdated_reason})", reason=Reason.OUTDATED
-            )
+        self._check_outdated(force)
         connected = node.primary_is_there()
         if connected is not None and not force:
             raise CommandError(

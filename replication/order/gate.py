@@ -85,9 +85,7 @@ class Gate:
         """Between two steps of a long request: a command finds the gate empty. DiskError: the request is to end, and is
         still to `leave`."""
         with self._lock:
-            self._inside -= 1
-            if self._shut and not self._inside:
-                self._changed.notify_all()
+            self._leave_locked()
             try:
                 if self._shut:
                     self._wait_open_locked()
@@ -106,9 +104,13 @@ class Gate:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._shut and not self._inside:
-                self._changed.notify_all()
+            self._leave_locked()
+
+    def _leave_locked(self) -> None:
+        """As `leave` does, which is written out: it is of every request."""
+        self._inside -= 1
+        if self._shut and not self._inside:
+            self._changed.notify_all()
 
     def count(self, more: int) -> None:
         """What has entered was more requests than one."""

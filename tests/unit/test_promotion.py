@@ -219,26 +219,26 @@ def test_a_promotion_does_not_wait_for_an_attempt_to_reach_the_peer(node: FakeNo
 # -- to secondary ----------------------------------------------------------------------------------------------
 
 
-def test_a_demotion_waits_for_an_attempt_to_reach_the_peer(node: FakeNode, promotion: Promotion) -> None:
-    """That one succeeds, so there is a primary to be stopped."""
+def demote_amid_an_attempt(node: FakeNode, promotion: Promotion) -> None:
+    """It begins while the seeker is at work, and ends afterwards."""
     with node.held("start") as attempt:
         promotion.to_primary(PEER, False)
         attempt.wait(DEADLINE_S)
         demotion = begin(promotion.to_secondary)
         wait_until(lambda: node.sought is None, "the demotion has begun")
     demotion.result(DEADLINE_S)
+
+
+def test_a_demotion_waits_for_an_attempt_to_reach_the_peer(node: FakeNode, promotion: Promotion) -> None:
+    """That one succeeds, so there is a primary to be stopped."""
+    demote_amid_an_attempt(node, promotion)
     assert node.calls[-4:] == [SEEK, ("checkpoint",), ("stop", False, False, None), ("demote",)]
     assert (node.mode, node.stage, promotion.obstacle) == (Mode.SECONDARY, Stage.RUNNING, None)
 
 
 def test_an_attempt_that_fails_during_a_demotion_is_the_last_one(node: FakeNode, promotion: Promotion) -> None:
     node.refusals[SEEK] = CommandError("nobody there")
-    with node.held("start") as attempt:
-        promotion.to_primary(PEER, False)
-        attempt.wait(DEADLINE_S)
-        demotion = begin(promotion.to_secondary)
-        wait_until(lambda: node.sought is None, "the demotion has begun")
-    demotion.result(DEADLINE_S)
+    demote_amid_an_attempt(node, promotion)
     assert (node.calls[-2:], promotion.obstacle) == ([SEEK, ("demote",)], None)
     wait_until(lambda: not promotion._seeker.alive, "nobody looks for the peer")
 
