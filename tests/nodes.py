@@ -295,6 +295,20 @@ def refused(server: Server, command: str, arguments: Mapping[str, Any] | None = 
     raise AssertionError(f"{command} should have been refused, but returned {answer}")
 
 
+def code_of(server: Server, command: str, **arguments: Any) -> str | None:
+    """The code with which a command is refused."""
+    try:
+        answer = server.execute(command, **arguments)
+    except QmpError as error:
+        return error.code
+    raise AssertionError(f"{command} should have been refused, but returned {answer}")
+
+
+def in_sync(server: Server) -> None:
+    """Wait until the server says that its link is."""
+    wait_until(lambda: server.status()["link"]["state"] == "in-sync", f"{server.name} is in sync")
+
+
 @contextlib.contextmanager
 def nbd_refusal(number: int) -> Iterator[None]:
     """The body must end with an nbd.Error of errno `number`."""

@@ -28,7 +28,7 @@ import pytest
 from content import KIB, MIB, pattern, whole
 from lab import Lab
 from nbdprocess import silent
-from nodes import Pair, Primary, Secondary, Server, disk_name, drained, refused, top_id
+from nodes import Pair, Primary, Secondary, Server, disk_name, drained, in_sync, refused, top_id
 from pausepoints import PausePoints
 from qmp import Qmp, QmpError
 from waiting import DEADLINE_S, begin, wait_until
@@ -69,11 +69,6 @@ def started(
     pair.start_replication()
     in_sync(pair.primary)
     return pair
-
-
-def in_sync(primary: Server) -> None:
-    """Wait for the link."""
-    wait_until(lambda: primary.status()["link"]["state"] == "in-sync", "the link is in sync")
 
 
 def epochs(*servers: Server) -> list[int]:

@@ -23,7 +23,7 @@ from endpoints import DelayedEndpoint
 from lab import Lab
 from mounts import SmallFolder
 from nbdprocess import silent
-from nodes import Pair, Primary, Secondary, Server, drained, nbd_refusal, refused
+from nodes import Pair, Primary, Secondary, Server, drained, in_sync, nbd_refusal, refused
 from qmp import Qmp
 from waiting import DEADLINE_S, wait_until
 
@@ -113,11 +113,6 @@ def out_of_sync(server: Server, index: int = 0) -> int:
     """Bytes of a disk of a primary that the secondary may lack."""
     size: int = server.status()["disks"][index]["out-of-sync-bytes"]
     return size
-
-
-def in_sync(server: Server) -> None:
-    """Wait until the primary says so."""
-    wait_until(lambda: server.status()["link"]["state"] == "in-sync", "the link is in sync")
 
 
 def failing_disk(lab: Lab, name: str, **error: str) -> tuple[Path, DelayedEndpoint]:

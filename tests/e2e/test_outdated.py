@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from checkout import REPOSITORY
 from content import MIB
 from lab import Lab
-from nodes import Pair, Secondary, Server, disk_name, drained, top_id
+from nodes import Pair, Secondary, Server, code_of, disk_name, drained, top_id
 from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
 
@@ -21,13 +20,6 @@ def in_sync(pair: Pair) -> None:
     """The secondary has everything, and a checkpoint of that."""
     pair.start_replication()
     pair.primary.checkpoint()
-
-
-def code_of(server: Server, command: str, **arguments: Any) -> str | None:
-    """The code with which a command is refused."""
-    with pytest.raises(QmpError) as refused:
-        server.execute(command, **arguments)
-    return refused.value.code
 
 
 def outdated(server: Server) -> str | None:

@@ -11,8 +11,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Primary, Secondary, Server, disk_name, drained, refused, top_id
-from qmp import QmpError
+from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, refused, top_id
 from waiting import DEADLINE_S, wait_until
 
 OWNER = {"role": "primary", "score": 10000, "may-run": True, "peer-obstacle": None}
@@ -33,13 +32,6 @@ def in_sync(pair: Pair) -> None:
     pair.primary.checkpoint()
     for server in (pair.primary, pair.secondary):
         wait_until(lambda server=server: server.status()["link"]["state"] == "in-sync", f"{server.name} in sync")
-
-
-def code_of(server: Server, command: str, **arguments: Any) -> str | None:
-    """The code with which a command is refused."""
-    with pytest.raises(QmpError) as answer:
-        server.execute(command, **arguments)
-    return answer.value.code
 
 
 def test_from_a_pair_to_a_failover(lab: Lab) -> None:

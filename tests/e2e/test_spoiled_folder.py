@@ -8,16 +8,11 @@ import pytest
 
 from content import KIB, MIB, pattern, whole
 from lab import Lab
-from nodes import Server
+from nodes import Server, in_sync
 from qmp import Qmp
-from waiting import wait_until
 
 GRAIN = 64 * KIB
 OLD, NEW = pattern(1, MIB), pattern(2, 4 * KIB)
-
-
-def in_sync(primary: Server) -> None:
-    wait_until(lambda: primary.status()["link"]["state"] == "in-sync", "the link is in sync")
 
 
 @pytest.mark.parametrize("name", ["disk0.changes", "epoch", "disk0.unflushed"])

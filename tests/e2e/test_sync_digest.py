@@ -13,7 +13,7 @@ import pytest
 
 from content import KIB, MIB, make_raw, pattern, whole
 from lab import Lab
-from nodes import Pair, Server, refused
+from nodes import Pair, in_sync, refused
 from qmp import QmpError
 from waiting import DEADLINE_S, begin, chance, wait_until
 
@@ -62,10 +62,6 @@ class Copied:
         assert whole(self.secondary.connect("disk0")) == content
         assert whole(self.secondary.connect("top0")) == content
         assert self.secondary.status()["consistent"] is True
-
-
-def in_sync(server: Server) -> None:
-    wait_until(lambda: server.status()["link"]["state"] == "in-sync", f"{server.name} is in sync")
 
 
 @pytest.fixture

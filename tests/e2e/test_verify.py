@@ -18,7 +18,7 @@ import pytest
 from checkout import PLUGIN
 from content import KIB, MIB, make_raw, pattern, whole
 from lab import Lab
-from nodes import Pair, Primary, Secondary, Server, drained, refused
+from nodes import Pair, Primary, Secondary, Server, drained, in_sync, refused
 from replication.digests import DIGEST_BYTES, RANGE
 from replication.options import DIGEST_EXPORT
 from waiting import DEADLINE_S, begin, chance, wait_until
@@ -67,10 +67,6 @@ class Bench:
         self.points.arm(point)
         self.primary.execute("replication-verify", **arguments)
         self.points.wait_hit(point)
-
-
-def in_sync(server: Server) -> None:
-    wait_until(lambda: server.status()["link"]["state"] == "in-sync", f"{server.name} is in sync")
 
 
 def concluded(server: Server, since: float = 0.0) -> dict[str, Any]:
