@@ -17,6 +17,9 @@ SEED    ?=
 KILLS   ?=
 HISTORY ?=
 
+# For `make test-cluster`: how many random rounds, in place of the tests.
+ROUNDS ?=
+
 # For `make soak`: how many seconds; SEED= is any text.
 SOAK ?= 3600
 
@@ -40,6 +43,8 @@ INSTALLED_SCRIPTS := replctl ft-agent nbdkit-replication replication-monitor
 # For systemd, which looks below /usr/local as well.
 UNITS     := nbdkit-replication@.service nbdkit-replication@.socket replication-monitor.service
 UNITDIR   := $(PREFIX)/lib/systemd/system
+# Where Pacemaker looks for agents, whatever PREFIX is.
+OCFDIR    := /usr/lib/ocf/resource.d/nbdkit
 # Who the service is, and its folders: PREFIX/lib/NAME.d/nbdkit-replication.conf.
 USER_CONF := sysusers tmpfiles
 # For Prometheus and Grafana.
@@ -51,10 +56,10 @@ FROM    := $(if $(filter-out 0,$(COMPILED)),build/compiled,.)
 MODULES  = $(shell cd '$(FROM)' && find replication *.so -path replication/demo -prune -o \
     '(' -name '*.py' -o -name '*.so' ')' -print 2>/dev/null)
 # Scripts have no suffix; their first line says what they are.
-PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/* debian/tests/*)
-SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh debian/*) completion/replctl
+PYTHON_SCRIPTS := $(shell grep -lsE '^\#!.*python' scripts/* scripts/ocf/* debian/tests/* tests/cluster/*)
+SHELL_SCRIPTS  := $(shell grep -lsE '^\#!.*/(ba)?sh' scripts/* .ci/* tests/*.sh tests/cluster/*.sh debian/*) completion/replctl
 
-.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm test-libvirt torture ledger soak power lint format install uninstall clean
+.PHONY: help demo bench man compile test test-parallel test-compiled test-monitor test-debian test-deb deb test-vm test-libvirt test-cluster torture ledger soak power lint format install uninstall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -78,7 +83,7 @@ test-parallel: # All tests that may run side by side, or those in the files and 
 	@$(PYTHON) -m pytest -q --durations=50 -n $(WORKERS) --dist worksteal -m 'not alone' $(TESTS)
 
 # NAME.SECTION of each page; its source is man/NAME.pod.
-MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8 nbdkit-replication.8 replication-monitor.8
+MAN_PAGES := nbdkit-replication-plugin.1 replctl.8 replication.toml.5 ft-agent.8 nbdkit-replication.8 replication-monitor.8 ocf_nbdkit_replication.7
 MANDIR    := $(PREFIX)/share/man
 # Where the package bash-completion looks.
 BASHDIR   := $(PREFIX)/share/bash-completion/completions
@@ -137,6 +142,13 @@ test-libvirt: ## Run a guest by Debian's libvirt on either host, with a failover
 	@scripts/setup test vm libvirt
 	@$(PYTHON) -m pytest -q --durations=5 $(or $(TESTS),tests/libvirt)
 
+# In a root of its own, so that the cluster's daemons and packages stay out of this machine.
+test-cluster: ## Run two hosts with Debian's Pacemaker and corosync, and break them (ROUNDS=, SEED=; TESTS=; RELEASE=)
+	@scripts/setup debian
+	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' scripts/setup test vm cluster
+	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' env ROUNDS='$(ROUNDS)' SEED='$(SEED)' \
+	    .venv/bin/python -m pytest -q -s --durations=5 $(or $(TESTS),$(if $(ROUNDS),tests/cluster/test_rounds.py,tests/cluster))
+
 bench: compile ## Compare with QEMU's own driver, about 35 minutes (BENCH= has options)
 	@scripts/setup bench
 	@scripts/bench --plugin plugin.py --plugin compiled=build/compiled/plugin.py $(BENCH)
@@ -181,6 +193,9 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	for file in $(HANDLERS); do install -D -m 755 "monitoring/handlers/$$file" "$(DESTDIR)$(SHARE)/handlers/$$file" || exit 1; done
 	install -d "$(DESTDIR)$(PLUGINDIR)"
 	ln -sfn "$(LIBRARY)/plugin.py" "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
+	install -D -m 755 scripts/ocf/replication "$(DESTDIR)$(LIBRARY)/ocf/replication"
+	install -d "$(DESTDIR)$(OCFDIR)"
+	ln -sfn "$(LIBRARY)/ocf/replication" "$(DESTDIR)$(OCFDIR)/replication"
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
 	for unit in $(UNITS); do sed 's,/usr/bin/\(nbdkit-replication\|replication-monitor\),$(PREFIX)/bin/\1,' "systemd/$$unit" | \
 	    install -D -m 644 /dev/stdin "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
@@ -193,6 +208,8 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 uninstall: ## Remove what install has put there
 	@test -n "$(PLUGINDIR)" || { echo "uninstall: nbdkit is missing, so its plugin folder is unknown" >&2; exit 1; }
 	rm -f "$(DESTDIR)$(PLUGINDIR)/nbdkit-replication-plugin"
+	rm -f "$(DESTDIR)$(OCFDIR)/replication"
+	rmdir "$(DESTDIR)$(OCFDIR)" 2>/dev/null || true
 	rm -rf "$(DESTDIR)$(LIBRARY)"
 	for file in $(HANDLERS); do rm -f "$(DESTDIR)$(SHARE)/handlers/$$file"; done
 	for file in $(MONITORING); do rm -f "$(DESTDIR)$(SHARE)/$$file"; done

@@ -64,6 +64,13 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         node.py                 nbdkit, asked by replctl
         filesystem.py           a real file system, made, read back and compared
         processes.py teller.py  what is started; what a person reads
+    cluster/                    a node as a resource of Pacemaker
+        agent.py                the actions
+        decision.py             what follows from what a node and the cluster say
+        pacemaker.py            what the cluster is told, and keeps
+        process.py              starts and ends the node
+        told.py                 what the cluster says to the agent
+        metadata.py             what the agent says of itself
     machine/                    protects a virtual machine together with its disk: what ft-agent calls
         protection.py           an epoch every interval
         agent.py                one epoch, on host A

@@ -67,6 +67,11 @@ TABLE = [
     # a piece of the text; where it is printed; the test that follows it, or why it needs none
     # -- two nodes that meet
     ("split brain: both sides", "a start or a link, with any two lineages", LINEAGE),
+    (
+        "decide whose writes are to be thrown away: replctl discard",
+        "the cluster's agent, on the node of a split brain that is not promoted",
+        "e2e/test_cluster_agent.py::test_split_brain_stays_down_and_says_so",
+    ),
     ("the secondary has newer data", "the same", LINEAGE),
     ("the two sides have nothing in common", "the same", LINEAGE),
     ("are an unfinished copy of another primary's", "a start of a half-copied node", LINEAGE),
@@ -287,6 +292,7 @@ NO_ADVICE = (
     "check the node as a plugin of Nagios",
     "give up the last checkpoint, for a resync",
     "repeat until all have ended",
+    "systemctl start {}: {}",
     "repeat every SECONDS",
     "repeat so often",
     "give up the comparison that is under way",

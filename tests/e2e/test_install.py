@@ -21,6 +21,7 @@ SCRIPTS = ("replctl", "ft-agent", "nbdkit-replication", "replication-monitor")
 PAGES = (
     "man1/nbdkit-replication-plugin.1",
     "man5/replication.toml.5",
+    "man7/ocf_nbdkit_replication.7",
     "man8/ft-agent.8",
     "man8/nbdkit-replication.8",
     "man8/replctl.8",
@@ -86,6 +87,16 @@ def test_installed_replctl_asks_a_node(installed: Installed, lab: Lab) -> None:
     done = run(installed.bin / "replctl", "--state", secondary.state, "status")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[:2] == ["mode", "secondary"]
+
+
+def test_pacemaker_finds_the_agent(installed: Installed) -> None:
+    agent = installed.root / "usr/lib/ocf/resource.d/nbdkit/replication"
+    target = Path(os.readlink(agent))
+    # It leads to where it will be without DESTDIR.
+    assert target == Path(PREFIX) / "lib/nbdkit-replication/ocf/replication"
+    done = run(installed.root / target.relative_to("/"), "meta-data")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '<resource-agent name="replication"' in done.stdout
 
 
 def test_installed_agent_gets_as_far_as_qemu(installed: Installed, tmp_path: Path) -> None:

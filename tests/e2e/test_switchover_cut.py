@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from commandline import REPLCTL
+from checkout import REPOSITORY
 from content import KIB, MIB
 from lab import Lab
 from nodes import Pair
 from waiting import DEADLINE_S, wait_until
+
+REPLCTL = REPOSITORY / "scripts/replctl"
 
 
 class Relay:
@@ -87,7 +89,7 @@ def pair(lab: Lab) -> Pair:
 
 
 def replctl(*arguments: object) -> subprocess.Popen[str]:
-    command = [str(REPLCTL), *map(str, arguments)]
+    command = ["/usr/bin/python3", REPLCTL, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

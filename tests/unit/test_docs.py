@@ -211,7 +211,7 @@ def _shell() -> dict[str, str]:
 @pytest.mark.parametrize("name", _shell())
 def test_every_key_in_a_command_line_exists(name: str) -> None:
     """No command gives nbdkit a key that there is not."""
-    for command in re.findall(r"^ *(?:[^\n]*\b)?nbdkit\b(?:.|\\\n)*", _shell()[name], re.MULTILINE):
+    for command in re.findall(r"^ *(?:[^\n]*\b)?(?<!ocf:)nbdkit\b(?:.|\\\n)*", _shell()[name], re.MULTILINE):
         if re.search(r"\b(replication|plugin\.py)\b", command):
             assert set(re.findall(r"\s\[?([a-z][a-z-]*)=", command)) <= options.ALL_KEYS, command
 
@@ -370,7 +370,7 @@ def test_pages_name_each_other() -> None:
     known = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in re.findall(r"\S+\.\d", _pages_of_makefile())}
     for text in (*DOCUMENTS.values(), *(page.text for page in PAGES.values())):
         for name, section in re.findall(
-            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent|nbdkit-replication|replication-monitor)"
+            r"\b(nbdkit-replication-plugin|replctl|replication\.toml|ft-agent|nbdkit-replication|replication-monitor|ocf_nbdkit_replication)"
             r"\((\d)\)",
             text,
         ):

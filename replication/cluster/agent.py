@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The actions of ocf:nbdkit:replication.
+
+    start        the process runs and answers; an owner from whose content another one went on gives that up
+    promote      own the disks: with nothing lost where their owner has handed over or left in good order, else from the
+                 last checkpoint, if the owner is gone
+    demote       the guest is not to run here; where the other node is to be promoted and has everything, hand over
+    monitor      how the node is, and how good an owner it would be
+    stop         end the process
+    notify       the same looks as a monitor, at once
+
+Exit codes are OCF's; what stands in the way goes to stderr, where Pacemaker finds it (`ocf-exit-reason`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from replication import VERSION
+from replication.client.qmp import Refused
+from replication.client.session import NotRunning, Session, Unreachable, Unusable
+from replication.replctl import nodes
+
+from . import decision, metadata
+from .decision import Seen
+from .pacemaker import ClusterError, Pacemaker, Register
+from .process import Runner, StartFailed, runner
+from .told import Misconfigured, Told, read
+
+_ANSWER_S = 5.0
+"""Longest wait for an answer of the node, where nothing is to be done for it."""
+_SETTLE_S = 8.0
+"""Longest wait of a start for a node that does not know yet whether another one went on."""
+_STEP_S = 0.1
+_STEPS = 5
+"""Of a conversation: the greeting and four commands."""
+
+
+_CONNECTED = ("connecting", "synchronizing", "in-sync")
+
+
+class Code(IntEnum):
+    """OCF's exit codes. DEGRADED is Pacemaker's own: it works, and somebody has to look at it."""
+
+    OK = 0
+    GENERIC = 1
+    ARGS = 2
+    UNIMPLEMENTED = 3
+    INSTALLED = 5
+    CONFIGURED = 6
+    NOT_RUNNING = 7
+    PROMOTED = 8
+    FAILED_PROMOTED = 9
+    DEGRADED = 190
+
+
+class Failed(Exception):
+    """The action ends with this code."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def run(arguments: list[str], environment: Mapping[str, str], launcher: str) -> int:
+    """One action; its exit code."""
+    action = arguments[0] if len(arguments) == 1 else ""
+    if action == "meta-data":
+        sys.stdout.write(metadata.to_xml(VERSION))
+        return Code.OK
+    try:
+        told = read(environment)
+        agent = Agent(told, Pacemaker(told), runner(told, launcher))
+        found = agent.actions.get(action)
+        if found is None:
+            usage = "|".join([*agent.actions, "meta-data"])
+            print(f"usage: replication {usage}", file=sys.stderr)
+            return Code.UNIMPLEMENTED
+        return found()
+    except Misconfigured as error:
+        return _ended(Code.CONFIGURED, str(error))
+    except Failed as error:
+        return _ended(error.code, str(error))
+    except (Refused, Unusable) as error:
+        return _ended(Code.GENERIC, str(error))
+
+
+def _ended(code: Code, text: str) -> Code:
+    print("ocf-exit-reason:" + " ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def _log(text: str) -> None:
+    """Pacemaker takes it into its log."""
+    print(f"replication: {text}", file=sys.stderr)
+
+
+class Agent:
+    """One call for one node."""
+
+    def __init__(self, told: Told, pacemaker: Pacemaker, process: Runner) -> None:
+        self._register: Register | None = None
+        self._told = told
+        self._pacemaker = pacemaker
+        self._process = process
+        self._mark = Path(told.folder) / f"nbdkit-replication-{told.node}.promoted"
+        self.actions: dict[str, Callable[[], Code]] = {
+            "start": self.start,
+            "stop": self.stop,
+            "monitor": self.monitor,
+            "status": self.monitor,
+            "promote": self.promote,
+            "demote": self.demote,
+            "notify": self.notify,
+            "reload-agent": self.reload,
+            "validate-all": self.validate,
+        }
+
+    # -- what is so ----------------------------------------------------------------------------------------
+
+    def monitor(self) -> Code:
+        """How the node is. A probe changes nothing."""
+        try:
+            seen = self._look_patiently()
+        except NotRunning:
+            if self._told.repeated:
+                self._publish(None)
+            return Code.NOT_RUNNING
+        except Unreachable as error:
+            raise Failed(Code.FAILED_PROMOTED if self._marked else Code.GENERIC, str(error)) from error
+        if self._marked:
+            return self._of_promoted(seen)
+        if self._told.repeated:
+            seen = self._give_way(seen, news=False)
+            self._publish(self._score(seen))
+            if seen.split is not None:
+                return _ended(
+                    Code.DEGRADED, f"{seen.split}; decide whose writes are to be thrown away: replctl discard"
+                )
+        return Code.OK
+
+    def _of_promoted(self, seen: Seen) -> Code:
+        if not seen.owner:
+            raise Failed(Code.FAILED_PROMOTED, "it was promoted, and somebody has made it a secondary")
+        if (why := decision.obstacle(seen, 0)) is not None:
+            self._publish(None)
+            raise Failed(Code.FAILED_PROMOTED, f"it was promoted, and must not be: {why}")
+        if self._told.repeated:
+            self._enter(seen)
+            self._publish(decision.OWNER)
+        return Code.PROMOTED
+
+    def validate(self) -> Code:
+        """Whether the parameters, and the node's file, can be used."""
+        from replication.errors import ConfigError  # noqa: PLC0415 (the plugin's part is not needed for anything else)
+        from replication.service import config  # noqa: PLC0415
+
+        self._control()
+        try:
+            found = config.load(self._told.node)
+        except ConfigError as error:
+            raise Failed(Code.CONFIGURED, str(error)) from error
+        options = found.options
+        if "role" not in found.given:
+            raise Failed(Code.CONFIGURED, f'{found.path}: a cluster needs role = "auto" in place of mode')
+        if options.secondary is None:
+            raise Failed(Code.CONFIGURED, f"{found.path}: peer is missing: where the other node listens")
+        if options.checkpoint_interval_s is None:
+            _log(f"{found.path} has no checkpoint-interval: there will be nothing to fail over to")
+        return Code.OK
+
+    # -- start and stop ------------------------------------------------------------------------------------
+
+    def start(self) -> Code:
+        """The process runs, and the node knows as well as it can whether another one went on."""
+        self._control()
+        self._unmark()
+        try:
+            self._process.start()
+            seen = self._first_answer()
+        except StartFailed as error:
+            raise Failed(Code.INSTALLED if error.lasting else Code.GENERIC, str(error)) from error
+        if not seen.owner and seen.stage == "none":
+            self._ask("replication-start")
+            seen = self._look()
+        until = time.monotonic() + min(_SETTLE_S, self._told.left_s)
+        while True:
+            seen = self._give_way(seen, news=True)
+            unsure = seen.owner and (seen.may_run is None or decision.gives_up(seen, news=True) is not None)
+            if not unsure or time.monotonic() > until:
+                break
+            time.sleep(_STEP_S)
+            seen = self._look()
+        self._publish(self._score(seen))
+        return Code.OK
+
+    def _first_answer(self) -> Seen:
+        while True:
+            try:
+                return self._look()
+            except Unreachable as error:
+                self._process.check()
+                if self._told.left_s <= _STEP_S:
+                    raise Failed(Code.GENERIC, f"the node does not answer: {error}") from error
+            time.sleep(_STEP_S)
+
+    def stop(self) -> Code:
+        """There is no process."""
+        self._publish(None)
+        if not self._process.stop():
+            raise Failed(Code.GENERIC, "the node's process has not ended")
+        self._end_others()
+        self._unmark()
+        return Code.OK
+
+    def _end_others(self) -> None:
+        """A node that somebody has started by hand."""
+        try:
+            control = self._control()
+        except Failed:
+            return  # there is no such node on this host
+        asked = False
+        while True:
+            try:
+                with Session(control, self._step_s) as session:
+                    if not asked:
+                        session.call("quit")
+                        asked = True
+            except NotRunning:
+                return
+            except Unusable as error:
+                _log(str(error))
+            if self._told.left_s <= _STEP_S:
+                raise Failed(Code.GENERIC, "the node was started by hand, and has not ended")
+            time.sleep(_STEP_S)
+
+    def reload(self) -> Code:
+        """The file is read again; parameters are read with each action."""
+        self._process.reload()
+        return Code.OK
+
+    # -- roles ---------------------------------------------------------------------------------------------
+
+    def promote(self) -> Code:
+        """The node owns its disks, and the guest may run."""
+        while True:
+            seen = self._look(certain=True)
+            why = decision.obstacle(seen, self._told.max_age_s)
+            if why is not None:
+                self._publish(self._score(seen))
+                raise Failed(Code.GENERIC, f"promotion is refused: {why}")
+            try:
+                if not seen.owner:
+                    self._take_over(seen)
+                self._ask("replication-set-role", role="primary")
+                break
+            except Refused as error:
+                # What ends by itself: another change of role, a storage that hangs, a primary that is not there any
+                # more and was heard of a moment ago.
+                if error.code not in ("busy", "storage", "has-primary") or self._told.left_s < 1:
+                    raise Failed(Code.GENERIC, f"promotion is refused: {error}") from error
+            time.sleep(_STEP_S)
+        seen = self._look()
+        try:
+            # Before the guest writes: whoever is behind has to know it.
+            self._pacemaker.enter(Register(self._told.here, seen.lineage))
+        except ClusterError as error:
+            raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
+        self._set_mark()
+        self._publish(decision.OWNER)
+        return Code.OK
+
+    def _take_over(self, seen: Seen) -> None:
+        """From the last checkpoint, unless everything is here: then replication-set-role keeps it."""
+        if self._ask("query-failover").get("lossless") is True:
+            return
+        if self._told.active is None and seen.link in _CONNECTED:
+            raise Refused("the primary is connected", code="has-primary")
+        host = decision.lives_elsewhere(seen, self._told.here, self._told.active)
+        if host is not None:
+            raise Failed(
+                Code.GENERIC,
+                f"promotion is refused: {host} still has the disks, and not everything of them is here",
+            )
+        limit = {"max-age": self._told.max_age_s} if self._told.max_age_s else {}
+        self._ask("replication-stop", failover=True, **limit)
+
+    def demote(self) -> Code:
+        """The guest does not run here any more."""
+        try:
+            seen = self._look()
+        except NotRunning:
+            self._unmark()
+            return Code.NOT_RUNNING
+        except Unreachable as error:
+            raise Failed(Code.GENERIC, str(error)) from error
+        if decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
+            try:
+                self._ask("replication-set-role", role="secondary")
+            except (Refused, Unreachable) as error:
+                _log(f"it stays the owner of its disks: {error}")
+        self._unmark()
+        self._publish(self._score(self._look()))
+        return Code.OK
+
+    def notify(self) -> Code:
+        """Something has changed in the cluster. It cannot fail."""
+        if not self._told.event.startswith("post-"):
+            return Code.OK
+        try:
+            seen = self._look()
+            if not self._marked:
+                seen = self._give_way(seen, news=self._told.event == "post-promote")
+                self._publish(self._score(seen))
+        except (Unusable, Refused) as error:
+            _log(f"{self._told.event}: {error}")
+        return Code.OK
+
+    def _give_way(self, seen: Seen, news: bool) -> Seen:
+        """An owner that is not promoted, and from which another one went on, becomes a secondary. What stands in the
+        way is tried again with the next look."""
+        why = decision.gives_up(seen, news)
+        if why is None:
+            return seen
+        try:
+            if seen.outdated is None:
+                self._ask("replication-outdate", reason=why)
+            self._ask("replication-set-role", role="secondary")
+            _log(f"it has become a secondary: {why}")
+        except Refused as error:
+            _log(f"it is to become a secondary ({why}), and does not yet: {error}")
+        return self._look()
+
+    # -- the mark ------------------------------------------------------------------------------------------
+
+    @property
+    def _marked(self) -> bool:
+        return self._mark.exists()
+
+    def _set_mark(self) -> None:
+        try:
+            self._mark.parent.mkdir(parents=True, exist_ok=True)
+            self._mark.touch()
+        except OSError as error:
+            raise Failed(Code.GENERIC, f"cannot note that the node is promoted: {error}") from error
+
+    def _unmark(self) -> None:
+        try:
+            self._mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise Failed(Code.GENERIC, f"cannot note that the node is not promoted: {error}") from error
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    def _control(self) -> str:
+        """The node's control socket; Failed if there is no such node on this host."""
+        if not self._told.node:
+            raise Failed(Code.CONFIGURED, "the parameter node is missing: the NAME of the node")
+        try:
+            return nodes.control_of(self._told.node)
+        except Unusable as error:
+            raise Failed(Code.INSTALLED, str(error)) from error
+
+    @property
+    def _step_s(self) -> float:
+        """For one of the few steps of a conversation: together they end before the deadline."""
+        return max(_STEP_S, min(_ANSWER_S, self._told.left_s / _STEPS))
+
+    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """What it returns; Refused, Unreachable."""
+        with Session(self._control(), self._step_s) as first, first.again(max(_STEP_S, self._told.left_s)) as session:
+            answer = session.call(command, **arguments)
+        return answer if isinstance(answer, dict) else {}
+
+    def _look(self, certain: bool = False) -> Seen:
+        """Refused, Unreachable. `certain`: Failed if the register cannot be read; else it is as if there were none."""
+        with Session(self._control(), self._step_s) as session:
+            role, status = session.call("query-role"), session.call("query-replication")
+            seen = _seen(role, status)
+            try:
+                register = self._pacemaker.register()
+            except ClusterError as error:
+                if certain:
+                    raise Failed(Code.GENERIC, f"who owned the disks last cannot be known: {error}") from error
+                _log(str(error))
+                register = None
+            if register is None:
+                return seen
+            seen = replace(seen, register_host=register.host)
+            with suppress(Refused):  # what is in the register is no lineage that this version reads
+                relation = session.call("replication-compare", lineage=register.lineage).get("relation")
+                seen = replace(seen, relation=relation if isinstance(relation, str) else None)
+        self._register = register
+        return seen
+
+    def _look_patiently(self) -> Seen:
+        """As `_look`, but a node that is being started again is waited for. NotRunning only if there is no process."""
+        while True:
+            try:
+                return self._look()
+            except Unreachable as error:
+                if not self._process.alive():
+                    raise
+                if self._told.left_s < 1:
+                    raise Unreachable(f"the node's process is there, and does not answer: {error}") from error
+            time.sleep(_STEP_S)
+
+    # -- telling the cluster -------------------------------------------------------------------------------
+
+    def _score(self, seen: Seen) -> int | None:
+        return decision.score(seen, self._told.max_age_s)
+
+    def _publish(self, score: int | None) -> None:
+        try:
+            self._pacemaker.publish(score)
+        except ClusterError as error:
+            _log(str(error))
+
+    def _enter(self, seen: Seen) -> None:
+        """The register follows the lineage of the owner."""
+        register = self._register
+        mine = seen.lineage.get("current")
+        if register is not None and (register.host, register.lineage.get("current")) == (self._told.here, mine):
+            return
+        try:
+            self._pacemaker.enter(Register(self._told.here, seen.lineage))
+        except ClusterError as error:
+            _log(str(error))
+
+
+def _seen(role: dict[str, Any], status: dict[str, Any]) -> Seen:
+    link, checkpoint, outdated = (status.get(name) or {} for name in ("link", "checkpoint", "outdated-reason"))
+    return Seen(
+        role=str(role.get("role")),
+        score=int(role.get("score") or 0),
+        may_run=role.get("may-run"),
+        code=role.get("code"),
+        reason=str(role.get("reason")),
+        mode=str(status.get("mode")),
+        stage=str(status.get("stage")),
+        link=str(link.get("state")),
+        checkpoint_age_s=checkpoint.get("age"),
+        outdated=str(outdated.get("reason")) if outdated else None,
+        obstacle=role.get("peer-obstacle"),
+        lineage=status.get("lineage") or {},
+    )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What follows from what a node says of itself and what the cluster's register says: a score, a refusal, a step.
+
+Nothing here asks anybody or waits. The scores are few on purpose: each change of one has the cluster compute anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OWNER, UNSURE_OWNER, IN_STEP, BEHIND = 10000, 5000, 1000, 100
+"""The scores that the cluster gets."""
+
+_IN_STEP_MIN = 501
+"""The node's own score of a secondary that is in step, at least (replication/role.py)."""
+_NEW = 10
+"""The node's own score of one that never had a primary."""
+
+_STALE = ("older", "diverged", "unrelated")
+"""Relations to the register's owner: that one went on from something that is not here."""
+
+PRIMARY = "primary"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a node has answered."""
+
+    role: str
+    score: int
+    may_run: bool | None
+    code: str | None
+    reason: str
+    mode: str
+    stage: str
+    link: str
+    checkpoint_age_s: float | None
+    outdated: str | None
+    obstacle: str | None
+    lineage: dict[str, Any] = field(default_factory=dict)
+    relation: str | None = None
+    """To what the register's owner had; None: there is no such owner, or it cannot be told."""
+    register_host: str | None = None
+    """The cluster node that was promoted last, if the register says."""
+
+    @property
+    def owner(self) -> bool:
+        """It owns its disks."""
+        return self.role == PRIMARY
+
+    @property
+    def in_sync(self) -> bool:
+        """The pair is, at this moment."""
+        return self.link == "in-sync"
+
+    @property
+    def stale(self) -> str | None:
+        """Why what is here is not what the cluster's last owner had."""
+        if self.relation not in _STALE:
+            return None
+        went_on = "another node" if self.register_host is None else self.register_host
+        if self.relation == "older":
+            return f"{went_on} went on from what is here"
+        if self.relation == "diverged":
+            return f"split brain: {went_on} and this node have both gone on from what they had in common"
+        return f"what is here has nothing in common with what {went_on} has"
+
+    @property
+    def split(self) -> str | None:
+        """Why a person has to say whose writes are to be thrown away."""
+        return self.stale if self.relation in ("diverged", "unrelated") else None
+
+
+def obstacle(seen: Seen, max_age_s: float) -> str | None:
+    """Why this node must not be promoted now, as far as it can be told without the others; None: it may."""
+    if seen.outdated is not None:
+        return f"it is outdated ({seen.outdated})"
+    if seen.stale is not None:
+        return seen.stale
+    if seen.owner:
+        return seen.reason if seen.may_run is False else None
+    if seen.score <= 0:
+        return "it does not run, or has no valid checkpoint"
+    if seen.score == _NEW:
+        return "it has never had a primary: the first owner is made by hand (replctl promote)"
+    age_s = seen.checkpoint_age_s
+    if max_age_s and (age_s is None or age_s > max_age_s):
+        age = "there is none" if age_s is None else f"it is {age_s:.0f} s old"
+        return f"its last checkpoint must not be older than {max_age_s:g} s, and {age}"
+    return None
+
+
+def score(seen: Seen, max_age_s: float) -> int | None:
+    """What the cluster is told; None: this node is not to be promoted."""
+    if obstacle(seen, max_age_s) is not None:
+        return None
+    if seen.owner:
+        return OWNER if seen.may_run else UNSURE_OWNER
+    return IN_STEP if seen.score >= _IN_STEP_MIN else BEHIND
+
+
+def gives_up(seen: Seen, news: bool) -> str | None:
+    """Why an owner that is not promoted is to become a secondary; None: it waits, or is none.
+
+    `news`: what the register says may be new to this node, at its start and after a promotion elsewhere. At other times
+    it is not repeated: a person may have said meanwhile that what is here counts (replctl promote --force).
+    """
+    if not seen.owner:
+        return None
+    if seen.outdated is not None:
+        return seen.outdated
+    return seen.stale if news and seen.relation in ("older", "diverged") else None
+
+
+def hands_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) -> bool:
+    """Whether an owner that is demoted becomes a secondary at once. Only where the other one has everything, and is to
+    be promoted: an owner that is stopped, or has no such copy beside it, stays the one whose content counts."""
+    return seen.owner and seen.in_sync and (not told or bool(to_promote - {here}))
+
+
+def lives_elsewhere(seen: Seen, here: str, active: frozenset[str] | None) -> str | None:
+    """The cluster node that still has the disks, so that a failover here would lose what it has; None if there is none:
+    it has handed over, is gone, or was fenced."""
+    host = seen.register_host
+    return host if active is not None and host is not None and host != here and host in active else None

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the agent tells the cluster and keeps in it, by Pacemaker's own tools.
+
+The score is an attribute of this host that the cluster forgets with a restart of the host. The register is in the
+cluster's configuration, so that every host has it, and has it after a restart: who was promoted last, and the lineage
+of its disks.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from .told import Told
+
+_SET = "nbdkit-replication"
+_TOOL_S = 10.0
+"""Longest wait for one of Pacemaker's tools."""
+
+
+class ClusterError(Exception):
+    """The cluster cannot be asked, or does not take what it is told."""
+
+
+@dataclass(frozen=True)
+class Register:
+    """The last owner."""
+
+    host: str
+    lineage: dict[str, Any]
+
+    def to_text(self) -> str:
+        return json.dumps({"host": self.host, "lineage": self.lineage}, separators=(",", ":"))
+
+
+class Pacemaker:
+    """The cluster, as one resource knows it. Where there is none (ocf-tester), nothing is told and nothing known."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+        self._name = f"nbdkit-replication-owner-{told.resource}"
+
+    def publish(self, score: int | None) -> None:
+        """How good an owner this host would be; None: none at all. ClusterError."""
+        if not self._told.clustered:
+            return
+        self._run("crm_attribute", "--promotion", *(("--delete",) if score is None else ("--update", str(score))))
+
+    def register(self) -> Register | None:
+        """The last owner, None if there was none yet. ClusterError if that cannot be known."""
+        if not self._told.clustered:
+            return None
+        text = self._run("crm_attribute", *self._where, "--query", "--quiet", "--default", "").strip()
+        if not text:
+            return None
+        try:
+            found = json.loads(text)
+            return Register(str(found["host"]), dict(found["lineage"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClusterError(f"the cluster's property {self._name} is not what the agent has written") from error
+
+    def enter(self, register: Register) -> None:
+        """This is the owner from now on. ClusterError."""
+        if not self._told.clustered:
+            return
+        self._run("crm_attribute", *self._where, "--update", register.to_text())
+
+    @property
+    def _where(self) -> tuple[str, ...]:
+        return "--type", "crm_config", "--set-name", _SET, "--name", self._name
+
+    def _run(self, *command: str) -> str:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=max(0.1, min(_TOOL_S, self._told.left_s)),
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ClusterError(f"{command[0]}: {error}") from error
+        if done.returncode != 0:
+            why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            raise ClusterError(f"{command[0]}: {why[0]}")
+        return done.stdout

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the cluster tells an agent: the environment of one call.
+
+https://github.com/ClusterLabs/OCF-spec (ra/1.1), and Pacemaker's `OCF_RESKEY_CRM_meta_...` for what it adds.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .metadata import DEFAULTS
+
+_META = "OCF_RESKEY_CRM_meta_"
+_TIMEOUT_MS = 20_000
+"""Where the cluster says nothing: what a monitor usually has."""
+
+_SPARE = 0.15
+"""Of the time that the cluster gives: what an action keeps for its own end."""
+
+
+class Misconfigured(Exception):
+    """A parameter that cannot be used; the text names it."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One call. Names are those of cluster nodes."""
+
+    resource: str
+    """Without the number of the clone's instance."""
+    clustered: bool
+    """Pacemaker asks, and nobody who tries the agent by hand."""
+    node: str
+    """The node of this host that is the resource: its NAME."""
+    here: str
+    service: str
+    max_age_s: float
+    """0: any."""
+    log: str
+    folder: str
+    """Of the cluster's run-time files: empty after a boot."""
+    repeated: bool
+    """This is a monitor that is repeated, not a probe."""
+    deadline: float
+    """time.monotonic() at which the action has to have ended."""
+    event: str
+    """Of notify: `post-promote` and the like."""
+    active: frozenset[str] | None
+    """Where the resource runs and is to go on; None if the cluster does not say (notify=false)."""
+    promoted: frozenset[str]
+    """Where it is promoted."""
+    to_promote: frozenset[str]
+    """Where it is about to be."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline, 0 at least."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+def read(environment: Mapping[str, str]) -> Told:
+    """Misconfigured if a parameter cannot be used."""
+
+    def parameter(name: str) -> str:
+        return environment.get(f"OCF_RESKEY_{name}") or DEFAULTS.get(name, "")
+
+    def meta(name: str) -> str:
+        return environment.get(_META + name, "")
+
+    def hosts(*names: str) -> frozenset[str]:
+        return frozenset(host for name in names for host in meta(f"notify_{name}_uname").split())
+
+    timeout_s = _milliseconds(meta("timeout")) / 1000
+    promoted = hosts("promoted", "master")
+    # In an action there is no type, only the lists. An older name of a role stands beside the newer one.
+    runs = hosts("active", "unpromoted", "slave") | promoted
+    told = any(name.startswith(_META + "notify_") for name in environment)
+    event = "-".join(filter(None, (meta("notify_type"), meta("notify_operation"))))
+    return Told(
+        resource=environment.get("OCF_RESOURCE_INSTANCE", "default").partition(":")[0],
+        clustered="OCF_RESKEY_crm_feature_set" in environment,
+        node=parameter("node"),
+        here=meta("on_node") or socket.gethostname(),
+        service=_one_of("service", parameter("service"), ("auto", "systemd", "process")),
+        max_age_s=_seconds("max_age", parameter("max_age")),
+        log=parameter("log"),
+        folder=environment.get("HA_RSCTMP") or "/run/resource-agents",
+        repeated=meta("interval") not in ("", "0"),
+        deadline=time.monotonic() + timeout_s * (1 - _SPARE),
+        event=event,
+        active=runs - hosts("stop") if told else None,
+        promoted=promoted,
+        to_promote=hosts("promote"),
+    )
+
+
+def _milliseconds(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else _TIMEOUT_MS
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise Misconfigured(f"{name}={value} should be one of {', '.join(choices)}")
+    return value
+
+
+def _seconds(name: str, text: str) -> float:
+    number = text.removesuffix("s")
+    if not number.isascii() or not number.isdigit() or len(number) > 8:
+        raise Misconfigured(f"{name}={text} is not a number of seconds")
+    return float(number)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What follows from what a node says and what the cluster keeps: scores, refusals, and who gives way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from replication.cluster import decision
+from replication.cluster.decision import Seen
+from replication.role import BEHIND, IN_STEP, NEVER, NEW, OWNER, UNSURE_OWNER
+
+LIMIT_S = 60.0
+
+SOUND = Seen(
+    role="primary",
+    score=OWNER,
+    may_run=True,
+    code=None,
+    reason="",
+    mode="primary",
+    stage="running",
+    link="in-sync",
+    checkpoint_age_s=1.0,
+    outdated=None,
+    obstacle=None,
+)
+COPY = replace(
+    SOUND, role="secondary", mode="secondary", score=IN_STEP - 1, may_run=False, code="is-secondary", reason="it is one"
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "score"),
+    [
+        (SOUND, decision.OWNER),
+        (replace(SOUND, score=UNSURE_OWNER, may_run=None), decision.UNSURE_OWNER),
+        (replace(SOUND, score=NEVER, may_run=False, outdated="demoted", reason="x"), None),
+        (replace(SOUND, score=NEVER, may_run=False, reason="no checkpoint"), None),
+        (COPY, decision.IN_STEP),
+        (replace(COPY, score=501), decision.IN_STEP),
+        (replace(COPY, score=BEHIND - 1), decision.BEHIND),
+        (replace(COPY, score=NEVER), None),
+        (replace(COPY, score=NEW), None),
+        (replace(COPY, outdated="demoted"), None),
+        (replace(COPY, checkpoint_age_s=LIMIT_S + 1), None),
+        (replace(COPY, checkpoint_age_s=None), None),
+    ],
+)
+def test_scores(seen: Seen, score: int | None) -> None:
+    assert decision.score(seen, LIMIT_S) == score
+
+
+def test_the_scores_are_in_order() -> None:
+    found = [decision.OWNER, decision.UNSURE_OWNER, decision.IN_STEP, decision.BEHIND]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] > 0
+
+
+def test_the_age_has_no_limit_with_0_and_none_for_an_owner() -> None:
+    assert decision.score(replace(COPY, checkpoint_age_s=1e6), 0) == decision.IN_STEP
+    assert decision.score(replace(SOUND, checkpoint_age_s=None), LIMIT_S) == decision.OWNER
+
+
+@pytest.mark.parametrize("seen", [SOUND, COPY])
+@pytest.mark.parametrize("relation", ["same", "newer", "unknown", None])
+def test_what_comes_from_the_last_owners_is_no_obstacle(seen: Seen, relation: str | None) -> None:
+    assert decision.obstacle(replace(seen, relation=relation, register_host="b"), LIMIT_S) is None
+
+
+@pytest.mark.parametrize("seen", [SOUND, COPY])
+@pytest.mark.parametrize("relation", ["older", "diverged", "unrelated"])
+def test_what_the_last_owner_went_on_from_is_never_promoted(seen: Seen, relation: str) -> None:
+    stale = replace(seen, relation=relation, register_host="b")
+    assert decision.score(stale, LIMIT_S) is None
+    assert "b" in str(decision.obstacle(stale, LIMIT_S))
+    assert (stale.split is None) == (relation == "older")
+
+
+def test_an_owner_gives_way_only_to_one_that_went_on() -> None:
+    for news in (False, True):
+        assert decision.gives_up(SOUND, news) is None
+        assert decision.gives_up(replace(SOUND, may_run=None), news) is None
+        assert decision.gives_up(replace(SOUND, outdated="the other went on"), news) == "the other went on"
+        assert decision.gives_up(replace(COPY, outdated="demoted"), news) is None
+        assert decision.gives_up(replace(SOUND, relation="unrelated"), news) is None
+    for relation in ("older", "diverged"):
+        stale = replace(SOUND, relation=relation, register_host="b")
+        assert decision.gives_up(stale, news=True) == stale.stale
+        assert decision.gives_up(stale, news=False) is None, "a person may have said that it counts"
+
+
+@pytest.mark.parametrize(
+    ("seen", "to_promote", "told", "expected"),
+    [
+        (SOUND, frozenset({"b"}), True, True),
+        (SOUND, frozenset({"a"}), True, False),
+        (SOUND, frozenset[str](), True, False),
+        (SOUND, frozenset[str](), False, True),
+        (replace(SOUND, link="lost"), frozenset({"b"}), True, False),
+        (COPY, frozenset({"b"}), True, False),
+    ],
+)
+def test_who_hands_over(seen: Seen, to_promote: frozenset[str], told: bool, expected: bool) -> None:
+    assert decision.hands_over(seen, "a", to_promote, told) is expected
+
+
+@pytest.mark.parametrize(
+    ("host", "active", "expected"),
+    [
+        ("b", frozenset({"a", "b"}), "b"),
+        ("b", frozenset({"a"}), None),
+        ("a", frozenset({"a", "b"}), None),
+        (None, frozenset({"a", "b"}), None),
+        ("b", None, None),
+    ],
+)
+def test_where_the_disks_are_still_owned(host: str | None, active: frozenset[str] | None, expected: str | None) -> None:
+    assert decision.lives_elsewhere(replace(COPY, register_host=host), "a", active) == expected

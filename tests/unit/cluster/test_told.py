@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the agent reads out of the environment that Pacemaker gives it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from replication.cluster.told import Misconfigured, read
+
+META = "OCF_RESKEY_CRM_meta_"
+
+
+def test_the_defaults() -> None:
+    told = read({"OCF_RESKEY_node": "vm1", "OCF_RESOURCE_INSTANCE": "disk:1"})
+    assert (told.resource, told.node, told.service, told.max_age_s) == ("disk", "vm1", "auto", 60)
+    assert (told.repeated, told.event, told.active) == (False, "", None)
+    assert 0 < told.left_s < 20
+
+
+def test_every_action_ends_before_the_cluster_gives_it_up() -> None:
+    told = read({META + "timeout": "10000"})
+    assert told.deadline - time.monotonic() < 9
+
+
+@pytest.mark.parametrize("timeout", ["", "0", "-3", "soon", "\u0663"])
+def test_a_timeout_that_is_none(timeout: str) -> None:
+    assert 0 < read({META + "timeout": timeout}).left_s < 20
+
+
+def test_where_it_is_to_go_on() -> None:
+    told = read(
+        {
+            META + "notify_active_uname": "a b",
+            META + "notify_stop_uname": "b",
+            META + "notify_promote_uname": "a",
+            META + "notify_type": "post",
+            META + "notify_operation": "stop",
+        }
+    )
+    assert (told.active, told.to_promote, told.event) == ({"a"}, {"a"}, "post-stop")
+
+
+@pytest.mark.parametrize("words", [("master", "slave"), ("promoted", "unpromoted")])
+def test_roles_by_either_name(words: tuple[str, str]) -> None:
+    told = read({META + f"notify_{words[0]}_uname": "a", META + f"notify_{words[1]}_uname": "b"})
+    assert (told.active, told.promoted) == ({"a", "b"}, {"a"})
+
+
+def test_nobody_is_told_of() -> None:
+    assert read({META + "notify_active_uname": " "}).active == frozenset()
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_age", "soon"), ("max_age", "-1"), ("service", "upstart")])
+def test_a_parameter_that_cannot_be_used(name: str, value: str) -> None:
+    with pytest.raises(Misconfigured, match=f"{name}={value}"):
+        read({f"OCF_RESKEY_{name}": value})
+
+
+def test_seconds_may_have_their_unit() -> None:
+    assert read({"OCF_RESKEY_max_age": "90s"}).max_age_s == 90
