@@ -17,6 +17,7 @@ from lab import Lab
 from mounts import SharingFolder, SmallFolder
 from replication import log
 from replication.disk import files
+from wire import Wire
 
 # A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -35,6 +36,15 @@ def port() -> Iterator[int]:
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         kept.bind(("127.0.0.1", 0))
         yield kept.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def networks() -> None:
+    """Skips the test where network namespaces are not allowed."""
+    try:
+        Wire().close()
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

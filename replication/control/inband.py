@@ -32,7 +32,7 @@ from replication.control.server import DRAIN_S, QUEUE_BYTES_MAX, QUEUE_MESSAGES_
 from replication.disk.face import Extent
 from replication.errors import DiskError
 from replication.events import Event, EventHub
-from replication.log import log, log_defect
+from replication.log import log_defect
 from replication.order.worker import NO_THREAD
 from replication.primary.peer import CONTROL_DESCRIPTION, CONTROL_SIZE
 
@@ -208,12 +208,8 @@ class ControlExport:
 
     def _on_event(self, event: Event) -> None:
         # Runs under the hub's lock, in whatever thread has emitted the event: must neither block nor raise.
-        try:
-            message = qmp.encode(event)
-        except (TypeError, ValueError) as error:
-            log(f"event {event.get('event')} is not JSON and was not sent: {error}")
-            return
-        if not self._put(message):
+        message = qmp.encode_event(event)
+        if message is not None and not self._put(message):
             self._end("the control client does not read its events")
 
     # -- the end -------------------------------------------------------------------------------------------

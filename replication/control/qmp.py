@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from replication import VERSION
 from replication.errors import CommandError
-from replication.log import log_defect
+from replication.log import log, log_defect
 from replication.reason import Reason
 
 # The largest real message is a few hundred bytes; this leaves room for any sane `id` and bounds a client's memory.
@@ -200,6 +200,15 @@ def parse(message: bytes) -> Any:
 def encode(message: Mapping[str, Any]) -> bytes:
     """One message as it goes over the wire, line end included; TypeError or ValueError if it is not JSON."""
     return json.dumps(message, allow_nan=False).encode() + b"\r\n"
+
+
+def encode_event(event: Mapping[str, Any]) -> bytes | None:
+    """An event likewise; None, and a line in the log, if it is not JSON: who emits it must not fail for that."""
+    try:
+        return encode(event)
+    except (TypeError, ValueError) as error:
+        log(f"event {event.get('event')} is not JSON and was not sent: {error}")
+        return None
 
 
 def error_message(desc: str, error_class: str = "GenericError", reason: Reason | None = None) -> dict[str, Any]:

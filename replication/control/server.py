@@ -211,12 +211,8 @@ class _Client:
 
     def _on_event(self, event: Event) -> None:
         # Runs under the hub's lock, in whatever thread has emitted the event: must neither block nor raise.
-        try:
-            message = qmp.encode(event)
-        except (TypeError, ValueError) as error:
-            log(f"event {event.get('event')} is not JSON and was not sent: {error}")
-            return
-        if not self._outbox.put(message):
+        message = qmp.encode_event(event)
+        if message is not None and not self._outbox.put(message):
             self.drop()
 
     def _read(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from content import KIB, MIB, pattern, whole
 from lab import Lab
-from nodes import Pair, Secondary, refused
+from nodes import Pair, Secondary, in_sync, refused
 from pausepoints import PausePoints
 from waiting import wait_until
 
@@ -24,13 +24,9 @@ def pair(lab: Lab) -> Pair:
     """Replicated, with a checkpoint."""
     made = lab.pair(contents=[OLD])
     made.start_replication()
-    in_sync(made)
+    in_sync(made.primary)
     made.primary.checkpoint()
     return made
-
-
-def in_sync(pair: Pair) -> None:
-    wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "in sync")
 
 
 def failed_over(pair: Pair) -> bytes:
@@ -75,7 +71,7 @@ def test_an_owner_whose_state_was_moved_away_to_start_anew_is_not_overwritten(pa
     assert "run `replctl discard` on the secondary" in why
     pair.secondary.execute("replication-discard")
     pair.primary.execute("replication-start", {"secondary": pair.secondary.uri()})
-    in_sync(pair)
+    in_sync(pair.primary)
     assert pair.secondary.disks[0].read_bytes() == pair.primary.disks[0].read_bytes()
 
 
@@ -83,7 +79,7 @@ def stopped_after_a_checkpoint(lab: Lab, points: PausePoints) -> Pair:
     """The primary was stopped as planned; the secondary, which has the pause points, may fail over."""
     pair = lab.pair(contents=[OLD], secondary_options={"extra_environment": points.environment})
     pair.start_replication()
-    in_sync(pair)
+    in_sync(pair.primary)
     pair.primary.checkpoint()
     pair.primary.execute("replication-stop")
     return pair

@@ -15,7 +15,7 @@ import pytest
 from content import KIB, MIB, make_raw, pattern, whole
 from lab import Lab
 from losingendpoint import LosingEndpoint
-from nodes import Primary, Secondary, Server, drained, refused
+from nodes import Primary, Secondary, Server, drained, in_sync, refused
 from pausepoints import PausePoints
 from qmp import QmpError
 from refusals import owned_up, said, seen, unchanged
@@ -281,7 +281,7 @@ class Losing:
         drained(self.primary)
 
     def in_sync(self) -> None:
-        wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "in sync")
+        in_sync(self.primary)
 
     def again(self, command: str) -> None:
         """As soon as the primary has sent what was lost."""

@@ -6,9 +6,8 @@ from __future__ import annotations
 import pytest
 
 from lab import Lab
-from nodes import Pair
+from nodes import Pair, in_sync
 from replication.record.boot import BOOT_ID_ENVIRONMENT
-from waiting import wait_until
 
 
 @pytest.fixture
@@ -16,13 +15,9 @@ def pair(lab: Lab) -> Pair:
     """In sync, with a checkpoint."""
     made = lab.pair()
     made.start_replication()
-    in_sync(made)
+    in_sync(made.primary)
     made.primary.checkpoint()
     return made
-
-
-def in_sync(pair: Pair) -> None:
-    wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "in sync")
 
 
 @pytest.mark.parametrize("end", ["abort", "kill", "host"])
@@ -35,7 +30,7 @@ def test_a_number_that_was_held_and_given_up_is_not_given_to_another_epoch(pair:
         if end == "host":
             pair.primary.extra_environment[BOOT_ID_ENVIRONMENT] = "another boot"
         pair.primary.start()
-    in_sync(pair)
+    in_sync(pair.primary)
     assert pair.secondary.status()["epoch"] == held - 1
     assert pair.primary.checkpoint()["epoch"] > held
     assert pair.secondary.status()["epoch"] > held

@@ -34,14 +34,7 @@ PORT = 5000
 SO_RCVBUFFORCE = 33
 SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _allowed() -> None:
-    """Skips the tests where network namespaces are not allowed."""
-    try:
-        Wire().close()
-    except PermissionError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import nbd
 import pytest
 
 from lab import KIB, MIB, DelayedEndpoint, Lab, Server, make_raw, nbd_refusal, pattern, silent, wait_until
+from nodes import in_sync
 
 OLD = pattern(1, MIB)
 NEW = pattern(2, 64 * KIB)
@@ -46,7 +47,7 @@ class Bench:
         self.in_sync()
 
     def in_sync(self) -> None:
-        wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "the link is in sync")
+        in_sync(self.primary)
 
     def flushed(self, lab: Lab) -> None:
         """Wait until the secondary knows that its disk was flushed: a moment after the file has the content."""

@@ -48,14 +48,7 @@ HERE = (8 * MIB, 16 * MIB)
 
 Made = Callable[..., NetPair]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _allowed() -> None:
-    """Skips the tests where network namespaces are not allowed."""
-    try:
-        Wire().close()
-    except PermissionError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ makes no difference.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from checkout import REPOSITORY
+from commandline import replctl
 from content import KIB, MIB, make_raw, pattern, whole
 from fullstate import FullState
 from lab import Lab
 from losingendpoint import LosingEndpoint
-from nodes import Primary, Secondary, Server, drained, refused
+from nodes import Primary, Secondary, Server, drained, in_sync, refused
 from qmp import QmpError
 from refusals import owned_up, said, seen, unchanged
-from waiting import DEADLINE_S, wait_until
+from waiting import wait_until
 
 BLOCK = 4 * KIB
 STEPS_MAX = 8
@@ -84,7 +83,7 @@ class Nodes:
         drained(self.primary)
 
     def in_sync(self) -> None:
-        wait_until(lambda: self.primary.status()["link"]["state"] == "in-sync", "in sync")
+        in_sync(self.primary)
 
     def stopped(self) -> None:
         """Running, and then stopped by the primary."""
@@ -452,11 +451,6 @@ def test_switch_over(nodes: Nodes, role: str) -> None:
             assert [node.status()["stage"] for node in pair] == ["done", "running"]
     assert [node.status()["stage"] for node in pair] == ["done", "done"]
     assert seen(nodes.secondary) == seen(nodes.primary) == nodes.secondary.disks[0].read_bytes()
-
-
-def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = ["/usr/bin/python3", REPOSITORY / "scripts/replctl", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 def test_a_checkpoint_that_the_server_below_has_lost_before_it_is_not_answered_as_taken(lab: Lab) -> None:

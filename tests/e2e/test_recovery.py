@@ -12,7 +12,7 @@ import pytest
 
 from content import KIB, MIB
 from lab import Lab
-from nodes import Pair, drained, nbd_refusal
+from nodes import Pair, drained, in_sync, nbd_refusal
 from qmp import QmpError
 from waiting import wait_until
 
@@ -59,9 +59,7 @@ class Broken:
 
     def in_sync(self) -> None:
         """Wait until the secondary has everything."""
-        wait_until(
-            lambda: self.primary.status()["link"]["state"] == "in-sync", "the link is up, and nothing is missing"
-        )
+        in_sync(self.primary)
         drained(self.primary)
 
     def refused(self, command: str, **arguments: Any) -> str:

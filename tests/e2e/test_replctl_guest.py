@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from checkout import REPOSITORY as ROOT
+from commandline import REPLCTL
 from namednodes import give_name
 from nodes import Pair
 from qmp import Qmp
 from waiting import DEADLINE_S
 
-REPLCTL = ROOT / "scripts" / "replctl"
 DOMAIN = """\
 <domain type='qemu'>
   <name>web1</name>

@@ -13,7 +13,7 @@ import pytest
 from content import KIB, MIB, pattern
 from lab import Lab
 from mounts import SmallFolder
-from nodes import Pair, Primary, Secondary, Server
+from nodes import Pair, Primary, Secondary, Server, in_sync
 from qmp import QmpError
 from waiting import wait_until
 
@@ -21,10 +21,6 @@ from waiting import wait_until
 def link_of(server: Server) -> dict[str, Any]:
     link: dict[str, Any] = server.status()["link"]
     return link
-
-
-def in_sync(primary: Server) -> None:
-    wait_until(lambda: link_of(primary)["state"] == "in-sync", "the link is in sync")
 
 
 def cannot_save(small: SmallFolder, node: Secondary | Primary) -> None:

@@ -3,31 +3,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from checkout import REPOSITORY
+from commandline import replctl
 from content import KIB, MIB, pattern, whole
 from lab import Lab
 from nodes import Pair, drained, refused
 from waiting import DEADLINE_S
 
 OLD, NEW = pattern(1, MIB), pattern(2, 64 * KIB)
-
-
-def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, REPOSITORY / "scripts/replctl", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 @pytest.fixture

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from checkout import REPOSITORY
+from commandline import REPLCTL
 from content import KIB, MIB
 from lab import Lab
 from nodes import Pair
 from waiting import DEADLINE_S, wait_until
-
-REPLCTL = REPOSITORY / "scripts/replctl"
 
 
 class Relay:
@@ -89,7 +87,7 @@ def pair(lab: Lab) -> Pair:
 
 
 def replctl(*arguments: object) -> subprocess.Popen[str]:
-    command = ["/usr/bin/python3", REPLCTL, *map(str, arguments)]
+    command = [str(REPLCTL), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

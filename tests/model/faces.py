@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import nbd
 
-from model.model import Face, Refused
+from model.model import CommandRefused, Face, Refused
 from nodes import disk_name, top_id
+from qmp import QmpError
 
 
 class NbdFaces:
@@ -50,6 +52,38 @@ class NbdFaces:
     def flush(self, face: Face, disk: int) -> None:
         """Flush; raises Refused."""
         _answered(lambda: self.handle(face, disk).flush())
+
+
+class RealSecondary(NbdFaces):
+    """And the commands of both by QMP, in QEMU's words."""
+
+    def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Run a QMP command; raises QmpError."""
+        raise NotImplementedError
+
+    def command(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command; raises CommandRefused."""
+        try:
+            return self.execute(command, arguments)
+        except QmpError as error:
+            raise CommandRefused(error.desc) from error
+
+    def start(self) -> None:
+        """Start replication."""
+        self.command("xen-set-replication", enable=True, primary=False)
+
+    def checkpoint(self) -> None:
+        """Take a checkpoint."""
+        self.command("xen-colo-do-checkpoint")
+
+    def stop(self) -> None:
+        """Planned stop."""
+        self.command("xen-set-replication", enable=False, primary=False, failover=False)
+
+    def get_error(self) -> str | None:
+        """The error that get-error reports."""
+        status = self.command("query-xen-replication-status")
+        return status["desc"] if status["error"] else None
 
 
 def _flags(fua: bool) -> int:

@@ -4,52 +4,30 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lab import Lab
-from model.faces import NbdFaces
-from model.model import CommandRefused
+from model.faces import RealSecondary
 from nodes import Secondary
-from qmp import QmpError
 
 
-class NbdkitSecondary(NbdFaces):
+class NbdkitSecondary(RealSecondary):
     """A secondary with raw disks that hold `contents`, in a process that may be restarted."""
 
     def __init__(self, lab: Lab, contents: Sequence[bytes]) -> None:
         self.server: Secondary = lab.secondary([len(content) for content in contents], contents=contents)
         super().__init__(self.server.connect)
 
-    def command(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command; raises CommandRefused."""
-        try:
-            return self.server.execute(command, arguments)
-        except QmpError as error:
-            raise CommandRefused(error.desc) from error
-
-    def start(self) -> None:
-        """Start replication."""
-        self.command("xen-set-replication", enable=True, primary=False)
-
-    def checkpoint(self) -> None:
-        """Take a checkpoint."""
-        self.command("xen-colo-do-checkpoint")
-
-    def stop(self) -> None:
-        """Planned stop."""
-        self.command("xen-set-replication", enable=False, primary=False, failover=False)
+    def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Run a QMP command; raises QmpError."""
+        return self.server.execute(command, arguments)
 
     def failover(self, wait: bool = True) -> None:
         """Fail over, and `wait` for the end of the commit."""
         self.command("xen-set-replication", enable=False, primary=False, failover=True)
         if wait:
             self.settle()
-
-    def get_error(self) -> str | None:
-        """The error that get-error reports."""
-        status = self.command("query-xen-replication-status")
-        return status["desc"] if status["error"] else None
 
     def restart(self, kill: bool) -> None:
         """End the process, by SIGKILL or by SIGTERM, and start it again on the same disks and state."""

@@ -9,7 +9,7 @@ guest's virtio disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ import nbd
 
 from content import make_raw, qemu_img
 from lab import Lab
-from model.faces import NbdFaces
-from model.model import CommandRefused, Face
+from model.faces import RealSecondary
+from model.model import Face
 from nodes import disk_name, top_id
-from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
 
 
-class QemuDriver(NbdFaces):
+class QemuDriver(RealSecondary):
     """A secondary in QEMU, with raw disks that hold `contents` (lengths are multiples of 512 bytes)."""
 
     def __init__(self, lab: Lab, contents: Sequence[bytes]) -> None:
@@ -65,35 +64,15 @@ class QemuDriver(NbdFaces):
         handle.connect_uri(f"nbd+unix:///{export}?socket={self._qemu.socket_path}")
         return handle
 
-    def command(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command; raises CommandRefused."""
-        try:
-            return self._qemu.qmp.execute(command, arguments)
-        except QmpError as error:
-            raise CommandRefused(error.desc) from error
-
-    def start(self) -> None:
-        """Start replication."""
-        self.command("xen-set-replication", enable=True, primary=False)
-
-    def checkpoint(self) -> None:
-        """Take a checkpoint."""
-        self.command("xen-colo-do-checkpoint")
-
-    def stop(self) -> None:
-        """Planned stop."""
-        self.command("xen-set-replication", enable=False, primary=False, failover=False)
+    def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Run a QMP command; raises QmpError."""
+        return self._qemu.qmp.execute(command, arguments)
 
     def failover(self, wait: bool = True) -> None:
         """Fail over; `wait` for the end of the commit, which shows only in the false error that then goes away."""
         self.command("xen-set-replication", enable=False, primary=False, failover=True)
         if wait:
             wait_until(lambda: self.get_error() is None, "QEMU's commit ends", DEADLINE_S)
-
-    def get_error(self) -> str | None:
-        """The error that the driver reports."""
-        status = self.command("query-xen-replication-status")
-        return status["desc"] if status["error"] else None
 
     def restart(self, kill: bool) -> None:
         """Not to be asked: QEMU keeps no stage, and its start empties the overlays."""

@@ -7,6 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +43,10 @@ def test_readme_and_ci_name_the_same_releases() -> None:
 def test_readme_has_the_versions_of_this_release() -> None:
     """On each release that CI runs on, the column of that release is right, as far as a minor version goes."""
     table = _readme_table()
-    column = [OWN in cell for cell in table["Debian"]].index(True)
+    named = [OWN in cell for cell in table["Debian"]]
+    if not any(named):
+        pytest.skip(f"{OWN} is tried, not supported")
+    column = named.index(True)
     for name, package in (
         ("nbdkit", "nbdkit"),
         ("Python", "python3"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jsonend import JsonEnd
 from replication.client.lines import LINE_BYTES_MAX, Gone, Late, Lines, Nonsense, Step
 from replication.client.qmp import Malformed, Qmp, Refused, Unwelcome
 from waiting import DEADLINE_S, begin
@@ -24,39 +24,13 @@ def in_s(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-class Server:
-    """The other end."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._lines = connection.makefile("rb")
-
-    def tell(self, message: Any) -> None:
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def asked(self) -> dict[str, Any]:
-        request: dict[str, Any] = json.loads(self._lines.readline())
-        return request
-
-    def answer(self, value: Any) -> str:
-        """Answer the next command: its name."""
-        request = self.asked()
-        self.tell({"return": value, "id": request["id"]})
-        return str(request["execute"])
-
-    def close(self) -> None:
-        self._lines.close()
-        self.connection.close()
-
-
-Ends = tuple[Callable[..., Qmp], Server]
+Ends = tuple[Callable[..., Qmp], JsonEnd]
 
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
     ours, its = socket.socketpair()
-    its.settimeout(DEADLINE_S)
-    server = Server(its)
+    server = JsonEnd(its)
     yield lambda **options: Qmp(Lines(ours, 0), **options), server
     ours.close()
     server.close()

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+import commandline
+from commandline import REPLCTL
 from replication.control import server
 from replication.control.commands import Commands
 from replication.control.server import CLIENTS_MAX, ControlServer
@@ -26,7 +28,6 @@ from replication.errors import CommandError
 from replication.events import EventHub
 from replication.stage import Mode
 
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 DEADLINE_S = 30.0
 
 STATUS: dict[str, Any] = {
@@ -170,17 +171,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def replctl(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [REPLCTL, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=environment(**environ),
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    return done
+    return commandline.replctl(*arguments, environ=environment(**environ))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import commandline
 from fakenode import FakeNode, status
 from replication.primary.link import LinkState
 from replication.record.lineage import Lineage
@@ -20,7 +20,6 @@ from replication.role import ROLES
 from replication.stage import Stage
 from waiting import DEADLINE_S
 
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 NOW = {"role": "primary", "score": 10000, "may-run": True}
 SOON = "0.3"
 """--timeout where no answer is to come."""
@@ -35,15 +34,7 @@ def node(tmp_path: Path) -> Iterator[FakeNode]:
 
 
 def replctl(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [REPLCTL, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
+    done = commandline.replctl(*arguments)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -440,6 +441,9 @@ def test_errors_are_those_of_qemu_itself(node: Node) -> None:
     ours = [json.loads(message) for message in session.feed(stream.encode())]
     assert set(greeting["QMP"]) == set(json.loads(session.greeting())["QMP"])
     assert len(ours) == len(REFUSED_BY_BOTH) + 3
+    for answer in theirs:
+        if "error" in answer:  # QEMU 11 says where in the line a JSON error is
+            answer["error"]["desc"] = re.sub(r"^\d+:\d+: ", "", answer["error"]["desc"])
     assert ours == theirs
     assert all("error" in answer for answer in ours[2:-1])
     assert set(node.calls) == {("cancel_job", "zz"), ("dismiss_job", "zz")}

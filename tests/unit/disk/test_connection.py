@@ -13,31 +13,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbd
 import pytest
 
 from content import pattern
+from issues import reading, writing
 from lab import Lab
 from nbdprocess import NbdProcess, silent
-from replication.disk.connection import Completion, Connection, Issue, Request
+from replication.disk.connection import Connection, Issue, Request
 from replication.errors import DiskError
 from waiting import DEADLINE_S, wait_until
 
 SIZE = 8 << 20
-
-
-def reading(buffer: bytearray, offset: int = 0) -> Issue:
-    def issue(handle: nbd.NBD, done: Completion) -> None:
-        handle.aio_pread(buffer, offset, done)
-
-    return issue
-
-
-def writing(data: bytes, offset: int = 0) -> Issue:
-    def issue(handle: nbd.NBD, done: Completion) -> None:
-        handle.aio_pwrite(data, offset, done)
-
-    return issue
 
 
 def issue(connection: Connection, request: Issue, on_done: Callable[[Request], None] | None = None) -> Request:

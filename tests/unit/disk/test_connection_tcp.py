@@ -15,33 +15,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbd
 import pytest
 
 from certificates import Authority, EndpointWithTwoDoors, psk_file
 from content import pattern
+from issues import reading, writing
 from lab import Lab
 from nbdprocess import stop_still
-from replication.disk.connection import Completion, Connection, Issue, Request
+from replication.disk.connection import Connection, Request
 from replication.errors import DiskError
 from replication.tls import Tls
 from waiting import DEADLINE_S, wait_until
 
 SIZE = 8 << 20
-
-
-def reading(buffer: bytearray, offset: int = 0) -> Issue:
-    def issue(handle: nbd.NBD, done: Completion) -> None:
-        handle.aio_pread(buffer, offset, done)
-
-    return issue
-
-
-def writing(data: bytes, offset: int = 0) -> Issue:
-    def issue(handle: nbd.NBD, done: Completion) -> None:
-        handle.aio_pwrite(data, offset, done)
-
-    return issue
 
 
 def write(connection: Connection, data: bytes, offset: int = 0) -> None:

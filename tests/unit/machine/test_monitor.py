@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from jsonend import JsonEnd
 from replication.machine.monitor import Gone, Late, Monitor, Refused, stamp_s
 from waiting import DEADLINE_S, begin
 
@@ -19,32 +18,13 @@ SOON_S = 0.25
 """Long enough for a command to be sent on a busy machine before nobody waits for its answer any more."""
 
 
-class Qemu:
+class Qemu(JsonEnd):
     """The other end."""
 
     def __init__(self, listener: socket.socket) -> None:
-        self._connection = listener.accept()[0]
-        self._connection.settimeout(DEADLINE_S)
-        self._lines = self._connection.makefile("rb")
+        super().__init__(listener.accept()[0])
         self.tell({"QMP": {}})
         self.answer({})
-
-    def tell(self, message: dict[str, Any]) -> None:
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def asked(self) -> dict[str, Any]:
-        request: dict[str, Any] = json.loads(self._lines.readline())
-        return request
-
-    def answer(self, value: Any) -> str:
-        """Answer the next command: its name."""
-        request = self.asked()
-        self.tell({"return": value, "id": request["id"]})
-        return str(request["execute"])
-
-    def close(self) -> None:
-        self._lines.close()
-        self._connection.close()
 
 
 @pytest.fixture

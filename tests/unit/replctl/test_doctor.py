@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from certificates import Authority
+from commandline import replctl
 from mounts import SmallFolder
 from namednodes import give_name
 from nodes import Pair, Secondary
@@ -24,7 +25,6 @@ from replication.replctl import doctor, finding, hostchecks, peerchecks
 from replication.replctl.finding import Check, Finding, Look, Result, Subject
 from waiting import DEADLINE_S, wait_until
 
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 MIB = 1 << 20
 
 
@@ -381,12 +381,6 @@ def test_a_check_that_hangs_holds_no_other_up(primary: Node) -> None:
         ("breaks", Result.BAD),
     ]
     assert "no result within 0.2 s" in said[0][1].text
-
-
-def replctl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([REPLCTL, *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def test_a_sound_pair_and_then_a_broken_file(pair: Pair, folder: Path) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import commandline
 from replication.replctl import initial
 from replication.service import config
 from replication.stage import Mode
-
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 
 
 @pytest.fixture
@@ -24,11 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [REPLCTL, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False, cwd="/srv"
-    )
-    assert "Traceback" not in done.stderr
-    return done
+    return commandline.replctl(*arguments, cwd="/srv")
 
 
 def initialised(*arguments: object) -> config.ServiceConfig:

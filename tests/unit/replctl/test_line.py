@@ -7,17 +7,16 @@ import argparse
 import json
 import os
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from commandline import replctl
 from nodes import Secondary
 from replication.replctl import line, nodes
 from replication.replctl.table import TABLE, On, Row
 from replication.service import config
 
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 DEADLINE_S = 30.0
 
 
@@ -29,19 +28,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NBDKIT_REPLICATION_CONFIG_DIR", str(made))
     monkeypatch.delenv("REPLCTL_SOCKET", raising=False)
     return made
-
-
-def replctl(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [REPLCTL, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
+from commandline import REPLCTL
 from nodes import Pair
 from replication.replctl import listing
 from waiting import DEADLINE_S, wait_until
-
-REPLCTL = Path(__file__).resolve().parents[3] / "scripts" / "replctl"
 
 
 @pytest.fixture
