@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
-from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER
+from replication.image.overlay import Held, Overlay
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, PAGE_CLUSTERS
 
 
 def store(overlay: Overlay, data: bytes, block: int) -> None:

@@ -64,9 +64,11 @@ def take_blocks(fd: int, offset: int, length: int) -> None:
 class MappedFile:
     """`length` bytes of an open file from `offset` (whole pages) on. The file stays the caller's."""
 
-    def __init__(self, fd: int, length: int, offset: int = 0) -> None:
-        """OSError, also when a hole of the file gets no block."""
-        take_blocks(fd, offset, length)
+    def __init__(self, fd: int, length: int, offset: int = 0, sparse: bool = False) -> None:
+        """OSError, also when a hole of the file gets no block. `sparse`: holes stay, and of a page that was one nothing
+        is stored, or read (in tmpfs even that takes memory), before `fill` has put something there."""
+        if not sparse:
+            take_blocks(fd, offset, length)
         self._offset = offset
         self._fd = os.dup(fd)
         try:
@@ -91,6 +93,13 @@ class MappedFile:
         """`keep` a change, and store it."""
         self.keep(at, data)
         self.map[at : at + len(data)] = data
+
+    def fill(self, at: int, data: bytes) -> None:
+        """`put` what may be a hole; OSError."""
+        if not self.in_place:
+            self.put(at, data)
+        elif not files.write_all(self._fd, data, self._offset + at):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def own_blocks(self) -> None:
         """Take blocks of its own again where a copy of the file shares them since: while there is room, no later change

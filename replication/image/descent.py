@@ -31,8 +31,8 @@ from replication.disk.file import FileDisk
 from replication.errors import DiskError
 from replication.image.buffers import Buffers
 from replication.image.layer import Layer, LayerError, Source, on_layer
-from replication.image.overlay import DATA_BITS, PAGE_CLUSTERS, Held, Overlay
-from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+from replication.image.overlay import DATA_BITS, Held, Overlay
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER, PAGE_CLUSTERS
 from replication.image.target import COPY_CHUNK
 from replication.order.latency import COMMIT
 from replication.order.pause import pause

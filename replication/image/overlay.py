@@ -9,6 +9,7 @@ Invariants
 * Nobody but `empty` and `forget` clears bits, and both say who must be kept out.
 * Where the words' file system copies on write, each is written to the file before it is stored (disk/mapped.py). A
   change that finds no room there is a LayerError, and has not happened.
+* A word is read only where its page is in `_dirty`, and stored only where it is in `_whole`: large tables have holes.
 * With `durability=power` the image on stable storage gets a word (`publish`) only after what it says is true there: its
   data is stable (bits set), or the disk below has it (bits cleared). See table.py.
 
@@ -22,7 +23,8 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Final
 
@@ -34,14 +36,18 @@ from replication.disk.file import FileDisk
 from replication.errors import ConfigError, DiskError
 from replication.image import qcow2
 from replication.image.layer import Layer, LayerError
-from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
-from replication.image.table import image_table, live_path, live_table
-
-PAGE_CLUSTERS = 256
-"""Clusters whose words lie on one page of the mapping (4096 / 16): the grain in which `empty` looks for work, and in
-which words are published."""
+from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER, PAGE_CLUSTERS
+from replication.image.table import complete_in_image, image_table, live_path, live_table
 
 _PAGE = 4096
+
+_PAGE_BLOCKS = PAGE_CLUSTERS * BLOCKS_PER_CLUSTER
+
+_RUN_MAX = 1 << 10
+"""Most pages of words that are looked at together: 4 MiB."""
+
+_ROOM_S = 1.0
+"""Longest search for the room of a page of words; as image/shortage.py."""
 
 _EMPTIED_BEHIND = 4 << 20
 """Bytes of stale data that `reclaim` gives back in one step, under one range lock of its caller."""
@@ -85,6 +91,18 @@ class ReadOnlyImage(ConfigError):
     """The image cannot be written, so it cannot be emptied."""
 
 
+def _ones(flags: bytes | bytearray) -> Iterator[int]:
+    """Where a flag is 1, ascending."""
+    at = flags.find(1)
+    while at >= 0:
+        yield at
+        at = flags.find(1, at + 1)
+
+
+def _no_relief() -> bool:
+    return False
+
+
 def _count_bits(words: npt.NDArray[np.uint64]) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
@@ -120,6 +138,8 @@ class Overlay:
         self._in_place = self._mapped.file.in_place
         self._unkept: DiskError | None = None
         """Why the file may hold words that are no longer there: then nothing may be marked, until it is emptied."""
+        self.relieve: Callable[[], bool] = _no_relief
+        """Whether something was done for room in a full file system (Shortage.relieve)."""
         # Protects changes of words, `_dirty`, `_unpublished` and the two counts of blocks. Never held across I/O.
         self._words = threading.Lock()
         self._table = self._mapped.grid
@@ -133,11 +153,16 @@ class Overlay:
         except BaseException:
             self._unmap()
             raise
-        pages = np.add.reduceat(self._table[:, 1] != 0, range(0, len(self._table), PAGE_CLUSTERS))
-        self._dirty = bytearray((pages != 0).astype(np.uint8).tobytes())
-        self.allocated_blocks = sum(self._count(page) for page in self.dirty_pages())
-        self.data_blocks = sum(self._count_data(page) for page in self.dirty_pages())
-        """Those of them that take space in the data file; the others are known to be zeroes."""
+        # Pages of words in which a bit may be set; and those that have all first words.
+        self._dirty = bytearray(self._mapped.held)
+        self._whole = self._mapped.whole
+        self.allocated_blocks = self.data_blocks = 0
+        """The latter: those of them that take space in the data file; the others are known to be zeroes."""
+        for first, last in self._dirty_runs():
+            words = self._words_of(first, last)
+            words = words[words != 0]
+            self.allocated_blocks += _count_bits(words)
+            self.data_blocks += _count_bits(words & np.uint64(DATA_BITS))
         self.watch_at = 0
         """The fill level is looked at when `data_blocks` gets here (fill.py)."""
         # Pages of words that the image does not have as they are here, with durability=power. What a former process
@@ -147,19 +172,22 @@ class Overlay:
             self._find_unpublished()
 
     def _find_unpublished(self) -> None:
+        known = bytes(here | there for here, there in zip(self._dirty, self.layout.pages.held, strict=True))
         with open(self.path, "rb") as image:
-            for page in range(len(self._unpublished)):
+            for page in _ones(known):
                 image.seek(self.layout.table_offset + page * _PAGE)
                 self._unpublished[page] = image.read(_PAGE) != self._page(page)
 
     def _page(self, page: int) -> bytes:
+        if not self._whole[page] and not self._dirty[page]:
+            return bytes(_PAGE)
         return self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS].tobytes()
 
     # -- what is held -------------------------------------------------------------------------------------
 
     def word(self, cluster: int) -> int:
         """The state word of a cluster, to be tested with DATA_MASK and ZERO_MASK."""
-        return self._all[2 * cluster + 1]
+        return self._all[2 * cluster + 1] if self._dirty[cluster // PAGE_CLUSTERS] else 0
 
     def held(self, start: int, stop: int) -> Iterator[tuple[int, int, Held]]:
         """Runs of blocks [start, stop) in the same state, as (start, stop, state); block numbers."""
@@ -176,7 +204,7 @@ class Overlay:
         while start < stop:
             cluster, first = divmod(start, BLOCKS_PER_CLUSTER)
             last = min(BLOCKS_PER_CLUSTER, first + stop - start)
-            word = self._all[2 * cluster + 1]
+            word = self._all[2 * cluster + 1] if self._dirty[cluster // PAGE_CLUSTERS] else 0
             data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
             upto = start + last - first
             if not word & (data | zero):
@@ -209,14 +237,43 @@ class Overlay:
 
     def mark(self, start: int, stop: int, state: Held) -> None:
         """Set the state of blocks [start, stop)."""
+        page = start // _PAGE_BLOCKS
+        if state is not NOTHING and (not self._whole[page] or stop > (page + 1) * _PAGE_BLOCKS):
+            self._make_whole(start, stop)
         with self._words:
             self._mark_locked(start, stop, state)
 
     def mark_each(self, ranges: Sequence[tuple[int, int]], state: Held) -> None:
         """As `mark`, for many ranges of blocks."""
+        for start, stop in ranges:
+            self._make_whole(start, stop)
         with self._words:
             for start, stop in ranges:
                 self._mark_locked(start, stop, state)
+
+    def _make_whole(self, start: int, stop: int) -> None:
+        """Have the words of blocks [start, stop) ready for a change. LayerError where that takes room, and there is
+        none."""
+        for page in range(start // _PAGE_BLOCKS, (stop - 1) // _PAGE_BLOCKS + 1):
+            if not self._whole[page]:
+                self._complete(page)
+
+    def _complete(self, page: int) -> None:
+        deadline = time.monotonic() + _ROOM_S
+        while True:
+            try:
+                with self._words:
+                    if not self._whole[page]:
+                        if self.power:
+                            # Before there is anything to publish, which may not fail for want of room.
+                            complete_in_image(self._fd, self.layout, page)
+                        self._mapped.complete(page)
+                return
+            except OSError as error:
+                failure = DiskError.from_os(f"writing the allocation bits of {self.path}", error)
+            if not failure.full or time.monotonic() >= deadline or not self.relieve():
+                layer = Layer.ACTIVE if self.role == "active" else Layer.HIDDEN
+                raise LayerError(failure, layer, "write", page * _PAGE_BLOCKS * BLOCK, 0) from failure
 
     def _mark_locked(self, start: int, stop: int, state: Held) -> None:
         while start < stop:
@@ -226,13 +283,15 @@ class Overlay:
                 last = BLOCKS_PER_CLUSTER
             data, zero = DATA_MASK[first][last], ZERO_MASK[first][last]
             some = data | zero
-            old = self._all[2 * cluster + 1]
+            page = cluster // PAGE_CLUSTERS
+            old = self._all[2 * cluster + 1] if self._dirty[page] else 0
             new = (old | some) ^ (zero if state is DATA else data if state is ZERO else some)
             if new != old:
                 if not self._in_place:
                     self._keep(2 * cluster + 1, new.to_bytes(8, sys.byteorder), start * BLOCK)
+                # The word first: a page that is not dirty is known to hold nothing.
                 self._all[2 * cluster + 1] = new
-                self._dirty[cluster // PAGE_CLUSTERS] = self._unpublished[cluster // PAGE_CLUSTERS] = 1
+                self._dirty[page] = self._unpublished[page] = 1
                 if old & some:
                     self.allocated_blocks += new.bit_count() - old.bit_count()
                     self.data_blocks += (new & DATA_BITS).bit_count() - (old & DATA_BITS).bit_count()
@@ -269,6 +328,11 @@ class Overlay:
         half = np.packbits(chosen.reshape(-1, 4, 8), axis=2, bitorder="little").reshape(-1, 4)[:, ::-1]
         masks = np.concatenate((half, half), axis=1).view(np.uint64).reshape(-1)
         last = first + len(masks)
+        pages = range(first // PAGE_CLUSTERS, (last - 1) // PAGE_CLUSTERS + 1)
+        if not any(self._dirty[page] for page in pages):
+            return
+        # What is stored, be it nothing new, may not be into a hole.
+        self._make_whole(first * BLOCKS_PER_CLUSTER, last * BLOCKS_PER_CLUSTER)
         with self._words:
             if not self._in_place:
                 # Before there is a view of the mapping, which a failure, for as long as somebody keeps it, would keep.
@@ -282,7 +346,7 @@ class Overlay:
             self.allocated_blocks -= _count_bits(gone)
             self.data_blocks -= _count_bits(gone & np.uint64(DATA_BITS))
             words &= ~masks
-            for page in range(first // PAGE_CLUSTERS, (last - 1) // PAGE_CLUSTERS + 1):
+            for page in pages:
                 self._unpublished[page] = 1
 
     def empty(self) -> None:
@@ -290,11 +354,12 @@ class Overlay:
         the data, which `reclaim` gives back afterwards."""
         with self._words:
             self._unkept = None
-            for page in self.dirty_pages():
+            for first, last in self._dirty_runs():
                 if not self._in_place:
-                    self._empty_page(page)
-                self._table[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS, 1] = 0
-                self._unpublished[page] = 1
+                    for page in range(first, last):
+                        self._empty_page(page)
+                self._table[first * PAGE_CLUSTERS : last * PAGE_CLUSTERS, 1] = 0
+                self._unpublished[first:last] = b"\1" * (last - first)
             self._dirty[:] = bytes(len(self._dirty))
             self.allocated_blocks = self.data_blocks = 0
 
@@ -318,10 +383,16 @@ class Overlay:
 
     def dirty_pages(self) -> Iterator[int]:
         """Pages (of PAGE_CLUSTERS clusters) that may hold bits."""
+        return _ones(self._dirty)
+
+    def _dirty_runs(self) -> Iterator[tuple[int, int]]:
+        """The same as runs (first, last) of at most _RUN_MAX."""
         page = self._dirty.find(1)
         while page >= 0:
-            yield page
-            page = self._dirty.find(1, page + 1)
+            last = self._dirty.find(0, page, page + _RUN_MAX)
+            last = min(page + _RUN_MAX, len(self._dirty)) if last < 0 else last
+            yield page, last
+            page = self._dirty.find(1, last)
 
     @property
     def blocks(self) -> int:
@@ -336,7 +407,7 @@ class Overlay:
     def blocks_of(self, page: int) -> npt.NDArray[np.uint8]:
         """For every block of a page (of PAGE_CLUSTERS clusters) whether it is held, 1 or 0; in ascending order, but for
         the eight blocks of a quarter of a cluster among themselves."""
-        words = self._words_of(page)
+        words = self._words_of(page, page + 1) if self._dirty[page] else self._no_words(page)
         # Bytes as in the file: the zero half, then the data half, each from blocks 24..31 down to blocks 0..7.
         halves = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 2, 4)
         return np.unpackbits((halves[:, 0] | halves[:, 1])[:, ::-1])
@@ -345,20 +416,24 @@ class Overlay:
         """For every block of clusters [first, last), ascending, whether it is held as data, and whether as zeroes: 1 or
         0."""
         # Bytes as in `blocks_of`, turned round to blocks 0..7 up to 24..31.
-        halves = np.ascontiguousarray(self._table[first:last, 1]).view(np.uint8).reshape(-1, 2, 4)[:, :, ::-1]
+        words = np.zeros(last - first, np.uint64)
+        for page in range(first // PAGE_CLUSTERS, (last - 1) // PAGE_CLUSTERS + 1):
+            if self._dirty[page]:
+                start, stop = max(first, page * PAGE_CLUSTERS), min(last, (page + 1) * PAGE_CLUSTERS)
+                words[start - first : stop - first] = self._table[start:stop, 1]
+        halves = words.view(np.uint8).reshape(-1, 2, 4)[:, :, ::-1]
         zero, data = (np.unpackbits(halves[:, half].ravel(), bitorder="little") for half in (0, 1))
         return data, zero
 
-    def _words_of(self, page: int) -> npt.NDArray[np.uint64]:
+    def _words_of(self, first: int, last: int) -> npt.NDArray[np.uint64]:
+        """Of dirty pages [first, last)."""
         # The words behind the last cluster are of no use, whatever is in them.
-        end = min((page + 1) * PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
-        return self._table[page * PAGE_CLUSTERS : end, 1]
+        end = min(last * PAGE_CLUSTERS, -(-self.blocks // BLOCKS_PER_CLUSTER))
+        return self._table[first * PAGE_CLUSTERS : end, 1]
 
-    def _count_data(self, page: int) -> int:
-        return _count_bits(self._words_of(page) & np.uint64(DATA_BITS))
-
-    def _count(self, page: int) -> int:
-        return int(self.blocks_of(page).sum())
+    def _no_words(self, page: int) -> npt.NDArray[np.uint64]:
+        clusters = -(-self.blocks // BLOCKS_PER_CLUSTER) - page * PAGE_CLUSTERS
+        return np.zeros(max(0, min(PAGE_CLUSTERS, clusters)), np.uint64)
 
     # -- space ---------------------------------------------------------------------------------------------
 

@@ -8,23 +8,30 @@ docs/interop/qcow2.txt of QEMU):
 * version 3, 128 KiB clusters, external data file, extended L2 entries, nothing else: no encryption,
   snapshots, compression or dirty flag;
 * the L2 tables are all there and lie one after the other, 8192 entries of 16 bytes each;
-* the first word of entry k is "guest offset k * 128 KiB, at the same offset of the data file";
+* the first word of entry k is "guest offset k * 128 KiB, at the same offset of the data file"; in large tables (see
+  FILLED_MAX) it may be 0 while the cluster has no data, so that they may have holes;
 * the second word is the state of 32 subclusters of 4 KiB: bit i, allocated; bit 32 + i, reads as zeroes;
   both at once is not permitted.
 
-So only second words ever change, and each change is one aligned 64-bit store.
+So second words change, each change is one aligned 64-bit store, and a first word is written once, before the second.
+
+A table of 16 TiB is 2 GiB long. Where it is large it is a hole at first, and no pass is made over what is a hole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
 import subprocess
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from replication.disk import files
 from replication.disk.lock import lock_for_writing
@@ -36,7 +43,8 @@ BLOCKS_PER_CLUSTER = CLUSTER // BLOCK
 SECTOR = 512
 """qcow2 sizes are whole sectors; qemu-img rounds up."""
 
-_OPTIONS = "extended_l2=on,cluster_size=128k,preallocation=metadata,data_file="
+_PREALLOCATED = "preallocation=metadata,"
+_OPTIONS = f"extended_l2=on,cluster_size=128k,{_PREALLOCATED}data_file="
 _ENTRIES_PER_TABLE = CLUSTER // 16
 _BYTES_PER_TABLE = _ENTRIES_PER_TABLE * CLUSTER
 _COPIED = 1 << 63
@@ -51,7 +59,29 @@ _REFCOUNT_CLUSTERS_MAX = 64
 """QEMU's own limit, 8 MiB."""
 _CREATE_S = 120
 _NAME_MAX = 1023
-_TABLES_PER_STEP = 64
+
+PAGE_CLUSTERS = 256
+"""Clusters whose entries lie on one page of the tables (4096 / 16): the grain in which it is known what is in them."""
+
+FILLED_MAX = 32 << 20
+"""Up to this length (256 GiB of disk) tables have no hole: they are written in a fifth of a second, and then no change
+of them ever needs room."""
+
+_PAGE = 4096
+_CHECKED_ENTRIES = 1 << 19
+"""Entries that are checked together: 8 MiB. A power of two, see `_Entries`."""
+
+
+class Pages(NamedTuple):
+    """What is in each page of the tables (of PAGE_CLUSTERS entries)."""
+
+    whole: bytearray
+    """1 where all first words are there, so that second words may be stored."""
+    held: bytearray
+    """1 where a second word is not 0."""
+
+    def __repr__(self) -> str:
+        return f"{sum(self.whole)} of {len(self.whole)} pages whole, {sum(self.held)} held"
 
 
 class Layout(NamedTuple):
@@ -62,6 +92,7 @@ class Layout(NamedTuple):
     data_path: str
     table_offset: int
     table_length: int
+    pages: Pages
 
 
 def default_data_path(path: str) -> str:
@@ -72,6 +103,11 @@ def default_data_path(path: str) -> str:
 def image_size(disk_size: int) -> int:
     """The size of a qcow2 image over a disk of `disk_size` bytes."""
     return -(-disk_size // SECTOR) * SECTOR
+
+
+def has_holes(table_length: int) -> bool:
+    """Whether tables of that length may have holes."""
+    return table_length > FILLED_MAX
 
 
 def create_command(path: str, backing: str, backing_format: str, size: int) -> list[str]:
@@ -95,6 +131,9 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
     # absolute because QEMU looks for a relative one in its working folder, not beside the image.
     command = create_command(path, backing, backing_format, size)
     command[-2] = temporary
+    sparse = has_holes(-(-size // _BYTES_PER_TABLE) * CLUSTER)
+    if sparse:
+        command = [part.replace(_PREALLOCATED, "preallocation=off,", 1) for part in command]
     try:
         # qemu-img writes into the file that is there, so this lasts. It also says best why there can be none.
         with contextlib.suppress(OSError):
@@ -110,6 +149,8 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
             stdin=subprocess.DEVNULL,
             umask=0o077,
         )
+        if sparse:
+            _add_tables(temporary)
         os.rename(temporary, path)
         files.sync_folder(path)
     except FileNotFoundError as error:
@@ -128,6 +169,66 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
             for name in (temporary, data):
                 with contextlib.suppress(OSError):
                     os.unlink(name)
+
+
+def _add_tables(path: str) -> None:
+    """Give an image that qemu-img made without them its L2 tables, as one hole: what they would say is 0 for each
+    cluster, "nothing here"."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fields = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
+        tables, l1_offset, refcounts_offset = fields[7:10]
+        first = -(-os.fstat(fd).st_size // CLUSTER)
+        # The refcount blocks that are missing, each for 8 GiB of the image, come behind the tables.
+        last, blocks = first + tables, 1
+        while blocks * _REFCOUNTS_PER_BLOCK < last:
+            last, blocks = last + 1, blocks + 1
+        addresses = [
+            struct.unpack(">Q", os.pread(fd, 8, refcounts_offset))[0],
+            *(cluster * CLUSTER for cluster in range(first + tables, last)),
+        ]
+        parts = [
+            (struct.pack(f">{blocks}Q", *addresses), refcounts_offset),
+            (struct.pack(f">{tables}Q", *(_COPIED | (first + i) * CLUSTER for i in range(tables))), l1_offset),
+        ]
+        for number, address in enumerate(addresses):
+            begin = max(first, number * _REFCOUNTS_PER_BLOCK)
+            end = min(last, (number + 1) * _REFCOUNTS_PER_BLOCK)
+            if begin < end:
+                parts.append((b"\0\1" * (end - begin), address + begin % _REFCOUNTS_PER_BLOCK * 2))
+        os.ftruncate(fd, last * CLUSTER)
+        for content, offset in parts:
+            if not files.write_all(fd, content, offset):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def data_runs(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range of a file that are no holes, as (start, stop), in whole pages from `offset` on; OSError."""
+    at, end = offset, offset + length
+    while at < end:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        if start >= end:
+            return
+        stop = min(end, os.lseek(fd, start, os.SEEK_HOLE))
+        at = offset + -(-(stop - offset) // _PAGE) * _PAGE
+        yield offset + (start - offset) // _PAGE * _PAGE, min(at, end)
+
+
+def first_words(page: int, size: int) -> npt.NDArray[np.uint64]:
+    """The first words of a page of the tables of a disk of `size` bytes, as the file has them."""
+    first = page * PAGE_CLUSTERS
+    clusters = np.arange(first, max(first, min(first + PAGE_CLUSTERS, -(-size // CLUSTER))), dtype=np.uint64)
+    words = np.zeros(PAGE_CLUSTERS, ">u8")
+    words[: len(clusters)] = clusters * np.uint64(CLUSTER) | np.uint64(_COPIED)
+    return words.view(np.uint64)
 
 
 def remove(path: str) -> None:
@@ -157,9 +258,28 @@ def read_layout(path: str) -> Layout:
         os.close(fd)
 
 
-def check_entries(fd: int, path: str, layout: Layout) -> None:
-    """Check every L2 entry of tables that are where `layout` says; ConfigError."""
-    _Parser(fd, path).check_entries(layout.table_offset, layout.table_length // CLUSTER, layout.size)
+def check_entries(fd: int, path: str, layout: Layout) -> Pages:
+    """Check every L2 entry of tables that are where `layout` says, and find out what is in them; ConfigError."""
+    return _Parser(fd, path).check_entries(layout.table_offset, layout.table_length // CLUSTER, layout.size)
+
+
+class _Entries:
+    """What the first words of a disk of `clusters` clusters are, in the file's byte order. Nothing is swapped at run
+    time: a number in a group of _CHECKED_ENTRIES, and the number of the group, share no bit."""
+
+    def __init__(self, clusters: int) -> None:
+        self.clusters = clusters
+        numbers = np.arange(min(clusters, _CHECKED_ENTRIES), dtype=np.uint64) * np.uint64(CLUSTER)
+        self._within = numbers.astype(">u8").view(np.uint64)
+
+    def right(self, words: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.bool_]:
+        """Which of the words of entries from number `first` on are as they should be; all of one group."""
+        group, at = divmod(first, _CHECKED_ENTRIES)
+        common = (_COPIED | group * _CHECKED_ENTRIES * CLUSTER).to_bytes(8, "big")
+        found = np.zeros(len(words), np.bool_)
+        used = max(0, min(len(words), self.clusters - first))
+        found[:used] = (words[:used] ^ self._within[at : at + used]) == np.uint64(int.from_bytes(common, sys.byteorder))
+        return found
 
 
 class _Parser:
@@ -211,13 +331,14 @@ class _Parser:
         self._check_refcounts(
             refcounts_offset, refcounts_clusters, [(0, 1), (l1_offset, 8 * tables), (table_offset, tables * CLUSTER)]
         )
-        self.check_entries(table_offset, tables, size)
+        pages = self.check_entries(table_offset, tables, size)
         return Layout(
             size,
             self._backing(backing_offset, backing_length),
             os.path.join(os.path.dirname(self._path), data_name),
             table_offset,
             tables * CLUSTER,
+            pages,
         )
 
     def _extensions(self, offset: int) -> dict[int, str]:
@@ -298,28 +419,61 @@ class _Parser:
         if wrong.size:
             raise self._corrupt(f"cluster {int(wrong[0])} has the reference count {int(counts[wrong[0]])}")
 
-    def check_entries(self, offset: int, tables: int, size: int) -> None:
-        """Check every L2 entry, a few tables at a time so that a big image needs little memory."""
-        clusters = -(-size // CLUSTER)
-        for table in range(0, tables, _TABLES_PER_STEP):
-            count = min(_TABLES_PER_STEP, tables - table)
-            raw = self._read(offset + table * CLUSTER, count * CLUSTER, "L2 tables")
-            entries = np.frombuffer(raw, ">u8").astype(np.uint64).reshape(-1, 2)
-            first = table * _ENTRIES_PER_TABLE
-            used = entries[: max(0, clusters - first)]
-            expected = (np.arange(first, first + len(used), dtype=np.uint64) * np.uint64(CLUSTER)) | np.uint64(_COPIED)
-            wrong = np.flatnonzero(used[:, 0] != expected)
-            if wrong.size:
-                word = int(used[wrong[0], 0])
-                if not word:
-                    raise self._other_layout()
-                raise self._corrupt(f"L2 entry of cluster {first + int(wrong[0])} is {word:#x}")
-            if entries[len(used) :].any():
-                raise self._corrupt("an L2 entry behind the end of the disk is in use")
-            bits = used[:, 1]
-            both = np.flatnonzero(bits & (bits >> np.uint64(32)) & np.uint64(0xFFFFFFFF))
-            if both.size:
-                raise self._corrupt(f"cluster {first + int(both[0])} has blocks that are both data and zero")
+    def check_entries(self, offset: int, tables: int, size: int) -> Pages:
+        """Check every L2 entry that is not in a hole, a few at a time so that a big image needs little memory."""
+        if offset + tables * CLUSTER > self._length:
+            raise self._corrupt("truncated in its L2 tables")
+        pages = tables * CLUSTER // _PAGE
+        found = Pages(bytearray(pages), bytearray(pages))
+        expected = _Entries(-(-size // CLUSTER))
+        step = 16 * _CHECKED_ENTRIES
+        try:
+            for start, stop in data_runs(self._fd, offset, tables * CLUSTER):
+                at = start - offset
+                while at < stop - offset:
+                    end = min(stop - offset, (at // step + 1) * step)
+                    raw = self._read(offset + at, end - at, "L2 tables")
+                    self._check_some(np.frombuffer(raw, np.uint64).reshape(-1, 2), at // 16, expected, found)
+                    at = end
+        except OSError as error:
+            raise ConfigError(f"cannot read {self._path}: {error.strerror}") from error
+        return found
+
+    def _check_some(self, entries: npt.NDArray[np.uint64], first: int, expected: _Entries, found: Pages) -> None:
+        """Check the entries of some pages, from number `first` on, and note what is in them."""
+        page, pages = first // PAGE_CLUSTERS, len(entries) // PAGE_CLUSTERS
+        words, bits = entries[:, 0], entries[:, 1]
+        right = expected.right(words, first)
+        if right.all():
+            found.whole[page : page + pages] = b"\1" * pages
+        else:
+            self._check_unused(entries, first, expected.clusters, right)
+            right |= np.arange(first, first + len(entries)) >= expected.clusters
+            found.whole[page : page + pages] = right.reshape(pages, -1).all(axis=1).tobytes()
+        if not bits.any():
+            return
+        found.held[page : page + pages] = (bits.reshape(pages, -1) != 0).any(axis=1).tobytes()
+        halves = np.ascontiguousarray(bits).view(np.uint32).reshape(-1, 2)
+        both = np.flatnonzero(halves[:, 0] & halves[:, 1])
+        if both.size:
+            raise self._corrupt(f"cluster {first + int(both[0])} has blocks that are both data and zero")
+
+    def _check_unused(
+        self, entries: npt.NDArray[np.uint64], first: int, clusters: int, right: npt.NDArray[np.bool_]
+    ) -> None:
+        """Refuse what is not as it should be, but for clusters without data, and what is behind the disk's end."""
+        used = max(0, min(len(entries), clusters - first))
+        if entries[used:].any():
+            raise self._corrupt("an L2 entry behind the end of the disk is in use")
+        # Bytes as in the file: the zero half, then the data half.
+        data = np.ascontiguousarray(entries[:used, 1]).view(np.uint32).reshape(-1, 2)[:, 1]
+        unused = (entries[:used, 0] == 0) & (data == 0) if has_holes(16 * clusters) else np.zeros(used, np.bool_)
+        wrong = np.flatnonzero(~right[:used] & ~unused)
+        if wrong.size:
+            word = int(entries[wrong[0], 0].tobytes().hex(), 16)
+            if not word:
+                raise self._other_layout()
+            raise self._corrupt(f"L2 entry of cluster {first + int(wrong[0])} is {word:#x}")
 
     def _read(self, offset: int, length: int, what: str) -> bytes:
         """Exactly `length` bytes, or the error that the image is truncated."""

@@ -36,6 +36,8 @@ class Room:
         self.sources: list[Source] = [(active, self.reclaim_some), (hidden, self.reclaim_some)]
         self.shortage = Shortage(self.sources)
         """Where a write that finds no room looks for it: here, or wherever else it may help."""
+        for overlay in (active, hidden):
+            overlay.relieve = self._relieve
 
     def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> int | None:
         """Give back stale space of up to `steps` ranges out of `overlay.stale_ranges()`; the bytes, None when there are
@@ -64,6 +66,12 @@ class Room:
             self._reclaim_unheld(overlay, lock, start, min(start + units[0], last), units[1:])
             for start in range(first, last, units[0])
         )
+
+    def _relieve(self) -> bool:
+        try:
+            return not self.committing and self.shortage.relieve()
+        except DiskError:  # what is stale cannot be given back
+            return False
 
     def write_again(
         self, overlay: Overlay, layer: Layer, pieces: Sequence[Buffer], offset: int, length: int, failure: DiskError

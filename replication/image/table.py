@@ -9,6 +9,9 @@ With `durability=power` the words in use are in a live copy (X.live beside the i
 has been made stable, by Overlay.publish. So the image is right after a power cut; the live copy makes that a killed
 process loses nothing either. It counts only in the boot in which it was made:
 
+Where the tables are large they have holes, in the image and in the live copy, whose words are 0: nothing is read or
+stored there before `complete`.
+
     page 0      magic, the boot's id, the size of the table; written when the copy is complete
     from 4096   the image's L2 tables
 """
@@ -16,6 +19,7 @@ process loses nothing either. It counts only in the boot in which it was made:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 import numpy as np
@@ -23,7 +27,15 @@ import numpy as np
 from replication.disk import files
 from replication.disk.mapped import MappedFile
 from replication.errors import ConfigError
-from replication.image.qcow2 import Layout, check_entries
+from replication.image.qcow2 import (
+    PAGE_CLUSTERS,
+    Layout,
+    Pages,
+    check_entries,
+    data_runs,
+    first_words,
+    has_holes,
+)
 from replication.record.boot import boot_id
 
 _PAGE = 4096
@@ -34,13 +46,25 @@ _COPY_MAX = 1 << 20
 class Table:
     """Mapped L2 tables: entry k has its state word at `words[2 * k + 1]`, in the byte order of the file."""
 
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        """Map `length` bytes of the file from `offset` on; OSError."""
-        self.file = MappedFile(fd, length, offset)
+    def __init__(self, fd: int, offset: int, layout: Layout, pages: Pages) -> None:
+        """Map the tables from `offset` of the file on; OSError. `pages`: what is in them."""
+        self._size = layout.size
+        self.whole, self.held = (bytearray(found) for found in pages)
+        """As `Pages`. The second is not kept up to date."""
+        self.file = MappedFile(fd, layout.table_length, offset, sparse=has_holes(layout.table_length))
         self._view = memoryview(self.file.map)
         self.words = self._view.cast("Q")
         self.grid = np.frombuffer(self.file.map, np.uint64).reshape(-1, 2)
         """The same as an array, one row an entry."""
+
+    def complete(self, page: int) -> None:
+        """Put the first words of a page there, so that second words may be stored. OSError, and then it is not done.
+        Nobody may change second words meanwhile."""
+        content = np.empty((PAGE_CLUSTERS, 2), np.uint64)
+        content[:, 0] = first_words(page, self._size)
+        content[:, 1] = self.grid[page * PAGE_CLUSTERS : (page + 1) * PAGE_CLUSTERS, 1] if self.held[page] else 0
+        self.file.fill(page * _PAGE, content.tobytes())
+        self.whole[page] = 1
 
     def flush(self) -> None:
         """Make the pages stable (msync); OSError."""
@@ -69,8 +93,9 @@ def _header(layout: Layout) -> bytes:
     return (_MAGIC + f"{boot_id()}\n{layout.table_length}\n".encode()).ljust(_PAGE, b"\0")
 
 
-def _open_live(path: str, layout: Layout) -> int | None:
-    """The live copy that a process of this boot has left, checked; None if there is none or it is of no use."""
+def _open_live(path: str, layout: Layout) -> tuple[int, Pages] | None:
+    """The live copy that a process of this boot has left, checked, and what is in it; None if there is none or it is
+    of no use."""
     try:
         fd = os.open(live_path(path), os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -79,8 +104,7 @@ def _open_live(path: str, layout: Layout) -> int | None:
         raise ConfigError(f"cannot open {live_path(path)}: {error.strerror}") from error
     try:
         if os.pread(fd, _PAGE, 0) == _header(layout) and os.fstat(fd).st_size == _PAGE + layout.table_length:
-            check_entries(fd, live_path(path), layout._replace(table_offset=_PAGE))
-            return fd
+            return fd, check_entries(fd, live_path(path), layout._replace(table_offset=_PAGE))
     except OSError as error:
         os.close(fd)
         raise ConfigError(f"cannot read {live_path(path)}: {error.strerror}") from error
@@ -94,18 +118,18 @@ def _open_live(path: str, layout: Layout) -> int | None:
 def image_table(fd: int, path: str, layout: Layout) -> Table:
     """The words of the image open at `fd`, which takes over what a live copy of this boot knows better."""
     try:
-        table = Table(fd, layout.table_offset, layout.table_length)
+        table = Table(fd, layout.table_offset, layout, layout.pages)
     except OSError as error:
         raise ConfigError(f"cannot map {path}: {error.strerror}") from error
     try:
         live = _open_live(path, layout)
         if live is not None:
-            newest = Table(live, _PAGE, layout.table_length)
-            os.close(live)
-            changed = newest.grid[:, 1] != table.grid[:, 1]
-            for row in np.flatnonzero(changed).tolist():
-                table.file.put(16 * row + 8, newest.grid[row, 1:].tobytes())
-            newest.close()
+            newest = Table(live[0], _PAGE, layout, live[1])
+            os.close(live[0])
+            try:
+                _take_over(table, newest)
+            finally:
+                newest.close()
         remove_live(path)
     except OSError as error:
         table.close()
@@ -116,21 +140,50 @@ def image_table(fd: int, path: str, layout: Layout) -> Table:
     return table
 
 
+def complete_in_image(fd: int, layout: Layout, page: int) -> None:
+    """With a live copy: put the first words of a page into the image as well. OSError."""
+    if layout.pages.whole[page]:
+        return
+    at = layout.table_offset + page * _PAGE
+    content = np.frombuffer(bytearray(os.pread(fd, _PAGE, at)), np.uint64).reshape(-1, 2)
+    content[:, 0] = first_words(page, layout.size)
+    if not files.write_all(fd, content.tobytes(), at):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    layout.pages.whole[page] = 1
+
+
+def _take_over(table: Table, newest: Table) -> None:
+    """Change the words that are other ones in `newest`; OSError."""
+    for page, (held, held_there) in enumerate(zip(newest.held, table.held, strict=True)):
+        if not held and not held_there:
+            continue
+        first, last = page * PAGE_CLUSTERS, (page + 1) * PAGE_CLUSTERS
+        words = newest.grid[first:last, 1].copy() if held else np.zeros(PAGE_CLUSTERS, np.uint64)
+        if not table.whole[page]:
+            table.complete(page)
+        for row in np.flatnonzero(words != table.grid[first:last, 1]).tolist():
+            table.file.put(16 * (first + row) + 8, words[row : row + 1].tobytes())
+        table.held[page] = held
+
+
 def live_table(fd: int, path: str, layout: Layout) -> Table:
     """The live copy of the words of the image open at `fd`: a former process's of this boot, or a new one."""
-    live = _open_live(path, layout)
+    found = _open_live(path, layout)
+    live, pages = (None, layout.pages) if found is None else found
     try:
         if live is None:
             live = files.create(live_path(path), os.O_TRUNC)
             files.never_copy_on_write(live)
             # Read and written: copy_file_range(2) shares blocks where that is possible.
-            for done in range(0, layout.table_length, _COPY_MAX):
-                part = os.pread(fd, min(_COPY_MAX, layout.table_length - done), layout.table_offset + done)
-                if len(part) < min(_COPY_MAX, layout.table_length - done):
-                    raise ConfigError(f"{path} was truncated while it was opened")
-                files.write_all(live, part, _PAGE + done)
+            os.ftruncate(live, _PAGE + layout.table_length)
+            for start, stop in data_runs(fd, layout.table_offset, layout.table_length):
+                for at in range(start, stop, _COPY_MAX):
+                    part = os.pread(fd, min(_COPY_MAX, stop - at), at)
+                    if len(part) < min(_COPY_MAX, stop - at):
+                        raise ConfigError(f"{path} was truncated while it was opened")
+                    files.write_all(live, part, _PAGE + at - layout.table_offset)
             files.write_all(live, _header(layout), 0)
-        return Table(live, _PAGE, layout.table_length)
+        return Table(live, _PAGE, layout, pages)
     except OSError as error:
         raise ConfigError(f"cannot make {live_path(path)}: {error.strerror}") from error
     finally:

@@ -28,6 +28,8 @@ from replication.image.qcow2 import BLOCK, CLUSTER
 SIZE = 640 << 10
 """Five clusters: one L2 table, of which nearly all entries lie beyond the end."""
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 EXTERNAL_DATA_AND_EXTENDED_L2 = 4 | 16
 
 
@@ -151,6 +153,27 @@ def test_create_makes_an_image_that_is_accepted_and_that_qemu_img_finds_sound(tm
     assert sorted(os.listdir(tmp_path)) == ["a,b.data", "a,b.qcow2"]
     (tmp_path / "no.raw").touch()
     assert "No errors" in qemu_img("check", path)
+
+
+@pytest.mark.parametrize("gib", [257, 16 << 10])
+def test_the_tables_of_a_large_disk_are_a_hole_and_sound(tmp_path: Path, gib: int) -> None:
+    path = tmp_path / "x.qcow2"
+    qcow2.create(str(path), str(tmp_path / "disk"), "raw", (gib << 30) - CLUSTER)
+    assert path.stat().st_blocks * 512 <= 8 * CLUSTER
+    layout = qcow2.read_layout(str(path))
+    assert (layout.table_length, sum(layout.pages.whole), sum(layout.pages.held)) == (gib * CLUSTER, 0, 0)
+    (tmp_path / "disk").touch()
+    if gib < 1 << 10:  # it takes 20 s for 16 TiB
+        assert "No errors" in qemu_img("check", str(path))
+
+
+@pytest.mark.skipif(MEMORY is None, reason="ext4 takes no file of more than 16 TiB")
+def test_refcounts_that_take_more_than_one_block_are_sound() -> None:
+    """From 64 TiB on."""
+    with tempfile.TemporaryDirectory(prefix="q-", dir=MEMORY) as folder:
+        path = f"{folder}/x.qcow2"
+        qcow2.create(path, f"{folder}/disk", "raw", 130 << 40)
+        assert qcow2.read_layout(path).table_length == (130 << 10) * CLUSTER
 
 
 def test_a_disk_that_is_no_whole_number_of_sectors_is_rounded_up() -> None:

@@ -31,8 +31,8 @@ from replication.errors import DiskError
 from replication.image import overlay as overlay_module
 from replication.image import qcow2, shortage, syncgroup
 from replication.image.layer import Layer, LayerError
-from replication.image.overlay import PAGE_CLUSTERS, Held, Overlay
-from replication.image.qcow2 import BLOCK, CLUSTER
+from replication.image.overlay import Held, Overlay
+from replication.image.qcow2 import BLOCK, CLUSTER, PAGE_CLUSTERS
 from replication.image.stack import Stack
 from replication.record.changes import GRAIN
 from waiting import DEADLINE_S, wait_until
