@@ -18,7 +18,7 @@ def speed_table(results: Results) -> Table:
     """Medians of rates and times, ratios to QEMU and to the limit, and the figures where there are any."""
     subjects = results.subjects()
     ours = _ours(results)
-    table = Table(title="Speed: medians; how many times as good as QEMU and as the limit")
+    table = Table(title="Speed: medians; how many times as good as QEMU and as the limit; p99 against QEMU's")
     table.add_column("work", no_wrap=True)
     for subject in subjects:
         table.add_column(subject, justify="right")
@@ -26,6 +26,9 @@ def speed_table(results: Results) -> Table:
         if base in subjects:
             for subject in ours:
                 table.add_column(f"{subject if len(ours) > 1 else ''}/{sign}", justify="right")
+    tails = ours if QEMU in subjects else []
+    for subject in tails:
+        table.add_column(f"{subject if len(ours) > 1 else ''} p99/QEMU", justify="right")
     table.add_column("wanted", justify="right")
     for name in results.done():
         work = results.works[name]
@@ -33,6 +36,7 @@ def speed_table(results: Results) -> Table:
         for base in (QEMU, LIMIT):
             if base in subjects:
                 cells += [ratio_text(results.ratio(name, subject, base)) for subject in ours]
+        cells += [ratio_text(results.tail(name, subject, QEMU)) for subject in tails]
         wanted = ", ".join(wanted_text(figure) for figure in FIGURES if figure.work == name)
         table.add_row(name, *cells, wanted)
     return table
@@ -65,6 +69,8 @@ def figures_table(verdicts: list[Verdict]) -> Table:
         measured = ratio_text(verdict.ratio)
         if verdict.seconds is not None:
             measured += f", {seconds_text(verdict.seconds)}"
+        if verdict.tail is not None:
+            measured += f", p99 {ratio_text(verdict.tail)}"
         limit = ratio_text(verdict.limit)
         figure = verdict.figure
         table.add_row(figure.work, verdict.subject, wanted_text(figure), measured, verdict_text(verdict), limit)
@@ -91,7 +97,14 @@ def verdict_text(verdict: Verdict) -> str:
 def wanted_text(figure: Figure) -> str:
     """What a figure asks for."""
     text = f">= {figure.at_least:g} x {'limit' if figure.base == LIMIT else 'QEMU'}"
+    if figure.tail is not None:
+        text += f", p99 {figure.tail:g} x"
     return text if figure.at_most_s is None else f"{text}, <= {seconds_text(figure.at_most_s)}"
+
+
+def behind_text(work: str, subject: str, ratio: float) -> str:
+    """What is not as good as QEMU, as a line."""
+    return f"{work}: {subject} is behind QEMU: {ratio:.2f}"
 
 
 def cell_text(results: Results, work: Work, subject: str) -> str:

@@ -101,6 +101,20 @@ class Results:
             rate = self.works[work].unit is Unit.RATE
             yield sample.value / other if rate else other / sample.value
 
+    def tail(self, work: str, subject: str, base: str) -> float | None:
+        """How many times shorter the 99th percentile of the latency is than that of `base`, likewise."""
+        others = {sample.round: sample.details.get("p99_us") for sample in self.of(work, base)}
+        pairs = [(sample.details.get("p99_us"), others.get(sample.round)) for sample in self.of(work, subject)]
+        return median(other / own for own, other in pairs if own and other)
+
+    def behind(self, base: str) -> Iterator[tuple[str, str, float]]:
+        """(work, subject, ratio) of what is not as good as `base`, the limit aside."""
+        for work in self.done():
+            for subject in self.subjects():
+                ratio = self.ratio(work, subject, base)
+                if subject not in (base, LIMIT) and ratio is not None and ratio < 1:
+                    yield work, subject, ratio
+
     def reason(self, work: str, subject: str) -> str:
         """Why there is no value, or not in each round; empty if there is."""
         return next((sample.reason for sample in self.of(work, subject) if sample.reason), "")
@@ -132,6 +146,9 @@ class Results:
                 line["value"] = self.value(work, subject)
                 line |= {
                     f"ratio_to_{base}": self.ratio(work, subject, base) for base in (QEMU, LIMIT) if base != subject
+                }
+                line |= {
+                    f"p99_ratio_to_{base}": self.tail(work, subject, base) for base in (QEMU, LIMIT) if base != subject
                 }
                 line |= {name: self.detail(work, subject, name) for name in details}
                 line["reason"] = self.reason(work, subject)

@@ -22,6 +22,7 @@ from bench.measure import Checkpoints, Plan, prepare
 from bench.operations import OPERATIONS
 from bench.plot import bars, plot
 from bench.report import (
+    behind_text,
     cell_text,
     cost_table,
     figures_table,
@@ -124,6 +125,34 @@ def test_a_figure_is_reached_from_its_ratio_on(ours: float, reached: bool) -> No
 def test_a_figure_may_have_an_absolute_bound_beside_its_ratio(seconds: float, reached: bool) -> None:
     found = results(TIME, qemu=[100], replication=[seconds])
     assert verdict_of(found, Figure(TIME.name, 100, at_most_s=0.010)).reached is reached
+
+
+@pytest.mark.parametrize(("p99_us", "reached"), [(10, True), (11, False), (None, False)])
+def test_a_figure_may_ask_for_the_p99_too(p99_us: float | None, reached: bool) -> None:
+    found = results(RATE)
+    details = {} if p99_us is None else {"p99_us": p99_us}
+    found.samples += [Sample(RATE.name, QEMU, 0, 1, {"p99_us": 10}), Sample(RATE.name, OURS, 0, 9, details)]
+    assert verdict_of(found, Figure(RATE.name, 4, tail=1)).reached is reached
+    assert verdict_of(found, Figure(RATE.name, 4)).reached is True
+
+
+def test_what_is_behind_qemu_is_named_and_fails_a_check() -> None:
+    found = results(RATE, qemu=[10, 10, 10], replication=[9, 8, 20], new=[10, 10, 9], file=[1, 1, 1])
+    assert list(found.behind(QEMU)) == [(RATE.name, OURS, 0.9)]
+    assert behind_text(RATE.name, OURS, 0.9) == f"{RATE.name}: {OURS} is behind QEMU: 0.90"
+    code = (
+        "import argparse, importlib.machinery as m, importlib.util as u, sys\n"
+        "loader = m.SourceFileLoader('bench_script', sys.argv[1])\n"
+        "script = u.module_from_spec(u.spec_from_loader('bench_script', loader))\n"
+        "loader.exec_module(script)\n"
+        "work = script.Work('free', script.Unit.RATE)\n"
+        "samples = [script.Sample('free', 'qemu', 0, 2.0), script.Sample('free', 'own', 0, float(sys.argv[2]))]\n"
+        "progress = script.Progress(script.Results([work], samples), 2)\n"
+        "sys.exit(script.exit_code(argparse.Namespace(check=sys.argv[3] == 'check'), progress))\n"
+    )
+    for rate, check, expected in (("1", "check", 1), ("1", "", 0), ("2", "check", 0)):
+        command = [sys.executable, "-c", code, str(BENCH), rate, check]
+        assert subprocess.run(command, check=False, timeout=60).returncode == expected, (rate, check)
 
 
 def test_a_figure_against_the_limit_does_not_look_at_qemu() -> None:
@@ -286,10 +315,12 @@ def test_the_tables_show_medians_ratios_costs_and_verdicts() -> None:
     found = results(RATE, qemu=[10], replication=[50], file=[200])
     details = {"p50_us": 12.0, "p99_us": 34.0, "memory_peak": 5 * MIB, "memory_private": 3 * MIB}
     found.samples.append(Sample(RATE.name, OURS, 1, 50, details))
+    found.samples.append(Sample(RATE.name, QEMU, 1, 10, {"p99_us": 68.0}))
     speed = text_of(speed_table(found))
-    for text in ("10 /s", "50 /s", "200 /s", "5.00", "0.25", ">= 4 x QEMU"):
+    for text in ("10 /s", "50 /s", "200 /s", "5.00", "0.25", ">= 3 x QEMU, p99 1 x"):
         assert text in speed
     cost = text_of(cost_table(found))
+    assert "2.00" in speed, "the p99"
     assert "12/34" in cost
     assert "5/3" in cost
     assert "NOT" not in text_of(figures_table(list(verdicts(found))))
@@ -314,7 +345,7 @@ def test_the_plot_has_the_ratios_the_limit_and_what_is_wanted() -> None:
     data = bars(results(RATE, qemu=[10], replication=[50], file=[200]))
     assert data.works == [RATE.name]
     assert data.ratios == {OURS: [5], LIMIT: [20]}
-    assert data.wanted == [4]
+    assert data.wanted == [3]
 
 
 def test_there_is_no_plot_without_anything_to_compare(tmp_path: Path) -> None:
