@@ -101,6 +101,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         peerchecks.py           of the other side
         finding.py              what a check has found, and what it looks at
         initial.py              the file of a new node; checking files
+        rehearsal.py            a test of a failover
         guest.py                libvirt's XML and QEMU's arguments for a node
         comparison.py           which of two nodes is newer
         veto.py                 a hook of libvirt that asks may-run
@@ -178,6 +179,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         commit.py               the job that commits the overlays down after failover
         disk.py                 the guest face and the target face
         reclaim.py              giving back stale overlay space
+        rehearsals.py           tests of a failover
     side.py                     what the two modes have in common for the node
     digests.py                  digests of a secondary's disk, read like data
     conditions.py               under which conditions a failover is wanted, and what it loses
@@ -187,6 +189,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         descent.py              how what the overlays hold comes down into the secondary disk
         target.py               the primary's writes, and copy-before-write
         room.py                 space in the overlays' file systems
+        frozen.py               the content of one instant, and what a test writes over it
         shortage.py             room for writes that meet a full file system, found once for all
         overlay.py              bits and data of one overlay
         layer.py                the images of a stack by name
@@ -200,6 +203,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
         verified.py             what the last comparison of the disks has found
+        tested.py               what the last test of a failover has found
         keeper.py               who writes the record: one write at a time, and in time or not at all
         twin.py                 a document that is overwritten in place, crash-safe
         binding.py              what binds the files of a state folder together
@@ -250,7 +254,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
                        wait until it is empty, and work alone. A request takes it once.
     3. RangeLock       whole 4 KiB blocks, first come first served. The stack has two: `top` (guest writes,
                        commit) and `below` (target writes). No thread takes both. The primary has one a
-                       disk (guest writes). Held across the I/O of the request that it orders.
+                       disk (guest writes). Held across the I/O of the request that it orders. Below either of the
+                       two, Frozen._own of a test, for what it keeps and what it writes.
                        Before it the commit, and nobody else, takes Descent._many. Stack._flushing is held across a
                        flush, without a range.
     4. Ancestry._lock, then Keeper._writing (only when a fault is latched, the stage changes, or the nodes part)
@@ -258,7 +263,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     6. Link._lock (m), Pairing._lock (m), Epochs._lock (m)
     7. Forwarder._lock (m; of several disks in their order, by forward.cut alone), Peer._lock (m), Resync._changed (m)
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
-       Buffers._lock (m), JobList._lock (m), Account._lock (m), and the two of a Commit (m)
+       Buffers._lock (m), JobList._lock (m), Account._lock (m), the two of a Commit (m), and Rehearsals._lock (m),
+       above Frozen._state (m) and Allowance._lock (m)
     9. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

@@ -41,6 +41,7 @@ from replication.record.state import Record, StateError, StateFolder
 from replication.role import Standing, judge
 from replication.secondary.disk import changing_face
 from replication.secondary.pairing import NOBODYS, Channel
+from replication.secondary.rehearsals import Rehearsals
 from replication.secondary.side import SecondarySide
 from replication.side import LOOK_S, Face, Setting, Side
 from replication.stage import TRANSITIONS, Mode, Stage
@@ -538,6 +539,21 @@ class Node:
     def cancel_verify(self) -> None:
         """replication-verify-cancel; without waiting for a command."""
         self._comparing().cancel_verify()
+
+    def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
+        """replication-test-start."""
+        return self._testing().start(name, timeout_s, self.faces)
+
+    def stop_test(
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+    ) -> dict[str, Any]:
+        """replication-test-stop; without waiting for a command."""
+        return self._testing().stop(name, result, rto_s, reason)
+
+    def _testing(self) -> Rehearsals:
+        if not isinstance(self.side, SecondarySide):
+            raise CommandError("This is a primary: a failover is tested on its secondary", reason=Reason.WRONG_MODE)
+        return self.side.rehearsals
 
     def _comparing(self) -> PrimarySide:
         if not isinstance(self.side, PrimarySide):

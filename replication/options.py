@@ -37,6 +37,10 @@ a guest. Shorter than the 30 s after which Linux guests report a stuck disk."""
 OVERLAY_WATERMARK = 80.0
 """Per cent of an overlay's file system in use, from which on an event warns that the next checkpoint is due."""
 
+TEST_SPACE = 4 << 30
+"""Bytes that all tests of a failover together may take. A guest that boots writes some hundred megabytes; the rest is
+what the primary overwrites meanwhile."""
+
 _FILE_MAX = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}\Z")
 _EXPORT_MAX = 4096  # NBD specification: longest string
@@ -95,6 +99,7 @@ class Options:
     timeout_s: float = TIMEOUT_S
     durability: Durability = Durability.PROCESS
     overlay_watermark: float = OVERLAY_WATERMARK
+    test_space: int = TEST_SPACE
     checkpoint_interval_s: float | None = None
     checkpoint_age_limit_s: float | None = None
     resync_rate: int | None = None
@@ -113,7 +118,14 @@ class Options:
     """Where nbdkit was started: relative paths count from there, also those that a command brings later on."""
 
 
-CHANGEABLE = ("queue_limit", "overlay_watermark", "checkpoint_interval_s", "checkpoint_age_limit_s", "resync_rate")
+CHANGEABLE = (
+    "queue_limit",
+    "overlay_watermark",
+    "test_space",
+    "checkpoint_interval_s",
+    "checkpoint_age_limit_s",
+    "resync_rate",
+)
 """Members of Options that a running node takes over (Node.configure): rates, intervals and limits."""
 
 
@@ -397,6 +409,10 @@ def _set_queue_limit(options: Options, value: str) -> None:
     options.queue_limit = _size("queue-limit", value, 1 << 20, "1M")
 
 
+def _set_test_space(options: Options, value: str) -> None:
+    options.test_space = _size("test-space", value, 1 << 20, "1M")
+
+
 def _set_resync_rate(options: Options, value: str) -> None:
     options.resync_rate = _size("resync-rate", value, 64 << 10, "64K")
 
@@ -513,6 +529,7 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "timeout": _set_timeout,
     "durability": _set_durability,
     "overlay-watermark": _set_overlay_watermark,
+    "test-space": _set_test_space,
     "checkpoint-interval": _set_checkpoint_interval,
     "checkpoint-age-limit": _set_checkpoint_age_limit,
     "resync-rate": _set_resync_rate,
@@ -528,6 +545,6 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
 
 DISK_KEYS = frozenset(("top-id", "active", "hidden"))
 PRIMARY_KEYS = frozenset(("secondary",))
-SECONDARY_KEYS = frozenset(("durability", "overlay-watermark", "primary-identity"))
+SECONDARY_KEYS = frozenset(("durability", "overlay-watermark", "primary-identity", "test-space"))
 KEYS = frozenset(("mode", "role", "state", "control", *_CONVERTERS))
 ALL_KEYS = frozenset(("config", "disk", *DISK_KEYS, *KEYS))

@@ -49,3 +49,5 @@ class Reason(Enum):
     RESYNC = "resync"
     RESYNC_INTERRUPTED = "resync-interrupted"
     SILENT = "silent"
+    TEST_EXISTS = "test-exists"
+    NO_TEST = "no-test"

@@ -29,7 +29,8 @@ from replication.stage import Mode, Stage
 GUEST_FACE = "guest face: the last checkpoint plus the guest's own writes"
 GUEST_DISK = "the guest's disk"
 GUEST_WRITES = "writes for the secondary"
-FOR_GUESTS = (GUEST_FACE, GUEST_DISK)
+TEST_FACE = "test: what a failover would have given, and the test's own writes"
+FOR_GUESTS = (GUEST_FACE, GUEST_DISK, TEST_FACE)
 """What exports that belong to a guest say of themselves: no primary may take one of them for its secondary."""
 
 
@@ -186,6 +187,10 @@ class Side(ABC):
     def discard(self, checkpoint: bool | None) -> None:
         """Give up what was written here, if a primary wants to overwrite it; `checkpoint`: the last checkpoint, for a
         resync that is at work."""
+
+    def tests(self) -> dict[str, Face]:
+        """The exports of tests of a failover, by name. Their requests do not pass the gate."""
+        return {}
 
     def face_of(self, export: str) -> tuple[str, str | None]:
         """Which face a client means that opens `export`, and the token that it has, if it has one."""

@@ -11,12 +11,14 @@ from .values import (
     human_bytes,
     human_checkpoint,
     human_error,
+    human_last_test,
     human_last_verify,
     human_lineage,
     human_link,
     human_member,
     human_outdated,
     human_stall,
+    human_tests,
     human_time,
     human_value,
     human_verify,
@@ -44,6 +46,8 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "longest-stall": human_stall,
     "verify": human_verify,
     "last-verify": human_last_verify,
+    "tests": human_tests,
+    "last-test": human_last_test,
     "outdated-reason": human_outdated,
 }
 LEFT_OUT = ("disks", "guest-stalls")

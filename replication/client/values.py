@@ -133,6 +133,29 @@ def human_last_verify(outcome: object) -> str:
     return f"{text} ({printable(outcome['reason'])})" if outcome.get("reason") else text
 
 
+def human_tests(tests: object) -> str:
+    """query-replication's `tests`: those of a failover that there are now."""
+    if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
+        return human_value(tests)
+
+    def one(test: dict[str, object]) -> str:
+        ended = f", ended: {printable(test['ended'])}" if test.get("ended") else ""
+        of = f"of checkpoint {human_value(test.get('epoch'))}, {human_bytes(test.get('bytes'))}"
+        return f"{printable(test.get('name'))} ({of}{ended})"
+
+    return ", ".join(map(one, tests)) or "none"
+
+
+def human_last_test(outcome: object) -> str:
+    """query-replication's `last-test`: how the last test of a failover has ended."""
+    if not isinstance(outcome, dict):
+        return "never" if outcome is None else human_value(outcome)
+    text = f"{human_time(outcome.get('time'))}, {human_value(outcome.get('result'))}"
+    if outcome.get("rto") is not None:
+        text += f" in {human_seconds(outcome['rto'])}"
+    return f"{text} ({printable(outcome['reason'])})" if outcome.get("reason") else text
+
+
 def human_outdated(outdated: object) -> str:
     """query-replication's `outdated-reason`."""
     if not isinstance(outdated, dict):

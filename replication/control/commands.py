@@ -24,6 +24,9 @@ from replication.stage import Mode
 RATE_MIN, RATE_MAX = 64 << 10, 1 << 40
 """Bytes a second, as of the key resync-rate."""
 
+SECONDS_MAX = 365 * 86400
+"""Of a test."""
+
 
 class Replicated(Protocol):
     """What the commands need of a node. Every method may be called by several threads at once, does its own
@@ -68,6 +71,14 @@ class Replicated(Protocol):
 
     def cancel_verify(self) -> None:
         """Give that up."""
+
+    def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
+        """Begin a test of a failover, which ends by itself after `timeout_s` seconds; what its exports are."""
+
+    def stop_test(
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+    ) -> dict[str, Any]:
+        """End a test, the only one if there is no name, and keep its result, if there is one."""
 
     def demote(self) -> None:
         """Make an owner of disks a secondary again."""
@@ -191,6 +202,15 @@ class Commands:
         self._node.cancel_verify()
         return {}
 
+    def _test_start(self, arguments: Mapping[str, Any]) -> Any:
+        return self._node.start_test(arguments.get("name", "test"), _seconds(arguments, "timeout"))
+
+    def _test_stop(self, arguments: Mapping[str, Any]) -> Any:
+        result, rto_s = arguments.get("result"), _seconds(arguments, "rto")
+        if result is None and (rto_s is not None or "reason" in arguments):
+            raise CommandError("Parameters 'rto' and 'reason' are for a result")
+        return self._node.stop_test(arguments.get("name"), result, rto_s, arguments.get("reason"))
+
     def _demote(self, _arguments: Mapping[str, Any]) -> Any:
         self._node.demote()
         return {}
@@ -299,6 +319,16 @@ class Commands:
         "replication-checkpoint-abort": Command(_abort, {"epoch": Argument("integer", required=True)}),
         "replication-verify": Command(_verify, {"rate": Argument("integer"), "repair": Argument("boolean")}),
         "replication-verify-cancel": Command(_cancel_verify),
+        "replication-test-start": Command(_test_start, {"name": Argument("string"), "timeout": Argument("number")}),
+        "replication-test-stop": Command(
+            _test_stop,
+            {
+                "name": Argument("string"),
+                "result": Argument("string", values=("passed", "failed")),
+                "rto": Argument("number"),
+                "reason": Argument("string"),
+            },
+        ),
         "replication-get-error": Command(_get_error),
         "replication-stop": Command(
             _stop,
@@ -349,6 +379,16 @@ URGENT = (
     "replication-outdate",
 )
 """Commands that must get through whoever else is connected; so must a failover and a promotion (`is_urgent`)."""
+
+
+def _seconds(arguments: Mapping[str, Any], name: str) -> float | None:
+    """CommandError unless it is a duration, or is not there."""
+    value = arguments.get(name)
+    if value is None:
+        return None
+    if not 0 <= value <= SECONDS_MAX:
+        raise CommandError(f"Parameter '{name}' expects seconds, {SECONDS_MAX} at most")
+    return float(value)
 
 
 def _conditions(arguments: Mapping[str, Any]) -> Conditions | None:

@@ -220,6 +220,10 @@ class FileDisk(Disk):
                 return otherwise
             raise DiskError.from_os(f"looking for holes at {at} of {self.location}", error) from error
 
+    def fileno(self) -> int:
+        """Of the open file."""
+        return self._fd
+
     def status(self) -> os.stat_result:
         """fstat(2) of the file; OSError."""
         return os.fstat(self._fd)

@@ -107,6 +107,14 @@ def _count_bits(words: npt.NDArray[np.uint64]) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
+def states_in(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Overlay.states, of these words."""
+    # Bytes as in `blocks_of`, turned round to blocks 0..7 up to 24..31.
+    halves = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 2, 4)[:, :, ::-1]
+    zero, data = (np.unpackbits(halves[:, half].ravel(), bitorder="little") for half in (0, 1))
+    return data, zero
+
+
 Words = list[tuple[int, bytes]]
 """Pages of words as they were at one moment: page number and content."""
 
@@ -415,15 +423,17 @@ class Overlay:
     def states(self, first: int, last: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """For every block of clusters [first, last), ascending, whether it is held as data, and whether as zeroes: 1 or
         0."""
-        # Bytes as in `blocks_of`, turned round to blocks 0..7 up to 24..31.
         words = np.zeros(last - first, np.uint64)
         for page in range(first // PAGE_CLUSTERS, (last - 1) // PAGE_CLUSTERS + 1):
             if self._dirty[page]:
                 start, stop = max(first, page * PAGE_CLUSTERS), min(last, (page + 1) * PAGE_CLUSTERS)
                 words[start - first : stop - first] = self._table[start:stop, 1]
-        halves = words.view(np.uint8).reshape(-1, 2, 4)[:, :, ::-1]
-        zero, data = (np.unpackbits(halves[:, half].ravel(), bitorder="little") for half in (0, 1))
-        return data, zero
+        return states_in(words)
+
+    def pages(self) -> dict[int, bytes]:
+        """The table, of each page that may hold bits, as it is now: for each cluster 16 bytes, of which the second half
+        is its word. The caller has closed the gate."""
+        return {page: self._page(page) for page in self.dirty_pages()}
 
     def _words_of(self, first: int, last: int) -> npt.NDArray[np.uint64]:
         """Of dirty pages [first, last)."""

@@ -58,6 +58,10 @@ class Shortage:
         finally:
             self._searching.release()
 
+    def look_again(self) -> None:
+        """More may be stale than the numbers say: somebody needs it no longer."""
+        self._futile.clear()
+
     def _search(self) -> bool:
         """Give back a little; True when there was something, or may be."""
         before, until = self.found, time.monotonic() + _SLICE_S

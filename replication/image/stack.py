@@ -35,6 +35,9 @@ commit, guest read
     commit is over: a read that saw the bit reads the right data in the overlay.
 target write, failed target write
     `below`: what the disk lacks is noted, and struck out by the write that repairs it, in the order of the writes.
+test (frozen.py), writes
+    Whoever is about to change the disk, or the data of an overlay, has each test keep what it has there first, in the
+    range that orders the change: `below` for the disk and for hidden, `top` for active. Tests are over before a commit.
 reclaim (room.py), writes
     Giving back stale overlay space takes the range lock of the overlay's writers (`top` for active, `below` for
     hidden), so no data is in the file without its bit.
@@ -313,6 +316,8 @@ class Stack:
             pause("guest-write.completed")
             pieces = [piece for piece in (head, *pieces, tail) if piece]
             offset, length = start, end - start
+        if self.room.tests:
+            self.room.keep(self.active, first, last)
         try:
             self.active.data.write(pieces, offset)
         except DiskError as error:

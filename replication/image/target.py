@@ -106,6 +106,8 @@ class TargetWrites:
         try:
             if self.preserving:
                 self._preserve_all_stably(plan.spans)
+            if self._room.tests:
+                self._room.keep_disk(plan.spans)
         except DiskError:
             alone.extend(range(len(pieces)))
         else:
@@ -157,6 +159,8 @@ class TargetWrites:
         try:
             if self.preserving:
                 self._preserve_stably(offset, length)
+            if self._room.tests:
+                self._room.keep_disk([(offset, offset + length)])
             pause("target-write.preserved")
             change(*arguments)
             pause("target-write.written")
@@ -217,6 +221,8 @@ class TargetWrites:
             if _ZEROES.startswith(old):
                 zeroes.append(blocks)
                 continue
+            if self._room.tests:
+                self._room.keep(self._hidden, *blocks)
             try:
                 write([old], start)
             except DiskError as error:
@@ -310,6 +316,8 @@ class TargetWrites:
             return 0
 
     def _write_hidden(self, old: memoryview, at: int) -> None:
+        if self._room.tests:
+            self._room.keep(self._hidden, at // BLOCK, -(-(at + len(old)) // BLOCK))
         try:
             self._hidden.data.write([old], at)
         except DiskError as error:

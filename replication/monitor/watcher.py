@@ -37,6 +37,7 @@ CHANGED = (
     "JOB_STATUS_CHANGE",
     "REPLICATION_ERROR",
     "REPLICATION_VERIFIED",
+    "REPLICATION_TEST",
 )
 """Events after which a look is worth while."""
 

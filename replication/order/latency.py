@@ -42,6 +42,7 @@ STOP: Final = "stop"
 FAILOVER: Final = "failover"
 ROLE_CHANGE: Final = "role-change"
 PAIRING: Final = "pairing"
+TEST: Final = "test"
 OVERLAP: Final = "overlap"
 RESYNC: Final = "resync"
 VERIFY: Final = "verify"
@@ -58,6 +59,7 @@ REASONS = {
     FAILOVER: "a failover, or the end of its commit, had all requests wait",
     ROLE_CHANGE: "a change of this node's role had all requests wait",
     PAIRING: "an agreement with the primary had all requests wait",
+    TEST: "the start of a test had all requests wait",
     OVERLAP: "another request was at work on the same blocks",
     RESYNC: "the resync was reading the same blocks",
     VERIFY: "a comparison of the disks was reading the same blocks",

@@ -11,6 +11,7 @@
     NAME.lost       what a secondary's disk lacks of its primary's writes (changes.py)
     NAME.unflushed  what of a disk was written and not flushed (disk/unflushed.py)
     verify.json     what the last comparison of the disks has found (verified.py)
+    test.json       what the last test of a failover has found (tested.py)
     *.qcow2 *.data  default overlays
 
 Invariants

@@ -230,6 +230,22 @@ TABLE: tuple[Row, ...] = (
         ),
     ),
     Row(
+        "test",
+        "replication.replctl.rehearsal:test",
+        "test a failover: export what it would give now, and throw that away (on the secondary)",
+        (
+            argument("action", choices=("start", "stop"), help="begin one, or end it"),
+            argument("--name", metavar="NAME", help="its exports are TOP-ID.NAME (default: test, or the only one)"),
+            argument(
+                "--ends",
+                metavar="SECONDS",
+                type=positive_seconds,
+                help="when it ends by itself, if nobody has stopped it (default: with the node's process)",
+            ),
+            argument("--uri", metavar="URI", help="where the node listens (default: the guest's socket of a NAME)"),
+        ),
+    ),
+    Row(
         "retry",
         f"{_COMMANDS}:retry",
         "resume a commit that has failed",

@@ -161,6 +161,9 @@ class SecondaryDisk:
         error, stack = loss.error, self.stack
         offset, length = loss.ranges[0]
         own = self._own
+        for test in () if stack is None else stack.room.tests:
+            for lost in loss.ranges:
+                test.lose(*lost, error)
         # Marks first: whoever finds that the checkpoint is lost finds what has to come again.
         for lost in loss.ranges:
             (self.changes if own else self.lost).mark(*lost)

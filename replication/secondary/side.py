@@ -38,6 +38,7 @@ from replication.secondary.hindrance import Hindrance
 from replication.secondary.images import Found, open_images
 from replication.secondary.pairing import NOBODYS, Pairing
 from replication.secondary.reclaim import Reclaimer
+from replication.secondary.rehearsals import Rehearsals
 from replication.side import Face, Setting, Side, disk_list
 from replication.stage import Mode, Stage
 
@@ -78,6 +79,7 @@ class SecondarySide(Side):
         self._ledger = setting.ledger
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
+        self.rehearsals = Rehearsals(setting, self.disks)
         self._fill: FillWatch | None = None
         # Held by who looks at the overlays, across that, and what was found last.
         self._looking = threading.Lock()
@@ -118,6 +120,7 @@ class SecondarySide(Side):
                 disk.stack.attend(self._set.gate.latency)
         stacks = [(disk.name, disk.stack) for disk in self.disks if disk.stack is not None]
         self._fill = FillWatch(stacks, self._set.options.overlay_watermark, self._set.hub)
+        self.rehearsals.attend()
         if self._set.options.durability is Durability.POWER:
             self._settle_images()
         if state.emptying:
@@ -271,10 +274,14 @@ class SecondarySide(Side):
         return True
 
     def look(self) -> None:
+        self.rehearsals.look()
         for disk in self.disks:
             disk.look()
 
     def show_stage(self, stage: Stage) -> None:
+        if stage is not Stage.RUNNING:
+            # Before a request follows the stage: none of them keeps anything for a test.
+            self.rehearsals.end_all(f"the stage is {stage.value}")
         for disk in self.disks:
             disk.fenced = stage not in (Stage.NONE, Stage.RUNNING)
             if self._draining:
@@ -938,6 +945,7 @@ class SecondarySide(Side):
             "peer-node": self.pairing.primary,
             "stopping": self.pairing.leaving,
             "link": self.pairing.link,
+            **self.rehearsals.query(),
             "disks": [
                 {
                     "name": disk.name,
@@ -981,17 +989,22 @@ class SecondarySide(Side):
             shown.setdefault(disk.top_id, disk.guest_face())
         return shown
 
+    def tests(self) -> dict[str, Face]:
+        return self.rehearsals.faces
+
     @property
     def default(self) -> str:
         return ""
 
     def configure(self) -> None:
+        self.rehearsals.configure()
         if self._fill is not None:
             self._fill.warn_at(self._set.options.overlay_watermark)
 
     def retire(self) -> None:
         """Another side has taken over the disks and their change maps. The gate is open: the thread that gives back
         space may be waiting before it."""
+        self.rehearsals.end_all("this node is no secondary any more")
         self._hindrance.end(_CLOSE_S)
         self._failover.end(_CLOSE_S)
         self._reclaimer.stop(_CLOSE_S)

@@ -21,6 +21,7 @@ from replication.node import Node
 from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.server.clients import Client
+from replication.side import Face
 from replication.stage import Mode
 
 ZERO_MAX = 16 << 20
@@ -99,6 +100,31 @@ class Export:
 
     def close(self) -> None:
         """The client has gone."""
+
+
+class TestExport(Export):
+    """The face of a test, which is not the node's: it does not pass the gate, so nothing waits for its requests, and it
+    is no other one's when the name is given to another test."""
+
+    def __init__(self, face: Face) -> None:
+        self._face = face
+        self.size = face.size()
+        self.description = face.description
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self._face.read(buffer, offset)
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        self._face.write(data, offset, fua)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        self._face.zero(offset, length, may_trim, fua)
+
+    def flush(self) -> None:
+        self._face.flush()
+
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
+        return within(self._face.extents(offset, length, 1 if one else EXTENTS_MAX), offset, length)
 
 
 def within(extents: list[Extent], offset: int, length: int) -> list[Extent]:
@@ -194,7 +220,9 @@ class Exports:
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of all exports."""
-        return [(name, face.description) for name, face in self._node.faces.items()]
+        return [
+            (name, face.description) for name, face in [*self._node.faces.items(), *self._node.side.tests().items()]
+        ]
 
     def default(self) -> str:
         """What the empty export name stands for: the first disk of a primary; nothing on a secondary, where a
@@ -208,20 +236,28 @@ class Exports:
             return self._control()
         wanted, token = self._node.side.face_of(name or self.default())
         if wanted not in self._node.faces:
-            valid = ", ".join(f"'{known}'" for known in self._node.faces)
+            test = self._node.side.tests().get(wanted)
+            if test is not None:
+                self._check_guest(wanted, client)
+                return TestExport(test)
+            valid = ", ".join(f"'{known}'" for known, _ in self.names())
             raise Refusal(f"there is no export '{name[:255]}': the exports are {valid}")
         if wanted in self._of_guests:
-            if self._options.guests_local and not client.local:
-                raise Refusal(
-                    f"guest-access=local: '{wanted}' is for clients on this host, and {client.name} is not", errno.EPERM
-                )
-            self._check_identity("guest-identity", self._options.guest_identity, wanted, client)
+            self._check_guest(wanted, client)
         else:
             self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
         if token is None:
             return Export(self._node, wanted, of_guest=wanted in self._of_guests)
         kind = DigestExport if name.startswith(f"{DIGEST_EXPORT}:") else DataExport
         return kind(self._node, wanted, token)
+
+    def _check_guest(self, export: str, client: Client) -> None:
+        """DiskError unless the client may have what is a guest's."""
+        if self._options.guests_local and not client.local:
+            raise Refusal(
+                f"guest-access=local: '{export}' is for clients on this host, and {client.name} is not", errno.EPERM
+            )
+        self._check_identity("guest-identity", self._options.guest_identity, export, client)
 
     @staticmethod
     def _check_identity(key: str, wanted: str | None, export: str, client: Client) -> None:

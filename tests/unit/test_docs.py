@@ -139,6 +139,7 @@ def test_the_values_are_listed() -> None:
         ("checkpoint-interval", r"(0\.05) to (86400)\.", "0.04", "86401"),
         ("checkpoint-age-limit", r"(0\.05) to (10000000)\.", "0.04", "10000001"),
         ("overlay-watermark", r"(1) to (100)\.", "0", "101"),
+        ("test-space", r"(1M) to (1T)\.", "1023k", "1025G"),
     ],
 )
 def test_bounds_of_options(key: str, pattern: str, too_small: str, too_big: str) -> None:

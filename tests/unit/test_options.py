@@ -191,7 +191,7 @@ def test_a_secondary_has_the_keys_of_the_link_for_when_it_is_a_primary() -> None
     assert options.secondary is None
 
 
-@pytest.mark.parametrize("pair", ["durability=power", "durability=process", "overlay-watermark=50"])
+@pytest.mark.parametrize("pair", ["durability=power", "durability=process", "overlay-watermark=50", "test-space=1G"])
 def test_a_primary_refuses_the_keys_of_overlays(pair: str) -> None:
     text = f"The primary side does not support option {pair.partition('=')[0]}"
     assert refusal(*PRIMARY, "disk=/d", pair) == text

@@ -69,6 +69,16 @@ class Node:
     def cancel_verify(self) -> None:
         self._record("cancel_verify")
 
+    def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
+        self._record("start_test", name, timeout_s)
+        return {"name": name}
+
+    def stop_test(
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+    ) -> dict[str, Any]:
+        self._record("stop_test", name, result, rto_s, reason)
+        return {"name": "x"}
+
     def demote(self) -> None:
         self._record("demote")
 
@@ -171,6 +181,15 @@ SET = "xen-set-replication"
         ("replication-verify", None, [("verify", None, False)], {}),
         ("replication-verify", {"rate": 65536, "repair": True}, [("verify", 65536, True)], {}),
         ("replication-verify-cancel", None, [("cancel_verify",)], {}),
+        ("replication-test-start", None, [("start_test", "test", None)], {"name": "test"}),
+        ("replication-test-start", {"name": "a", "timeout": 5}, [("start_test", "a", 5.0)], {"name": "a"}),
+        ("replication-test-stop", None, [("stop_test", None, None, None, None)], {"name": "x"}),
+        (
+            "replication-test-stop",
+            {"name": "a", "result": "passed", "rto": 1.5, "reason": "so"},
+            [("stop_test", "a", "passed", 1.5, "so")],
+            {"name": "x"},
+        ),
         ("replication-demote", None, [("demote",)], {}),
         ("replication-discard", None, [("discard",)], {}),
         ("replication-get-error", None, [("get_error",)], {}),
@@ -263,6 +282,9 @@ BOTH = {"enable": True, "primary": True}
         ("replication-checkpoint-abort", {"epoch": 8.0}, "Invalid parameter type for 'epoch', expected: integer"),
         ("replication-demote", {"force": True}, "Parameter 'force' is unexpected"),
         ("replication-discard", {"force": True}, "Parameter 'force' is unexpected"),
+        ("replication-test-start", {"timeout": -1}, "Parameter 'timeout' expects seconds, 31536000 at most"),
+        ("replication-test-stop", {"rto": 1.0}, "Parameters 'rto' and 'reason' are for a result"),
+        ("replication-test-stop", {"result": "good"}, "Parameter 'result' does not accept value 'good'"),
         ("replication-verify", {"rate": 65535}, "Parameter 'rate' expects 65536 to 1099511627776 bytes a second"),
         (SET, {"enable": False, "primary": False, "force": True}, "Parameter 'force' is unexpected"),
         ("job-cancel", None, "Parameter 'id' is missing"),
@@ -365,6 +387,8 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-discard",
         "replication-verify",
         "replication-verify-cancel",
+        "replication-test-start",
+        "replication-test-stop",
         "replication-get-error",
         "replication-stop",
         "replication-retry",

@@ -17,7 +17,8 @@ from replication.options import DiskOptions, OptionParser, Options
 from replication.record.state import StateFolder
 from replication.secondary.disk import changing_face
 from replication.server.clients import Client
-from replication.server.export import Exports
+from replication.server.export import Exports, TestExport
+from replication.side import FOR_GUESTS, TEST_FACE
 from replication.stage import Mode
 
 HERE = Client("a client on this host", True)
@@ -93,6 +94,20 @@ def test_a_guests_export_is_for_the_guest_that_is_named(exports: Any, mode: Mode
     opened.open(name, far(GUEST))
     if mode is Mode.SECONDARY:
         opened.open("disk0", FAR)
+
+
+def test_a_test_is_a_guests(exports: Any) -> None:
+    opened = exports(Mode.SECONDARY, guests_local=True)
+    opened._node.side.start(None, "auto")
+    opened._node.start_test("x", None)
+    assert ("top.x", TEST_FACE) in opened.names()
+    assert refused(opened, "top.x", FAR).startswith("guest-access=local: 'top.x' is for clients on this host")
+    assert isinstance(opened.open("top.x", HERE), TestExport)
+    assert "the exports are 'disk0', 'top', 'top.x'" in refused(opened, "top.y", HERE)
+    opened._options.guests_local, opened._options.guest_identity = False, GUEST
+    assert refused(opened, "top.x", far(PRIMARY)).startswith(f"guest-identity: 'top.x' is for '{GUEST}'")
+    opened.open("top.x", far(GUEST))
+    assert TEST_FACE in FOR_GUESTS  # no primary takes it for its secondary
 
 
 def test_an_identity_is_a_distinguished_name_and_of_the_secondary_only_the_primarys() -> None:

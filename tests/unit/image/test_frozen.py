@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""frozen.py: the content of one instant against byte arrays, whatever changes below it, and the pairs of requests that
+its docstring decides. The interleavings are forced by a secondary disk that calls back in the midst of a request.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from content import make_raw, pattern
+from replication.disk import files
+from replication.disk.face import Disk as AnyDisk
+from replication.disk.file import FileDisk
+from replication.disk.files import Buffer
+from replication.errors import DiskError
+from replication.image import frozen, qcow2
+from replication.image.frozen import OWN, Allowance, Frozen
+from replication.image.overlay import Overlay
+from replication.image.qcow2 import BLOCK, CLUSTER
+from replication.image.stack import Stack
+from waiting import DEADLINE_S
+
+SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+ROOMY = 1 << 40
+
+
+class Disk(FileDisk):
+    """A raw file that calls `before(operation)`, which may raise."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("disk0", str(path))
+        self.before: Callable[[str], None] = lambda _: None
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self.before("read")
+        super().read(buffer, offset)
+        self.before("read-done")
+
+    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
+        self.before("write")
+        super().write(pieces, offset, fua)
+
+
+class Images:
+    """A disk, its overlays, its stack, and tests of it."""
+
+    def __init__(self, folder: Path, size: int = SIZE, power: bool = False) -> None:
+        self.folder = folder
+        make_raw(folder / "disk.raw", size, pattern(1, size))
+        for name, backing, image_format in (("hidden", "disk.raw", "raw"), ("active", "hidden.qcow2", "qcow2")):
+            qcow2.create(str(folder / f"{name}.qcow2"), str(folder / backing), image_format, size)
+        self.disk = Disk(folder / "disk.raw")
+        active, hidden = (Overlay(role, "disk0", str(folder / f"{role}.qcow2"), power) for role in ("active", "hidden"))
+        self.stack = Stack(active, hidden, self.disk)
+        self.allowance = Allowance(str(folder), ROOMY, 100)
+        self.made: list[Frozen] = []
+
+    def freeze(self, allowance: Allowance | None = None, name: str = "x") -> Frozen:
+        disk: AnyDisk = self.disk
+        made = Frozen(name, self.stack.active, self.stack.hidden, disk, allowance or self.allowance)
+        made.freeze()
+        self.stack.room.tests = (*self.stack.room.tests, made)
+        self.made.append(made)
+        return made
+
+    def drop(self, test: Frozen) -> None:
+        self.stack.room.tests = tuple(other for other in self.stack.room.tests if other is not test)
+        test.end(DiskError("it has ended", errno.ESHUTDOWN))
+        test.discard()
+
+    def target(self, data: bytes, offset: int) -> None:
+        self.stack.target.write(memoryview(data), offset, False)
+
+    def guest(self, data: bytes, offset: int) -> None:
+        self.stack.write_top(memoryview(data), offset)
+
+    def top(self) -> bytes:
+        data = bytearray(self.stack.size)
+        self.stack.read(memoryview(data), 0)
+        return bytes(data)
+
+    def below(self) -> bytes:
+        return (self.folder / "disk.raw").read_bytes()
+
+    def close(self) -> None:
+        for test in self.made:
+            if test.end(DiskError("closed")):
+                test.discard()
+        self.stack.close()
+        self.disk.close()
+
+
+def seen(test: Frozen, offset: int = 0, length: int | None = None) -> bytes:
+    data = bytearray(test.size - offset if length is None else length)
+    test.read(memoryview(data), offset)
+    return bytes(data)
+
+
+@pytest.fixture(params=[False, True], ids=["process", "power"])
+def images(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Images]:
+    opened = Images(tmp_path, power=request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+class Histories(RuleBasedStateMachine):
+    """Any requests one after the other, and up to three tests: each sees its instant and its own writes, and neither
+    the guest face nor the disk sees anything of them."""
+
+    ranges = st.one_of(
+        st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK)),
+        st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)),
+        st.tuples(st.integers(0, SIZE // BLOCK).map(lambda block: block * BLOCK), st.integers(1, 40 * BLOCK)),
+    ).map(lambda at: (at[0], min(at[1], SIZE - at[0])))
+    serial = 0
+
+    @initialize(power=st.booleans())
+    def open(self, power: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="frozen-", dir=MEMORY))
+        self.images = Images(self.folder, power=power)
+        self.below = bytearray(pattern(1, SIZE))
+        self.top = bytearray(self.below)
+        self.tests: list[tuple[Frozen, bytearray]] = []
+
+    def teardown(self) -> None:
+        self.images.close()
+        shutil.rmtree(self.folder)
+
+    def data(self, length: int, zeroes: bool = False) -> bytes:
+        self.serial += 1
+        return bytes(length) if zeroes else pattern(1000 + self.serial, length)
+
+    @rule()
+    def test_starts(self) -> None:
+        if len(self.tests) < 3:
+            self.tests.append((self.images.freeze(), bytearray(self.top)))
+
+    @rule(which=st.integers(0, 2))
+    def test_ends(self, which: int) -> None:
+        if which < len(self.tests):
+            self.images.drop(self.tests.pop(which)[0])
+
+    @rule(which=st.integers(0, 2), where=ranges, zeroes=st.booleans())
+    def test_writes(self, which: int, where: tuple[int, int], zeroes: bool) -> None:
+        if which < len(self.tests):
+            test, content = self.tests[which]
+            offset, length = where
+            data = self.data(length, zeroes)
+            if zeroes:
+                test.zero(offset, length, True, False)
+            else:
+                test.write(memoryview(data), offset, False)
+            content[offset : offset + length] = data
+
+    @rule(where=ranges, zeroes=st.booleans())
+    def guest_writes(self, where: tuple[int, int], zeroes: bool) -> None:
+        offset, length = where
+        data = self.data(length, zeroes)
+        if zeroes:
+            self.images.stack.zero_top(offset, length)
+        else:
+            self.images.guest(data, offset)
+        self.top[offset : offset + length] = data
+
+    @rule(where=ranges, zeroes=st.booleans())
+    def primary_writes(self, where: tuple[int, int], zeroes: bool) -> None:
+        offset, length = where
+        data = self.data(length, zeroes)
+        if zeroes:
+            self.images.stack.target.zero(offset, length, True, False)
+        else:
+            self.images.target(data, offset)
+        self.below[offset : offset + length] = data
+
+    @rule(places=st.lists(ranges, min_size=1, max_size=6))
+    def primary_writes_many(self, places: list[tuple[int, int]]) -> None:
+        pieces = [(offset, self.data(min(length, BLOCK))) for offset, length in places]
+        assert self.images.stack.target.write_all([(offset, memoryview(data)) for offset, data in pieces]) == []
+        for offset, data in pieces:
+            self.below[offset : offset + len(data)] = data
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.images.stack.empty()
+        self.top[:] = self.below
+
+    @rule()
+    def reclaim(self) -> None:
+        for overlay in (self.images.stack.active, self.images.stack.hidden):
+            self.images.stack.room.reclaim_some(overlay, overlay.stale_ranges(), 100)
+
+    @rule(which=st.integers(0, 2), where=ranges)
+    def look(self, which: int, where: tuple[int, int]) -> None:
+        if which >= len(self.tests):
+            return
+        (test, content), (offset, length) = self.tests[which], where
+        assert seen(test, offset, length) == content[offset : offset + length]
+        at = offset
+        for extent in test.extents(offset, length):
+            assert extent.offset == at
+            at += extent.length
+            assert not extent.zero or not any(content[extent.offset : at])
+        assert offset < at <= offset + length
+        assert len(test.extents(offset, length, 1)) == 1
+
+    @invariant()
+    def all_is_as_the_model(self) -> None:
+        assert self.images.top() == self.top
+        assert self.images.below() == self.below
+        for test, content in self.tests:
+            assert seen(test) == content
+        assert self.images.allowance.used == sum(test.bytes_used for test, _ in self.tests)
+
+
+Histories.TestCase.settings = settings(max_examples=50, stateful_step_count=20)
+TestHistories = Histories.TestCase
+
+
+@pytest.mark.parametrize("zeroes", [False, True], ids=["write", "zero"])
+def test_a_read_that_a_target_write_overtakes_still_gets_the_instant(
+    images: Images, pool: ThreadPoolExecutor, zeroes: bool
+) -> None:
+    test, expected = images.freeze(), images.top()
+    images.stack.empty()
+
+    def overtake(operation: str) -> None:
+        if operation == "read":
+            images.disk.before = lambda _: None
+            if zeroes:
+                pool.submit(images.stack.target.zero, 100, 2 * CLUSTER, True, False).result(DEADLINE_S)
+            else:
+                pool.submit(images.target, pattern(9, 2 * CLUSTER), 100).result(DEADLINE_S)
+
+    images.disk.before = overtake
+    assert seen(test, 0, CLUSTER) == expected[:CLUSTER]
+    assert seen(test) == expected
+    assert images.below()[4096:8192] != expected[4096:8192]
+
+
+@pytest.mark.parametrize("where", ["active", "hidden"])
+def test_a_read_that_new_data_of_an_overlay_overtakes_still_gets_the_instant(
+    images: Images, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The block is in an overlay's data; a checkpoint empties it, and the next epoch writes to the same place."""
+    (images.guest if where == "active" else images.target)(pattern(7, BLOCK), 0)
+    test, expected = images.freeze(), images.top()
+
+    def overtake() -> None:
+        images.stack.empty()
+        (images.guest if where == "active" else images.target)(pattern(8, BLOCK), 0)
+
+    real, left = files.preadv, [overtake]
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if left:
+            pool.submit(left.pop()).result(DEADLINE_S)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(files, "preadv", preadv)
+    assert seen(test, 0, BLOCK) == expected[:BLOCK]
+    assert not left
+    assert seen(test) == expected
+
+
+def test_what_the_test_has_written_is_not_overwritten_with_what_a_target_write_keeps(
+    images: Images, pool: ThreadPoolExecutor
+) -> None:
+    """The target write has read the old content when the test writes the same block: that waits, and comes last."""
+    test = images.freeze()
+    images.target(bytes(BLOCK), 0)  # hidden has it: the next write reads for the test alone
+    images.stack.empty()
+    other, expected = images.freeze(name="y"), bytearray(images.top())
+    began = threading.Event()
+    writes: list[Any] = []
+
+    def write() -> None:
+        began.set()
+        other.write(memoryview(b"\xaa" * 100), 4096 + 50, False)
+
+    def meanwhile(operation: str) -> None:
+        if operation == "read-done" and other._own._asked and not writes:
+            writes.append(pool.submit(write))
+            assert began.wait(DEADLINE_S)
+
+    images.disk.before = meanwhile
+    images.target(pattern(3, BLOCK), 4096)
+    assert writes
+    writes[0].result(DEADLINE_S)
+    expected[4096 + 50 : 4096 + 150] = b"\xaa" * 100
+    assert seen(other) == expected
+    assert test.over is None
+
+
+def test_a_full_test_ends_and_the_target_write_goes_on(images: Images) -> None:
+    test = images.freeze(Allowance(str(images.folder), 2 * BLOCK, 100))
+    told: list[DiskError] = []
+    test.spoilt = told.append
+    expected = images.top()
+    images.target(pattern(3, 2 * BLOCK), 0)
+    assert seen(test) == expected
+    images.target(pattern(4, BLOCK), 3 * BLOCK)
+    assert images.below()[3 * BLOCK : 4 * BLOCK] == pattern(4, BLOCK)
+    assert [error.errno for error in told] == [errno.ENOSPC]
+    for request in (lambda: seen(test), lambda: test.write(memoryview(b"x"), 0, False), test.flush):
+        with pytest.raises(DiskError, match="tests have 8192 bytes, of the 8192 of test-space") as caught:
+            request()
+        assert caught.value.errno == errno.ENOSPC
+    assert images.top() == expected
+
+
+def test_a_write_of_a_full_test_fails_alone(images: Images) -> None:
+    test = images.freeze(Allowance(str(images.folder), 2 * BLOCK, 100))
+    expected = bytearray(images.top())
+    test.write(memoryview(pattern(3, BLOCK)), 0, False)
+    with pytest.raises(DiskError) as caught:
+        test.write(memoryview(pattern(3, 2 * BLOCK)), 5 * BLOCK, False)
+    assert caught.value.errno == errno.ENOSPC
+    test.zero(0, BLOCK, True, False)  # gives its space back
+    test.write(memoryview(pattern(4, 2 * BLOCK)), 8 * BLOCK, False)
+    expected[:BLOCK] = bytes(BLOCK)
+    expected[8 * BLOCK : 10 * BLOCK] = pattern(4, 2 * BLOCK)
+    assert seen(test) == expected
+
+
+def test_tests_take_nothing_of_a_file_system_that_is_as_full_as_they_may_make_it(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = os.statvfs_result((4096, 4096, 1000, 200, 200, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(frozen.os, "statvfs", lambda _path: full)
+    test = images.freeze(Allowance(str(images.folder), ROOMY, 80))
+    with pytest.raises(DiskError, match="fuller than 80 per cent"):
+        test.write(memoryview(b"x"), 0, False)
+    assert test.over is None
+
+
+def test_a_disk_that_cannot_be_read_for_a_test_ends_the_test_alone(images: Images) -> None:
+    test = images.freeze()
+    reads = [0]
+
+    def fail(operation: str) -> None:
+        if operation == "read":
+            reads[0] += 1
+            if reads[0] == 2:  # the first one is for hidden
+                raise DiskError("unreadable")
+
+    images.disk.before = fail
+    images.target(pattern(7, BLOCK), 0)
+    images.disk.before = lambda _: None
+    assert images.below()[:BLOCK] == pattern(7, BLOCK)
+    with pytest.raises(DiskError, match="unreadable"):
+        seen(test)
+
+
+def test_what_the_disk_has_lost_ends_a_test_that_needs_it(images: Images) -> None:
+    test = images.freeze()
+    images.target(pattern(3, BLOCK), 0)
+    test.lose(0, BLOCK, DiskError("gone"))  # it has that for itself
+    assert test.over is None
+    test.lose(0, BLOCK + 1, DiskError("gone"))
+    with pytest.raises(DiskError, match="gone"):
+        seen(test)
+
+
+def test_stale_data_that_a_test_needs_is_not_given_back(images: Images) -> None:
+    images.target(pattern(3, 4 * BLOCK), 0)
+    images.guest(pattern(4, 4 * BLOCK), CLUSTER)
+    test, expected = images.freeze(), images.top()
+    images.stack.empty()
+    for overlay in (images.stack.active, images.stack.hidden):
+        images.stack.room.reclaim_some(overlay, overlay.stale_ranges(), 100)
+    assert seen(test) == expected
+    images.drop(test)
+    for overlay in (images.stack.active, images.stack.hidden):
+        images.stack.room.reclaim_some(overlay, overlay.stale_ranges(), 100)
+        assert overlay.data.status().st_blocks * 512 < 4 * BLOCK
+
+
+def test_an_overlay_that_finds_no_room_gets_that_of_a_test(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = images.freeze()
+    test.write(memoryview(pattern(3, BLOCK)), 0, False)
+    full = [True]
+
+    def sacrifice(overlay: Overlay) -> bool:
+        assert overlay is images.stack.hidden
+        if not test.shares_room_of(overlay):
+            return False
+        images.drop(test)
+        full[0] = False
+        return True
+
+    images.stack.room.sacrifice = sacrifice
+    hidden, real = images.stack.hidden.data.fileno(), files.pwritev
+
+    def pwritev(fd: int, *arguments: Any) -> int:
+        if fd == hidden and full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, *arguments)
+
+    monkeypatch.setattr(files, "pwritev", pwritev)
+    images.target(pattern(4, BLOCK), 0)
+    assert images.stack.hidden.holds_all(0, 1)
+    assert test.over is not None
+
+
+def test_a_request_under_way_when_the_test_ends_is_told_so(images: Images) -> None:
+    test = images.freeze()
+
+    def end(operation: str) -> None:
+        if operation == "read-done":
+            test.end(DiskError("it has ended", errno.ESHUTDOWN))
+
+    images.disk.before = end
+    with pytest.raises(DiskError, match="it has ended") as caught:
+        seen(test)
+    assert caught.value.errno == errno.ESHUTDOWN
+    assert images.allowance.used == 0
+
+
+def test_the_files_live_until_the_last_request_has_left(images: Images, pool: ThreadPoolExecutor) -> None:
+    test = images.freeze()
+    ended: list[Any] = []
+
+    def end(operation: str) -> None:
+        if operation == "read-done" and not ended:
+            test.end(DiskError("it has ended"))
+            ended.append(pool.submit(test.discard))
+
+    images.disk.before = end
+    fd = test._data.fileno()
+    with pytest.raises(DiskError, match="it has ended"):
+        seen(test, 0, BLOCK)
+    ended[0].result(DEADLINE_S)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_nothing_has_a_name_and_what_a_killed_process_has_left_goes(images: Images) -> None:
+    images.freeze()
+    assert not list(images.folder.glob("test.*"))
+    left, other = images.folder / "test.abc.data", images.folder / "test.toml"
+    left.touch()
+    other.touch()
+    frozen.sweep(str(images.folder))
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_a_long_write_of_the_primary_over_holes_takes_no_space(tmp_path: Path) -> None:
+    size = 16 * CLUSTER
+    sparse = Images(tmp_path, size)
+    try:
+        sparse.disk.zero(0, size, True)
+        test = sparse.freeze()
+        sparse.target(pattern(5, size), 0)
+        assert test.bytes_used == 0
+        assert OWN not in test._places
+        assert seen(test) == bytes(size)
+    finally:
+        sparse.close()
