@@ -41,7 +41,8 @@ VERSION  = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' replication/__init__.py)
 # For administrators. They find the library by their own place: ../lib/nbdkit-replication.
 INSTALLED_SCRIPTS := replctl ft-agent nbdkit-replication replication-monitor
 # For systemd, which looks below /usr/local as well.
-UNITS     := nbdkit-replication@.service nbdkit-replication@.socket replication-monitor.service
+UNITS     := nbdkit-replication@.service nbdkit-replication@.socket replication-monitor.service \
+             nbdkit-replication-test@.service nbdkit-replication-test@.timer
 UNITDIR   := $(PREFIX)/lib/systemd/system
 # Where Pacemaker looks for agents, whatever PREFIX is.
 OCFDIR    := /usr/lib/ocf/resource.d/nbdkit
@@ -197,7 +198,7 @@ install: man $(if $(filter-out 0,$(COMPILED)),compile) ## Install, so that `nbdk
 	install -d "$(DESTDIR)$(OCFDIR)"
 	ln -sfn "$(LIBRARY)/ocf/replication" "$(DESTDIR)$(OCFDIR)/replication"
 	for script in $(INSTALLED_SCRIPTS); do install -D -m 755 "scripts/$$script" "$(DESTDIR)$(PREFIX)/bin/$$script" || exit 1; done
-	for unit in $(UNITS); do sed 's,/usr/bin/\(nbdkit-replication\|replication-monitor\),$(PREFIX)/bin/\1,' "systemd/$$unit" | \
+	for unit in $(UNITS); do sed 's,/usr/bin/\(nbdkit-replication\|replication-monitor\|replctl\),$(PREFIX)/bin/\1,' "systemd/$$unit" | \
 	    install -D -m 644 /dev/stdin "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
 	for conf in $(USER_CONF); do install -D -m 644 "systemd/$$conf.conf" \
 	    "$(DESTDIR)$(PREFIX)/lib/$$conf.d/nbdkit-replication.conf" || exit 1; done

@@ -102,6 +102,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         finding.py              what a check has found, and what it looks at
         initial.py              the file of a new node; checking files
         rehearsal.py            a test of a failover
+        trial.py                whether something works on it
         guest.py                libvirt's XML and QEMU's arguments for a node
         comparison.py           which of two nodes is newer
         veto.py                 a hook of libvirt that asks may-run
@@ -177,9 +178,9 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         hindrance.py            why no checkpoint is taken, and when that is over
         failover.py             the commit of all disks, and what it would cost
         commit.py               the job that commits the overlays down after failover
+        rehearsals.py           tests of a failover
         disk.py                 the guest face and the target face
         reclaim.py              giving back stale overlay space
-        rehearsals.py           tests of a failover
     side.py                     what the two modes have in common for the node
     digests.py                  digests of a secondary's disk, read like data
     conditions.py               under which conditions a failover is wanted, and what it loses

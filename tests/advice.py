@@ -248,6 +248,8 @@ HARMLESS = (
     "the uncompiled ones run; compile again",
     "requires TLS: use an nbds: URI",
     "give QEMU the key as in its manual",
+    "say where the node listens: --uri URI",
+    "name another place of the node with --uri",
     "does the secondary require TLS?",
     "tls-psk are two ways to the same end",
     "let only the other host through the firewall",

@@ -84,6 +84,8 @@ class Situations:
                 return [_occasion("checkpoint-age", data)]
             case "REPLICATION_OVERLAY_WATERMARK":
                 return [_occasion("overlay-watermark", data, "disk")]
+            case "REPLICATION_TEST" if data.get("result") == "failed":
+                return [_occasion("test-failed", data, reason="reason")]
             case "MONITOR_NODE_UP":
                 return [_occasion("node-up", data)]
             case "MONITOR_NODE_DOWN":

@@ -29,7 +29,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-class Tested:
+class LastTest:
     """What is known of tests."""
 
     def __init__(self, folder: str | None) -> None:
@@ -59,12 +59,15 @@ class Tested:
         self.last = last
 
     def conclude(self, outcome: dict[str, Any]) -> None:
-        """A test has ended, with this result."""
+        """A test has ended, with this result; `save` makes it last."""
+        self.last = outcome
+
+    def save(self) -> None:
+        """Write it down, or say that it cannot be; however long that takes."""
         with self._writing:
-            self.last = outcome
             if self._path is None:
                 return
             try:
-                files.replace(self._path, json.dumps(outcome).encode())
+                files.replace(self._path, json.dumps(self.last).encode())
             except OSError as error:
                 log(f"cannot write {self._path}: {error.strerror}; the next process will not know of this test")

@@ -57,7 +57,7 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], row: Row
     for names, settings in row.arguments:
         command.add_argument(*names, **{key: value for key, value in settings.items() if key != "complete"})
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(row=row)
+    command.set_defaults(row=row, command=[])
 
 
 def with_node(arguments: list[str]) -> list[str]:
@@ -75,12 +75,24 @@ def with_node(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is for replctl, and the command behind `--` of a row that takes one. (argparse takes a `*` for empty as soon
+    as an option follows the words before it.)"""
+    if "--" in arguments:
+        at = arguments.index("--")
+        if any(row is not None and row.takes_command for row in map(row_of, arguments[:at])):
+            return arguments[:at], arguments[at + 1 :]
+    return arguments, []
+
+
 def run(arguments: list[str]) -> Exit:
     """Run one command line; SystemExit of argparse for wrong usage and --help."""
     if arguments[:1] == ["--complete"]:
         completion.show(arguments[1:])
         return Exit.DONE
-    options = parser().parse_args(with_node(arguments))
+    words, command = _apart(arguments)
+    options = parser().parse_args(with_node(words))
+    options.command = command or options.command
     if options.timeout is None:
         options.timeout = options.row.timeout_s
     try:

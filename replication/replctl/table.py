@@ -24,6 +24,7 @@ TIMEOUT_S = 60.0
 SOON_S = 5.0
 """For commands by which a manager decides: a cluster's monitor has 20 s, a hook of libvirt holds up a guest's start."""
 WAIT_S = 60.0
+TEST_S = 600.0
 
 _COMMANDS = "replication.client.commands"
 _ROLES = "replication.client.roles"
@@ -59,6 +60,8 @@ class Row:
     """Whether it will ask for confirmation: refused before anything else where there is nobody to ask."""
     timeout_s: float = TIMEOUT_S
     """Longest wait for an answer, unless --timeout is given."""
+    takes_command: bool = False
+    """Whether a command may follow, behind `--`: `options.command`."""
     distinct: bool = False
     """Whether a node that is down, or hangs, has an exit code of its own also where it is given by a path."""
 
@@ -234,7 +237,7 @@ TABLE: tuple[Row, ...] = (
         "replication.replctl.rehearsal:test",
         "test a failover: export what it would give now, and throw that away (on the secondary)",
         (
-            argument("action", choices=("start", "stop"), help="begin one, or end it"),
+            argument("action", choices=("start", "stop", "run"), help="begin one, end it, or do all of it"),
             argument("--name", metavar="NAME", help="its exports are TOP-ID.NAME (default: test, or the only one)"),
             argument(
                 "--ends",
@@ -243,7 +246,28 @@ TABLE: tuple[Row, ...] = (
                 help="when it ends by itself, if nobody has stopped it (default: with the node's process)",
             ),
             argument("--uri", metavar="URI", help="where the node listens (default: the guest's socket of a NAME)"),
+            argument(
+                "--deadline",
+                metavar="SECONDS",
+                type=positive_seconds,
+                default=TEST_S,
+                help="with run, when it has failed (default: %(default)g)",
+            ),
+            flag("--boot", "with run, boot a machine from the test in QEMU, with the arguments of QEMU behind --"),
+            argument(
+                "--marker", metavar="TEXT", help="with run, it has passed when the command, or the console, says TEXT"
+            ),
+            flag("--agent", "with run, it has passed when the QEMU guest agent of the machine answers"),
+            flag("--network", "with run, a network of QEMU's own for the machine, from which nothing can be reached"),
+            argument(
+                "--memory", metavar="MIB", type=int, default=1024, help="with run, MiB of the machine (default: 1024)"
+            ),
+            argument("--qemu", metavar="PROGRAM", complete="files", help="with run, QEMU (default: that of this host)"),
+            flag(
+                "--if-secondary", "with run, do nothing on a node that is no secondary now, for a timer on both hosts"
+            ),
         ),
+        takes_command=True,
     ),
     Row(
         "retry",

@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,9 +27,10 @@ from replication.image.overlay import Overlay
 from replication.log import log, log_defect
 from replication.order.latency import TEST
 from replication.order.pause import pause
+from replication.order.urgency import Overdue
 from replication.order.worker import NO_THREAD
 from replication.reason import Reason
-from replication.record.tested import Tested
+from replication.record.tested import LastTest
 from replication.secondary.disk import SecondaryDisk
 from replication.side import TEST_FACE, Face, Setting
 from replication.stage import Stage
@@ -42,6 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}\Z")
 _EXPORT_MAX = 4096  # NBD specification: longest string
 _START_S = 2.0
 """Longest wait, for which all requests are held up, for those in flight to end."""
+_SAVE_S = 30.0
+"""Longest wait of a command for the storage of a result: above what a slow disk needs."""
 _REASON_MAX = 1000
 
 
@@ -69,7 +73,7 @@ class Rehearsals:
     def __init__(self, setting: Setting, disks: Sequence[SecondaryDisk]) -> None:
         self._set = setting
         self._disks = disks
-        self._tested = Tested(setting.state.path)
+        self._tested = LastTest(setting.state.path)
         options = setting.options
         folder = options.state
         if folder is None:
@@ -118,8 +122,9 @@ class Rehearsals:
             if isinstance(error, DiskError | MemoryError):
                 raise CommandError(f"The test cannot begin: {error or 'no memory'}", reason=Reason.STORAGE) from error
             raise
-        for _, frozen in test.disks:
-            frozen.settle()
+        with suppress(MemoryError):  # then whoever comes to a page does it
+            for _, frozen in test.disks:
+                frozen.settle()
         self._tell(test, "started")
         return {
             "name": name,
@@ -200,7 +205,9 @@ class Rehearsals:
         self._tell(test, "stopped", result, reason)
         return {"name": name, "result": result, "reason": reason}
 
-    def _conclude(self, test: Rehearsal, result: str, rto_s: float | None, reason: str | None) -> None:
+    def _conclude(
+        self, test: Rehearsal, result: str, rto_s: float | None, reason: str | None, within_s: float = _SAVE_S
+    ) -> None:
         self._tested.conclude(
             {
                 "name": test.name,
@@ -212,6 +219,8 @@ class Rehearsals:
                 "reason": reason,
             }
         )
+        with suppress(Overdue):  # it is written as soon as the storage answers
+            self._set.gate.urgency.run(self._tested.save, within_s, yields=False, name="test")
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -235,7 +244,7 @@ class Rehearsals:
             self._end(test, why)
             result = None if test.interrupted else FAILED
             if result is not None:
-                self._conclude(test, result, None, why)
+                self._conclude(test, result, None, why, 0.0)  # others have their disks looked at by this thread
             self._tell(test, "stopped", result, why)
 
     def _cut_off(self, test: Rehearsal, why: str, number: int = errno.ESHUTDOWN) -> None:

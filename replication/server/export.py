@@ -102,7 +102,7 @@ class Export:
         """The client has gone."""
 
 
-class TestExport(Export):
+class RehearsalExport(Export):
     """The face of a test, which is not the node's: it does not pass the gate, so nothing waits for its requests, and it
     is no other one's when the name is given to another test."""
 
@@ -239,7 +239,7 @@ class Exports:
             test = self._node.side.tests().get(wanted)
             if test is not None:
                 self._check_guest(wanted, client)
-                return TestExport(test)
+                return RehearsalExport(test)
             valid = ", ".join(f"'{known}'" for known, _ in self.names())
             raise Refusal(f"there is no export '{name[:255]}': the exports are {valid}")
         if wanted in self._of_guests:

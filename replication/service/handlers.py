@@ -33,6 +33,7 @@ EVENTS = (
     "overlay-watermark",
     "split-brain",
     "stage-change",
+    "test-failed",
 )
 """What a handler can be for; the names of DRBD's handlers where there is one for the same."""
 

@@ -121,6 +121,9 @@ def test_the_units_start_what_is_installed(installed: Installed) -> None:
         f"\nExecStart={PREFIX}/bin/replication-monitor"
         in (folder / "systemd/system/replication-monitor.service").read_text()
     )
+    test = (folder / "systemd/system/nbdkit-replication-test@.service").read_text()
+    assert f"\nExecStart={PREFIX}/bin/replctl %i test run --if-secondary $TEST\n" in test
+    assert (folder / "systemd/system/nbdkit-replication-test@.timer").is_file()
     assert (installed.bin / "nbdkit-replication").is_file()
     assert "ListenStream=" in (folder / "systemd/system/nbdkit-replication@.socket").read_text()
     for conf in ("sysusers", "tmpfiles"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 import nbd
 import pytest
 
+from checkout import REPOSITORY
 from content import KIB, MIB, changed, pattern, whole
 from lab import Lab
 from mounts import SmallFolder
@@ -386,3 +389,63 @@ def test_an_old_connection_does_not_get_into_the_next_test_of_the_name(lab: Lab)
     with nbd_refusal(errno.ESHUTDOWN):
         test.pwrite(b"x", 0)
     wait_until(lambda: len(bench.server.status()["tests"]) == 1, "there is one")
+
+
+# -- replctl -------------------------------------------------------------------------------------------------------
+
+
+def replctl(server: Secondary, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "scripts/replctl", "--state", server.state, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        check=False,
+    )
+
+
+TRIED = """
+import nbd, os, sys
+disk = nbd.NBD()
+disk.connect_uri(os.environ["REPLICATION_TEST_URI"])
+disk.pwrite(b"x" * 4096, 0)
+sys.exit(disk.pread(4096, 0) != b"x" * 4096 or disk.pread(4096, 4096).hex() != sys.argv[1])
+"""
+
+
+def test_a_test_is_run_by_replctl_from_beginning_to_end(lab: Lab) -> None:
+    bench = Bench(lab)
+    run = ("test", "run", "--uri", bench.server.uri(), "--", sys.executable, "-c", TRIED)
+    done = replctl(bench.server, *run, OLD[BLOCK : 2 * BLOCK].hex())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("the test has passed in ")
+    last = bench.server.status()["last-test"]
+    assert (last["result"], last["name"], last["reason"]) == ("passed", "run", None)
+    assert last["rto"] > 0
+    done = replctl(bench.server, *run, "00")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the test has failed: " in done.stderr
+    status = bench.server.status()
+    assert status["last-test"]["result"] == "failed"
+    assert status["tests"] == []
+    assert whole(bench.guest) == OLD
+    shown = replctl(bench.server, "status").stdout
+    assert ", failed (" in shown
+    started = replctl(bench.server, "test", "start", "--name", "a", "--uri", bench.server.uri())
+    assert started.stdout.startswith("test a, of checkpoint ")
+    uri = started.stdout.split()[-1]
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    assert bytes(handle.pread(BLOCK, 0)) == OLD[:BLOCK]
+    assert replctl(bench.server, "test", "stop").stdout == "test a is over, and nothing of it is left\n"
+    assert replctl(bench.server, "test", "stop").returncode == 1
+
+
+def test_a_failover_in_the_midst_of_a_run_leaves_no_result(lab: Lab) -> None:
+    bench = Bench(lab)
+    failing = f"{sys.executable} {REPOSITORY / 'scripts/replctl'} --state {bench.server.state} failover --yes"
+    done = replctl(bench.server, "test", "run", "--uri", bench.server.uri(), "--", "sh", "-c", failing)
+    assert done.returncode == 1
+    assert "the test has no result: the stage is failover" in done.stderr
+    assert bench.server.status()["last-test"] is None
+    assert bench.server.wait_stage("done")["tests"] == []

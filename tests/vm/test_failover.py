@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from checkout import REPOSITORY
 from filesystem import inspect
+from guest import BOOT_S, KERNEL_PARAMETERS, MEMORY_MIB, accelerator
+from guestimages import Images
 from hosts import Hosts
 from lab import Lab
 from nodes import drained
@@ -95,6 +98,39 @@ def test_the_guest_on_b_boots_and_works_before_anything_has_been_committed(lab: 
     last = heir.switch_off()
     left = inspect(hosts.disk("b"), unmounted=True)
     Loss(last, last, len(left)).check(left, [1, 2])
+
+
+def test_a_machine_boots_from_a_test_on_b_while_the_guest_writes_on_a(lab: Lab) -> None:
+    hosts = Hosts(lab, interval_s=0.5)
+    hosts.start()
+    guest = hosts.guest(hosts.a, 1)
+    guest.wait_working(50)
+    hosts.a.execute("replication-checkpoint")
+    images = Images.get()
+    parameters = f"{KERNEL_PARAMETERS} vm.tag=2 vm.disks=1"
+    done = subprocess.run(
+        [
+            *(sys.executable, REPOSITORY / "scripts/replctl", "--state", hosts.b.control_path.parent, "test", "run"),
+            *("--uri", hosts.b.uri(), "--boot", "--memory", str(MEMORY_MIB), "--marker", "vm: mounted", "--"),
+            *("-machine", f"pc,accel={accelerator()}", "-kernel", images.kernel, "-initrd", images.initramfs),
+            *("-append", parameters),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=BOOT_S + DEADLINE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the test has passed in " in done.stdout
+    assert hosts.b.status()["last-test"]["result"] == "passed"
+    guest.console.wait_more(50, DEADLINE_S)
+    guest.kill()
+    drained(hosts.a)
+    hosts.a.kill()
+    hosts.b.execute("x-colo-lost-heartbeat")
+    hosts.b.wait_stage("done")
+    found = inspect(hosts.seen(hosts.b))
+    assert {record.tag for record in found} == {1}  # nothing of the machine that was booted from the test
 
 
 def test_the_guest_waits_while_nbdkit_of_a_is_killed_and_started_again(lab: Lab) -> None:

@@ -31,7 +31,7 @@ from replication.image.frozen import OWN, Allowance, Frozen
 from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, begin, chance
 
 SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -282,6 +282,23 @@ def test_a_read_that_new_data_of_an_overlay_overtakes_still_gets_the_instant(
     assert seen(test) == expected
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_what_hidden_kept_is_moved_before_the_next_epoch_keeps_there(images: Images, many: bool) -> None:
+    places = [block * BLOCK for block in (0, 3, 9)]
+    for place in places:
+        images.target(pattern(3, BLOCK), place)
+    test, expected = images.freeze(), images.top()
+    images.stack.empty()
+    if many:
+        pieces = [(place + 5, memoryview(pattern(4, 100))) for place in places]
+        assert images.stack.target.write_all(pieces) == []
+    else:
+        for place in places:
+            images.target(pattern(4, 100), place + 5)
+    assert seen(test) == expected
+    assert test.bytes_used == len(places) * BLOCK
+
+
 def test_what_the_test_has_written_is_not_overwritten_with_what_a_target_write_keeps(
     images: Images, pool: ThreadPoolExecutor
 ) -> None:
@@ -436,14 +453,15 @@ def test_a_request_under_way_when_the_test_ends_is_told_so(images: Images) -> No
     assert images.allowance.used == 0
 
 
-def test_the_files_live_until_the_last_request_has_left(images: Images, pool: ThreadPoolExecutor) -> None:
+def test_the_files_live_until_the_last_request_has_left(images: Images) -> None:
     test = images.freeze()
     ended: list[Any] = []
 
     def end(operation: str) -> None:
-        if operation == "read-done" and not ended:
+        if operation == "read" and not ended:
             test.end(DiskError("it has ended"))
-            ended.append(pool.submit(test.discard))
+            ended.append(begin(test.discard))
+            assert not chance(ended[0])
 
     images.disk.before = end
     fd = test._data.fileno()

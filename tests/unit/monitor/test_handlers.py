@@ -67,6 +67,10 @@ def running(*tables: dict[str, Any]) -> Iterator[Handlers]:
          {"case": "4", "disk": "d", "reason": "a?b"}),
         (event("REPLICATION_CHECKPOINT_AGE", epoch=1, age=2.0, limit=1.0), ["checkpoint-age"], {}),
         (event("REPLICATION_OVERLAY_WATERMARK", disk="d", overlay="hidden"), ["overlay-watermark"], {"disk": "d"}),
+        (event("REPLICATION_TEST", name_="x", state="stopped", result="failed", reason="why"), ["test-failed"],
+         {"reason": "why"}),
+        (event("REPLICATION_TEST", name_="x", state="stopped", result="passed", reason=None), [], None),
+        (event("REPLICATION_TEST", name_="x", state="ended", result=None, reason="why"), [], None),
         (event("MONITOR_NODE_UP", mode="primary"), ["node-up"], {}),
         (event("MONITOR_NODE_DOWN", reason="gone"), ["node-down"], {"reason": "gone"}),
         (event("JOB_STATUS_CHANGE", id="x"), [], None),
@@ -151,6 +155,7 @@ def test_every_event_that_a_file_may_name_can_come() -> None:
         event("REPLICATION_ERROR", case=1),
         event("REPLICATION_CHECKPOINT_AGE"),
         event("REPLICATION_OVERLAY_WATERMARK"),
+        event("REPLICATION_TEST", result="failed"),
         event("MONITOR_NODE_UP"),
         event("MONITOR_NODE_DOWN"),
     ):

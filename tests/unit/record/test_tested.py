@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from replication.disk import files
-from replication.record.tested import Tested
+from replication.record.tested import LastTest
 
 OUTCOME = {
     "name": "test",
@@ -24,32 +24,35 @@ OUTCOME = {
 
 
 def test_the_last_result_is_there_for_the_next_process(tmp_path: Path) -> None:
-    tested = Tested(str(tmp_path))
+    tested = LastTest(str(tmp_path))
     assert tested.last is None
-    tested.conclude({**OUTCOME, "name": "former"})
-    tested.conclude(OUTCOME)
+    for name in ("former", OUTCOME["name"]):
+        tested.conclude({**OUTCOME, "name": name})
+        tested.save()
     assert tested.last == OUTCOME
-    assert Tested(str(tmp_path)).last == OUTCOME
+    assert LastTest(str(tmp_path)).last == OUTCOME
 
 
 def test_without_a_folder_it_is_kept_in_memory() -> None:
-    tested = Tested(None)
+    tested = LastTest(None)
     tested.conclude(OUTCOME)
+    tested.save()
     assert tested.last == OUTCOME
 
 
 def test_a_folder_without_room_costs_the_next_process_the_result_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tested = Tested(str(tmp_path))
+    tested = LastTest(str(tmp_path))
 
     def full(*_arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "replace", full)
     tested.conclude(OUTCOME)
+    tested.save()
     assert tested.last == OUTCOME
-    assert Tested(str(tmp_path)).last is None
+    assert LastTest(str(tmp_path)).last is None
     assert "test.json: No space left on device" in capsys.readouterr().err
 
 
@@ -69,5 +72,5 @@ def test_what_is_not_a_result_counts_as_not_there(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "test.json").write_bytes(content)
-    assert Tested(str(tmp_path)).last is None
+    assert LastTest(str(tmp_path)).last is None
     assert "test.json is not used" in capsys.readouterr().err

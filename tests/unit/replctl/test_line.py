@@ -46,6 +46,7 @@ NEEDED = {
     "init": ["new", "--mode", "secondary", "--disk", "/srv/b"],
     "libvirt-hook": ["web1", "stopped"],
     "switchover": ["--peer", "./b", "--yes"],
+    "test": ["start"],
     "top": ["--monitor", "http://127.0.0.1:1", "--once"],
     "wait": ["--stage", "done", "--timeout", "0.1"],
 }

@@ -17,7 +17,7 @@ from replication.options import DiskOptions, OptionParser, Options
 from replication.record.state import StateFolder
 from replication.secondary.disk import changing_face
 from replication.server.clients import Client
-from replication.server.export import Exports, TestExport
+from replication.server.export import Exports, RehearsalExport
 from replication.side import FOR_GUESTS, TEST_FACE
 from replication.stage import Mode
 
@@ -102,7 +102,7 @@ def test_a_test_is_a_guests(exports: Any) -> None:
     opened._node.start_test("x", None)
     assert ("top.x", TEST_FACE) in opened.names()
     assert refused(opened, "top.x", FAR).startswith("guest-access=local: 'top.x' is for clients on this host")
-    assert isinstance(opened.open("top.x", HERE), TestExport)
+    assert isinstance(opened.open("top.x", HERE), RehearsalExport)
     assert "the exports are 'disk0', 'top', 'top.x'" in refused(opened, "top.y", HERE)
     opened._options.guests_local, opened._options.guest_identity = False, GUEST
     assert refused(opened, "top.x", far(PRIMARY)).startswith(f"guest-identity: 'top.x' is for '{GUEST}'")

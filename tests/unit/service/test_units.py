@@ -15,13 +15,14 @@ import pytest
 from checkout import REPOSITORY
 from manpages import Page
 from replication.options import ALL_KEYS, CHANGEABLE, Options
+from replication.replctl.line import _apart, parser, with_node
 from replication.server.disconnect import END_S
 from replication.service import config, reload
 from waiting import DEADLINE_S
 
 SYSTEMD = REPOSITORY / "systemd"
-EXPOSURE_MAX = 3.0
-"""Of `systemd-analyze security`, from 0 to 10."""
+EXPOSURE_MAX, TEST_EXPOSURE_MAX = 3.0, 5.0
+"""Of `systemd-analyze security`, from 0 to 10. A machine may be whatever a person wants to try."""
 
 
 def unit(suffix: str) -> configparser.ConfigParser:
@@ -45,6 +46,16 @@ def host(tmp_path: Path) -> Path:
     return units
 
 
+@pytest.fixture
+def tested(host: Path) -> Path:
+    """The service of the test of vm1, in that root."""
+    for suffix in ("service", "timer"):
+        text = (SYSTEMD / f"nbdkit-replication-test@.{suffix}").read_text()
+        text = re.sub(r"^Documentation=.*\n", "", text, flags=re.MULTILINE).replace("/usr/bin/replctl", "/bin/true")
+        (host / f"nbdkit-replication-test@vm1.{suffix}").write_text(text)
+    return host / "nbdkit-replication-test@vm1.service"
+
+
 def analyzed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd")
@@ -58,6 +69,29 @@ def test_systemd_understands_the_units(host: Path) -> None:
     done = analyzed("verify", "--man=no", "--recursive-errors=no", *sorted(host.iterdir()))
     said = [line for line in done.stderr.splitlines() if "nbdkit-replication" in line]
     assert (done.returncode, said) == (0, [])
+
+
+def test_systemd_understands_the_units_of_a_test(tested: Path) -> None:
+    test_systemd_understands_the_units(tested.parent)
+    done = analyzed("security", "--offline=true", "--no-pager", tested)
+    found = re.search(r"exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert found is not None, done
+    assert float(found[1]) < TEST_EXPOSURE_MAX
+
+
+def test_a_test_is_given_what_replctl_takes() -> None:
+    """The line of the unit, and those of the document that go into its file."""
+    read = (SYSTEMD / "nbdkit-replication-test@.service").read_text()
+    line = re.search(r"^ExecStart=/usr/bin/replctl (.*)$", read, re.MULTILINE)
+    assert line is not None
+    assert f"{config.CONFIG_DIR}/%i.test" in read
+    text = (REPOSITORY / "docs/operating/test.md").read_text()
+    given = re.findall(r"^echo 'TEST=(.*)' >/etc/nbdkit-replication\.d/web1\.test$", text, re.MULTILINE)
+    assert given
+    for words in given:
+        typed, command = _apart([*line[1].replace("%i", "web1").replace("$TEST", words).split()])
+        options = parser().parse_args(with_node(typed))
+        assert (options.node, options.action, options.if_secondary, command) == ("web1", "run", True, [])
 
 
 def test_the_service_is_locked_down(host: Path) -> None:
