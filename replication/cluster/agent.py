@@ -43,6 +43,10 @@ _STEPS = 5
 """Of a conversation: the greeting and four commands."""
 
 
+_PASSING = ("busy", "storage", "has-primary", "not-lossless")
+"""Codes of refusals that end by themselves: another change of role, a storage that hangs, a primary that was heard of a
+moment ago, and one that is back: then it is looked at anew."""
+
 _CONNECTED = ("connecting", "synchronizing", "in-sync")
 
 
@@ -250,6 +254,8 @@ class Agent:
 
     def promote(self) -> Code:
         """The node owns its disks, and the guest may run."""
+        if self._told.clustered and self._told.active is None:
+            _log("the clone has no notify=true: whether the last owner is still there cannot be known")
         while True:
             seen = self._look(certain=True)
             why = decision.obstacle(seen, self._told.max_age_s)
@@ -262,9 +268,7 @@ class Agent:
                 self._ask("replication-set-role", role="primary")
                 break
             except Refused as error:
-                # What ends by itself: another change of role, a storage that hangs, a primary that is not there any
-                # more and was heard of a moment ago.
-                if error.code not in ("busy", "storage", "has-primary") or self._told.left_s < 1:
+                if error.code not in _PASSING or self._told.left_s < 1:
                     raise Failed(Code.GENERIC, f"promotion is refused: {error}") from error
             time.sleep(_STEP_S)
         seen = self._look()
@@ -278,8 +282,10 @@ class Agent:
         return Code.OK
 
     def _take_over(self, seen: Seen) -> None:
-        """From the last checkpoint, unless everything is here: then replication-set-role keeps it."""
+        """With everything, if that is here; else from the last checkpoint. Each is asked for as such: what was so a
+        moment ago may not be any more."""
         if self._ask("query-failover").get("lossless") is True:
+            self._ask("replication-stop", failover=True, lossless=True)
             return
         if self._told.active is None and seen.link in _CONNECTED:
             raise Refused("the primary is connected", code="has-primary")
@@ -319,6 +325,8 @@ class Agent:
             if not self._marked:
                 seen = self._give_way(seen, news=self._told.event == "post-promote")
                 self._publish(self._score(seen))
+        except NotRunning:
+            pass  # it is stopped here
         except (Unusable, Refused) as error:
             _log(f"{self._told.event}: {error}")
         return Code.OK

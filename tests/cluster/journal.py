@@ -57,6 +57,10 @@ class Journal:
         """Starts of guests."""
         return [line for line in self.lines() if line.word == "begin" and line.time > since]
 
+    def safe(self, generation: str) -> bool:
+        """Whether a checkpoint has something that this guest wrote."""
+        return any(line.word == "safe" and line.generation == generation for line in self.lines())
+
     def writes(self, host: str) -> bool:
         """Whether the guest that began last is on that host, and writes."""
         last = self.acknowledged()[-1:]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from checkout import REPOSITORY
 from cluster.journal import Journal
 from cluster.power import HERE, Host, Switch
+from guestimages import Images, copy_sparse
 from waiting import Stuck
 
 NODE = "vm1"
@@ -83,7 +84,7 @@ class Site:
     """The whole of it; `close` ends everything. The guest's journal is outside of both hosts."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        """Both hosts are off. `options` are those of `cib`."""
+        """Both hosts are off. `options` are those of `cib`; with `images` the guest is one in QEMU."""
         self.folder = folder
         self.networks = [f"rc-{letter}" for letter in "ab"]
         self._make_networks()
@@ -92,14 +93,22 @@ class Site:
         self.switch = Switch(folder / "switch.sock", self.hosts)
         self.journal = Journal(folder / "journal")
         token_ms = options.pop("token_ms", 1000)
+        images: Images | None = options.pop("images", None)
+        program = [HERE / "writer.py", self.journal.path]
+        if images is not None:
+            program = [HERE / "machine.py", self.journal.path, images.kernel, images.initramfs]
         for index, host in enumerate(self.hosts):
             for below in ("etc", "srv", "pacemaker/cib"):
                 (host.folder / below).mkdir(parents=True)
             (host.folder / "etc/corosync.conf").write_text(COROSYNC.format(token_ms=token_ms))
             (host.folder / f"etc/{NODE}.toml").write_text(NODE_FILE.format(own=index + 1, peer=2 - index))
-            (host.folder / "pacemaker/cib/cib.xml").write_text(cib(folder, **options))
-            with (host.folder / "srv/disk.img").open("wb") as disk:
-                disk.truncate(DISK_BYTES)
+            (host.folder / "pacemaker/cib/cib.xml").write_text(cib(folder, program, **options))
+            disk = host.folder / "srv/disk.img"
+            if images is not None and index == 0:
+                copy_sparse(images.disk, disk)
+                continue
+            with disk.open("wb") as file:
+                file.truncate(DISK_BYTES if images is None else images.disk.stat().st_size)
 
     def __enter__(self) -> Self:
         return self
@@ -255,6 +264,7 @@ class Site:
 
 def cib(
     folder: Path,
+    program: Sequence[Path],
     *,
     stonith: bool = True,
     max_age_s: int = 20,
@@ -313,8 +323,8 @@ def cib(
 <instance_attributes id="guest-p">{
         pairs(
             "gp",
-            binfile=HERE / "writer.py",
-            cmdline_options=folder / "journal",
+            binfile=program[0],
+            cmdline_options=" ".join(map(str, program[1:])),
             logfile="/srv/guest.log",
             errlogfile="/srv/guest.log",
         )

@@ -28,8 +28,8 @@ class Rounds:
     def __init__(self, it: Site, chance: random.Random) -> None:
         self._it = it
         self._chance = chance
-        self.outages: list[float] = []
-        """Seconds from a loss of power, or a kill, to the first record that was acknowledged after it."""
+        self.outages: dict[str, list[float]] = {}
+        """By fault: seconds from a loss of power, or a kill, to the first record that a new guest was answered."""
         self.kinds: tuple[Callable[[], None], ...] = (
             self.owner_loses_power,
             self.owner_loses_power,
@@ -53,18 +53,18 @@ class Rounds:
         it.whole()
         assert it.journal.violations() == []
 
-    def _outage(self, since: float, begins: int) -> None:
+    def _outage(self, what: str, since: float, begins: int) -> None:
         it = self._it
         it.wait(lambda: len(it.journal.begins()) > begins and it.journal.acknowledged(since)[-1:], "a guest writes")
         begin = it.journal.begins()[begins]
         first = next(line for line in it.journal.acknowledged(since) if line.generation == begin.generation)
-        self.outages.append(first.time - since)
+        self.outages.setdefault(what, []).append(first.time - since)
 
     def owner_loses_power(self) -> None:
         owner, _ = self._it.whole()
         begins, now = len(self._it.journal.begins()), time.time()
         owner.power_off()
-        self._outage(now, begins)
+        self._outage("the promoted host loses power", now, begins)
 
     def copy_loses_power(self) -> None:
         self._it.whole()[1].power_off()
@@ -89,7 +89,7 @@ class Rounds:
         host = self._chance.choice([owner, copy])
         host.told("sh", "-c", "kill -9 $(cut -d' ' -f1 /run/resource-agents/nbdkit-replication-vm1.pid)")
         if host is owner:
-            self._outage(now, begins)
+            self._outage("its node is killed", now, begins)
         else:
             self._it.idle(4)
 
@@ -97,7 +97,7 @@ class Rounds:
         owner, _ = self._it.whole()
         begins, now = len(self._it.journal.begins()), time.time()
         owner.told("pkill", "-9", "-f", "writer.py")
-        self._outage(now, begins)
+        self._outage("the guest is killed", now, begins)
 
     def pair_is_cut(self) -> None:
         self._it.cut(PAIR_NETWORK)
@@ -142,8 +142,6 @@ def test_rounds(site: Callable[..., Site]) -> None:
         began = time.monotonic()
         rounds.one(kind)
         print(f"round {number}: {kind.__name__}: whole after {time.monotonic() - began:.1f} s", flush=True)
-    if rounds.outages:
-        middle, worst = statistics.median(rounds.outages), max(rounds.outages)
-        print(
-            f"from the fault to the first record: median {middle:.1f} s, worst {worst:.1f} s, of {len(rounds.outages)}"
-        )
+    for what, outages in rounds.outages.items():
+        middle, worst = statistics.median(outages), max(outages)
+        print(f"{what}: first record after {middle:.1f} s (median), {worst:.1f} s (worst), of {len(outages)}")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.site import CLUSTER_NETWORK, NODE, PAIR_NETWORK, REPLCTL, Site
+from guestimages import Images
 
 Make = Callable[..., Site]
 
@@ -72,6 +73,25 @@ def test_the_guest_dies(site: Make) -> None:
     owner.told("pkill", "-9", "-f", "writer.py")
     it.wait(lambda: len(it.journal.begins()) == 2, "the guest is started again")
     assert it.whole() == (owner, copy)
+    good(it)
+
+
+def test_a_guest_in_qemu_goes_on_when_its_host_or_qemu_has_died(site: Make) -> None:
+    it = begun(site, images=Images.get())
+    for what in ("host", "QEMU"):
+        owner, copy = it.whole()
+        generation = it.journal.begins()[-1].generation
+        it.wait(lambda generation=generation: it.journal.safe(generation), "a checkpoint has what it wrote")
+        began, now = len(it.journal.begins()), time.time()
+        if what == "host":
+            owner.power_off()
+        else:
+            owner.told("pkill", "-9", "qemu-system-x86")
+        it.wait(lambda began=began: len(it.journal.begins()) > began, f"the guest has booted after {what} has died")
+        first = it.wait(lambda now=now: it.journal.acknowledged(it.journal.begins()[-1].time), "it writes")[0]
+        print(f"\n{what} dies: the first record after {first.time - now:.1f} s")
+        assert first.host == (copy.name if what == "host" else owner.name)
+    it.whole()
     good(it)
 
 
