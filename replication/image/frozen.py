@@ -53,7 +53,8 @@ OWN: Final = 4
 """Where a block is, one byte for each: so a test of a disk of 1 TiB takes 256 MiB at most, and as a rule only what it
 touches, because what was never touched is 0."""
 
-PREFIX, SUFFIX = "test.", ".data"
+PREFIX, SUFFIX = ".test.", ".data"
+"""Of a file while it has a name. No disk's name begins with a dot, so it is no overlay's data."""
 
 _PAGE_BLOCKS = PAGE_CLUSTERS * BLOCKS_PER_CLUSTER
 _COPY_CHUNK = 256 << 10
@@ -111,7 +112,8 @@ class Allowance:
 
 
 def sweep(folder: str) -> None:
-    """Remove what a killed process has left behind between making a file and removing its name."""
+    """Remove what a killed process has left behind between making a file and removing its name. The folder is of this
+    process alone, and nobody is making one."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if name.startswith(PREFIX) and name.endswith(SUFFIX):

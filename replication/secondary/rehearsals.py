@@ -82,6 +82,9 @@ class Rehearsals:
         # Protects the tests, and the rooms' tuples of them. Never held across I/O; requests take it when a test ends.
         self._lock = threading.Lock()
         self._tests: dict[str, Rehearsal] = {}
+        # Held across removing what a former process has left; no request and no other command waits for it.
+        self._sweeping = threading.Lock()
+        self._swept = False
 
     def attend(self) -> None:
         """The disks' overlays are open."""
@@ -103,7 +106,7 @@ class Rehearsals:
         nobody but the test."""
         self._check()
         exports = self._exports(name, taken)
-        sweep(self._allowance.folder)
+        self._sweep()
         test = Rehearsal(name, 0, [], None if timeout_s is None else time.monotonic() + timeout_s)
         try:
             for disk, export in zip(self._disks, exports, strict=True):
@@ -134,6 +137,13 @@ class Rehearsals:
                 for (disk, _), export in zip(test.disks, test.faces, strict=True)
             ],
         }
+
+    def _sweep(self) -> None:
+        """Once, before the first file is made. In a state folder: others are not of this process alone."""
+        with self._sweeping:
+            if not self._swept and self._set.state.path is not None:
+                sweep(self._allowance.folder)
+            self._swept = True
 
     def _freeze(self, test: Rehearsal, taken: Mapping[str, Face]) -> None:
         """The instant. The gate is closed."""

@@ -19,10 +19,10 @@ import nbd
 import pytest
 
 from checkout import REPOSITORY
-from content import KIB, MIB, changed, pattern, whole
+from content import KIB, MIB, changed, make_raw, pattern, whole
 from lab import Lab
 from mounts import SmallFolder
-from nodes import Pair, Secondary, code_of, disk_name, drained, in_sync, nbd_refusal, refused, top_id
+from nodes import Pair, Secondary, Server, code_of, disk_name, drained, in_sync, nbd_refusal, refused, top_id
 from pausepoints import PausePoints
 from waiting import DEADLINE_S, begin, chance, wait_until
 
@@ -348,8 +348,8 @@ def test_nothing_of_a_test_outlives_the_process_but_the_last_result(lab: Lab, ho
     test = bench.test()
     test.pwrite(b"\x07" * BLOCK, 0)
     bench.target.pwrite(b"\x02" * BLOCK, 0)
-    assert not list(bench.server.state.glob("test.*.data"))
-    (bench.server.state / "test.left.data").touch()
+    assert not list(bench.server.state.glob("*test.*.data"))
+    (bench.server.state / ".test.left.data").touch()
     if how == "kill":
         bench.server.kill()
     else:
@@ -364,7 +364,7 @@ def test_nothing_of_a_test_outlives_the_process_but_the_last_result(lab: Lab, ho
         bench.server.connect(f"{top_id(0)}.test")
     assert whole(bench.server.connect(top_id(0))) == OLD
     assert whole(bench.test()) == OLD
-    assert not (bench.server.state / "test.left.data").exists()
+    assert not (bench.server.state / ".test.left.data").exists()
 
 
 def test_a_test_ends_by_itself_when_nobody_stops_it_in_time_and_has_failed(lab: Lab) -> None:
@@ -449,3 +449,21 @@ def test_a_failover_in_the_midst_of_a_run_leaves_no_result(lab: Lab) -> None:
     assert "the test has no result: the stage is failover" in done.stderr
     assert bench.server.status()["last-test"] is None
     assert bench.server.wait_stage("done")["tests"] == []
+
+
+def test_a_disk_may_be_called_test(lab: Lab) -> None:
+    """Its overlays are in the state folder, where files of tests are made and those of a killed process removed."""
+    disk = make_raw(lab.folder / "disk.raw", SIZE, OLD)
+    arguments = ["mode=secondary", f"state={lab.folder / 'state'}", f"disk=test:{disk}", "top-id=top"]
+    server = lab.start(Server(lab.folder, "secondary", arguments))
+    server.execute("xen-set-replication", enable=True, primary=False)
+    server.connect("test").pwrite(b"\x02" * BLOCK, 0)
+    server.execute("replication-test-start")
+    assert whole(server.connect("top.test")) == OLD
+    server.connect("test").pwrite(b"\x03" * BLOCK, BLOCK)
+    server.kill()
+    server.start()
+    assert whole(server.connect("top")) == OLD
+    server.execute("replication-test-start")
+    assert whole(server.connect("top.test")) == OLD
+    server.execute("xen-colo-do-checkpoint")

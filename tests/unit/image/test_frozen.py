@@ -474,13 +474,16 @@ def test_the_files_live_until_the_last_request_has_left(images: Images) -> None:
 
 def test_nothing_has_a_name_and_what_a_killed_process_has_left_goes(images: Images) -> None:
     images.freeze()
-    assert not list(images.folder.glob("test.*"))
-    left, other = images.folder / "test.abc.data", images.folder / "test.toml"
-    left.touch()
-    other.touch()
+    assert not list(images.folder.glob("*test.*"))
+    left, others = (
+        images.folder / ".test.abc.data",
+        [images.folder / name for name in ("test.hidden.data", ".test.toml")],
+    )
+    for file in (left, *others):  # there may be a disk of that name
+        file.touch()
     frozen.sweep(str(images.folder))
     assert not left.exists()
-    assert other.exists()
+    assert all(other.exists() for other in others)
 
 
 def test_a_long_write_of_the_primary_over_holes_takes_no_space(tmp_path: Path) -> None:
