@@ -94,10 +94,13 @@ class ChangeMap:
         self._kept_first = self._file is not None and not self._file.in_place
         """A change is written to the file before it is stored (disk/mapped.py)."""
         self._grain_states = np.frombuffer(self._bytes, np.uint8, self._count)
-        if (self._grain_states == ON_ITS_WAY).any() or (self._grain_states > MISSING).any():
-            states = self._grain_states.copy()
-            states[states != CLEAN] = MISSING
-            self._store_locked(0, states.tobytes())
+        # Each part in one go, while it is in the cache: of 16 TiB there are 256 MiB.
+        for grain in range(0, self._count, _STORE_MAX):
+            states = self._grain_states[grain : grain + _STORE_MAX]
+            if states.any() and ((states == ON_ITS_WAY) | (states > MISSING)).any():
+                states = states.copy()
+                states[states != CLEAN] = MISSING
+                self._store_locked(grain, states.tobytes())
         self._dirty = self._missing = int(np.count_nonzero(self._grain_states))
         # Whether `close` was called, and the state of the last grain then.
         self._closed = False
