@@ -46,6 +46,7 @@ from replication.server.errorlines import ErrorLines
 from replication.server.export import Export, Exports
 from replication.server.hangup import HangupGuard
 from replication.server.placement import Placement
+from replication.server.presence import Presence
 from replication.server.threads import ThreadStates
 from replication.service.guard import Guard
 from replication.service.notify import Notifier
@@ -60,10 +61,11 @@ AnyExport = Export | ControlExport
 class Handle:
     """nbdkit's handle of a client."""
 
-    __slots__ = ("export", "threads")
+    __slots__ = ("export", "socket", "threads")
 
-    def __init__(self, export: AnyExport) -> None:
+    def __init__(self, export: AnyExport, socket: int | None) -> None:
         self.export = export
+        self.socket = socket
         self.threads = ThreadStates()
 
 
@@ -88,6 +90,7 @@ class Process:
     error_lines = ErrorLines(LOG.put)
     placement: Placement | None = None
     host_watch = clients.HostWatch()
+    presence: Presence
     pulse: Pulse | None = None
     reloader: Reloader | None = None
 
@@ -212,7 +215,12 @@ def _get_ready() -> None:
     Process.pulse = Pulse(Notifier(os.environ), Process.options.control, hub)
     Process.reloader = reloader = Reloader.of(os.environ, node.configure, Process.pulse)
     Process.disconnector = Disconnector(
-        _shutdown, Process.options.control, _unended, cleanup, None if reloader is None else reloader.reload
+        _shutdown,
+        Process.options.control,
+        _unended,
+        cleanup,
+        None if reloader is None else reloader.reload,
+        _let_go_of_guest,
     )
     commands = Commands(node, Process.disconnector.end)
     Process.commands = commands
@@ -222,6 +230,7 @@ def _get_ready() -> None:
         execute = PairCommands(node, commands, channel).execute
         return ControlExport(execute, hub, partial(node.channel_closed, channel), channel.note)
 
+    Process.presence = Presence(Process.options.control)
     Process.exports = Exports(node, control_export, Process.options)
 
 
@@ -247,7 +256,18 @@ def _shutdown() -> None:
     """The process was told to end."""
     if Process.pulse is not None:
         Process.pulse.stop()
+    _let_go_of_guest()
+    if Process.node is not None:
+        Process.node.admission.end()
     nbdkit.shutdown()
+
+
+def _let_go_of_guest() -> None:
+    """The process is ending, and waits for requests. Those of a guest that stands still get no answer: an error would
+    be a fault of its disk, and a connection that is lost is one that it makes again."""
+    if Process.node is not None and Process.node.admission.still.waits:
+        Process.disconnector.cut()
+        Process.node.admission.end()
 
 
 def _unended() -> bool:
@@ -310,14 +330,17 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 def open(readonly: bool) -> Handle:
     """A client has chosen an export; the name is whatever it sent, so it is looked up here, once."""
     served = Process.disconnector.admit()
+    socket = None
     try:
         client = clients.current(Process.abilities)
         clients.watch(client)
         name = nbdkit.export_name()
         nbdkit.debug(f"export {name!r}: {client.details}")
         debug(f"export {name!r}: {client.details}")
-        return Handle(Process.exports.open(name, client))
+        socket = Process.presence.note(client)
+        return Handle(Process.exports.open(name, client, partial(Process.presence.gone, socket)), socket)
     except BaseException:
+        Process.presence.forget(socket)
         if served:
             Process.disconnector.left()
         raise
@@ -329,6 +352,7 @@ def close(h: Handle) -> None:
         if not Process.disconnector.ending:
             h.export.close()
     finally:
+        Process.presence.forget(h.socket)
         Process.disconnector.left()
         h.threads.let_go()
 

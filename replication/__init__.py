@@ -140,6 +140,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         disconnect.py           ending the process although clients are connected
         placement.py            on which core the threads run
         export.py               export name -> Face
+        presence.py             whether a client is there still
         clients.py              who is at the other end of an NBD connection
         abilities.py            what the nbdkit that runs us can do
     control/                    QMP, on a Unix socket and in-band
@@ -183,6 +184,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         reclaim.py              giving back stale overlay space
     side.py                     what the two modes have in common for the node
     digests.py                  digests of a secondary's disk, read like data
+    admission.py                when the guest is served, and when it stands still
     conditions.py               under which conditions a failover is wanted, and what it loses
     batch.py                    many small writes in one NBD request
     image/                      overlays, as stock qemu-img reads them
@@ -230,6 +232,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     uri.py                      NBD URIs as libnbd reads them
     jobs.py fault.py            what query-jobs and get-error report
     order/                      who waits for whom
+        standstill.py           the guest waits, or gets errors, because another one may run elsewhere
         gate.py rangelock.py    the gate before all requests; ranges, first come first served
         latency.py              how long requests take, and what they wait for
         urgency.py              who gives way to a failover
@@ -266,7 +269,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
        Buffers._lock (m), JobList._lock (m), Account._lock (m), the two of a Commit (m), and Rehearsals._lock (m),
        above Frozen._state (m) and Allowance._lock (m)
-    9. EventHub._lock (m), and below it ControlExport._changed (m)
+    9. Admission._lock (m), and below it Standstill._changed (m)
+    10. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in
 image/stack.py (secondary) and primary/disk.py (primary).

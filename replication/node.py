@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from replication.admission import Admission, Ownership
 from replication.conditions import Conditions
 from replication.errors import CommandError, ConfigError, DiskError, ReplicationError
 from replication.events import EventHub
@@ -38,7 +39,7 @@ from replication.record.ledger import Ledger, settled
 from replication.record.lineage import Lineage, compare
 from replication.record.outdated import Outdated
 from replication.record.state import Record, StateError, StateFolder
-from replication.role import Standing, judge
+from replication.role import Standing, is_owner, judge
 from replication.secondary.disk import changing_face
 from replication.secondary.pairing import NOBODYS, Channel
 from replication.secondary.rehearsals import Rehearsals
@@ -81,6 +82,8 @@ class Node:
         """Open everything; ConfigError says what is wrong, and the state folder stays the caller's to close. Nothing is
         served and no thread runs yet."""
         self.gate = Gate()
+        self.admission = Admission(options, self._ownership)
+        """When the guest is served."""
         self._promotion = Promotion(self)
         self._hub = hub
         self._options = options
@@ -117,6 +120,8 @@ class Node:
         self._was_clean = self._record.clean
         self._note_process()
         state.reserve(self._record)
+        began_before = self._record.mode is Mode.PRIMARY and self.stage is Stage.RUNNING
+        self.admission.begin(began_before, self._record.partner is not None)
 
     def _setting(self, side: Callable[[], Side]) -> Setting:
         """What a side works with; `side()` is that side, when it enters a stage."""
@@ -135,6 +140,7 @@ class Node:
             lambda: side().show_stage(self.stage),
             self._outdate,
             self._accepted,
+            self.admission,
             self._commanding,
         )
 
@@ -187,6 +193,7 @@ class Node:
         self.side.launch()
         self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
         self._looks.start()
+        self.admission.launch()
         if self._options.autostart and self.stage is Stage.DONE:
             log("autostart=true starts nothing in stage done: a person says who owns the disks now")
         if self._options.autostart and self.stage is Stage.NONE:
@@ -198,7 +205,7 @@ class Node:
     def _autostarted(self, former: str) -> str:
         """Start; why that failed, empty if it did not. The `former` reason is not said again."""
         try:
-            self.start(None, None, "auto")
+            self.start_pair(None, None, "auto")
         except CommandError as error:
             if str(error) != former:
                 log(f"autostart: {error}")
@@ -216,6 +223,7 @@ class Node:
     def close(self) -> None:
         """End threads and let go of everything; the stage stays as it is for the next process."""
         self._closing.set()
+        self.admission.close()
         self._promotion.close()
         self._autostarter.stop(0.0)
         self._clocks.stop()
@@ -277,6 +285,10 @@ class Node:
             self.faces.clear()
             self.faces.update(side.faces())
             side.configure()  # what was changed while it was not the node's yet
+        if stage is Stage.DONE:
+            self.admission.stopped()
+        else:
+            self.admission.review()
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
         return saved
 
@@ -370,8 +382,24 @@ class Node:
 
     # -- commands ------------------------------------------------------------------------------------------
 
-    def start(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
-        """replication-start; texts and their order as in QEMU's replication_start."""
+    def start(
+        self,
+        mode: Mode | None,
+        secondary: str | None,
+        sync: str,
+        discard_checkpoint: bool = False,
+        force: bool = False,
+    ) -> None:
+        """replication-start; texts and their order as in QEMU's replication_start. `force`: of a primary that runs, and
+        whose guest stands still."""
+        if force:
+            self._start_by_force()
+            return
+        self.start_pair(mode, secondary, sync, discard_checkpoint)
+        if self._ownership().forwards:
+            self.admission.promoted()
+
+    def start_pair(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
         with self._commanding():
             if self.stage in (Stage.DONE, Stage.FAILOVER) and secondary is None:
                 return
@@ -401,6 +429,13 @@ class Node:
                 )
             self.side.start(secondary, sync, discard_checkpoint)
 
+    def _start_by_force(self) -> None:
+        if not self._ownership().forwards or not self.admission.still.on:
+            raise CommandError(
+                "Parameter 'force' is for a primary that runs, and whose guest stands still", reason=Reason.WRONG_STAGE
+            )
+        self.resume_io()
+
     def _become_primary(self, secondary: str | None, sync: str, discard_checkpoint: bool) -> None:
         """A promoted secondary gets a secondary of its own; its guest goes on over the export that it has."""
         former = self.side
@@ -426,7 +461,8 @@ class Node:
                     f"Only the owner of its disks can be demoted, in stage done, not {self.stage.value}",
                     reason=Reason.WRONG_STAGE,
                 )
-            self._become_secondary()
+            with self.admission.demoting():
+                self._become_secondary()
 
     def check_demotable(self) -> None:
         """CommandError when this process cannot be a secondary: it lacks the keys for that."""
@@ -671,6 +707,8 @@ class Node:
                     self.side.stop()
                 else:
                     self._hasten(haste, conditions)
+                if isinstance(self.side, SecondarySide):
+                    self.admission.promoted()
 
     def _hasten(self, haste: Haste, conditions: Conditions | None) -> None:
         try:
@@ -723,6 +761,7 @@ class Node:
             "node": self._record.node,
             "generation": self._ancestry.lineage.current,
             "lineage": self._ancestry.lineage.to_json(),
+            "guest-suspended": self.admission.still.why,
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
             "longest-stall": self.gate.latency.longest(STALL_S),
@@ -761,6 +800,7 @@ class Node:
         if self._record.outdated is not None or code.value in self._record.overruled:
             return
         self._record.outdated = Outdated(code, text, time.time()).to_json()
+        self.admission.learnt()  # storage that takes its time is no reason to serve the guest meanwhile
         try:
             self._save()
         except StateError as error:
@@ -772,6 +812,7 @@ class Node:
         outdated = self._record.outdated
         if outdated is None:
             return  # that has ended meanwhile
+        self.admission.learnt()
         log(f"this node is outdated: {outdated['reason']}")
         self._hub.emit("REPLICATION_OUTDATED", code=outdated["code"], reason=outdated["reason"])
 
@@ -825,9 +866,14 @@ class Node:
         lost = next((disk.name for disk in side.disks if disk.lost.missing), None)
         return side.pairing.incomplete or (lost and f"disk '{lost}' has lost something")
 
+    def _ownership(self) -> Ownership:
+        mode, stage = self._record.mode, self._stage
+        forwards = mode is Mode.PRIMARY and stage is Stage.RUNNING
+        return Ownership(is_owner(mode, stage), forwards, self.outdated_reason)
+
     def insist(self) -> None:
-        """Somebody promotes this node by force: what is here counts, whoever has gone on. That lasts until something
-        new is learnt: the link meets the same refusal again within seconds."""
+        """Somebody promotes this node by force: what is here counts, whoever has gone on, and nobody is waited for.
+        That lasts until something new is learnt: the link meets the same refusal again within seconds."""
         with self._commanding():
             record = self._record
             former = (record.outdated, record.overruled)
@@ -839,6 +885,7 @@ class Node:
             except BaseException:
                 record.outdated, record.overruled = former
                 raise
+            self.admission.alone()
 
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
         """replication-set-role."""
@@ -860,12 +907,18 @@ class Node:
         record = self._record
         known = record.outdated is not None or record.overruled
         record.outdated, record.overruled = None, []
+        self.admission.reached()
         if known:
             try:
                 self._save()
             except StateError as error:
                 log(f"that this node is outdated no longer is not saved yet: {error}")
                 self._save_later()
+
+    def resume_io(self) -> None:
+        """replication-resume-io: a person, or a manager that has fenced the other node, lets the guest go on. Without
+        waiting for a command."""
+        self.admission.resume()
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""
@@ -892,6 +945,8 @@ class Node:
                 met=self.side.met,
                 in_step=self.side.in_step,
                 checkpoint_age_s=self._state.checkpoint["age"],
+                closed=self.admission.closed,
+                suspended=self.admission.still.why,
             )
         ).to_json() | {"peer-obstacle": self._promotion.obstacle}
 

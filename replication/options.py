@@ -73,6 +73,21 @@ class Durability(Enum):
     POWER = "power"
 
 
+class OnOutdated(Enum):
+    """What the guest of an owner gets once it is outdated."""
+
+    CONTINUE = "continue"
+    SUSPEND_IO = "suspend-io"
+    IO_ERROR = "io-error"
+
+
+class Fencing(Enum):
+    """What a primary does when its link is lost."""
+
+    DONT_CARE = "dont-care"
+    SUSPEND_IO = "suspend-io"
+
+
 @dataclass
 class DiskOptions:
     """One disk. `location` is a path, an NBD URI, or None on a primary that only forwards."""
@@ -110,8 +125,14 @@ class Options:
     primary_identity: str | None = None
     guest_identity: str | None = None
     """Distinguished name in the certificate of the only client that may be the primary, or the guest."""
+    on_outdated: OnOutdated = OnOutdated.SUSPEND_IO
+    fencing: Fencing = Fencing.DONT_CARE
     role_auto: bool = False
     """The state folder says which mode the node has; a new one is a secondary."""
+    guest_face_closed: bool = False
+    """Whether guests' exports are closed until somebody has promoted the node."""
+    wfc_timeout_s: float | None = None
+    """How long a primary that is started again waits for its peer before it serves its guest; None: not at all."""
     placement: bool = True
     """Whether the process chooses the cores of its threads (placement.py)."""
     folder: str = field(default_factory=os.getcwd)
@@ -517,6 +538,30 @@ def _set_placement(options: Options, value: str) -> None:
     options.placement = value == "auto"
 
 
+def _set_on_outdated(options: Options, value: str) -> None:
+    try:
+        options.on_outdated = OnOutdated(value)
+    except ValueError as error:
+        raise ConfigError(f"on-outdated={value} should be continue, suspend-io or io-error") from error
+
+
+def _set_fencing(options: Options, value: str) -> None:
+    try:
+        options.fencing = Fencing(value)
+    except ValueError as error:
+        raise ConfigError(f"fencing={value} should be dont-care or suspend-io") from error
+
+
+def _set_wfc_timeout(options: Options, value: str) -> None:
+    options.wfc_timeout_s = _seconds("wfc-timeout", value, 0.1, 1e7)
+
+
+def _set_guest_face(options: Options, value: str) -> None:
+    if value not in ("open", "closed-until-promoted"):
+        raise ConfigError(f"guest-face={value} should be open or closed-until-promoted")
+    options.guest_face_closed = value == "closed-until-promoted"
+
+
 def _set_secondary(options: Options, value: str) -> None:
     options.secondary = value
 
@@ -540,6 +585,10 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "primary-identity": _set_primary_identity,
     "guest-identity": _set_guest_identity,
     "placement": _set_placement,
+    "on-outdated": _set_on_outdated,
+    "fencing": _set_fencing,
+    "wfc-timeout": _set_wfc_timeout,
+    "guest-face": _set_guest_face,
     "peer": _set_secondary,
 }
 

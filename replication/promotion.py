@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from replication.admission import Admission
 from replication.conditions import Conditions
 from replication.errors import CommandError
 from replication.log import log
@@ -47,7 +48,7 @@ class Commanded(Protocol):
     def peer(self) -> str | None: ...
     @property
     def in_sync(self) -> bool: ...
-    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None: ...
+    def start_pair(self, mode: Mode | None, secondary: str | None, sync: str) -> None: ...
     def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None: ...
     def demote(self) -> None: ...
     def insist(self) -> None: ...
@@ -59,6 +60,8 @@ class Commanded(Protocol):
     @property
     def sought(self) -> str | None: ...
     def seek(self, uri: str | None, save: bool) -> None: ...
+    @property
+    def admission(self) -> Admission: ...
 
 
 class Promotion:
@@ -119,13 +122,17 @@ class Promotion:
                 except BaseException:
                     node.seek(None, save=False)
                     raise
+            node.admission.promoted()
             if not self._replicates:
                 self._look_for(sought)
 
     def _stay(self, force: bool) -> None:
         """An owner stays one; what it has counts."""
-        if self._check_outdated(force):
+        outdated = self._check_outdated(force)
+        if outdated:
             self._node.insist()
+        elif force:
+            self._node.admission.alone()
 
     def _check_outdated(self, force: bool) -> bool:
         """Whether this node is outdated, and that does not count; CommandError if it does."""
@@ -154,7 +161,7 @@ class Promotion:
                 "valid checkpoint; have the primary send the rest, or use force to take the disks as they are",
                 reason=Reason.NO_CHECKPOINT,
             )
-        node.start(None, None, "auto")
+        node.start_pair(None, None, "auto")
         try:
             self._own(force)
         except CommandError as error:
@@ -201,7 +208,8 @@ class Promotion:
                     again = ""
                 if is_owner(node.mode, node.stage):
                     self._check_demotable()
-                    self._demote()
+                    with node.admission.demoting():  # a guest that stands still does not go on in between
+                        self._demote()
             except BaseException:
                 self._look_for(again)
                 raise
@@ -270,7 +278,7 @@ class Promotion:
 
     def _try(self, sought: str) -> float | None:
         try:
-            self._node.start(Mode.PRIMARY, sought, "auto")
+            self._node.start_pair(Mode.PRIMARY, sought, "auto")
         except CommandError as error:
             if self._node.sought is None:
                 return None  # it is to be a secondary meanwhile

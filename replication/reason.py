@@ -13,6 +13,7 @@ class Reason(Enum):
     """The value is the code."""
 
     NOT_RUNNING = "not-running"
+    NOT_PROMOTED = "not-promoted"
     FAILED_OVER = "failed-over"
     COMMITTING = "committing"
     WRONG_STAGE = "wrong-stage"
@@ -34,6 +35,7 @@ class Reason(Enum):
     PEER_UNKNOWN = "peer-unknown"
     PEER_UNREACHABLE = "peer-unreachable"
     HAS_PRIMARY = "has-primary"
+    SUSPENDED = "suspended"
     STORAGE = "storage"
     BUSY = "busy"
     LINK_LOST = "link-lost"

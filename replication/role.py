@@ -49,6 +49,10 @@ class Standing:
     """This process has come to an agreement with the other node."""
     in_step: bool
     checkpoint_age_s: float | None
+    closed: str | None = None
+    """Why guests cannot open their exports."""
+    suspended: str | None = None
+    """Why its guest stands still."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ def judge(standing: Standing) -> Judgement:
     if standing.inconsistent is not None:
         text = f"there is no valid checkpoint ({standing.inconsistent})"
         return Judgement(PRIMARY, NEVER, False, Reason.NO_CHECKPOINT, text)
+    if standing.closed is not None:
+        score = OWNER if standing.alone or standing.met else UNSURE_OWNER
+        return Judgement(PRIMARY, score, False, Reason.NOT_PROMOTED, standing.closed)
+    if standing.suspended is not None:
+        return Judgement(PRIMARY, UNSURE_OWNER, False, Reason.SUSPENDED, standing.suspended)
     if standing.alone or standing.met:
         return Judgement(PRIMARY, OWNER, True)
     text = "the other node has the same content, may have gone on from it, and was not reached since this one started"

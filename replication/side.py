@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from replication.admission import Admission
 from replication.batch import Write
 from replication.conditions import Conditions
 from replication.disk.face import Extent
@@ -107,6 +108,8 @@ class Setting:
     """This node has learnt that another one went on."""
     accepted: Callable[[], None]
     """A secondary takes this primary's writes: nobody has gone on from them."""
+    admission: Admission
+    """When the guest is served: it is told of the link first."""
     commanding: Callable[[], AbstractContextManager[None]]
     """`with commanding():` around what no command may come in between; CommandError."""
 

@@ -287,6 +287,7 @@ NO_ADVICE = (
     "let the guest start also where",
     "stop replication as planned",
     "make the node the owner of its disks",
+    "let a guest go on that stands still",
     "make the node a secondary, from any state",
     "lock the primary out and make this",
     "drain and stop the primary, then make",

@@ -373,7 +373,8 @@ class NetPair:
         self.timeout_s = timeout_s
         self.folder = lab.small_folder(4 * size + 64 * MIB).folder
         self.secondary = lab.add(NetSecondary(self.folder, wire.b, [size], **(secondary_options or {})))
-        arguments = [f"timeout={timeout_s:g}", *primary_arguments]
+        # What the link does is looked at beneath a guest that writes, also after a failover.
+        arguments = [f"timeout={timeout_s:g}", "on-outdated=continue", *primary_arguments]
         self.primary = lab.add(NetPrimary(self.folder, wire.a, self.secondary.uri(), [size], extra_arguments=arguments))
         self.load = Load(self.primary, size, rate, length_max)
         self.watch: Any = None

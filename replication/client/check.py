@@ -73,6 +73,9 @@ class Check:
             yield Finding(State.CRITICAL, f"failure: {error.get('desc', 'unknown')}")
         if answer.get("consistent") is False:
             yield Finding(State.CRITICAL, "no valid checkpoint")
+        owns = answer.get("mode") == "primary" or answer.get("stage") in ("failover", "failover-failed", "done")
+        if answer.get("guest-suspended") and owns:
+            yield Finding(State.CRITICAL, f"the guest stands still: {answer['guest-suspended']}")
         stage, link = answer.get("stage"), answer.get("link")
         if stage == "failover-failed":
             yield Finding(State.CRITICAL, "the commit has failed")

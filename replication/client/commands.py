@@ -85,6 +85,7 @@ def start(client: Session, options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("mode", "secondary", "sync")}
     if options.discard_checkpoint:
         given["discard-checkpoint"] = True
+    given |= forced(options)
     client.call("replication-start", **{name: value for name, value in given.items() if value is not None})
     stage = end_reached(client)
     if stage is None:

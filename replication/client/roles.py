@@ -122,6 +122,12 @@ def outdate(client: Session, options: argparse.Namespace) -> None:
     tell(options, "this node is outdated: it is not promoted before it is resynchronised, unless by force")
 
 
+def resume_io(client: Session, options: argparse.Namespace) -> None:
+    """Let the guest go on."""
+    client.call("replication-resume-io")
+    tell(options, "the guest goes on")
+
+
 def quit_node(client: Session, options: argparse.Namespace) -> None:
     """End the node."""
     client.call("quit")

@@ -448,7 +448,7 @@ def _seen(role: dict[str, Any], status: dict[str, Any]) -> Seen:
     return Seen(
         role=str(role.get("role")),
         score=int(role.get("score") or 0),
-        may_run=role.get("may-run"),
+        may_run=decision.may_own(role),
         code=role.get("code"),
         reason=str(role.get("reason")),
         mode=str(status.get("mode")),

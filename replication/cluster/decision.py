@@ -21,6 +21,19 @@ _STALE = ("older", "diverged", "unrelated")
 """Relations to the register's owner: that one went on from something that is not here."""
 
 PRIMARY = "primary"
+_GUEST_WAITS = frozenset(("not-promoted", "suspended"))
+"""Codes of an owner whose guest is kept back, though nothing is known against what it has."""
+_SURE = 10000
+"""The node's own score of an owner from which nobody can have gone on."""
+
+
+def may_own(role: dict[str, Any]) -> bool | None:
+    """From an answer to query-role, whether what an owner has counts; None: that cannot be told. Its guest may wait all
+    the same, and for no other reason: for a promotion (guest-face), or for its peer (wfc-timeout, fencing)."""
+    may_run: bool | None = role.get("may-run")
+    if role.get("code") in _GUEST_WAITS:
+        return True if role.get("score") == _SURE else None
+    return may_run
 
 
 @dataclass(frozen=True)

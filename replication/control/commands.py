@@ -32,9 +32,16 @@ class Replicated(Protocol):
     """What the commands need of a node. Every method may be called by several threads at once, does its own
     locking, and raises CommandError when it refuses."""
 
-    def start(self, mode: Mode | None, secondary: str | None, sync: str, discard_checkpoint: bool = False) -> None:
+    def start(
+        self,
+        mode: Mode | None,
+        secondary: str | None,
+        sync: str,
+        discard_checkpoint: bool = False,
+        force: bool = False,
+    ) -> None:
         """Start replication; `sync` is "auto", "none", "full", "digest" or "verify". `discard_checkpoint`: the
-        secondary need not keep its last checkpoint until it has everything."""
+        secondary need not keep its last checkpoint until it has everything. `force`: serve the guest all the same."""
 
     def checkpoint(self) -> tuple[int, float]:
         """Take a checkpoint; its epoch, and the seconds it took."""
@@ -49,6 +56,9 @@ class Replicated(Protocol):
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
         """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
         is outdated, or its primary is connected."""
+
+    def resume_io(self) -> None:
+        """Let a guest go on that stands still."""
 
     def outdate(self, text: str) -> None:
         """Another node went on: who knows it says so."""
@@ -174,6 +184,8 @@ class Commands:
     def _start(self, arguments: Mapping[str, Any]) -> Any:
         mode = Mode(arguments["mode"]) if "mode" in arguments else None
         further = {"discard_checkpoint": True} if arguments.get("discard-checkpoint", False) else {}
+        if arguments.get("force", False):
+            further["force"] = True
         self._node.start(mode, arguments.get("secondary"), arguments.get("sync", "auto"), **further)
         return {}
 
@@ -269,6 +281,10 @@ class Commands:
         self._node.set_role(primary, arguments.get("peer"), arguments.get("force", False))
         return {}
 
+    def _resume_io(self, _arguments: Mapping[str, Any]) -> Any:
+        self._node.resume_io()
+        return {}
+
     # Jobs
 
     def _query_jobs(self, _arguments: Mapping[str, Any]) -> Any:
@@ -312,6 +328,7 @@ class Commands:
                 "secondary": Argument("string"),
                 "sync": Argument("string", values=("auto", "none", "full", "digest", "verify")),
                 "discard-checkpoint": Argument("boolean"),
+                "force": Argument("boolean"),
             },
         ),
         "replication-checkpoint": Command(_checkpoint, {"hold": Argument("boolean")}),
@@ -348,6 +365,7 @@ class Commands:
                 "force": Argument("boolean"),
             },
         ),
+        "replication-resume-io": Command(_resume_io),
         "replication-outdate": Command(_outdate, {"reason": Argument("string")}),
         "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),
         "replication-demote": Command(_demote),

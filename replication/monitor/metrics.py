@@ -143,6 +143,12 @@ def _nodes(sights: list[Sight]) -> Iterator[Metric]:
         each(lambda sight: _truth(sight.answer.get("outdated"))),
     )
     yield _gauge(
+        "guest_suspended",
+        "Whether the guest of an owner of disks stands still: its requests wait, or fail, as it says in the status.",
+        ("node",),
+        each(_guest_suspended),
+    )
+    yield _gauge(
         "split_brain",
         "Whether the link is refused because both nodes have gone on by themselves.",
         ("node",),
@@ -200,6 +206,13 @@ def _nodes(sights: list[Sight]) -> Iterator[Metric]:
 
 def _truth(value: object) -> float | None:
     return float(value) if isinstance(value, bool) else None
+
+
+def _guest_suspended(sight: Sight) -> float | None:
+    if "guest-suspended" not in sight.answer:
+        return None  # of an older version
+    owns = sight.mode == "primary" or sight.stage in ("failover", "failover-failed", "done")
+    return float(owns and sight.answer["guest-suspended"] is not None)
 
 
 def _disks(sights: list[Sight]) -> Iterator[Metric]:

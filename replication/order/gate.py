@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -92,6 +92,23 @@ class Gate:
                 self.passed += 1
             finally:
                 self._inside += 1
+
+    def wait_outside(self, wait: Callable[[], None]) -> None:
+        """In the middle of a request: call `wait`, while a command finds the gate empty. Whatever that raises, and a
+        DiskError, ends the request, which is still to `leave`."""
+        with self._lock:
+            self._leave_locked()
+        back = False
+        try:
+            wait()
+            back = True
+        finally:
+            with self._lock:
+                try:
+                    if back and self._shut:
+                        self._wait_open_locked()
+                finally:
+                    self._inside += 1
 
     def __enter__(self) -> None:
         with self._lock:

@@ -43,6 +43,7 @@ FAILOVER: Final = "failover"
 ROLE_CHANGE: Final = "role-change"
 PAIRING: Final = "pairing"
 TEST: Final = "test"
+STANDSTILL: Final = "standstill"
 OVERLAP: Final = "overlap"
 RESYNC: Final = "resync"
 VERIFY: Final = "verify"
@@ -60,6 +61,7 @@ REASONS = {
     ROLE_CHANGE: "a change of this node's role had all requests wait",
     PAIRING: "an agreement with the primary had all requests wait",
     TEST: "the start of a test had all requests wait",
+    STANDSTILL: "the guest of this node stands still: query-replication says why",
     OVERLAP: "another request was at work on the same blocks",
     RESYNC: "the resync was reading the same blocks",
     VERIFY: "a comparison of the disks was reading the same blocks",

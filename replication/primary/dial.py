@@ -106,6 +106,8 @@ class Agreement:
     """It has everything, and knows it: nothing was refused since it was told."""
     broken: DiskError | None = None
     """Set when the peer channel is lost."""
+    losses: int = 0
+    """Losses of a link before this one was up (admission.py)."""
 
     def disk_size(self, connection: Connection) -> int:
         """The size of the secondary's disk behind one of the connections (batch.py)."""

@@ -141,6 +141,8 @@ class Forwarder:
         self.bytes_forwarded = 0
         self.latency: Latency | None = None
         """Who is to know how long requests wait for room."""
+        self.cut_off: Callable[[], None] = _nothing
+        """Called with the lock held, when the link is lost and no write has met that yet."""
         self.answers = Histogram()
         """How long the secondary takes to answer, from the sending on; of requests, of which a batch is one."""
         self.let_go_s = 0.0
@@ -572,6 +574,7 @@ class Forwarder:
         with self._lock:
             if not self._up or self._stopping or self._connection is not connection:
                 return
+            self.cut_off()  # before a write finds that there is no link, and is answered
             self._up = False
         connection.fail(str(error))
         self._lost(connection, error)
@@ -601,6 +604,10 @@ class Forwarder:
             entry.end(False)
         connection.close()
         self._budget.wake()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _spare_weight(entry: Entry) -> int:

@@ -175,6 +175,7 @@ class Link:
             if taken:
                 self._wanted = self.met = True
                 self._reason = self._obstacle = self._untold = None
+                agreement.losses = self._set.admission.losses
                 told, self._told = self._told, None
                 for disk, connection in zip(self._disks, agreement.connections, strict=True):
                     # A plain server keeps no account of what it has not flushed, and may be started anew unseen.
@@ -298,6 +299,7 @@ class Link:
             agreement = self._agreement
             if agreement is None or not (connection is None or connection in agreement.connections):
                 return  # or it is a former one's: who has noticed may be late
+            self._set.admission.cut_off()
             self._agreement = None
             self._losing = True
             self._reason, self._code = str(error), reason_by(str(error), Reason.LINK_LOST)
@@ -315,6 +317,7 @@ class Link:
             # Before the thread goes on, which tells why the link does not come back.
             log(f"the link to the secondary is lost: {error}")
             self._told = str(error)
+        self._set.admission.tell()
         with self._changed:
             self._losing = False
             self._changed.notify_all()
@@ -484,6 +487,7 @@ class Link:
     def accepted(self, agreement: Agreement) -> None:
         """The secondary takes this node's writes, so nobody has gone on from them; a plain server says nothing of
         that."""
+        self._set.admission.linked(agreement.losses)
         if agreement.peer is not None:
             self._set.accepted()
 

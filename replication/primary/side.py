@@ -173,6 +173,7 @@ class PrimarySide(Side):
             partial(self._forward_failed, name),
             self._link.lost,
         )
+        forwarder.cut_off = self._set.admission.cut_off
         disk = PrimaryDisk(name, local, changes, forwarder, self._set.faults, self._ancestry, self._set.options.sync)
         disk.attend(self._set.gate.latency)
         disk.left_behind = partial(self._not_sent, disk)

@@ -204,6 +204,7 @@ TABLE: tuple[Row, ...] = (
                 "what it lacks, and then compare (default: auto)",
             ),
             flag("--discard-checkpoint", "do not keep the secondary's last checkpoint until it has everything"),
+            flag("--force", "on a primary that runs: serve its guest, although it stands still"),
         ),
     ),
     Row(
@@ -473,6 +474,7 @@ TABLE: tuple[Row, ...] = (
         (argument("--reason", metavar="TEXT", help="how that is known"),),
         distinct=True,
     ),
+    Row("resume-io", f"{_ROLES}:resume_io", "let a guest go on that stands still", distinct=True),
     Row("quit", f"{_ROLES}:quit_node", "end the node in good order", distinct=True),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row(

@@ -112,7 +112,7 @@ def watch(client: Client) -> None:
         return
     for found in sockets():
         with found:
-            if _peer(found) == client.address:
+            if peer_address(found) == client.address:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_S)
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
@@ -150,7 +150,7 @@ class HostWatch:
         owing: dict[tuple[str, int], float] = {}
         for found in sockets():
             with found:
-                peer = _peer(found)
+                peer = peer_address(found)
                 if peer is None or not _is_watched(found):
                     continue
                 silent_s = _silent_s(found)
@@ -185,7 +185,7 @@ def _silent_s(found: socket.socket) -> float | None:
     return heard_ms / 1000 if probes or (unacknowledged and sent_ms < heard_ms) else None
 
 
-def _peer(found: socket.socket) -> tuple[str, int] | None:
+def peer_address(found: socket.socket) -> tuple[str, int] | None:
     """Host and port at the other end, written as `Client.address` is."""
     if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
         return None

@@ -55,15 +55,18 @@ class Disconnector:
         unended: Callable[[], bool],
         cleanup: Callable[[], None],
         reload: Callable[[], None] | None = None,
+        leaving: Callable[[], None] | None = None,
     ) -> None:
         """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients. `unended()` is asked
         while nbdkit is ending: True when no request is in flight and nbdkit would wait in vain; then the process is
-        ended from here, after `cleanup`. With `reload()`, SIGHUP calls that, in a thread, and ends nothing."""
+        ended from here, after `cleanup`. With `reload()`, SIGHUP calls that, in a thread, and ends nothing. `leaving()`
+        is called again and again while clients are being sent away: to have requests end that would wait on."""
         self._shutdown = shutdown
         self._control_path = control_path
         self._unended = unended
         self._cleanup = cleanup
         self._reload = reload
+        self._leaving = leaving
         self.ending = False
         """Whether the process has been told to end: a client that goes has not gone by itself."""
         # nbdkit reads no more requests.
@@ -101,6 +104,11 @@ class Disconnector:
         with self._lock:
             self._served -= 1
 
+    def cut(self) -> None:
+        """Disconnect all clients at once: nothing that is in flight is answered any more."""
+        with surviving():
+            self._let_go_of_clients(socket.SHUT_RDWR)
+
     def _wait(self) -> None:
         while (signal_number := os.read(self._read, 1)[0]) == signal.SIGHUP and self._reload is not None:
             try:
@@ -135,15 +143,17 @@ class Disconnector:
         """Disconnect the clients and wait until all that are served have gone, up to _LEAVING_S seconds."""
         deadline = time.monotonic() + _LEAVING_S
         while True:
+            if self._leaving is not None:
+                self._leaving()
             self._let_go_of_clients()
             if not self._served or time.monotonic() >= deadline:
                 return
             time.sleep(_LOOK_S)
 
-    def _let_go_of_clients(self) -> None:
+    def _let_go_of_clients(self, how: int = socket.SHUT_RD) -> None:
         for connection in self._clients():
             try:
-                connection.shutdown(socket.SHUT_RD)
+                connection.shutdown(how)
             except OSError as error:
                 log(f"a client had gone before it was disconnected: {error.strerror}")
             finally:

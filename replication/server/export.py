@@ -4,6 +4,9 @@
 What is behind a name may change while clients are connected (a promoted secondary becomes a primary), and so may who
 is allowed to write there. So an export looks its face up, and asks the side at work, for every request, inside the
 gate, with which such a change is alone.
+
+A guest that stands still (standstill.py) waits outside the gate, where no command waits for it, and everything is
+looked at again when it goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from replication.errors import DiskError, Refusal
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
+from replication.order.standstill import NEVER
 from replication.server.clients import Client
 from replication.side import Face
 from replication.stage import Mode
@@ -39,6 +43,9 @@ class Export:
         self._faces = node.faces
         self._name = name
         self._token = token
+        self._still = node.admission.still if of_guest else NEVER
+        self.gone: Callable[[], bool] = _unknown
+        """Whether the client has, of which nbdkit does not know yet."""
         face = node.faces[name]
         self.size = face.size()
         self.description = face.description
@@ -52,6 +59,8 @@ class Export:
         """Fill the buffer from `offset`."""
         course = self._gate.enter(self._reads)
         try:
+            if self._still.reads_on:
+                self._stand(reads=True)
             self._faces[self._name].read(buffer, offset)
         finally:
             self._gate.leave(course)
@@ -60,8 +69,12 @@ class Export:
         """Write the data at `offset`."""
         course = self._gate.enter(self._writes)
         try:
+            if self._still.on:
+                self._stand()
             self._node.side.admit(self._name, self._token)
             self._faces[self._name].write(data, offset, fua)
+            if self._still.holds_answers:
+                self._stand()
         finally:
             self._gate.leave(course)
 
@@ -74,13 +87,19 @@ class Export:
             while at < stop:
                 if at != offset:
                     self._gate.give_way()
+                if self._still.on:
+                    self._stand()
                 end = min(stop, (at // ZERO_MAX + 1) * ZERO_MAX)
                 self._node.side.admit(self._name, self._token)
                 self._faces[self._name].zero(at, end - at, may_trim, fua and not stable)
                 at = end
             if stable:
                 self._gate.give_way()
+                if self._still.on:
+                    self._stand()
                 self._faces[self._name].flush()  # once, which covers all steps
+            if self._still.holds_answers:
+                self._stand()
         finally:
             self._gate.leave(course)
 
@@ -88,15 +107,28 @@ class Export:
         """Make stable what was answered."""
         course = self._gate.enter(self._flushes)
         try:
+            if self._still.on:
+                self._stand()
             self._faces[self._name].flush()
+            if self._still.holds_answers:
+                self._stand()
         finally:
             self._gate.leave(course)
 
     def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         """Extents from `offset` on; `one`: the first, for a client that asks for no more (NBD_CMD_FLAG_REQ_ONE)."""
         with self._gate:
+            if self._still.reads_on:
+                self._stand(reads=True)
             found = self._faces[self._name].extents(offset, length, 1 if one else EXTENTS_MAX)
         return within(found, offset, length)
+
+    def _stand(self, reads: bool = False) -> None:
+        """Inside the gate, of a guest that stands still: wait outside until it goes on. DiskError."""
+        still, latency = self._still, self._node.gate.latency
+        era = still.era  # in here it is that of what is behind the export
+        while still.stands(reads):
+            self._gate.wait_outside(lambda: still.stand(latency, era, reads, self.gone))
 
     def close(self) -> None:
         """The client has gone."""
@@ -125,6 +157,11 @@ class RehearsalExport(Export):
 
     def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
         return within(self._face.extents(offset, length, 1 if one else EXTENTS_MAX), offset, length)
+
+
+def _unknown() -> bool:
+    """It is taken for there."""
+    return False
 
 
 def within(extents: list[Extent], offset: int, length: int) -> list[Extent]:
@@ -229,8 +266,9 @@ class Exports:
         mistaken primary must not write into the guest face."""
         return self._node.side.default
 
-    def open(self, name: str, client: Client) -> Export | ControlExport:
-        """An export by name; Refusal names the valid ones, or says that it is not for this client; DiskError."""
+    def open(self, name: str, client: Client, gone: Callable[[], bool] = _unknown) -> Export | ControlExport:
+        """An export by name; Refusal names the valid ones, or says that it is not for this client; DiskError. `gone()`:
+        whether the client has."""
         if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
             self._check_identity("primary-identity", self._options.primary_identity, name, client)
             return self._control()
@@ -243,11 +281,16 @@ class Exports:
             valid = ", ".join(f"'{known}'" for known, _ in self.names())
             raise Refusal(f"there is no export '{name[:255]}': the exports are {valid}")
         if wanted in self._of_guests:
+            closed = self._node.admission.closed
+            if closed is not None:
+                raise Refusal(f"'{wanted}' is closed: {closed}", errno.EPERM)
             self._check_guest(wanted, client)
         else:
             self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
         if token is None:
-            return Export(self._node, wanted, of_guest=wanted in self._of_guests)
+            export = Export(self._node, wanted, of_guest=wanted in self._of_guests)
+            export.gone = gone
+            return export
         kind = DigestExport if name.startswith(f"{DIGEST_EXPORT}:") else DataExport
         return kind(self._node, wanted, token)
 

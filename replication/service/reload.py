@@ -27,6 +27,7 @@ _KEYS = {
     "sync": "protocol",
     "guests_local": "guest-access",
     "role_auto": "role",
+    "guest_face_closed": "guest-face",
     "guest_socket": "guest-socket",
     "disks": "the [disk.NAME] tables",
     "tls": "the tls- keys",

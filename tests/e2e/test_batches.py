@@ -485,4 +485,4 @@ def test_what_a_failover_refuses_of_a_batch_stays_marked_on_the_primary(lab: Lab
     wait_until(lambda: out_of_sync(pair.primary) == 8 * GRAIN, "nothing was taken, everything is marked")
     raw = pair.secondary.disks[0]  # type: ignore[attr-defined]
     assert raw.read_bytes() == whole(pair.guest) == OLD
-    assert whole(pair.disk) == changed(OLD, *writes)
+    assert pair.primary.disks[0].read_bytes() == changed(OLD, *writes)

@@ -69,6 +69,10 @@ class Guest:
             assert bytes(handle.pread(len(model), 0)) == model, f"disk {index}"
 
 
+GO_ON = ["on-outdated=continue"]
+"""An old primary that writes must not matter, wherever it writes."""
+
+
 class Chain:
     """The present pair with its two guests and the model."""
 
@@ -80,7 +84,14 @@ class Chain:
         self.written = [bytearray(content) for content in contents]
         self.secondary = self.new_secondary("b", contents)
         self.primary: Primary | Secondary = lab.start(
-            Primary(lab.folder, self.secondary.uri(), [SIZE] * DISKS, name="a", contents=contents)
+            Primary(
+                lab.folder,
+                self.secondary.uri(),
+                [SIZE] * DISKS,
+                name="a",
+                contents=contents,
+                extra_arguments=GO_ON,
+            )
         )
         self.exports = [disk_name(index) for index in range(DISKS)]
         self.writer = Guest(self.primary, self.exports, self.pick)
@@ -97,6 +108,7 @@ class Chain:
                 name=name,
                 contents=contents,
                 extra_environment=self.points.environment,
+                extra_arguments=GO_ON,
             )
         )
 

@@ -1061,7 +1061,7 @@ def test_an_automatic_checkpoint_that_fails_is_said_once_and_tried_again_and_the
 
 
 def test_after_a_failover_the_primarys_automatic_checkpoints_end_and_its_guest_goes_on(lab: Lab) -> None:
-    pair = started(lab, primary_arguments=["checkpoint-interval=0.1"])
+    pair = started(lab, primary_arguments=["checkpoint-interval=0.1", "on-outdated=continue"])
     guest, _, seen = write_before(pair)
     wait_until(lambda: seen.shows(BEFORE, PLACES[0]) == [True, True], "a checkpoint is taken")
     pair.secondary.failover()

@@ -181,8 +181,10 @@ class Node:
 
     def arguments(self, mode: str) -> list[str]:
         """The command line. Requests of a resync are of one grain."""
-        # Of the whole disk a second, so it is not slowed down by that.
+        # Of the whole disk a second, so it is not slowed down by that. Both may write when they have parted: what
+        # becomes of that is what is tried here.
         common = [f"mode={mode}", f"state={self.state}", f"disk=disk0:{self.path}", f"resync-rate={SIZE}"]
+        common += ["on-outdated=continue"]
         return common + self._more[mode]
 
     def start(self, mode: str) -> None:

@@ -298,7 +298,7 @@ def test_a_primary_that_was_about_to_say_what_it_sends_changes_nothing_of_who_ha
     # It is the owner of its disks, and no unfinished copy of the old primary's.
     secondary.execute("replication-start", mode="primary", secondary=other.uri())
     in_sync(secondary)
-    assert other.disks[0].read_bytes() == secondary.disks[0].read_bytes() != whole(guest)
+    assert other.disks[0].read_bytes() == secondary.disks[0].read_bytes() != primary.disks[0].read_bytes()
 
 
 @pytest.mark.parametrize("how", ["failover", "planned", "promoted"])

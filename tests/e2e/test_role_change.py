@@ -129,11 +129,20 @@ def new_secondary(
 class Promotion:
     """`a` and `b` in replication; `promote` parts them."""
 
-    def __init__(self, lab: Lab, disks: int = 1, arguments: Sequence[str] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        disks: int = 1,
+        arguments: Sequence[str] = (),
+        primary_arguments: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         self.lab = lab
         sizes, contents = [SIZE] * disks, [old(index) for index in range(disks)]
         self.b = new_secondary(lab, "b", sizes, contents, extra_arguments=arguments, **options)
-        self.a = lab.start(Primary(lab.folder, self.b.uri(), sizes, name="a", contents=contents))
+        self.a = lab.start(
+            Primary(lab.folder, self.b.uri(), sizes, name="a", contents=contents, extra_arguments=primary_arguments)
+        )
         self.b.start_replication()
         self.a.start_replication()
         self.old_writes = self.a.connect(disk_name(0))
@@ -611,7 +620,7 @@ def test_a_primary_that_was_a_secondary_refuses_a_second_start(lab: Lab) -> None
 @pytest.mark.parametrize("which", ["itself", "the old primary", "a guest face"])
 def test_what_a_guest_writes_to_is_not_taken_for_a_secondary(lab: Lab, which: str) -> None:
     """It would overwrite what that guest has written since they parted, or send its own writes round for ever."""
-    setup = Promotion(lab)
+    setup = Promotion(lab, primary_arguments=["on-outdated=continue"])
     b = setup.promote("failover")
     setup.old_writes.pwrite(b"of the old primary's guest", 0)
     wait_until(lambda: setup.a.status()["error"], "they differ")
@@ -674,7 +683,7 @@ def test_the_target_face_stays_closed_for_ever(lab: Lab, how: str) -> None:
 
 def test_the_old_primary_goes_on_alone_and_cannot_write_a_byte_into_the_promoted_disk(lab: Lab) -> None:
     points = lab.pause_points()
-    setup = Promotion(lab, extra_environment=points.environment)
+    setup = Promotion(lab, extra_environment=points.environment, primary_arguments=["on-outdated=continue"])
     b, a = setup.b, setup.a
     # It asks twice a second how the other one is: it gets no answer, so that it learns of the failover by a write.
     points.arm("query.begun")

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, refused, top_id
+from nbdprocess import stop_still
+from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, nbd_refusal, refused, top_id
 from waiting import DEADLINE_S, wait_until
 
 OWNER = {"role": "primary", "score": 10000, "may-run": True, "peer-obstacle": None}
@@ -236,6 +242,283 @@ def test_a_node_is_told(lab: Lab) -> None:
     assert code_of(pair.secondary, "replication-stop", failover=True) == "outdated"
 
 
+# -- standing still --------------------------------------------------------------------------------------------
+
+
+def gone_on(lab: Lab, *arguments: str) -> Pair:
+    """A pair whose secondary has failed over, and whose primary has learnt it."""
+    pair = lab.pair([MIB], primary_arguments=arguments)
+    in_sync(pair)
+    with pair.primary.qmp() as qmp:
+        pair.secondary.failover()
+        qmp.wait_event("REPLICATION_OUTDATED")
+    return pair
+
+
+def test_the_guest_of_an_outdated_owner_waits_over_restarts(lab: Lab) -> None:
+    pair = gone_on(lab, "on-outdated=suspend-io")
+    before = pair.primary.disks[0].read_bytes()
+    pair.secondary.terminate()
+    pair.primary.terminate(timeout_s=DEADLINE_S)
+    pair.primary.start()
+    assert "outdated" in pair.primary.status()["guest-suspended"]
+    handle = pair.primary.connect(disk_name(0))
+    data, space = nbd.Buffer.from_bytearray(b"x" * 512), nbd.Buffer(512)
+    write, read = handle.aio_pwrite(data, 0), handle.aio_pread(space, 0)
+    stands(pair.primary, handle, write, read)
+    pair.primary.execute("replication-stop")  # no command waits for the guest
+    assert pair.primary.disks[0].read_bytes() == before
+    stands(pair.primary, handle, write, read)
+    pair.primary.execute("replication-resume-io")
+    completed(handle, write, read)
+    assert pair.primary.disks[0].read_bytes()[:512] == b"x" * 512
+    assert pair.primary.status()["guest-suspended"] is None
+    assert role(pair.primary)["code"] == "outdated"
+
+
+def stands(server: Server, handle: nbd.NBD, *cookies: int) -> None:
+    """These requests have come as far as they may, and are not answered."""
+
+    def waits() -> bool:
+        stall = server.execute("query-replication-latency")["longest-stall"]
+        return stall is not None and (stall["reason"], stall["under-way"]) == ("standstill", True)
+
+    wait_until(waits, "the guest's request stands still")
+    handle.poll(0)
+    assert not any(handle.aio_command_completed(cookie) for cookie in cookies)
+
+
+def completed(handle: nbd.NBD, *cookies: int) -> None:
+    """Wait until these requests have succeeded."""
+    left = set(cookies)
+
+    def over() -> bool:
+        handle.poll(100)
+        for cookie in [cookie for cookie in left if handle.aio_command_completed(cookie)]:
+            left.discard(cookie)
+        return not left
+
+    wait_until(over, "the guest's requests are answered")
+
+
+def test_a_guest_that_waits_does_not_keep_the_process(lab: Lab) -> None:
+    """nbdkit waits for requests. They are not answered with an error, which would be one of the guest's disk."""
+    pair = gone_on(lab, "on-outdated=suspend-io")
+    guests = [pair.primary.connect(disk_name(0)) for _ in range(3)]
+    data, space = nbd.Buffer.from_bytearray(b"x" * 512), nbd.Buffer(512)
+    cookies = [(guest.aio_pwrite(data, 0), guest.aio_pread(space, 0), guest.aio_flush()) for guest in guests]
+    stands(pair.primary, guests[0], *cookies[0])
+    pair.primary.terminate()
+    assert "something did not end" not in pair.primary.stderr()
+    for guest, of_guest in zip(guests, cookies, strict=True):
+        assert lost(guest, of_guest) == {errno.ENOTCONN}
+
+
+def lost(guest: nbd.NBD, cookies: Sequence[int]) -> set[int]:
+    """What these requests have met at the end of their connection: ENOTCONN is libnbd's, other numbers the server's."""
+    with suppress(nbd.Error):
+        while guest.aio_in_flight():
+            guest.poll(1000)
+    found = set()
+    for cookie in cookies:
+        with pytest.raises(nbd.Error) as raised:
+            guest.aio_command_completed(cookie)
+        found.add(raised.value.errnum)
+    return found
+
+
+def test_the_guest_of_an_outdated_owner_gets_errors(lab: Lab) -> None:
+    pair = gone_on(lab, "on-outdated=io-error")
+    guest = pair.primary.connect(disk_name(0))
+    with nbd_refusal(errno.EIO):
+        guest.pwrite(b"x" * 512, 0)
+    with nbd_refusal(errno.EIO):
+        guest.pread(512, 0)
+
+
+def test_the_guest_of_an_outdated_owner_may_go_on(lab: Lab) -> None:
+    pair = gone_on(lab, "on-outdated=continue")
+    pair.primary.connect(disk_name(0)).pwrite(b"x" * 512, 0)
+    assert pair.primary.status()["guest-suspended"] is None
+
+
+def test_by_default_it_waits_until_somebody_insists(lab: Lab) -> None:
+    pair = gone_on(lab)
+    guest = pair.primary.connect(disk_name(0))
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"x" * 512), 0)
+    stands(pair.primary, guest, write)
+    assert code_of(pair.primary, "replication-set-role", role="primary") == "outdated"
+    stands(pair.primary, guest, write)
+    pair.primary.execute("replication-set-role", role="primary", force=True)
+    completed(guest, write)
+    assert role(pair.primary)["role"] == "primary"
+
+
+def test_what_a_guest_asked_for_that_has_gone_is_not_done(lab: Lab) -> None:
+    """It was killed while it stood still; the next one has the disk when it goes on."""
+    pair = gone_on(lab)
+    before = pair.primary.disks[0].read_bytes()
+    former = pair.primary.connect(disk_name(0))
+    write = former.aio_pwrite(nbd.Buffer.from_bytearray(b"old" * 512), 0)
+    stands(pair.primary, former, write)
+    with socket.socket(fileno=os.dup(former.aio_get_fd())) as of_former:
+        of_former.shutdown(socket.SHUT_RDWR)
+    guest = pair.primary.connect(disk_name(0))
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"x" * 512), 4096)
+    stands(pair.primary, guest, write)
+    pair.primary.execute("replication-resume-io")
+    completed(guest, write)
+    # Its request comes to its end before the server has none under way.
+    latency = "query-replication-latency"
+    wait_until(lambda: not pair.primary.execute(latency)["longest-stall"]["under-way"], "the former one's has ended")
+    after = pair.primary.disks[0].read_bytes()
+    assert after == before[:4096] + b"x" * 512 + before[4608:]
+
+
+@pytest.mark.parametrize("option", ["on-outdated=suspend-io", "fencing=suspend-io"])
+def test_what_a_guest_waits_for_is_not_done_by_a_secondary(lab: Lab, option: str) -> None:
+    """It is not the disk that the guest wrote to any more. Nor is it done while its node stops to become one."""
+    twins = Twins(lab, option)
+    a, b = twins.a, twins.b
+    set_role(a, "primary")
+    guest = a.connect(top_id(0))
+    guest.pwrite(b"1" * 512, 0)
+    twins.joined(a)
+    if "fencing" in option:
+        b.kill()
+    else:
+        b.failover()
+    wait_until(lambda: a.status()["guest-suspended"], "the guest stands still")
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 0)
+    stands(a, guest, write)
+    a.execute("replication-set-role", role="secondary")
+    with pytest.raises(nbd.Error) as raised:
+        completed(guest, write)
+    assert raised.value.errnum == errno.EIO
+    status = a.status()
+    assert (status["mode"], status["stage"], status["guest-suspended"]) == ("secondary", "running", None)
+    assert status["disks"][0]["active-bytes"] == 0
+    assert a.disks[0].read_bytes()[:512] == b"1" * 512
+
+
+def test_a_primary_that_starts_again_waits_for_its_peer(lab: Lab) -> None:
+    pair = lab.pair([MIB], primary_arguments=["wfc-timeout=1000"])
+    in_sync(pair)
+    assert pair.primary.status()["guest-suspended"] is None, "it was not started again"
+    pair.secondary.kill()
+    pair.primary.kill()
+    pair.primary.start()
+    assert "wfc-timeout" in pair.primary.status()["guest-suspended"]
+    assert role(pair.primary)["code"] == "suspended"
+    guest = pair.primary.connect(disk_name(0))
+    data = nbd.Buffer.from_bytearray(b"x" * 512)
+    write = guest.aio_pwrite(data, 0)
+    stands(pair.primary, guest, write)
+    pair.secondary.start()
+    completed(guest, write)
+    assert pair.primary.status()["guest-suspended"] is None
+
+
+def test_the_wait_for_the_peer_ends_by_time_and_by_force(lab: Lab) -> None:
+    pair = lab.pair([MIB], primary_arguments=["wfc-timeout=1000"])
+    in_sync(pair)
+    pair.secondary.kill()
+    pair.primary.kill()
+    pair.primary.start()
+    assert code_of(pair.primary, "replication-start") == "wrong-stage"
+    pair.primary.execute("replication-start", force=True)
+    pair.primary.connect(disk_name(0)).pwrite(b"x" * 512, 0)
+    pair.primary.kill()
+    pair.primary.arguments[-1] = "wfc-timeout=0.1"
+    pair.primary.start()
+    pair.primary.connect(disk_name(0)).pwrite(b"x" * 512, 0)
+
+
+def test_the_old_owner_restarted_after_a_failover_serves_nobody(lab: Lab) -> None:
+    """It was killed before it could learn of it, came up as `primary, running`, and took its guest's writes."""
+    pair = lab.pair([MIB], primary_arguments=["wfc-timeout=1000", "on-outdated=suspend-io"])
+    in_sync(pair)
+    pair.primary.kill()
+    pair.secondary.failover()
+    pair.secondary.kill()
+    before = pair.primary.disks[0].read_bytes()
+    pair.primary.start()
+    guest = pair.primary.connect(disk_name(0))
+    data = nbd.Buffer.from_bytearray(b"x" * 512)
+    write = guest.aio_pwrite(data, 0)
+    stands(pair.primary, guest, write)
+    pair.secondary.start()
+    wait_until(lambda: pair.primary.status()["outdated-reason"], "it has reached the new owner")
+    stands(pair.primary, guest, write)
+    assert pair.primary.disks[0].read_bytes() == before
+
+
+# -- fencing ---------------------------------------------------------------------------------------------------
+
+
+def fenced(lab: Lab, *arguments: str) -> Pair:
+    """A pair in sync whose primary waits for its peer's fencing when the link is lost."""
+    pair = lab.pair([MIB], primary_arguments=["fencing=suspend-io", *arguments])
+    in_sync(pair)
+    return pair
+
+
+def test_writes_wait_for_fencing_while_there_is_no_link(lab: Lab) -> None:
+    pair = fenced(lab)
+    guest = pair.primary.connect(disk_name(0))
+    guest.pwrite(b"1" * 512, 0)
+    pair.secondary.kill()
+    wait_until(lambda: pair.primary.status()["guest-suspended"], "the loss is noticed")
+    data = nbd.Buffer.from_bytearray(b"2" * 512)
+    cookies = [guest.aio_pwrite(data, 0), guest.aio_flush(), guest.aio_zero(512, 4096), guest.aio_trim(512, 8192)]
+    stands(pair.primary, guest, *cookies)
+    assert role(pair.primary)["code"] == "suspended"
+    reader = pair.primary.connect(disk_name(0))
+    assert bytes(reader.pread(1, 0)) == b"1", "reads go on"
+    pair.primary.execute("replication-resume-io")
+    completed(guest, *cookies)
+    pair.secondary.start()
+    drained(pair.primary)
+    assert pair.primary.status()["guest-suspended"] is None
+    # The next loss is another one, and the link's return ends it without a word from anybody.
+    pair.secondary.kill()
+    wait_until(lambda: pair.primary.status()["guest-suspended"], "the loss is noticed")
+    write = guest.aio_pwrite(data, 0)
+    stands(pair.primary, guest, write)
+    pair.secondary.start()
+    completed(guest, write)
+
+
+def test_a_write_that_waits_for_the_secondary_is_not_answered_without_it(lab: Lab) -> None:
+    """With protocol=sync the guest goes on when the link is lost: with fencing it does so no sooner than it may."""
+    pair = lab.pair([MIB], primary_arguments=["fencing=suspend-io", "protocol=sync"])
+    in_sync(pair)
+    guest = pair.primary.connect(disk_name(0))
+    stop_still(pair.secondary)
+    data = nbd.Buffer.from_bytearray(b"2" * 512)
+    write = guest.aio_pwrite(data, 0)
+    wait_until(lambda: pair.primary.disks[0].read_bytes()[:1] == b"2", "it is on the local disk")
+    pair.secondary.kill()
+    stands(pair.primary, guest, write)
+    pair.primary.execute("replication-resume-io")
+    completed(guest, write)
+
+
+def test_a_stop_ends_the_wait_for_fencing_and_a_restart_does_not(lab: Lab) -> None:
+    pair = fenced(lab)
+    pair.secondary.kill()
+    pair.primary.kill()
+    pair.primary.start()
+    guest = pair.primary.connect(disk_name(0))
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 0)
+    stands(pair.primary, guest, write)
+    pair.primary.execute("replication-stop")
+    completed(guest, write)
+    pair.primary.kill()
+    pair.primary.start()
+    assert pair.primary.status()["guest-suspended"] is None
+
+
 # -- promote and demote ----------------------------------------------------------------------------------------
 
 
@@ -379,3 +662,42 @@ def test_a_primary_by_its_command_line_stays_one(lab: Lab) -> None:
     pair.primary.execute("replication-set-role", role="primary")
     assert code_of(pair.primary, "replication-set-role", role="secondary") == "wrong-mode"
     assert pair.primary.status()["stage"] == "running"
+
+
+def test_the_guest_face_is_closed_until_somebody_has_promoted_the_node(lab: Lab) -> None:
+    twins = Twins(lab, "guest-face=closed-until-promoted")
+    a = twins.a
+    with pytest.raises(nbd.Error):
+        a.connect(top_id(0))
+    a.execute("replication-set-role", role="primary")
+    guest = a.connect(top_id(0))
+    guest.pwrite(b"x" * 512, 0)
+    twins.joined(a)
+    a.execute("replication-set-role", role="secondary")
+    with nbd_refusal(errno.EIO):
+        guest.pwrite(b"y" * 512, 0)
+    with pytest.raises(nbd.Error):
+        a.connect(top_id(0))
+    a.execute("replication-set-role", role="primary", force=True)
+    a.kill()
+    a.start()
+    assert role(a)["code"] == "not-promoted"
+    with pytest.raises(nbd.Error):
+        a.connect(top_id(0))
+    a.execute("replication-set-role", role="primary")
+    assert bytes(a.connect(top_id(0)).pread(1, 0)) == b"x"
+
+
+def test_an_owner_that_finds_its_peer_by_itself_has_not_been_promoted(lab: Lab) -> None:
+    """It was looking for it before it was started again: that is nobody's decision of now."""
+    twins = Twins(lab, "guest-face=closed-until-promoted")
+    a, b = twins.a, twins.b
+    b.kill()
+    a.execute("replication-set-role", role="primary")
+    a.kill()
+    a.start()
+    b.start()
+    twins.joined(a)
+    assert role(a)["code"] == "not-promoted"
+    with pytest.raises(nbd.Error):
+        a.connect(top_id(0))

@@ -102,7 +102,8 @@ class Host:
     def begin(self, mode: str, secondary: str = "") -> None:
         """A process of that mode, instead of the former one."""
         self._count += 1
-        arguments = [f"mode={mode}", f"state={self.state}", f"disk=disk0:{self.below.uri()}"]
+        # Writes to an old primary are among what may happen.
+        arguments = [f"mode={mode}", f"state={self.state}", f"disk=disk0:{self.below.uri()}", "on-outdated=continue"]
         arguments += ["top-id=top0"] if mode == "secondary" else [f"secondary={secondary}", f"timeout={TIMEOUT_S}"]
         self.export = "top0" if mode == "secondary" else "disk0"
         self._node = self._lab.start(_Roomy(self._lab.folder, f"{self.name}{self._count}", arguments, self.room))

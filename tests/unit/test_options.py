@@ -618,6 +618,10 @@ def test_role_auto_is_a_secondary_until_the_state_folder_says_more() -> None:
         (("role=auto", "peer=b"), "peer='b' is not an NBD URI"),
         (("role=auto", "secondary=nbd://b"), "The secondary side does not support option secondary"),
         (("mode=primary", "peer=nbd://b", "secondary=nbd://b"), "peer and secondary are given both"),
+        (("role=auto", "guest-face=shut"), "guest-face=shut should be open or closed-until-promoted"),
+        (("role=auto", "on-outdated=panic"), "on-outdated=panic should be continue, suspend-io or io-error"),
+        (("role=auto", "fencing=maybe"), "fencing=maybe should be dont-care or suspend-io"),
+        (("role=auto", "wfc-timeout=soon"), "wfc-timeout=soon is not a number of seconds"),
     ],
 )
 def test_roles_that_are_refused(pairs: tuple[str, ...], text: str) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 import pytest
 
 from replication import promotion as promoting
+from replication.admission import Admission, Ownership
 from replication.conditions import Conditions
 from replication.errors import CommandError
+from replication.options import Options
 from replication.promotion import Promotion
 from replication.reason import Reason
+from replication.role import is_owner
 from replication.stage import Mode, Stage
 from waiting import DEADLINE_S, begin, wait_until
 
@@ -43,6 +46,10 @@ class FakeNode:
         self.calls: list[tuple[object, ...]] = []
         self.refusals: dict[tuple[object, ...], CommandError] = {}
         self._holds: dict[object, tuple[threading.Event, threading.Event]] = {}
+        self.admission = Admission(
+            Options(mode, [], None, None),
+            lambda: Ownership(is_owner(self.mode, self._stage), self.mode is Mode.PRIMARY, self.outdated_reason),
+        )
 
     @property
     def stage(self) -> Stage:
@@ -76,7 +83,7 @@ class FakeNode:
         if call in self.refusals:
             raise self.refusals[call]
 
-    def start(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
+    def start_pair(self, mode: Mode | None, secondary: str | None, sync: str) -> None:
         self._call("start", mode, secondary, sync)
         self.stage = Stage.RUNNING
         self.mode = mode or self.mode

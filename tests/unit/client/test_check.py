@@ -60,6 +60,16 @@ def test_a_healthy_node(node: FakeNode) -> None:
 @pytest.mark.parametrize(
     ("more", "state", "text"),
     [
+        (
+            {"guest-suspended": "this node is outdated (x)"},
+            "CRITICAL",
+            "the guest stands still: this node is outdated (x)",
+        ),
+        (
+            {"mode": "secondary", "stage": "done", "guest-suspended": "nobody has promoted it"},
+            "CRITICAL",
+            "the guest stands still: nobody has promoted it",
+        ),
         ({"error": {"desc": "copy-before-write failed | so"}}, "CRITICAL", "copy-before-write failed / so"),
         ({"consistent": False}, "CRITICAL", "no valid checkpoint"),
         ({"stage": "failover-failed"}, "CRITICAL", "the commit has failed"),

@@ -52,6 +52,25 @@ def test_scores(seen: Seen, score: int | None) -> None:
     assert decision.score(seen, LIMIT_S) == score
 
 
+@pytest.mark.parametrize(
+    ("code", "score", "may_run", "found"),
+    [
+        (None, 10000, True, True),
+        ("peer-unknown", 5000, None, None),
+        ("outdated", 0, False, False),
+        ("not-promoted", 10000, False, True),
+        ("not-promoted", 5000, False, None),
+        ("suspended", 5000, False, None),
+        ("is-secondary", 900, False, False),
+    ],
+)
+def test_a_guest_that_is_kept_back_is_nothing_against_what_its_owner_has(
+    code: str | None, score: int, may_run: bool | None, found: bool | None
+) -> None:
+    """guest-face=closed-until-promoted waits for the very promotion that is to be decided."""
+    assert decision.may_own({"code": code, "score": score, "may-run": may_run}) is found
+
+
 def test_the_scores_are_in_order() -> None:
     found = [decision.OWNER, decision.UNSURE_OWNER, decision.IN_STEP, decision.BEHIND]
     assert found == sorted(found, reverse=True)

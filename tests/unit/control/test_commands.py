@@ -103,6 +103,9 @@ class Node:
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
         self._record("set_role", primary, peer, force)
 
+    def resume_io(self) -> None:
+        self._record("resume_io")
+
     def outdate(self, text: str) -> None:
         self._record("outdate", text)
 
@@ -207,6 +210,7 @@ SET = "xen-set-replication"
         ("replication-outdate", {"reason": "fenced"}, [("outdate", "fenced")], {}),
         ("replication-set-role", {"role": "primary", "peer": "nbd://b"}, [("set_role", True, "nbd://b", False)], {}),
         ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False)], {}),
+        ("replication-resume-io", None, [("resume_io",)], {}),
         ("replication-outdate", None, [("outdate", "somebody who knows it has said so")], {}),
         ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
@@ -397,6 +401,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "query-failover",
         "query-role",
         "replication-outdate",
+        "replication-resume-io",
         "replication-set-role",
         "replication-compare",
         "query-jobs",

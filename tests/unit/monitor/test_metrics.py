@@ -115,6 +115,19 @@ def test_whatever_one_answers_the_figures_of_the_other_are_complete(
     assert found["up"]["a",] == 1
 
 
+def test_the_guest_of_an_owner_stands_still(node: Nodes, fleet: Fleets) -> None:
+    stands = {"guest-suspended": "nobody has promoted it"}
+    nodes = {
+        "a": node("a", **stands),
+        "b": node("b", "secondary", **stands),
+        "c": node("c", "secondary", stage="done", **stands),
+        "d": node("d", **{"guest-suspended": None}),
+        "old": node("old"),
+    }
+    found = all_up(fleet({name: str(there.path) for name, there in nodes.items()}))
+    assert found["guest_suspended"] == {("a",): 1, ("b",): 0, ("c",): 1, ("d",): 0}
+
+
 def test_split_brain_by_code_and_by_words(node: Nodes, fleet: Fleets) -> None:
     link = {"state": "lost", "reason": "split brain: both sides have taken writes since they parted"}
     first, second = node("a", link=link), node("b", link={"state": "lost", "reason": "-", "code": "split-brain"})

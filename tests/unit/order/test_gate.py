@@ -6,13 +6,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
 from replication.errors import DiskError
 from replication.order import gate as gate_module
 from replication.order.gate import Gate, GateStuck
-from replication.order.latency import ZERO
+from replication.order.latency import GATE, ZERO
 from waiting import DEADLINE_S, wait_until
 
 
@@ -286,6 +287,57 @@ def test_between_two_steps_of_a_request_a_command_finds_the_gate_empty(pool: Thr
     end.result(DEADLINE_S)
     assert gate.idle
     assert gate.passed == 2
+
+
+def test_a_request_that_waits_outside_lets_commands_in_and_comes_back_when_they_have_gone(
+    pool: ThreadPoolExecutor,
+) -> None:
+    gate, over = Gate(), threading.Event()
+    outside, back = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        outside.set()
+        assert over.wait(DEADLINE_S)
+
+    def request() -> None:
+        course = gate.enter(gate.latency.guests.tally("disk", ZERO))
+        try:
+            gate.wait_outside(wait)
+            back.set()
+        finally:
+            gate.leave(course)
+
+    ended = pool.submit(request)
+    assert outside.wait(DEADLINE_S)
+    with gate.closed(0.0):
+        over.set()
+        waits = list(gate.latency._courses.values())
+        wait_until(lambda: waits[0].waiting == GATE, "it waits before the gate")
+        assert not back.is_set()
+    ended.result(DEADLINE_S)
+    assert back.is_set()
+    assert gate.idle
+
+
+def test_a_request_that_fails_outside_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it wait for a command then, of which there is one in here."""
+    gate = Gate()
+    monkeypatch.setattr(gate_module, "ENTER_S", DEADLINE_S)
+
+    def fail() -> None:
+        raise DiskError("the process ends")
+
+    course = gate.enter(gate.latency.guests.tally("disk", ZERO))
+    with ExitStack() as closed:
+
+        def fail_before_a_command() -> None:
+            closed.enter_context(gate.closed(0.0))
+            fail()
+
+        with pytest.raises(DiskError, match="the process ends"):
+            gate.wait_outside(fail_before_a_command)
+        gate.leave(course)
+        assert gate.idle
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -25,8 +25,10 @@ import time
 from replication.server import disconnect
 def say(*words):
     print(*words, flush=True)
-def disconnector(unended=lambda: False, control_path=None):
-    return disconnect.Disconnector(lambda: say("shutdown"), control_path, unended, lambda: say("cleanup"))
+def disconnector(unended=lambda: False, control_path=None, leaving=None):
+    return disconnect.Disconnector(
+        lambda: say("shutdown"), control_path, unended, lambda: say("cleanup"), None, leaving
+    )
 def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 def wait_long():
@@ -226,6 +228,33 @@ wait_long()
         "shutdown",
         "admitted False",
     ]
+
+
+def test_requests_that_would_wait_on_are_ended_while_clients_leave(tmp_path: Path) -> None:
+    """Those of a guest that stands still. They are not answered: the client finds its connection lost."""
+    done = run(
+        """
+disconnect._LEAVING_S = disconnect._GRACE_S = disconnect.END_S = 15.0
+listener = listen("nbd")
+client, served = connect("nbd", listener)
+def leaving():
+    it.cut()
+    try:
+        served.sendall(b"an answer")
+    except BrokenPipeError:
+        say("the client", client.recv(1))
+        it.left()
+it = disconnector(lambda: True, None, leaving)
+it._shutdown = lambda: (say("shutdown"), os._exit(0))
+it.admit()
+it.start()
+send()
+wait_long()
+""",
+        folder=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["the client b''", "shutdown"]
 
 
 def test_who_does_not_go_holds_the_end_up_for_a_moment_only(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from replication.disk.face import Extent
+from replication.errors import DiskError
 from replication.order.gate import Gate
+from replication.order.standstill import Standstill
 from replication.server.export import ZERO_MAX, Export, within
 from replication.side import Face
+from waiting import DEADLINE_S, wait_until
 
 SIZE = 1 << 40
 MIB = 1 << 20
@@ -22,14 +28,15 @@ class Node:
 
     def __init__(self) -> None:
         self.gate = Gate()
+        self.admission = Mock(still=Standstill())
         self.side = Mock()
         self.asked: list[tuple[Any, ...]] = []
         self.faces = {
             "disk": Face(
                 "",
                 lambda: SIZE,
-                Mock(),
-                Mock(),
+                lambda *arguments: self.note("read", *arguments),
+                lambda *arguments: self.note("write", *arguments),
                 lambda *arguments: self.note("zero", *arguments),
                 lambda: self.note("flush"),
                 self.extents,
@@ -100,3 +107,79 @@ def test_an_export_clips_what_its_face_says() -> None:
     assert Export(node, "disk").extents(4096, 4 * GIB - 4096) == [  # type: ignore[arg-type]
         Extent(4096, 4 * GIB - 4096, True, True)
     ]
+
+
+REQUESTS: dict[str, Callable[[Export], object]] = {
+    "read": lambda export: export.read(memoryview(bytearray(1)), 0),
+    "write": lambda export: export.write(memoryview(b"x"), 0, False),
+    "zero": lambda export: export.zero(0, 2 * ZERO_MAX, True, False),
+    "flush": lambda export: export.flush(),
+    "extents": lambda export: export.extents(0, 1),
+}
+
+
+@pytest.mark.parametrize("writes_only", [False, True], ids=["all", "writes-only"])
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_request_stands_still_outside_the_gate(what: str, writes_only: bool) -> None:
+    node = Node()
+    still = node.admission.still
+    still.begin("because", fails=False, writes_only=writes_only)
+    request = threading.Thread(target=REQUESTS[what], args=(Export(node, "disk"),), daemon=True)  # type: ignore[arg-type]
+    request.start()
+    if writes_only and what in ("read", "extents"):
+        request.join(DEADLINE_S)
+        assert not request.is_alive()
+        return
+    wait_until(lambda: still.waiting, "it stands still")
+    with node.gate.closed(0.0):
+        assert node.asked == []
+    still.over()
+    request.join(DEADLINE_S)
+    assert not request.is_alive()
+    assert what == "extents" or node.asked[0][1] == what
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+@pytest.mark.parametrize("why", ["turned-away", "gone"])
+def test_what_stood_still_is_not_done_for_another_role_or_another_guest(what: str, why: str) -> None:
+    """The disk behind the export is another one, or another client uses it meanwhile."""
+    node = Node()
+    still = node.admission.still
+    export = Export(node, "disk")  # type: ignore[arg-type]
+    gone = threading.Event()
+    export.gone = gone.is_set
+    still.begin("because", fails=False)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(REQUESTS[what], export)
+        wait_until(lambda: still.waiting, "it stands still")
+        if why == "gone":
+            gone.set()
+        else:
+            still.turn_away("the node has been made a secondary")
+        still.over()
+        with pytest.raises(DiskError, match=r"stood still, and has gone|been made a secondary"):
+            request.result(DEADLINE_S)
+    assert node.asked == []
+    assert node.gate.idle
+
+
+@pytest.mark.parametrize("what", ["write", "zero", "flush"])
+def test_what_was_done_when_answers_began_to_be_held_is_not_answered(what: str) -> None:
+    """The link is lost while the request is at its disk."""
+    node = Node()
+    still, note = node.admission.still, node.note
+
+    def lost(*what: Any) -> None:
+        note(*what)
+        if len(node.asked) == 1:
+            still.begin("fencing", fails=False, writes_only=True)
+
+    node.note = lost  # type: ignore[method-assign]
+    request = threading.Thread(target=REQUESTS[what], args=(Export(node, "disk"),), daemon=True)  # type: ignore[arg-type]
+    request.start()
+    wait_until(lambda: still.waiting, "its answer is held")
+    assert len(node.asked) == 1
+    still.over()
+    request.join(DEADLINE_S)
+    assert not request.is_alive()
+    assert len(node.asked) == (2 if what == "zero" else 1), "nothing is done twice"

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When the guest of a node is served, and when it stands still.
+
+It does so for four reasons, of which the first that holds counts:
+
+    guest-face      nobody has promoted the node in this process: exports of guests are closed, and requests fail
+    on-outdated     the node owns its disks, and has learnt that another one went on: as the option says
+    wfc-timeout     a primary was started again and has not reached its peer yet: requests wait
+    fencing         a primary's link is lost, and nobody has said yet that the peer is fenced: writes wait, and the
+                    answers of those that are under way; reads go on
+
+Each method changes one thing and then decides anew from everything, under a lock: whoever has changed something last
+has decided last. A node that is being made a secondary is an exception: its guest goes on standing still until it is
+one, and what waited is turned away then, because the disk behind the export is not the one that it was for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from replication.errors import CommandError
+from replication.log import log
+from replication.options import Fencing, OnOutdated, Options
+from replication.order.standstill import Standstill
+from replication.order.worker import Worker
+from replication.reason import Reason
+
+_CUT_OFF = "fencing=suspend-io: there is no link, and nobody has said that the other node is fenced"
+_CLOSED = "guest-face=closed-until-promoted, and nobody has promoted this node"
+
+
+class Ownership(NamedTuple):
+    """What the decision needs of the node."""
+
+    owner: bool
+    forwards: bool
+    """Whether it is a primary that runs."""
+    outdated: str | None
+    """Why it is outdated."""
+
+
+class Admission:
+    """Of one node. Every method may be called by any thread."""
+
+    def __init__(self, options: Options, ownership: Callable[[], Ownership]) -> None:
+        self.still = Standstill()
+        """What the exports of guests look at."""
+        self._options = options
+        self._ownership = ownership
+        # Protects the fields below, and who decides. Below all locks of the node but the one of `still`; never across
+        # I/O.
+        self._lock = threading.Lock()
+        self._closed = options.guest_face_closed
+        self._waits_for_peer = False
+        self._cut_off = False
+        self.losses = 0
+        """Of a link, as far as fencing counts them."""
+        # Somebody has let the guest go on although the node is outdated.
+        self._resumed = False
+        # How many are making it a secondary: a command, and a step of that.
+        self._demoting = 0
+        # What the log has.
+        self._told: str | None = None
+        self._patient_until = 0.0
+        self._patience = Worker("wfc", self._peer_has_not_come)
+
+    @property
+    def closed(self) -> str | None:
+        """Why guests cannot open their exports, None if they can."""
+        return _CLOSED if self._closed else None
+
+    def begin(self, restarted: bool, of_pair: bool) -> None:
+        """The node is there. `restarted`: as a primary whose replication ran; `of_pair`: which has had a secondary."""
+        with self._lock:
+            self._waits_for_peer = restarted and of_pair and self._options.wfc_timeout_s is not None
+            self._cut_off = restarted and self._options.fencing is Fencing.SUSPEND_IO
+            self._decide_locked()
+        self.tell()
+
+    def launch(self) -> None:
+        """The process is served from now on."""
+        if self._waits_for_peer and self._options.wfc_timeout_s is not None:
+            self._patient_until = time.monotonic() + self._options.wfc_timeout_s
+            self._patience.start(self._options.wfc_timeout_s)
+
+    def end(self) -> None:
+        """The process ends: what waits fails."""
+        self.still.end()
+
+    def close(self) -> None:
+        """The node ends."""
+        self.still.end()
+        self._patience.stop(0.0)
+
+    # -- what changes --------------------------------------------------------------------------------------
+
+    def review(self) -> None:
+        """The stage, or why the node is outdated, has changed."""
+        with self._lock:
+            self._decide_locked()
+        self.tell()
+
+    def learnt(self) -> None:
+        """The node has learnt that another one went on: what was said before about its guest does not count."""
+        with self._lock:
+            self._resumed = False
+            self._decide_locked()
+        self.tell()
+
+    def promoted(self) -> None:
+        """Somebody has made the node an owner."""
+        with self._lock:
+            self._closed = False
+            self._decide_locked()
+        self.tell()
+
+    @contextmanager
+    def demoting(self) -> Iterator[None]:
+        """Around what makes the node a secondary, or fails to."""
+        with self._lock:
+            self._demoting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._demoting -= 1
+                self._decide_locked()
+            self.tell()
+
+    def reached(self) -> None:
+        """The peer was reached, and has not gone on; or its time is over."""
+        with self._lock:
+            self._waits_for_peer = False
+            self._decide_locked()
+        self.tell()
+
+    def stopped(self) -> None:
+        """The stage is done: whoever has stopped a primary says that it goes on without its peer, unless it is on the
+        way to a secondary."""
+        with self._lock:
+            if not self._demoting:
+                self._waits_for_peer = self._cut_off = False
+            self._decide_locked()
+        self.tell()
+
+    def alone(self) -> None:
+        """Somebody insists that the primary goes on without its peer."""
+        with self._lock:
+            self._waits_for_peer = self._cut_off = False
+            self._decide_locked()
+        self.tell()
+
+    def linked(self, losses: int) -> None:
+        """The link is up, which came up after so many losses. It may be lost already."""
+        with self._lock:
+            if self.losses == losses:
+                self._cut_off = False
+                self._decide_locked()
+        self.tell()
+
+    def cut_off(self) -> None:
+        """The link is lost: before anybody else knows, and before a write that waits for the secondary goes on. Whoever
+        says so may hold a lock of the link, so it is for others to `tell`."""
+        if self._options.fencing is Fencing.SUSPEND_IO:
+            with self._lock:
+                self.losses += 1
+                if self._ownership().forwards:
+                    self._cut_off = True
+                    self._decide_locked()
+
+    def resume(self) -> None:
+        """Somebody lets the guest go on, until the node learns anew that it is outdated. CommandError if that takes a
+        promotion, or the node is being made a secondary."""
+        with self._lock:
+            if self._closed:
+                raise CommandError(f"The guest does not go on: {_CLOSED}", reason=Reason.NOT_PROMOTED)
+            if self._demoting:
+                raise CommandError("The guest does not go on: the node is being made a secondary", reason=Reason.BUSY)
+            if self.still.on:
+                self._waits_for_peer = self._cut_off = False
+                self._resumed = True
+                self._decide_locked()
+        self.tell()
+
+    def tell(self) -> None:
+        """Say in the log what has been decided, without a lock."""
+        with self._lock:
+            why = self.still.why
+            news, self._told = why != self._told, why
+        if news:
+            log("the guest goes on" if why is None else f"the guest stands still: {why}")
+
+    def _peer_has_not_come(self) -> float | None:
+        """The time of wfc-timeout is over, or so much of it as a thread sleeps."""
+        left_s = self._patient_until - time.monotonic()
+        if not self._waits_for_peer:
+            return None
+        if left_s > 0:
+            return left_s
+        log("the other node was not reached within wfc-timeout: the guest is served without it")
+        self.reached()
+        return None
+
+    def _decide_locked(self) -> None:
+        if self._demoting and self._ownership().owner:
+            if not self.still.on:
+                self._choose_locked()
+            return  # what stands goes on standing, whatever changes on the way
+        if self._demoting:
+            self._closed = self._options.guest_face_closed
+            self._waits_for_peer = self._cut_off = self._resumed = False
+            self.still.turn_away("the node has been made a secondary")
+        self._choose_locked()
+
+    def _choose_locked(self) -> None:
+        ownership, choice = self._ownership(), self._options.on_outdated
+        if self._closed:
+            self.still.begin(_CLOSED, fails=True)
+        elif ownership.owner and ownership.outdated is not None and not self._resumed and choice is not _CONTINUE:
+            self.still.begin(f"this node is outdated ({ownership.outdated})", fails=choice is OnOutdated.IO_ERROR)
+        elif ownership.owner and self._waits_for_peer:
+            self.still.begin("wfc-timeout: the other node was not reached since this one was started", fails=False)
+        elif ownership.owner and self._cut_off:
+            self.still.begin(_CUT_OFF, fails=False, writes_only=True)
+        else:
+            self.still.over()
+
+
+_CONTINUE = OnOutdated.CONTINUE

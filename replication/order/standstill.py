@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The guest of a node stands still: its requests wait, or fail, because it may be that another node's guest runs.
+
+Invariants
+* A request that waits is not inside the gate, so no command waits for it, and none is kept from being given.
+* Waiting ends when the node says so, or when the process ends: `end` is called before anybody waits for requests.
+* Without a standstill a request pays one look at `on`, a write two.
+* Where answers are held, a write that was inside when the standstill began is not answered before it is over.
+* A request that has waited never reaches another role's face (`turn_away`), nor a disk that another guest may use since
+  its own has gone.
+
+Every method may be called by any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+from replication.errors import DiskError
+from replication.order.latency import GATE, STANDSTILL, Latency
+
+_LOOK_S = 10.0
+"""Longest wait at a stretch; whoever ends the standstill wakes all. Then a request whose client has gone ends, so that
+guests which come and go leave no threads behind."""
+
+
+class Standstill:
+    """Of the exports that guests use on one node."""
+
+    def __init__(self) -> None:
+        # Protects the fields below. Never held across I/O. A request takes it only while `on`.
+        self._changed = threading.Condition(threading.Lock())
+        self.on = False
+        """Whether writes and flushes wait or fail. Read without the lock, as the next two."""
+        self.reads_on = False
+        """Whether reads do."""
+        self.holds_answers = False
+        """Whether what was done when the standstill began waits as well."""
+        self.era = 0
+        """How often those who waited were turned away."""
+        self._fails = False
+        self._why = ""
+        self._turned_away = ""
+        self._ended = False
+        self.waiting = 0
+        """How many requests wait."""
+
+    @property
+    def why(self) -> str | None:
+        """Why the guest stands still, None if it does not."""
+        with self._changed:
+            return self._why if self.on else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its requests wait, instead of failing."""
+        return self.on and not self._fails
+
+    def begin(self, why: str, *, fails: bool, writes_only: bool = False) -> None:
+        """From now on requests wait, or fail (`fails`), those that wait already as well. `writes_only`: reads go on,
+        and what was inside already is not answered."""
+        with self._changed:
+            self._why, self._fails = why, fails
+            self.holds_answers, self.reads_on, self.on = writes_only, not writes_only, True
+            self._changed.notify_all()
+
+    def over(self) -> None:
+        """Requests are served again."""
+        with self._changed:
+            self.on = self.reads_on = self.holds_answers = self._fails = False
+            self._changed.notify_all()
+
+    def turn_away(self, why: str) -> None:
+        """The disk is another one now: what waits fails."""
+        with self._changed:
+            self.era += 1
+            self._turned_away = why
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """The process ends: what waits fails, and so does what comes."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def stand(self, latency: Latency, era: int, reads: bool, gone: Callable[[], bool]) -> None:
+        """Wait until it is over, or (`reads`) until reads go on, which `latency` counts as time before the gate. `era`:
+        as it was when the caller was inside the gate; `gone()`: whether the client has. DiskError when requests fail,
+        or are turned away, or the client has gone, or the process ends."""
+        course = latency.waiting(GATE, STANDSTILL)
+        try:
+            stands = True
+            while stands:
+                stands = self._stand(era, reads)
+                if gone():
+                    raise DiskError("a request of a guest that stood still, and has gone", errno.ESHUTDOWN)
+        finally:
+            if course is not None:
+                course.go_on(STANDSTILL)
+
+    def _stand(self, era: int, reads: bool) -> bool:
+        """Wait for some time; whether it is to go on."""
+        with self._changed:
+            self.waiting += 1
+            try:
+                if self.stands(reads) and era == self.era and not self._fails and not self._ended:
+                    self._changed.wait(_LOOK_S)
+            finally:
+                self.waiting -= 1
+            if era != self.era:
+                raise DiskError(f"the guest was standing still, and {self._turned_away}")
+            if not self.stands(reads):
+                return False
+            if self._ended:
+                raise DiskError(f"the process ends, and the guest was standing still: {self._why}", errno.ESHUTDOWN)
+            if self._fails:
+                raise DiskError(f"the guest must not go on here: {self._why}")
+            return True
+
+    def stands(self, reads: bool) -> bool:
+        """Whether a request waits or fails."""
+        return self.reads_on if reads else self.on
+
+
+NEVER = Standstill()
+"""Of exports that no guest uses."""

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When the guest is served: each reason by itself, which of several counts, and what ends each."""
+
+from __future__ import annotations
+
+import pytest
+
+from replication.admission import Admission, Ownership
+from replication.errors import CommandError
+from replication.options import Fencing, OnOutdated, Options
+from replication.order.latency import Latency
+from replication.stage import Mode
+
+RUNNING = Ownership(True, True, None)
+STOPPED = Ownership(True, False, None)
+OUTDATED = Ownership(True, True, "x")
+SECONDARY = Ownership(False, False, None)
+
+
+class Case:
+    """An admission, and a node whose standing is told by hand."""
+
+    def __init__(self, **options: object) -> None:
+        self.now = RUNNING
+        given = Options(Mode.PRIMARY, [], None, None)
+        for name, value in options.items():
+            setattr(given, name, value)
+        self.admission = Admission(given, lambda: self.now)
+
+    @property
+    def stands(self) -> str | None:
+        """The key that says so, None if the guest is served."""
+        why = self.admission.still.why
+        return None if why is None else why.split("=")[0].split(":")[0]
+
+    def is_now(self, ownership: Ownership) -> None:
+        self.now = ownership
+        self.admission.review()
+
+
+def test_nothing_is_in_the_way() -> None:
+    case = Case()
+    case.admission.begin(True, True)
+    assert case.stands is None
+    case.admission.cut_off()
+    assert case.stands is None, "fencing=dont-care"
+
+
+@pytest.mark.parametrize(
+    ("choice", "stands", "fails"),
+    [(OnOutdated.CONTINUE, False, False), (OnOutdated.SUSPEND_IO, True, False), (OnOutdated.IO_ERROR, True, True)],
+)
+def test_an_outdated_owner(choice: OnOutdated, stands: bool, fails: bool) -> None:
+    case = Case(on_outdated=choice)
+    case.is_now(OUTDATED)
+    assert (case.admission.still.on, case.admission.still.waits) == (stands, stands and not fails)
+    case.is_now(SECONDARY._replace(outdated="x"))
+    assert case.stands is None, "an outdated secondary refuses promotion; its guest face is no owner's"
+    case.is_now(OUTDATED)
+    case.admission.resume()
+    assert case.stands is None
+    case.admission.review()
+    assert case.stands is None
+    case.admission.learnt()
+    assert case.admission.still.on is stands
+
+
+def test_a_primary_that_was_started_again_waits_for_its_peer() -> None:
+    case = Case(wfc_timeout_s=1000.0)
+    case.admission.begin(True, False)
+    assert case.stands is None, "it never had one"
+    for goes_on in (case.admission.reached, case.admission.alone, case.admission.stopped, case.admission.resume):
+        case.admission.begin(True, True)
+        assert case.stands == "wfc-timeout"
+        goes_on()
+        assert case.stands is None
+
+
+def test_a_lost_link() -> None:
+    case = Case(fencing=Fencing.SUSPEND_IO)
+    case.admission.begin(False, False)
+    assert case.stands is None
+    case.admission.cut_off()
+    assert case.stands == "fencing"
+    assert (case.admission.still.reads_on, case.admission.still.holds_answers) == (False, True)
+    case.admission.reached()
+    assert case.stands == "fencing"
+    case.admission.linked(case.admission.losses)
+    assert case.stands is None
+    before = case.admission.losses
+    case.admission.cut_off()
+    case.admission.linked(before)
+    assert case.stands == "fencing", "the link that came up is lost again"
+    case.is_now(STOPPED)
+    case.admission.stopped()
+    assert case.stands is None, "it forwards no more"
+    case.admission.cut_off()
+    assert case.stands is None, "a link that is lost while it is let go"
+    for goes_on in (case.admission.alone, case.admission.stopped, case.admission.resume):
+        case.is_now(RUNNING)
+        case.admission.cut_off()
+        goes_on()
+        assert case.stands is None
+
+
+def test_a_guest_face_that_is_closed() -> None:
+    case = Case(guest_face_closed=True)
+    case.admission.begin(False, False)
+    assert case.admission.closed
+    assert not case.admission.still.waits
+    with pytest.raises(CommandError, match="closed-until-promoted"):
+        case.admission.resume()
+    case.admission.promoted()
+    assert (case.admission.closed, case.stands) == (None, None)
+    with case.admission.demoting():
+        case.is_now(STOPPED)
+    assert case.admission.closed is None, "it is an owner still"
+    with case.admission.demoting():
+        case.is_now(SECONDARY)
+        assert case.admission.closed
+    assert case.admission.closed
+    assert case.admission.still.era == 1
+
+
+@pytest.mark.parametrize("demoted", [True, False])
+def test_a_guest_that_stands_still_does_not_go_on_while_its_node_is_demoted(demoted: bool) -> None:
+    """The primary is stopped first, which ends the wait for fencing otherwise."""
+    case = Case(fencing=Fencing.SUSPEND_IO, wfc_timeout_s=1000.0)
+    case.admission.begin(True, True)
+    assert case.stands == "wfc-timeout"
+    with case.admission.demoting():
+        case.now = STOPPED
+        case.admission.stopped()
+        assert case.stands == "wfc-timeout"
+        case.admission.reached()
+        assert case.stands == "wfc-timeout"
+        with pytest.raises(CommandError, match="being made a secondary"):
+            case.admission.resume()
+        if demoted:
+            case.is_now(SECONDARY)
+            assert case.stands is None
+    assert case.stands == (None if demoted else "fencing"), "it was stopped on the way to something else"
+    assert case.admission.still.era == int(demoted)
+
+
+def test_the_time_for_the_peer_is_longer_than_a_thread_sleeps() -> None:
+    case = Case(wfc_timeout_s=5000.0)
+    case.admission.begin(True, True)
+    case.admission.launch()
+    left_s = case.admission._peer_has_not_come()
+    assert left_s is not None
+    assert 0 < left_s <= 5000
+    assert case.stands == "wfc-timeout"
+    case.admission.reached()
+    assert case.admission._peer_has_not_come() is None
+    case.admission.close()
+
+
+def test_the_time_for_the_peer_is_over() -> None:
+    case = Case(wfc_timeout_s=0.01)
+    case.admission.begin(True, True)
+    stood = case.stands
+    case.admission.launch()
+    case.admission.still.stand(Latency(), 0, False, lambda: False)
+    assert (stood, case.stands) == ("wfc-timeout", None)
+    case.admission.close()
