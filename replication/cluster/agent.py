@@ -157,6 +157,8 @@ class Agent:
             self._publish(None)
             raise Failed(Code.FAILED_PROMOTED, f"it was promoted, and must not be: {why}")
         if self._told.repeated:
+            if decision.stays_closed(seen):
+                self._ask("replication-set-role", role="primary")
             self._enter(seen)
             self._publish(decision.OWNER)
         return Code.PROMOTED
@@ -279,7 +281,14 @@ class Agent:
             raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
         self._set_mark()
         self._publish(decision.OWNER)
+        self._let_go_on(seen)
         return Code.OK
+
+    def _let_go_on(self, seen: Seen) -> None:
+        """A promoted node's guest that stands still because nobody knows of the other node."""
+        if decision.goes_on(seen, self._told.here, self._told.active):
+            self._ask("replication-resume-io")
+            _log("its guest goes on: the other node is gone, as the cluster knows")
 
     def _take_over(self, seen: Seen) -> None:
         """With everything, if that is here; else from the last checkpoint. Each is asked for as such: what was so a
@@ -322,7 +331,9 @@ class Agent:
             return Code.OK
         try:
             seen = self._look()
-            if not self._marked:
+            if self._marked:
+                self._let_go_on(seen)
+            else:
                 seen = self._give_way(seen, news=self._told.event == "post-promote")
                 self._publish(self._score(seen))
         except NotRunning:

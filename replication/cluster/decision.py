@@ -20,6 +20,10 @@ _NEW = 10
 _STALE = ("older", "diverged", "unrelated")
 """Relations to the register's owner: that one went on from something that is not here."""
 
+_CLOSED, _SUSPENDED = "not-promoted", "suspended"
+_UNTIL_PROMOTED = (_CLOSED, _SUSPENDED)
+"""Codes of an owner whose guest may not run yet, which a promotion, or a word of the cluster's, ends."""
+
 PRIMARY = "primary"
 _GUEST_WAITS = frozenset(("not-promoted", "suspended"))
 """Codes of an owner whose guest is kept back, though nothing is known against what it has."""
@@ -92,7 +96,7 @@ def obstacle(seen: Seen, max_age_s: float) -> str | None:
     if seen.stale is not None:
         return seen.stale
     if seen.owner:
-        return seen.reason if seen.may_run is False else None
+        return seen.reason if seen.may_run is False and seen.code not in _UNTIL_PROMOTED else None
     if seen.score <= 0:
         return "it does not run, or has no valid checkpoint"
     if seen.score == _NEW:
@@ -109,7 +113,7 @@ def score(seen: Seen, max_age_s: float) -> int | None:
     if obstacle(seen, max_age_s) is not None:
         return None
     if seen.owner:
-        return OWNER if seen.may_run else UNSURE_OWNER
+        return OWNER if seen.score >= OWNER else UNSURE_OWNER
     return IN_STEP if seen.score >= _IN_STEP_MIN else BEHIND
 
 
@@ -124,6 +128,18 @@ def gives_up(seen: Seen, news: bool) -> str | None:
     if seen.outdated is not None:
         return seen.outdated
     return seen.stale if news and seen.relation in ("older", "diverged") else None
+
+
+def stays_closed(seen: Seen) -> bool:
+    """Whether an owner that is promoted lets no guest in: its process was started again since."""
+    return seen.owner and seen.code == _CLOSED
+
+
+def goes_on(seen: Seen, here: str, active: frozenset[str] | None) -> bool:
+    """Whether a guest that stands still until somebody knows of the other node may go on: that one is gone, or was
+    fenced, and nothing is known of its having gone on."""
+    gone = active is not None and not active - {here}
+    return seen.owner and seen.code == _SUSPENDED and seen.stale is None and seen.outdated is None and gone
 
 
 def hands_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) -> bool:

@@ -22,7 +22,7 @@ from waiting import Stuck
 
 NODE = "vm1"
 DISK_BYTES = 64 << 20
-CHANGE_S = 45.0
+CHANGE_S = 150.0
 """Longest wait for anything that the cluster does by itself."""
 REPLCTL = "/usr/local/bin/replctl"
 AGENT = "/usr/lib/ocf/resource.d/nbdkit/replication"
@@ -69,6 +69,7 @@ peer = "nbd://10.79.0.{peer}:10809"
 autostart = true
 checkpoint-interval = 1
 durability = "power"
+guest-face = "closed-until-promoted"
 timeout = 3
 
 [disk.disk0]

@@ -231,6 +231,49 @@ def test_somebodys_hand(hosts: Hosts) -> None:
     assert a.act("monitor")[0] == Code.OK
 
 
+def test_a_guest_face_that_is_closed_is_opened_by_the_promotion_alone(hosts: Hosts) -> None:
+    """And by the monitor, when the node was started again without the cluster, as systemd does it."""
+    a, b = hosts
+    for host in hosts:
+        path = host.folder / "etc/vm1.toml"
+        path.write_text(f'guest-face = "closed-until-promoted"\n{path.read_text()}')
+    paired(a, b)
+    write(a, b"open")
+    for restart in ("by the cluster", "by itself"):
+        if restart == "by itself":
+            a.kill()
+            wait_until(lambda: a.act("monitor")[0] == Code.NOT_RUNNING, "gone")
+            marked = a.folder / "run/crm/nbdkit-replication-vm1.promoted"
+            a.does("start")
+            marked.touch()
+            assert a.act("monitor")[0] == Code.PROMOTED
+        else:
+            a.does("demote", notify_active_uname="a b", notify_stop_uname="a")
+            a.does("stop")
+            a.does("start")
+            assert a.score == 10000
+            with pytest.raises(nbd.Error):
+                read(a, 4)
+            a.does("promote", **BOTH)
+        assert read(a, 4) == b"open", restart
+
+
+def test_a_guest_that_waits_for_fencing_goes_on_when_the_other_host_is_gone(hosts: Hosts) -> None:
+    a, b = hosts
+    path = a.folder / "etc/vm1.toml"
+    path.write_text(f'fencing = "suspend-io"\n{path.read_text()}')
+    paired(a, b)
+    b.kill()
+    wait_until(lambda: a.qmp("query-role").get("code") == "suspended", "its guest stands still")
+    event = {"notify_type": "post", "notify_operation": "stop"}
+    a.does("notify", **event, notify_active_uname="a b", notify_stop_uname=" ")
+    assert a.act("monitor")[0] == Code.PROMOTED
+    assert a.qmp("query-role")["code"] == "suspended", "the other one is there"
+    a.does("notify", **event, notify_active_uname="a b", notify_stop_uname="b")
+    assert a.qmp("query-role")["may-run"]
+    write(a, b"goes on")
+
+
 def test_nobody_is_promoted_by_a_cluster_that_cannot_be_asked(hosts: Hosts) -> None:
     a, b = hosts
     paired(a, b)

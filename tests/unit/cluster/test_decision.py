@@ -36,7 +36,7 @@ COPY = replace(
     [
         (SOUND, decision.OWNER),
         (replace(SOUND, score=UNSURE_OWNER, may_run=None), decision.UNSURE_OWNER),
-        (replace(SOUND, score=NEVER, may_run=False, outdated="demoted", reason="x"), None),
+        (replace(SOUND, score=NEVER, may_run=False, outdated="demoted", code="outdated", reason="x"), None),
         (replace(SOUND, score=NEVER, may_run=False, reason="no checkpoint"), None),
         (COPY, decision.IN_STEP),
         (replace(COPY, score=501), decision.IN_STEP),
@@ -95,6 +95,32 @@ def test_what_the_last_owner_went_on_from_is_never_promoted(seen: Seen, relation
     assert decision.score(stale, LIMIT_S) is None
     assert "b" in str(decision.obstacle(stale, LIMIT_S))
     assert (stale.split is None) == (relation == "older")
+
+
+def test_what_only_a_promotion_ends_is_no_obstacle_to_it() -> None:
+    for code in ("not-promoted", "suspended"):
+        held = replace(SOUND, may_run=False, code=code, reason="it is held")
+        assert decision.score(held, LIMIT_S) == decision.OWNER
+        assert decision.score(replace(held, score=UNSURE_OWNER), LIMIT_S) == decision.UNSURE_OWNER
+        assert decision.score(replace(held, relation="older", register_host="b"), LIMIT_S) is None
+    assert decision.stays_closed(replace(SOUND, may_run=False, code="not-promoted"))
+    assert not decision.stays_closed(replace(SOUND, may_run=False, code="suspended"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "active", "expected"),
+    [
+        ({}, frozenset({"a"}), True),
+        ({}, frozenset({"a", "b"}), False),
+        ({}, None, False),
+        ({"code": "not-promoted"}, frozenset({"a"}), False),
+        ({"outdated": "the other went on"}, frozenset({"a"}), False),
+        ({"relation": "diverged"}, frozenset({"a"}), False),
+    ],
+)
+def test_whose_guest_goes_on(changes: dict[str, str], active: frozenset[str] | None, expected: bool) -> None:
+    held = replace(SOUND, may_run=False, code="suspended", reason="no link")
+    assert decision.goes_on(replace(held, **changes), "a", active) is expected  # type: ignore[arg-type]
 
 
 def test_an_owner_gives_way_only_to_one_that_went_on() -> None:
