@@ -60,7 +60,7 @@ def check_uri(uri: str, disks: int) -> None:
     """ConfigError unless the URI can name the secondary of that many disks."""
     if len(uri) > URI_MAX:
         raise ConfigError(f"'{uri[:40]}...' has {len(uri)} characters; the URI of a secondary has {URI_MAX} at most")
-    if not is_uri(uri) or "\0" in uri:
+    if not is_uri(uri) or "\0" in uri or "%00" in uri:  # which no export, path or host has
         raise ConfigError(f"'{uri}' is not an NBD URI such as nbd://HOST:PORT or nbd+unix:///?socket=PATH")
     if export_of(uri) and disks > 1:
         raise ConfigError(f"'{uri}' names an export, but there are {disks} disks; leave the export out")

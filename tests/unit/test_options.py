@@ -616,6 +616,7 @@ def test_role_auto_is_a_secondary_until_the_state_folder_says_more() -> None:
         (("role=auto", "mode=secondary"), "role and mode are given both"),
         (("role=primary",), "role=primary should be auto"),
         (("role=auto", "peer=b"), "peer='b' is not an NBD URI"),
+        (("mode=primary", "secondary=nbd+unix:///%00"), "is not an NBD URI such as"),
         (("role=auto", "secondary=nbd://b"), "The secondary side does not support option secondary"),
         (("mode=primary", "peer=nbd://b", "secondary=nbd://b"), "peer and secondary are given both"),
         (("role=auto", "guest-face=shut"), "guest-face=shut should be open or closed-until-promoted"),
