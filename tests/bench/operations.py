@@ -20,10 +20,11 @@ from bench.workloads import GIB, KIB, MIB, Face, Setup, Workload
 TIB = 1024 * GIB
 
 SIZES = {"64m": 64 * MIB, "256m": 256 * MIB, "1g": GIB, "4g": 4 * GIB, "16g": 16 * GIB, "128g": 128 * GIB, "1t": TIB}
+SIZES["15t"] = 15 * TIB  # ext4 has no file of 16 TiB
 
 CHECKPOINTS = {f"checkpoint-{name}": SIZES[name] for name in ("64m", "256m", "1g", "4g")}
 """Bytes that are dirty in each of the two overlays."""
-STARTS = {f"start-{name}": SIZES[name] for name in ("1g", "16g", "128g", "1t")}
+STARTS = {f"start-{name}": SIZES[name] for name in ("1g", "16g", "128g", "1t", "15t")}
 """Bytes of the sparse disk."""
 COMMIT, SCATTERED, RESYNC, STOP = "commit-1g", "commit-64m-scattered", "resync-1g", "planned-stop"
 

@@ -31,7 +31,7 @@ def bars(results: Results) -> Bars:
     works = [work for work, of in ratios.items() if any(value is not None for value in of.values())]
     if not works:
         raise ValueError("nothing was measured of both QEMU and another subject, so there is nothing to plot")
-    figures = {figure.work: figure.at_least for figure in FIGURES if figure.base == QEMU}
+    figures = {figure.work: figure.at_least for figure in FIGURES if figure.base == QEMU and figure.at_least}
     return Bars(
         works,
         {subject: [ratios[work][subject] for work in works] for subject in subjects},

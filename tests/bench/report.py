@@ -96,6 +96,8 @@ def verdict_text(verdict: Verdict) -> str:
 
 def wanted_text(figure: Figure) -> str:
     """What a figure asks for."""
+    if not figure.at_least:
+        return f"<= {seconds_text(figure.at_most_s or 0)}"
     text = f">= {figure.at_least:g} x {'limit' if figure.base == LIMIT else 'QEMU'}"
     if figure.tail is not None:
         text += f", p99 {figure.tail:g} x"

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import fio, usage
 from bench.disks import Disks, full, sparse
-from bench.figures import FIGURES, Figure, Verdict, verdicts
+from bench.figures import FIGURES, Figure, Verdict, behind, verdicts
 from bench.measure import Checkpoints, Plan, prepare
 from bench.operations import OPERATIONS
 from bench.plot import bars, plot
@@ -32,6 +32,7 @@ from bench.report import (
     speed_table,
     value_text,
     verdict_text,
+    wanted_text,
 )
 from bench.results import LIMIT, QEMU, Results, Sample, Unit, Work, median
 from bench.subjects import Spec, Subject
@@ -140,6 +141,9 @@ def test_what_is_behind_qemu_is_named_and_fails_a_check() -> None:
     found = results(RATE, qemu=[10, 10, 10], replication=[9, 8, 20], new=[10, 10, 9], file=[1, 1, 1])
     assert list(found.behind(QEMU)) == [(RATE.name, OURS, 0.9)]
     assert behind_text(RATE.name, OURS, 0.9) == f"{RATE.name}: {OURS} is behind QEMU: 0.90"
+    starts = results(Work("start-15t", Unit.SECONDS), qemu=[1], replication=[4])
+    assert list(starts.behind(QEMU))
+    assert not list(behind(starts)), "only the seconds count"
     code = (
         "import argparse, importlib.machinery as m, importlib.util as u, sys\n"
         "loader = m.SourceFileLoader('bench_script', sys.argv[1])\n"
@@ -153,6 +157,14 @@ def test_what_is_behind_qemu_is_named_and_fails_a_check() -> None:
     for rate, check, expected in (("1", "check", 1), ("1", "", 0), ("2", "check", 0)):
         command = [sys.executable, "-c", code, str(BENCH), rate, check]
         assert subprocess.run(command, check=False, timeout=60).returncode == expected, (rate, check)
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(4.9, True), (5.1, False), (None, None)])
+def test_a_figure_of_seconds_alone_asks_nothing_of_qemu(seconds: float | None, reached: bool | None) -> None:
+    figure = Figure(TIME.name, 0, at_most_s=5)
+    verdict = verdict_of(results(TIME, qemu=[None], replication=[seconds]), figure)
+    assert verdict.reached is reached
+    assert wanted_text(figure) == "<= 5 s"
 
 
 def test_a_figure_against_the_limit_does_not_look_at_qemu() -> None:
