@@ -19,19 +19,21 @@ keep, write of the test
 keep, keep
     `_own`: two images that change at once never are the source of one block.
 
-A test that cannot keep a block has no content any more: it is over (`spoilt`), and whoever was about to change that
-block goes on.
+A test that cannot keep a block, for whatever reason, or not within KEEP_S, has no content any more: it is over
+(`spoilt`), and whoever was about to change that block goes on.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -41,7 +43,7 @@ from replication.disk.file import FileDisk
 from replication.errors import ConfigError, DiskError
 from replication.image.overlay import Overlay, states_in
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, PAGE_CLUSTERS
-from replication.log import log
+from replication.log import log, log_defect
 from replication.order.pause import pause
 from replication.order.rangelock import RangeLock
 
@@ -53,6 +55,10 @@ OWN: Final = 4
 """Where a block is, one byte for each: so a test of a disk of 1 TiB takes 256 MiB at most, and as a rule only what it
 touches, because what was never touched is 0."""
 
+KEEP_S = 2.0
+"""Longest time that a change waits for what a test has to keep of it; then the test ends. The peer gives up its link
+after `timeout`, 5 s by default. (One call of the system that does not come back is waited for.)"""
+
 PREFIX, SUFFIX = ".test.", ".data"
 """Of a file while it has a name. No disk's name begins with a dot, so it is no overlay's data."""
 
@@ -62,8 +68,13 @@ _SPARSE_FROM = 64 << 10
 """As of a target write (target.py): from this length on it is asked for holes first."""
 
 _EXTENTS_RANGE_MAX = 1 << 30
+_LOOK_BLOCKS = 1 << 16
+"""How many of them are looked at together."""
 _LOOK_EVERY = 4 << 20
 """Bytes that the tests grow by between two looks at their file system."""
+
+
+T = TypeVar("T")
 
 
 class Allowance:
@@ -173,7 +184,8 @@ class Frozen:
         self._translating = threading.Lock()
         self._readers: dict[int, _Reader] = {}
         try:
-            self._places = bytearray(self.blocks)
+            # What nobody has touched takes no memory. Closed by `discard`: clients that stay connected keep `self`.
+            self._places = mmap.mmap(-1, max(1, self.blocks), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for place, overlay in ((ACTIVE, active), (HIDDEN, hidden)):
                 self._readers[place] = _Reader(overlay)
             self._data = _nameless(allowance.folder, disk)
@@ -192,9 +204,11 @@ class Frozen:
     # -- where a block is ----------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Turn all words that are left into places, for whom it is no hurry."""
-        for page in list(self._pending):
-            self._translate(page)
+        """Turn all words that are left into places, for whom it is no hurry. What it has no memory for is left to those
+        who come to it."""
+        with suppress(DiskError, MemoryError), self._within():
+            for page in list(self._pending):
+                self._translate(page)
 
     def _translate_range(self, first: int, last: int) -> None:
         for page in range(first // _PAGE_BLOCKS, (last - 1) // _PAGE_BLOCKS + 1):
@@ -222,39 +236,39 @@ class Frozen:
         """Where blocks [first, last) are."""
         if self._pending:
             self._translate_range(first, last)
-        return bytes(self._places[first:last])
+        return self._places[first:last]
 
     def _mark(self, first: int, last: int, place: int) -> None:
         self._places[first:last] = bytes([place]) * (last - first)
 
     def needs(self, place: int, first: int, last: int) -> bool:
         """Whether any of blocks [first, last) is there."""
-        if self._pending:
-            self._translate_range(first, last)
-        return self.over is None and self._places.find(place, first, last) >= 0
+        return self.over is None and any(
+            place in self._at(start, min(start + _LOOK_BLOCKS, last)) for start in range(first, last, _LOOK_BLOCKS)
+        )
 
     # -- those who change what it is made of ---------------------------------------------------------------
 
     def keep_disk(self, first: int, last: int) -> None:
         """The secondary disk is about to change in blocks [first, last), whose range of `below` the caller has."""
-        if self.over is None and self.needs(DISK, first, last):
-            self._keep(DISK, first, last)
+        if self.over is None:
+            self._harmless(lambda: self._keep(DISK, first, last), None)
 
     def keep(self, overlay: Overlay, first: int, last: int) -> None:
         """The same for the data of an overlay, whose writers' range the caller has."""
         place = self._place_of(overlay)
-        if place != OWN and self.needs(place, first, last):
-            self._keep(place, first, last)
+        if place != OWN and self.over is None:
+            self._harmless(lambda: self._keep(place, first, last), None)
 
-    def unneeded(self, overlay: Overlay, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def unneeded(self, overlay: Overlay, first: int, last: int) -> Sequence[tuple[int, int]]:
         """Those runs of blocks [first, last) whose data in the overlay the test does not need."""
-        place = self._place_of(overlay)
-        if place == OWN or not self.needs(place, first, last):
-            yield first, last
-            return
-        for start, stop, found in _runs(self._at(first, last), first):
-            if found != place:
-                yield start, stop
+        place, whole = self._place_of(overlay), [(first, last)]
+        if place == OWN or self.over is not None:
+            return whole
+        return self._harmless(lambda: self._without(place, first, last), whole)
+
+    def _without(self, place: int, first: int, last: int) -> list[tuple[int, int]]:
+        return [(start, stop) for start, stop, found in _runs(self._at(first, last), first) if found != place]
 
     def _place_of(self, overlay: Overlay) -> int:
         """Where the blocks are that the overlay has; OWN for one that is not the test's."""
@@ -265,28 +279,36 @@ class Frozen:
 
     def lose(self, offset: int, length: int, error: DiskError) -> None:
         """The secondary disk has lost what was written to a range."""
-        if self.needs(DISK, offset // BLOCK, -(-(offset + length) // BLOCK)):
+        first, last = offset // BLOCK, min(-(-(offset + length) // BLOCK), self.blocks)
+        if first < last and self._harmless(lambda: self.needs(DISK, first, last), False):
             self._spoil(error)
 
-    def _keep(self, place: int, first: int, last: int) -> None:
-        """Move what is at `place` of blocks [first, last) into the file. Whatever fails is the test's end, not the
-        caller's."""
+    def _harmless(self, request: Callable[[], T], otherwise: T) -> T:
+        """What `request` returns, which is on behalf of somebody else: whatever fails is the test's end, not theirs."""
         try:
-            with self._within():
-                held = self._own.acquire(first * BLOCK, last * BLOCK)
-                try:
-                    # As of now: a write of the test may have come first.
-                    for start, stop, found in _runs(self._at(first, last), first):
-                        if found == place:
-                            self._move(place, start, stop)
-                finally:
-                    self._own.release(held)
+            return request()
         except DiskError as error:
             self._spoil(error)
         except Exception as defect:  # noqa: BLE001 (a test never is in the way of replication)
             self._spoil(DiskError.from_defect(defect))
+        return otherwise
 
-    def _move(self, place: int, first: int, last: int) -> None:
+    def _keep(self, place: int, first: int, last: int) -> None:
+        """Move what is at `place` of blocks [first, last) into the file. DiskError."""
+        if not self.needs(place, first, last):
+            return
+        deadline = time.monotonic() + KEEP_S
+        with self._within():
+            held = self._own.acquire(first * BLOCK, last * BLOCK, wait_s=KEEP_S)
+            try:
+                # As of now: a write of the test may have come first.
+                for start, stop, found in _runs(self._at(first, last), first):
+                    if found == place:
+                        self._move(place, start, stop, deadline)
+            finally:
+                self._own.release(held)
+
+    def _move(self, place: int, first: int, last: int, deadline: float) -> None:
         at, stop = first * BLOCK, min(last * BLOCK, self.size)
         while at < stop:
             end = min(stop, at + _COPY_CHUNK)
@@ -299,12 +321,14 @@ class Frozen:
                     continue
             old = memoryview(bytearray(end - at))
             self._read_from(place, old, at)
+            _check_in_time(deadline)
             blocks = at // BLOCK, -(-end // BLOCK)
             if bytes(ZEROES[: len(old)]) == old.obj:
                 self._mark(*blocks, ZERO)
             else:
                 self._take(blocks[1] - blocks[0])
                 self._data.write([old], at)
+                _check_in_time(deadline)
                 pause("test.kept")
                 self._mark(*blocks, OWN)
             at = end
@@ -480,11 +504,16 @@ class Frozen:
         return self.over.again()
 
     def _spoil(self, error: DiskError) -> None:
-        failure = DiskError(
-            f"the test '{self.name}' has ended: what it needs could not be kept: {error}", error.wire_errno
-        )
+        failure = error
+        with suppress(MemoryError):
+            failure = DiskError(
+                f"the test '{self.name}' has ended: what it needs could not be kept: {error}", error.wire_errno
+            )
         if self.end(failure):
-            self.spoilt(failure)
+            try:
+                self.spoilt(failure)
+            except Exception as defect:  # noqa: BLE001 (nor does it keep anybody from going on)
+                log_defect(defect)
 
     def end(self, why: DiskError) -> bool:
         """Every request is told `why` from now on. Does not wait; False if it was over already."""
@@ -503,6 +532,9 @@ class Frozen:
         with self._state:
             self._state.wait_for(lambda: not self._inside)
             self._closed = True
+        with self._translating:  # whoever keeps something comes too late, and finds that out
+            self._pending.clear()
+            self._places.close()
         self._data.close()
         self._close_readers()
 
@@ -545,18 +577,23 @@ def _nameless(folder: str, disk: Disk) -> FileDisk:
     try:
         fd, path = tempfile.mkstemp(SUFFIX, PREFIX, folder)
         try:
-            os.ftruncate(fd, disk.size)
-        finally:
-            os.close(fd)
             try:
-                made = FileDisk(f"{disk.name} (test)", path)
+                os.ftruncate(fd, disk.size)
             finally:
-                os.unlink(path)
+                os.close(fd)
+            return FileDisk(f"{disk.name} (test)", path)
+        finally:
+            os.unlink(path)
     except OSError as error:
         raise DiskError.from_os(f"making the file of a test in {folder}", error) from error
     except ConfigError as error:
         raise DiskError(str(error)) from error
-    return made
+
+
+def _check_in_time(deadline: float) -> None:
+    """DiskError when somebody else has been held up for long enough."""
+    if time.monotonic() >= deadline:
+        raise DiskError(f"to keep it took more than {KEEP_S:g} s")
 
 
 def _runs(places: bytes, first: int) -> Iterator[tuple[int, int, int]]:

@@ -81,9 +81,9 @@ class RangeLock:
         self.latency: Latency | None = None
         """Who is to know how long requests wait here."""
 
-    def acquire(self, start: int, stop: int, why: str = OVERLAP) -> Range:
-        """Wait for every overlapping range asked for before; DiskError after WAIT_S seconds. `why`: what others wait
-        for meanwhile (latency.REASONS)."""
+    def acquire(self, start: int, stop: int, why: str = OVERLAP, wait_s: float | None = None) -> Range:
+        """Wait for every overlapping range asked for before; DiskError after `wait_s` seconds, WAIT_S if
+        None. `why`: what others wait for meanwhile (latency.REASONS)."""
         mine = Range(start, stop, (), why)
         self._lock.acquire()
         try:
@@ -95,14 +95,14 @@ class RangeLock:
                 return mine
         finally:
             self._lock.release()
-        return self._ask(mine)
+        return self._ask(mine, wait_s)
 
     def acquire_all(self, spans: Sequence[tuple[int, int]], why: str = OVERLAP) -> Range:
         """As `acquire`, for several ranges (disjoint, ascending) at one instant. So here, too, nobody waits for what
         was asked for later, although some of the ranges are kept from others while the rest is waited for."""
         return self._ask(Range(spans[0][0], spans[-1][1], spans if len(spans) > 1 else (), why))
 
-    def _ask(self, mine: Range) -> Range:
+    def _ask(self, mine: Range, wait_s: float | None = None) -> Range:
         with self._lock:
             start, stop = mine.start, mine.stop
             why = OVERLAP
@@ -115,10 +115,12 @@ class RangeLock:
             if not mine.waits_for:
                 return mine
             wake = mine.prepare_wait_locked()
+        if wait_s is None:
+            wait_s = WAIT_S
         course = None if self.latency is None else self.latency.waiting(LOCK, why)
         try:
-            if not wake.acquire(timeout=WAIT_S):
-                self._give_up(mine)
+            if not wake.acquire(timeout=wait_s):
+                self._give_up(mine, wait_s)
         finally:
             if course is not None:
                 course.go_on(why)
@@ -134,7 +136,7 @@ class RangeLock:
             self._asked.append(mine)
         return mine
 
-    def _give_up(self, mine: Range) -> None:
+    def _give_up(self, mine: Range, wait_s: float) -> None:
         with self._lock:
             if not mine.waits_for:
                 return  # granted between the timeout and here
@@ -143,7 +145,7 @@ class RangeLock:
                     other.followers.remove(mine)
             self._asked.remove(mine)
             mine.tell_followers_locked()
-        raise DiskError(f"waited {WAIT_S:.0f} s for another request on bytes {mine.start} to {mine.stop}")
+        raise DiskError(f"waited {wait_s:.0f} s for another request on bytes {mine.start} to {mine.stop}")
 
     def release(self, held: Range) -> None:
         """Give the range back."""

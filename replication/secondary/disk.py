@@ -161,15 +161,16 @@ class SecondaryDisk:
         error, stack = loss.error, self.stack
         offset, length = loss.ranges[0]
         own = self._own
-        for test in () if stack is None else stack.room.tests:
-            for lost in loss.ranges:
-                test.lose(*lost, error)
         # Marks first: whoever finds that the checkpoint is lost finds what has to come again.
         for lost in loss.ranges:
             (self.changes if own else self.lost).mark(*lost)
         kept = True
         if self.stage is not _NONE and not all(self._preserved(*lost) for lost in loss.exposed):
             kept = self.checkpoint_lost(f"disk '{self.name}' has lost what was not flushed: {error}")
+        # After what counts; and then a test that begins at the same time either is here or finds no checkpoint.
+        for test in () if stack is None else stack.room.tests:
+            for lost in loss.ranges:
+                test.lose(*lost, error)
         if own and stack is not None:
             stack.lost_below(error)
         if not loss.told:  # otherwise whoever asked reports it, as what it asked for

@@ -36,7 +36,7 @@ from replication.side import TEST_FACE, Face, Setting
 from replication.stage import Stage
 
 TESTS_MAX = 16
-"""Tests at a time: each has a byte in memory for each block, and copies what the primary overwrites."""
+"""Tests at a time: each has a byte in memory for each block that is touched, and copies what the primary overwrites."""
 
 PASSED, FAILED = "passed", "failed"
 
@@ -125,9 +125,8 @@ class Rehearsals:
             if isinstance(error, DiskError | MemoryError):
                 raise CommandError(f"The test cannot begin: {error or 'no memory'}", reason=Reason.STORAGE) from error
             raise
-        with suppress(MemoryError):  # then whoever comes to a page does it
-            for _, frozen in test.disks:
-                frozen.settle()
+        for _, frozen in test.disks:
+            frozen.settle()
         self._tell(test, "started")
         return {
             "name": name,
@@ -158,6 +157,8 @@ class Rehearsals:
                 if stack is None:
                     raise CommandError("This node takes another role", reason=Reason.BUSY)
                 stack.room.tests = (*stack.room.tests, frozen)
+        self._check()  # the disk may have lost something just before it would have told the test as well
+        with self._lock:
             self._tests[test.name] = test
 
     def _check(self) -> None:

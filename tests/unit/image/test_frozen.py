@@ -398,6 +398,114 @@ def test_what_the_disk_has_lost_ends_a_test_that_needs_it(images: Images) -> Non
         seen(test)
 
 
+def test_what_hits_a_test_is_its_end_and_nobody_elses(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a write of the primary fails, and is lost, because a test has no memory."""
+    images.target(pattern(3, BLOCK), 0)
+    images.guest(pattern(3, BLOCK), 5 * BLOCK)
+    hidden = images.stack.hidden
+
+    def no_memory(_words: Any) -> Any:
+        raise MemoryError("a page of places")
+
+    monkeypatch.setattr(frozen, "states_in", no_memory)
+    batch = [(at * BLOCK, pattern(5, BLOCK)) for at in (9, 11)]
+    for change in (
+        lambda: images.target(pattern(4, BLOCK), 0),
+        lambda: images.stack.target.write_all([(at, memoryview(data)) for at, data in batch]),
+        lambda: images.guest(pattern(4, BLOCK), 5 * BLOCK),
+        lambda: images.stack.room.reclaim_some(hidden, hidden.stale_ranges(), 9),
+    ):
+        test = images.freeze()
+        told: list[DiskError] = []
+
+        def tell(error: DiskError, told: list[DiskError] = told) -> None:
+            told.append(error)
+            raise MemoryError("a thread")
+
+        test.spoilt = tell
+        change()
+        assert "could not be kept" in str(told)
+        assert test.over is not None
+        images.drop(test)
+    assert images.below()[:BLOCK] == pattern(4, BLOCK)
+    assert images.below()[9 * BLOCK : 10 * BLOCK] == pattern(5, BLOCK)
+    assert not images.stack.target.lost.missing
+    test = images.freeze()
+    test.settle()  # for that it is no hurry
+    assert test.over is None
+    test.lose(0, BLOCK, DiskError("gone"))
+    assert test.over is not None
+
+
+def test_what_has_to_be_kept_holds_up_nobody_for_long(
+    images: Images, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write of the test that stands still, and a disk that takes its time."""
+    monkeypatch.setattr(frozen, "KEEP_S", 0.05)
+    test, late = images.freeze(), images.freeze(name="late")
+    begun, go = threading.Event(), threading.Event()
+
+    def stand_still(operation: str) -> None:
+        if operation == "read":  # what completes its block
+            begun.set()
+            assert go.wait(DEADLINE_S)
+
+    images.disk.before = stand_still
+    written = pool.submit(test.write, memoryview(b"x"), 0, False)
+    assert begun.wait(DEADLINE_S)
+    images.disk.before = lambda _: None
+    images.target(pattern(4, BLOCK), 0)
+    assert "waited 0 s" in str(test.over)
+    go.set()
+    with pytest.raises(DiskError, match="could not be kept"):
+        written.result(DEADLINE_S)
+    monkeypatch.setattr(frozen, "KEEP_S", 0.0)
+    images.target(pattern(5, BLOCK), BLOCK)
+    assert "to keep it took more than" in str(late.over)
+    assert images.below()[: 2 * BLOCK] == pattern(4, BLOCK) + pattern(5, BLOCK)
+
+
+def test_a_test_of_a_large_disk_takes_no_memory_but_for_what_it_touches(tmp_path: Path) -> None:
+    """A byte for each of 64 Mi blocks. Wrong: 64 MiB at once, and kept by whoever stays connected."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 64 << 32
+    for name in ("hidden", "active"):
+        qcow2.create(str(tmp_path / f"{name}.qcow2"), str(tmp_path / "disk.raw"), "raw", 1 << 20)
+    with open(tmp_path / "disk.raw", "wb") as file:
+        file.truncate(size)
+    disk = FileDisk("disk0", str(tmp_path / "disk.raw"))
+    active, hidden = (Overlay(role, "disk0", str(tmp_path / f"{role}.qcow2")) for role in ("active", "hidden"))
+    before = resident()
+    test = Frozen("x", active, hidden, disk, Allowance(str(tmp_path), ROOMY, 100))
+    test.write(memoryview(b"x"), size // 2, False)
+    assert seen(test, size // 2, 2) == b"x\0"
+    assert resident() - before < 32 << 20
+    test.end(DiskError("it has ended"))
+    test.discard()
+    assert test._places.closed
+    test.keep_disk(0, 1)
+    assert list(test.unneeded(hidden, 0, 9)) == [(0, 9)]
+    for each in (active, hidden, disk):
+        each.close()
+
+
+def test_a_file_that_cannot_be_as_long_as_the_disk_leaves_nothing(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_long(_fd: int, _length: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(frozen.os, "ftruncate", too_long)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DiskError, match="File too large"):
+        images.freeze()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert not list(images.folder.glob(".test.*"))
+
+
 def test_stale_data_that_a_test_needs_is_not_given_back(images: Images) -> None:
     images.target(pattern(3, 4 * BLOCK), 0)
     images.guest(pattern(4, 4 * BLOCK), CLUSTER)

@@ -138,9 +138,9 @@ def test_who_waits_too_long_fails_and_stands_in_nobodys_way(monkeypatch: pytest.
 
 def test_a_range_granted_at_the_moment_of_giving_up_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(RangeLock):
-        def _give_up(self, mine: Range) -> None:
+        def _give_up(self, mine: Range, wait_s: float) -> None:
             self.release(holder)  # exactly between the timeout and the look at who is waited for
-            super()._give_up(mine)
+            super()._give_up(mine, wait_s)
 
     lock = Late()
     holder = lock.acquire(0, 10)

@@ -7,16 +7,19 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from content import make_raw
 from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
+from replication.disk.unflushed import Loss
 from replication.errors import DiskError
 from replication.events import EventHub
 from replication.fault import Case, FaultLatch
 from replication.image import qcow2
+from replication.image.frozen import Frozen
 from replication.image.overlay import Overlay
 from replication.image.stack import Stack
 from replication.record.ancestry import Ancestry
@@ -432,3 +435,25 @@ def test_a_disk_that_is_slow_refuses_batches_for_a_while_and_takes_single_writes
     clock.now += secondary_disk.SLOW_AGAIN_S
     lasts_s = quick
     assert not is_refused_after([quick])
+
+
+def test_what_the_disk_has_lost_counts_before_any_test_hears_of_it(bench: Bench) -> None:
+    """So that a test which begins meanwhile is told as well, or finds that there is no checkpoint."""
+    heard: list[tuple[bool, list[str]]] = []
+    reasons: list[str] = []
+
+    class Test:
+        def lose(self, offset: int, length: int, _error: DiskError) -> None:
+            assert (offset, length) == (0, GRAIN)
+            heard.append((bench.disk.lost.missing > 0, list(reasons)))
+
+    def lost(why: str) -> bool:
+        reasons.append(why)
+        return True
+
+    bench.disk.stage = Stage.RUNNING
+    bench.disk.checkpoint_lost = lost
+    bench.stack.room.tests = (cast("Frozen", Test()),)
+    whole = [(0, GRAIN)]
+    bench.disk._lose(Loss(whole, whole, DiskError("gone"), told=True))
+    assert heard == [(True, ["disk 'disk0' has lost what was not flushed: gone"])]
