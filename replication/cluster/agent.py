@@ -296,7 +296,7 @@ class Agent:
         if self._ask("query-failover").get("lossless") is True:
             self._ask("replication-stop", failover=True, lossless=True)
             return
-        if self._told.active is None and seen.link in _CONNECTED:
+        if seen.link in _CONNECTED and not decision.is_gone(seen, self._told.here, self._told.active):
             raise Refused("the primary is connected", code="has-primary")
         host = decision.lives_elsewhere(seen, self._told.here, self._told.active)
         if host is not None:
@@ -322,7 +322,11 @@ class Agent:
             except (Refused, Unreachable) as error:
                 _log(f"it stays the owner of its disks: {error}")
         self._unmark()
-        self._publish(self._score(self._look()))
+        seen = self._look()
+        if seen.owner:
+            # It keeps the disks, and may have gone on since the last monitor: whoever is behind has to know it.
+            self._enter(seen)
+        self._publish(self._score(seen))
         return Code.OK
 
     def notify(self) -> Code:
@@ -412,6 +416,10 @@ class Agent:
                 register = None
             if register is None:
                 return seen
+            if register.host == self._told.here:
+                # What this host had entered, and has lost with its power, nobody else went on from.
+                self._register = register
+                return replace(seen, register_host=register.host)
             seen = replace(seen, register_host=register.host)
             with suppress(Refused):  # what is in the register is no lineage that this version reads
                 relation = session.call("replication-compare", lineage=register.lineage).get("relation")

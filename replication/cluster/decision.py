@@ -130,6 +130,12 @@ def gives_up(seen: Seen, news: bool) -> str | None:
     return seen.stale if news and seen.relation in ("older", "diverged") else None
 
 
+def is_gone(seen: Seen, here: str, active: frozenset[str] | None) -> bool:
+    """Whether the primary that a copy may have heard of a moment ago is known to be gone: stopped, or fenced."""
+    host = seen.register_host
+    return active is not None and host not in (None, here) and host not in active
+
+
 def stays_closed(seen: Seen) -> bool:
     """Whether an owner that is promoted lets no guest in: its process was started again since."""
     return seen.owner and seen.code == _CLOSED

@@ -91,7 +91,7 @@ def read(environment: Mapping[str, str]) -> Told:
         repeated=meta("interval") not in ("", "0"),
         deadline=time.monotonic() + timeout_s * (1 - _SPARE),
         event=event,
-        active=runs - hosts("stop") if told else None,
+        active=(runs - hosts("stop")) | hosts("start") if told else None,
         promoted=promoted,
         to_promote=hosts("promote"),
     )

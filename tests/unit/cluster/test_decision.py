@@ -97,6 +97,22 @@ def test_what_the_last_owner_went_on_from_is_never_promoted(seen: Seen, relation
     assert (stale.split is None) == (relation == "older")
 
 
+@pytest.mark.parametrize(
+    ("host", "active", "gone"),
+    [
+        ("b", frozenset({"a"}), True),
+        ("b", frozenset({"a", "b"}), False),
+        ("b", None, False),
+        ("a", frozenset({"a"}), False),
+        (None, frozenset({"a"}), False),
+    ],
+)
+def test_a_primary_that_is_heard_is_gone_only_if_the_cluster_knows_it(
+    host: str | None, active: frozenset[str] | None, gone: bool
+) -> None:
+    assert decision.is_gone(replace(COPY, register_host=host), "a", active) is gone
+
+
 def test_what_only_a_promotion_ends_is_no_obstacle_to_it() -> None:
     for code in ("not-promoted", "suspended"):
         held = replace(SOUND, may_run=False, code=code, reason="it is held")

@@ -42,6 +42,11 @@ def test_where_it_is_to_go_on() -> None:
     assert (told.active, told.to_promote, told.event) == ({"a"}, {"a"}, "post-stop")
 
 
+def test_a_host_that_is_stopped_and_started_again_is_not_gone() -> None:
+    lists = {"active": "a b", "stop": "a", "start": "a", "promote": "b"}
+    assert read({META + f"notify_{name}_uname": hosts for name, hosts in lists.items()}).active == {"a", "b"}
+
+
 @pytest.mark.parametrize("words", [("master", "slave"), ("promoted", "unpromoted")])
 def test_roles_by_either_name(words: tuple[str, str]) -> None:
     told = read({META + f"notify_{words[0]}_uname": "a", META + f"notify_{words[1]}_uname": "b"})
