@@ -138,6 +138,7 @@ class _Reader:
     def __init__(self, overlay: Overlay) -> None:
         self.overlay = overlay
         self._fd = os.dup(overlay.data.fileno())
+        self.device = os.fstat(self._fd).st_dev
         self._location = overlay.data.location
 
     def read(self, buffer: memoryview, offset: int) -> None:
@@ -183,12 +184,15 @@ class Frozen:
         self._pending: dict[int, tuple[bytes | None, bytes | None]] = {}
         self._translating = threading.Lock()
         self._readers: dict[int, _Reader] = {}
+        # The file systems in which old data of overlays is kept for it, as far as it is known without a search.
+        self._pinned: set[int] = set()
         try:
             # What nobody has touched takes no memory. Closed by `discard`: clients that stay connected keep `self`.
             self._places = mmap.mmap(-1, max(1, self.blocks), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for place, overlay in ((ACTIVE, active), (HIDDEN, hidden)):
                 self._readers[place] = _Reader(overlay)
             self._data = _nameless(allowance.folder, disk)
+            self._device = os.fstat(self._data.fileno()).st_dev
         except BaseException as error:
             self._close_readers()
             if isinstance(error, OSError):
@@ -199,6 +203,7 @@ class Frozen:
         """The instant. The gate is closed. The time goes with the pages of words that hold bits (1 us for 32 MiB of the
         disk), not with what was written."""
         active, hidden = (self._readers[place].overlay.pages() for place in (ACTIVE, HIDDEN))
+        self._pinned = {self._readers[place].device for place, pages in ((ACTIVE, active), (HIDDEN, hidden)) if pages}
         self._pending = {page: (active.get(page), hidden.get(page)) for page in {**active, **hidden}}
 
     # -- where a block is ----------------------------------------------------------------------------------
@@ -562,14 +567,10 @@ class Frozen:
         """What it takes of the tests' space."""
         return self._used
 
-    def shares_room_of(self, overlay: Overlay) -> bool:
-        """Whether its end would make room for the overlay: it is in the same file system, or keeps old data of it."""
-        try:
-            same = self._data.status().st_dev == overlay.data.status().st_dev
-        except OSError:
-            return False
-        place = self._place_of(overlay)
-        return (same and self._used > 0) or (place != OWN and self.needs(place, 0, self.blocks))
+    def holds_room_in(self, device: int) -> bool:
+        """Whether its end may give something back in the file system of that number (st_dev): its file is there, or
+        data of an overlay that it needs, though the overlay may not. Looks at no file, and through no blocks."""
+        return (device == self._device and self._used > 0) or device in self._pinned
 
 
 def _nameless(folder: str, disk: Disk) -> FileDisk:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from replication.disk.face import Disk
+from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image.frozen import Frozen
@@ -41,9 +43,10 @@ class Room:
         self.tests: tuple[Frozen, ...] = ()
         """The tests of this disk, which have to keep what an overlay or the disk is about to lose. One more comes while
         the gate is closed."""
-        self.sacrifice: Callable[[Overlay], bool] = _nothing_left
-        """Called when a write to an overlay has found no room: ends a test, and says whether there was one whose end
-        makes room."""
+        self.sacrifice: Callable[[int, str], int] = _nothing_left
+        """Called when a write to a file has found no room, with the number of its file system (st_dev) and its path:
+        ends the tests that hold some there, and says how many it has ended so far in all."""
+        self._sacrificed = 0
         for overlay in (active, hidden):
             overlay.relieve = partial(self._relieve, overlay)
 
@@ -87,9 +90,13 @@ class Room:
         )
 
     def _relieve(self, overlay: Overlay) -> bool:
+        before = self._sacrificed
         try:
-            return not self.committing and (self.shortage.relieve() or self._do_without(overlay))
-        except DiskError:  # what is stale cannot be given back
+            if self.committing:
+                return False
+            ended = self._do_without(overlay.data, overlay.path)
+            return self.shortage.relieve() or ended != before
+        except (DiskError, OSError):  # what is stale cannot be given back
             return False
 
     def _reclaim_held(self, overlay: Overlay, first: int, last: int) -> int:
@@ -105,32 +112,59 @@ class Room:
     def write_again(
         self, overlay: Overlay, layer: Layer, pieces: Sequence[Buffer], offset: int, length: int, failure: DiskError
     ) -> None:
-        """Write to an overlay again what has failed: when its file system is full, after what no overlay needs any more
-        was given back. LayerError."""
+        """Write to an overlay again what has failed: when its file system is full, after room was made. LayerError."""
+        again = self._again(overlay.data, overlay.path, lambda: overlay.data.write(pieces, offset), failure)
+        if again is not None:
+            raise LayerError(again, layer, "write", offset, length) from again
+
+    def change_again(
+        self, disk: Disk, change: Callable[[], None], operation: str, offset: int, length: int, failure: DiskError
+    ) -> None:
+        """The same for a change of the secondary disk; only a file has a file system that others share. LayerError."""
+        again: DiskError | None = failure
+        if isinstance(disk, FileDisk):
+            again = self._again(disk, disk.location, change, failure)
+        if again is not None:
+            raise LayerError(again, Layer.SECONDARY, operation, offset, length) from again
+
+    def _again(self, file: FileDisk, path: str, change: Callable[[], None], failure: DiskError) -> DiskError | None:
+        """Do again what has failed for want of room in the file system of `file`: first tests end that hold some there,
+        then what no overlay needs any more is given back; for WAIT_S at most. Why it fails in the end, None if it has
+        been done."""
         deadline = time.monotonic() + WAIT_S
+        ended = 0  # those that somebody has ended since the first try count as well
         try:
-            while failure.full and not self.committing and (self.shortage.relieve() or self._do_without(overlay)):
+            while failure.full and not self.committing:
+                before, ended = ended, self._do_without(file, path)
+                if not self._given_back(file) and ended == before:
+                    break
                 try:
-                    overlay.data.write(pieces, offset)
-                    return
+                    change()
+                    return None
                 except DiskError as error:
                     failure = error
                 if time.monotonic() >= deadline:
                     break
         except DiskError as error:  # what is stale cannot be given back
             failure = error
-        raise LayerError(failure, layer, "write", offset, length) from failure
+        except OSError as error:
+            failure = DiskError.from_os(f"looking for room for {path}", error)
+        return failure
 
-    def _do_without(self, overlay: Overlay) -> bool:
-        """End a test, if that makes room."""
-        found = self.sacrifice(overlay)
-        if found:
+    def _given_back(self, file: FileDisk) -> bool:
+        return self.shortage.covers(file.status().st_dev) and self.shortage.relieve()
+
+    def _do_without(self, file: FileDisk, path: str) -> int:
+        """End the tests that hold room in the file system of `file`; how many have been ended so far. OSError."""
+        ended = self.sacrifice(file.status().st_dev, path)
+        if ended != self._sacrificed:
+            self._sacrificed = ended
             self.shortage.look_again()
-        return found
+        return ended
 
 
-def _nothing_left(_overlay: Overlay) -> bool:
-    return False
+def _nothing_left(_device: int, _path: str) -> int:
+    return 0
 
 
 def _unwatched(overlay: Overlay) -> None:

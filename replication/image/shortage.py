@@ -58,9 +58,20 @@ class Shortage:
         finally:
             self._searching.release()
 
+    def covers(self, device: int) -> bool:
+        """Whether any of the overlays is in the file system of that number (st_dev). OSError."""
+        return any(overlay.data.status().st_dev == device for overlay, _ in self._sources)
+
     def look_again(self) -> None:
-        """More may be stale than the numbers say: somebody needs it no longer."""
-        self._futile.clear()
+        """More can be given back than a search has found so far: somebody needs it no longer. From the beginning, since
+        a search that is under way has passed by some of it."""
+        if not self._searching.acquire(timeout=WAIT_S):
+            return
+        try:
+            self._futile.clear()
+            self._ranges.clear()
+        finally:
+            self._searching.release()
 
     def _search(self) -> bool:
         """Give back a little; True when there was something, or may be."""

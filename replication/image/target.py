@@ -60,9 +60,14 @@ class TargetWrites:
     def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """The primary's zeroes or trim, which destroy data like a write."""
 
+        def zero() -> None:
+            self._disk.zero(offset, length, may_trim, fua)
+
         def change() -> None:
-            with on_layer(Layer.SECONDARY, "zero", offset, length):
-                self._disk.zero(offset, length, may_trim, fua)
+            try:
+                zero()
+            except DiskError as error:
+                self._room.change_again(self._disk, zero, "zero", offset, length, error)
 
         self._overwrite(offset, length, change)
 
@@ -138,7 +143,11 @@ class TargetWrites:
         try:
             self._disk.write(pieces, offset, fua)
         except DiskError as error:
-            raise LayerError(error, Layer.SECONDARY, "write", offset, sum(map(len, pieces))) from error
+
+            def again() -> None:
+                self._disk.write(pieces, offset, fua)
+
+            self._room.change_again(self._disk, again, "write", offset, sum(map(len, pieces)), error)
 
     def _overwrite(self, offset: int, length: int, change: Callable[..., None], *arguments: object) -> None:
         """Preserve, then change the disk by `change(*arguments)`. What fails is noted as lost, and no longer when a

@@ -2,8 +2,9 @@
 """Tests of a failover: what one would give now, to be read and written without anything coming of it.
 
 A test is an image/frozen.py for each disk, of one instant, exported beside the guest face. It never is in the way of
-anything else: its requests do not pass the gate, its space is the first to go where an overlay finds none, and when
-the stage is no longer `running` (a failover, a stop) it is over, at once. It ends with the process in any case.
+anything else: its requests do not pass the gate, its space is the first to go where an overlay or the disk finds none,
+and when the stage is no longer `running` (a failover, a stop) it is over, at once. It ends with the process in any
+case.
 
 Which commands may come at any time: `stop` waits for nobody. `start` is a command of the node.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 from replication.errors import CommandError, DiskError
 from replication.image.frozen import Allowance, Frozen, sweep
-from replication.image.overlay import Overlay
+from replication.image.shortage import WAIT_S
 from replication.log import log, log_defect
 from replication.order.latency import TEST
 from replication.order.pause import pause
@@ -85,6 +86,10 @@ class Rehearsals:
         # Held across removing what a former process has left; no request and no other command waits for it.
         self._sweeping = threading.Lock()
         self._swept = False
+        # Held while tests end because others need their room: a write that finds none as well waits for that, WAIT_S at
+        # most. Across giving back the space of their files.
+        self._sacrificing = threading.Lock()
+        self._sacrificed = 0
 
     def attend(self) -> None:
         """The disks' overlays are open."""
@@ -289,18 +294,24 @@ class Rehearsals:
         except NO_THREAD as error:
             log(f"the space of the test '{test.name}' comes back with the end of the process: {error}")
 
-    def _sacrifice(self, overlay: Overlay) -> bool:
-        """A write to an overlay has found no room: the largest test that makes some ends."""
-        with self._lock:
-            tests = [test for test in self._tests.values() if test.over is None]
-        for test in sorted(tests, key=_size, reverse=True):
-            for _, frozen in test.disks:
-                if frozen.shares_room_of(overlay):
-                    self._cut_off(test, f"its space was needed by {overlay.path}", errno.ENOSPC)
-                    for _, each in test.disks:
-                        each.give_back()
-                    return True
-        return False
+    def _sacrifice(self, device: int, path: str) -> int:
+        """A write to `path`, in the file system of that number, has found no room: all tests that hold some there end,
+        since which of them has what is needed takes a search to know. How many have ended so for now."""
+        if not self._sacrificing.acquire(timeout=WAIT_S):
+            return self._sacrificed
+        try:
+            with self._lock:
+                tests = [test for test in self._tests.values() if test.over is None and _holds_room(test, device)]
+            for test in sorted(tests, key=_size, reverse=True):
+                self._sacrificed += 1
+                self._cut_off(test, f"its space was needed by {path}", errno.ENOSPC)
+                for _, frozen in test.disks:
+                    frozen.give_back()
+        except Exception as defect:  # noqa: BLE001 (whoever writes learns whether there is room now)
+            log_defect(defect)
+        finally:
+            self._sacrificing.release()
+        return self._sacrificed
 
     # -- what there is -------------------------------------------------------------------------------------
 
@@ -338,6 +349,10 @@ class Rehearsals:
 
 def _size(test: Rehearsal) -> int:
     return sum(frozen.bytes_used for _, frozen in test.disks)
+
+
+def _holds_room(test: Rehearsal, device: int) -> bool:
+    return any(frozen.holds_room_in(device) for _, frozen in test.disks)
 
 
 def _discard(disks: list[Frozen]) -> None:

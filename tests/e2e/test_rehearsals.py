@@ -335,6 +335,42 @@ def test_hidden_gets_the_room_that_a_test_has(lab: Lab, small_folder: Callable[[
     assert whole(server.connect(top_id(0)))[:SIZE] == OLD
 
 
+def test_an_overlay_gets_the_old_data_of_another_one_that_a_test_needs(
+    lab: Lab, small_folder: Callable[[int], SmallFolder]
+) -> None:
+    """The test's own file is elsewhere; active has nothing at its instant."""
+    small = small_folder(8 * MIB)
+    bench = Bench(lab, "overlay-watermark=100", overlays=small.folder)
+    bench.target.pwrite(pattern(5, 2 * MIB), 0)
+    test = bench.test()
+    bench.server.checkpoint()
+    small.fill()
+    bench.guest.pwrite(pattern(6, MIB), 0)
+    assert "its space was needed by" in bench.status()["ended"]
+    with nbd_refusal(errno.ENOSPC):
+        test.pread(1, 0)
+    assert bytes(bench.guest.pread(MIB, 0)) == pattern(6, MIB)
+    assert bench.server.status()["error"] is None
+
+
+def test_a_secondary_disk_that_finds_no_room_gets_that_of_a_test(
+    lab: Lab, small_folder: Callable[[int], SmallFolder]
+) -> None:
+    """The disk is a sparse file beside all the rest."""
+    small = small_folder(16 * MIB)
+    arguments = ["overlay-watermark=100"]
+    server = lab.start(Secondary(small.folder, [6 * MIB], contents=[OLD], extra_arguments=arguments))
+    server.start_replication()
+    server.execute("replication-test-start", name="x")
+    server.connect(f"{top_id(0)}.x").pwrite(pattern(5, 2 * MIB), 0)
+    small.fill()
+    target = server.connect(disk_name(0))
+    target.pwrite(pattern(6, MIB), 4 * MIB)
+    assert server.status()["error"] is None
+    assert "its space was needed by" in server.status()["tests"][0]["ended"]
+    assert bytes(target.pread(MIB, 4 * MIB)) == pattern(6, MIB)
+
+
 # -- the end of the process, and results ---------------------------------------------------------------------------
 
 

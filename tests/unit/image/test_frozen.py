@@ -54,6 +54,10 @@ class Disk(FileDisk):
         self.before("write")
         super().write(pieces, offset, fua)
 
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
+        self.before("zero")
+        super().zero(offset, length, may_trim, fua)
+
 
 class Images:
     """A disk, its overlays, its stack, and tests of it."""
@@ -520,31 +524,90 @@ def test_stale_data_that_a_test_needs_is_not_given_back(images: Images) -> None:
         assert overlay.data.status().st_blocks * 512 < 4 * BLOCK
 
 
-def test_an_overlay_that_finds_no_room_gets_that_of_a_test(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    test = images.freeze()
-    test.write(memoryview(pattern(3, BLOCK)), 0, False)
-    full = [True]
+@pytest.mark.parametrize("who", ["target", "guest", "disk", "batch", "zeroes"])
+def test_who_finds_no_room_gets_that_of_tests_before_it_searches_for_any(
+    images: Images, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """What is stale in hidden is needed by two tests, and a search would find nothing. Wrong: it is searched first, for
+    as long as the write has; or a test counts only when its own file, or the overlay that needs room, has something."""
+    stack = images.stack
+    images.target(pattern(3, 4 * BLOCK), 0)
+    tests = [images.freeze(), images.freeze(name="y")]
+    stack.empty()
+    device = stack.hidden.data.status().st_dev
+    full, calls = [True], []
 
-    def sacrifice(overlay: Overlay) -> bool:
-        assert overlay is images.stack.hidden
-        if not test.shares_room_of(overlay):
-            return False
-        images.drop(test)
-        full[0] = False
-        return True
+    def sacrifice(where: int, path: str) -> int:
+        calls.append("sacrifice")
+        assert where == device
+        assert path
+        for test in tests:
+            if test.over is None:
+                assert test.holds_room_in(where)
+                assert not test.holds_room_in(where + 1)
+                images.drop(test)
+        return 2
 
-    images.stack.room.sacrifice = sacrifice
-    hidden, real = images.stack.hidden.data.fileno(), files.pwritev
+    search = stack.room.shortage.relieve
+
+    def relieve() -> bool:
+        calls.append("search")
+        found = search()
+        full[0] &= not found
+        return found
+
+    monkeypatch.setattr(stack.room, "sacrifice", sacrifice)
+    monkeypatch.setattr(stack.room.shortage, "relieve", relieve)
+    while search():  # in vain in the end: it has passed by all that the tests need
+        pass
+    fds = [(stack.active if who == "guest" else stack.hidden).data.fileno()]
+    if who in ("disk", "batch", "zeroes"):
+        fds = []
+    real = files.pwritev
 
     def pwritev(fd: int, *arguments: Any) -> int:
-        if fd == hidden and full[0]:
+        if fd in fds and full[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, *arguments)
 
+    def before(operation: str) -> None:
+        if not fds and operation in ("write", "zero") and full[0]:
+            raise DiskError("No space left on device", errno.ENOSPC)
+
     monkeypatch.setattr(files, "pwritev", pwritev)
-    images.target(pattern(4, BLOCK), 0)
-    assert images.stack.hidden.holds_all(0, 1)
-    assert test.over is not None
+    images.disk.before = before
+    at = 10 * BLOCK
+    if who == "guest":
+        images.guest(pattern(4, BLOCK), at)
+        assert images.top()[at : at + BLOCK] == pattern(4, BLOCK)
+    elif who == "batch":
+        data = memoryview(pattern(4, BLOCK))
+        assert stack.target.write_all([(at, data), (at + 2 * BLOCK, data)]) == []
+    elif who == "zeroes":
+        stack.target.zero(at, BLOCK, False, False)
+    else:
+        images.target(pattern(4, BLOCK), at)
+    if who != "guest":
+        assert images.below()[at : at + BLOCK] == (bytes(BLOCK) if who == "zeroes" else pattern(4, BLOCK))
+    assert calls == ["sacrifice", "search"]
+    assert not stack.target.lost.missing
+
+
+def test_a_full_disk_beside_which_there_is_nothing_to_give_back_refuses_at_once(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images.stack.room.shortage, "relieve", lambda: False)
+    tries = []
+
+    def full(operation: str) -> None:
+        if operation == "write":
+            tries.append(operation)
+            raise DiskError("No space left on device", errno.ENOSPC)
+
+    images.disk.before = full
+    with pytest.raises(DiskError, match="No space left"):
+        images.target(pattern(4, BLOCK), 0)
+    assert len(tries) == 1
 
 
 def test_a_request_under_way_when_the_test_ends_is_told_so(images: Images) -> None:
