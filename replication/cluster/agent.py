@@ -32,15 +32,15 @@ from . import decision, metadata
 from .decision import Seen
 from .pacemaker import ClusterError, Pacemaker, Register
 from .process import Runner, StartFailed, runner
-from .told import Misconfigured, Told, read
+from .told import Told, read
 
 _ANSWER_S = 5.0
 """Longest wait for an answer of the node, where nothing is to be done for it."""
 _SETTLE_S = 8.0
 """Longest wait of a start for a node that does not know yet whether another one went on."""
 _STEP_S = 0.1
-_STEPS = 5
-"""Of a conversation: the greeting and four commands."""
+_STEPS = 6
+"""Of a conversation: the greeting and five commands."""
 
 
 _PASSING = ("busy", "storage", "has-primary", "not-lossless")
@@ -88,8 +88,6 @@ def run(arguments: list[str], environment: Mapping[str, str], launcher: str) -> 
             print(f"usage: replication {usage}", file=sys.stderr)
             return Code.UNIMPLEMENTED
         return found()
-    except Misconfigured as error:
-        return _ended(Code.CONFIGURED, str(error))
     except Failed as error:
         return _ended(error.code, str(error))
     except (Refused, Unusable) as error:
@@ -148,6 +146,8 @@ class Agent:
                 return _ended(
                     Code.DEGRADED, f"{seen.split}; decide whose writes are to be thrown away: replctl discard"
                 )
+            if self._told.wrong:
+                return _ended(Code.DEGRADED, "; ".join(self._told.wrong.values()))
         return Code.OK
 
     def _of_promoted(self, seen: Seen) -> Code:
@@ -168,6 +168,7 @@ class Agent:
         from replication.errors import ConfigError  # noqa: PLC0415 (the plugin's part is not needed for anything else)
         from replication.service import config  # noqa: PLC0415
 
+        self._usable(*self._told.wrong)
         self._control()
         try:
             found = config.load(self._told.node)
@@ -186,6 +187,7 @@ class Agent:
 
     def start(self) -> Code:
         """The process runs, and the node knows as well as it can whether another one went on."""
+        self._usable("node", "service")
         self._control()
         self._unmark()
         try:
@@ -220,6 +222,8 @@ class Agent:
     def stop(self) -> Code:
         """There is no process."""
         self._publish(None)
+        if not self._told.node:
+            return Code.OK  # nothing was ever started by that name
         if not self._process.stop():
             raise Failed(Code.GENERIC, "the node's process has not ended")
         self._end_others()
@@ -248,7 +252,10 @@ class Agent:
             time.sleep(_STEP_S)
 
     def reload(self) -> Code:
-        """The file is read again; parameters are read with each action."""
+        """The file is read again; parameters are read with each action. One that is wrong is no failure: for that the
+        cluster would stop the resource everywhere."""
+        for text in self._told.wrong.values():
+            _log(text)
         self._process.reload()
         return Code.OK
 
@@ -300,11 +307,14 @@ class Agent:
             raise Refused("the primary is connected", code="has-primary")
         host = decision.lives_elsewhere(seen, self._told.here, self._told.active)
         if host is not None:
+            unknown = "" if self._told.active is not None else " (without notify=true it is not known to be gone)"
             raise Failed(
                 Code.GENERIC,
-                f"promotion is refused: {host} still has the disks, and not everything of them is here",
+                f"promotion is refused: {host} still has the disks, and not everything of them is here{unknown}",
             )
-        limit = {"max-age": self._told.max_age_s} if self._told.max_age_s else {}
+        if (max_age_s := self._told.max_age_s) is None:
+            raise Failed(Code.GENERIC, f"promotion is refused: {self._told.wrong['max_age']}")
+        limit = {"max-age": max_age_s} if max_age_s else {}
         self._ask("replication-stop", failover=True, **limit)
 
     def demote(self) -> Code:
@@ -319,8 +329,11 @@ class Agent:
         if decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
             try:
                 self._ask("replication-set-role", role="secondary")
-            except (Refused, Unreachable) as error:
+            except Refused as error:
                 _log(f"it stays the owner of its disks: {error}")
+            except Unreachable as error:
+                # It may be at it still, and the cluster must not go on meanwhile.
+                raise Failed(Code.GENERIC, f"whether it has handed over is not known: {error}") from error
         self._unmark()
         seen = self._look()
         if seen.owner:
@@ -359,6 +372,10 @@ class Agent:
             _log(f"it has become a secondary: {why}")
         except Refused as error:
             _log(f"it is to become a secondary ({why}), and does not yet: {error}")
+        except Unusable as error:
+            # It may be at it still; a node that is ended for that has to begin anew.
+            _log(f"it is to become a secondary ({why}), and has not said that it is: {error}")
+            return seen
         return self._look()
 
     # -- the mark ------------------------------------------------------------------------------------------
@@ -382,10 +399,15 @@ class Agent:
 
     # -- asking --------------------------------------------------------------------------------------------
 
+    def _usable(self, *names: str) -> None:
+        """Failed if one of these parameters is wrong."""
+        for name in names:
+            if (text := self._told.wrong.get(name)) is not None:
+                raise Failed(Code.CONFIGURED, text)
+
     def _control(self) -> str:
         """The node's control socket; Failed if there is no such node on this host."""
-        if not self._told.node:
-            raise Failed(Code.CONFIGURED, "the parameter node is missing: the NAME of the node")
+        self._usable("node")
         try:
             return nodes.control_of(self._told.node)
         except Unusable as error:
@@ -407,6 +429,9 @@ class Agent:
         with Session(self._control(), self._step_s) as session:
             role, status = session.call("query-role"), session.call("query-replication")
             seen = _seen(role, status)
+            if not seen.owner:
+                with suppress(Refused):  # it has never had a primary
+                    seen = replace(seen, lossless=session.call("query-failover").get("lossless") is True)
             try:
                 register = self._pacemaker.register()
             except ClusterError as error:

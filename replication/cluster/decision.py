@@ -56,6 +56,8 @@ class Seen:
     outdated: str | None
     obstacle: str | None
     lineage: dict[str, Any] = field(default_factory=dict)
+    lossless: bool = False
+    """A copy that has everything: its primary has left in good order."""
     relation: str | None = None
     """To what the register's owner had; None: there is no such owner, or it cannot be told."""
     register_host: str | None = None
@@ -89,8 +91,9 @@ class Seen:
         return self.stale if self.relation in ("diverged", "unrelated") else None
 
 
-def obstacle(seen: Seen, max_age_s: float) -> str | None:
-    """Why this node must not be promoted now, as far as it can be told without the others; None: it may."""
+def obstacle(seen: Seen, max_age_s: float | None) -> str | None:
+    """Why this node must not be promoted now, as far as it can be told without the others; None: it may. `max_age_s`: 0
+    is any age, None one that is not known."""
     if seen.outdated is not None:
         return f"it is outdated ({seen.outdated})"
     if seen.stale is not None:
@@ -101,14 +104,18 @@ def obstacle(seen: Seen, max_age_s: float) -> str | None:
         return "it does not run, or has no valid checkpoint"
     if seen.score == _NEW:
         return "it has never had a primary: the first owner is made by hand (replctl promote)"
+    if seen.lossless:
+        return None  # nothing is lost, however long ago that was
     age_s = seen.checkpoint_age_s
+    if max_age_s is None:
+        return "the parameter max_age cannot be used, so its last checkpoint may be too old"
     if max_age_s and (age_s is None or age_s > max_age_s):
         age = "there is none" if age_s is None else f"it is {age_s:.0f} s old"
         return f"its last checkpoint must not be older than {max_age_s:g} s, and {age}"
     return None
 
 
-def score(seen: Seen, max_age_s: float) -> int | None:
+def score(seen: Seen, max_age_s: float | None) -> int | None:
     """What the cluster is told; None: this node is not to be promoted."""
     if obstacle(seen, max_age_s) is not None:
         return None
@@ -156,6 +163,7 @@ def hands_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) ->
 
 def lives_elsewhere(seen: Seen, here: str, active: frozenset[str] | None) -> str | None:
     """The cluster node that still has the disks, so that a failover here would lose what it has; None if there is none:
-    it has handed over, is gone, or was fenced."""
+    it has handed over, is gone, or was fenced. If the cluster does not say where the resource runs (notify=false), it
+    cannot be known to be gone."""
     host = seen.register_host
-    return host if active is not None and host is not None and host != here and host in active else None
+    return host if host not in (None, here) and (active is None or host in active) else None

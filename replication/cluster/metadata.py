@@ -33,7 +33,8 @@ PARAMETERS = (
         "max_age",
         "Oldest checkpoint that may be promoted, in seconds",
         "A copy whose last checkpoint is older than this number of seconds is not promoted after its owner has died; "
-        "0: whatever its age. A move, and an owner that comes back, lose nothing and have no such limit.",
+        "0: whatever its age. What loses nothing has no such limit: a move, an owner that comes back, and a copy whose "
+        "owner has left in good order. With a value that is no number no copy is promoted that lacks anything.",
         type="integer",
         default="60",
         reloadable=True,

@@ -46,6 +46,9 @@ wait "$child"
 echo $? >"$ended"
 """
 
+_NO_SYSTEMD = 127
+_ASK_SPARE_S = 3.0
+"""Of a stop: what is kept to ask whether the unit has ended."""
 _UNIT_STATES = ("active", "activating", "reloading", "deactivating")
 
 
@@ -78,9 +81,35 @@ class Runner(Protocol):
 
 def runner(told: Told, launcher: str) -> Runner:
     """As the parameter `service` says."""
+    if not told.service:
+        return Either((Child(told, launcher), *([Unit(told)] if os.path.isdir(_SYSTEMD) else [])))
     if told.service == "systemd" or (told.service == "auto" and os.path.isdir(_SYSTEMD)):
         return Unit(told)
     return Child(told, launcher)
+
+
+class Either:
+    """One of these, and it is not known which: what runs is found, and ended, but nothing is started."""
+
+    def __init__(self, runners: tuple[Runner, ...]) -> None:
+        self._runners = runners
+
+    def start(self) -> None:
+        raise StartFailed("the parameter service cannot be used", lasting=True)
+
+    def check(self) -> None:
+        if not self.alive():
+            raise StartFailed("nothing runs")
+
+    def alive(self) -> bool:
+        return any(each.alive() for each in self._runners)
+
+    def stop(self) -> bool:
+        return all([each.stop() for each in self._runners])  # noqa: C419 (each of them, whatever the first says)
+
+    def reload(self) -> None:
+        for each in self._runners:
+            each.reload()
 
 
 class Unit:
@@ -103,28 +132,37 @@ class Unit:
             raise StartFailed(f"{self._service} has ended: journalctl -u {self._service}")
 
     def alive(self) -> bool:
-        return self._systemctl("show", "--property=ActiveState", "--value", self._service)[1] in _UNIT_STATES
+        code, state = self._systemctl("show", "--property=ActiveState", "--value", self._service)
+        # A systemd that does not answer has not said that the process is gone.
+        if code == 0:
+            return state in _UNIT_STATES
+        return code is None or (code != _NO_SYSTEMD and os.path.isdir(_SYSTEMD))
 
     def stop(self) -> bool:
-        self._systemctl("stop", self._socket, self._service)
+        self._systemctl("stop", self._socket, self._service, spare_s=_ASK_SPARE_S)
         return not self.alive()
 
     def reload(self) -> None:
         if self.alive():
             self._systemctl("reload", self._service)
 
-    def _systemctl(self, *words: str) -> tuple[int, str]:
+    def _systemctl(self, *words: str, spare_s: float = 0.0) -> tuple[int | None, str]:
+        """Its exit code and what it says; None if it has not answered in time. `spare_s` is left for what follows."""
         try:
             done = subprocess.run(
                 ["systemctl", *words],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=max(0.1, self._told.left_s),
+                timeout=max(0.1, self._told.left_s - spare_s),
                 check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return 1, str(error)
+        except subprocess.TimeoutExpired as error:
+            return None, str(error)
+        except FileNotFoundError as error:
+            return _NO_SYSTEMD, str(error)
+        except OSError as error:
+            return None, str(error)
         return done.returncode, (done.stdout.strip() or done.stderr.strip())
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from replication.replctl import nodes
 
 from .metadata import DEFAULTS
 
@@ -17,12 +19,9 @@ _META = "OCF_RESKEY_CRM_meta_"
 _TIMEOUT_MS = 20_000
 """Where the cluster says nothing: what a monitor usually has."""
 
+_SERVICES = ("auto", "systemd", "process")
 _SPARE = 0.15
 """Of the time that the cluster gives: what an action keeps for its own end."""
-
-
-class Misconfigured(Exception):
-    """A parameter that cannot be used; the text names it."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,12 @@ class Told:
     clustered: bool
     """Pacemaker asks, and nobody who tries the agent by hand."""
     node: str
-    """The node of this host that is the resource: its NAME."""
+    """The node of this host that is the resource: its NAME; "" if none is given, or what is given is no name."""
     here: str
     service: str
-    max_age_s: float
-    """0: any."""
+    """auto, systemd or process; "" if it is none of these: then it may be either."""
+    max_age_s: float | None
+    """0: any. None if it cannot be used: then no age is young enough."""
     log: str
     folder: str
     """Of the cluster's run-time files: empty after a boot."""
@@ -54,6 +54,8 @@ class Told:
     """Where it is promoted."""
     to_promote: frozenset[str]
     """Where it is about to be."""
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    """Of each parameter that cannot be used: why. A monitor or a stop that failed by it would end in fencing."""
 
     @property
     def left_s(self) -> float:
@@ -62,7 +64,8 @@ class Told:
 
 
 def read(environment: Mapping[str, str]) -> Told:
-    """Misconfigured if a parameter cannot be used."""
+    """Never fails: what cannot be used is in `wrong`."""
+    wrong: dict[str, str] = {}
 
     def parameter(name: str) -> str:
         return environment.get(f"OCF_RESKEY_{name}") or DEFAULTS.get(name, "")
@@ -79,13 +82,20 @@ def read(environment: Mapping[str, str]) -> Told:
     runs = hosts("active", "unpromoted", "slave") | promoted
     told = any(name.startswith(_META + "notify_") for name in environment)
     event = "-".join(filter(None, (meta("notify_type"), meta("notify_operation"))))
+    node, service, age = (parameter(name) for name in ("node", "service", "max_age"))
+    if not nodes.is_name(node):
+        wrong["node"] = f"node={node} is not the NAME of a node" if node else "the parameter node is missing: the NAME"
+    if service not in _SERVICES:
+        wrong["service"] = f"service={service} should be one of {', '.join(_SERVICES)}"
+    if (max_age_s := _seconds(age)) is None:
+        wrong["max_age"] = f"max_age={age} is not a number of seconds"
     return Told(
         resource=environment.get("OCF_RESOURCE_INSTANCE", "default").partition(":")[0],
         clustered="OCF_RESKEY_crm_feature_set" in environment,
-        node=parameter("node"),
+        node="" if "node" in wrong else node,
         here=meta("on_node") or socket.gethostname(),
-        service=_one_of("service", parameter("service"), ("auto", "systemd", "process")),
-        max_age_s=_seconds("max_age", parameter("max_age")),
+        service="" if "service" in wrong else service,
+        max_age_s=max_age_s,
         log=parameter("log"),
         folder=environment.get("HA_RSCTMP") or "/run/resource-agents",
         repeated=meta("interval") not in ("", "0"),
@@ -94,6 +104,7 @@ def read(environment: Mapping[str, str]) -> Told:
         active=(runs - hosts("stop")) | hosts("start") if told else None,
         promoted=promoted,
         to_promote=hosts("promote"),
+        wrong=wrong,
     )
 
 
@@ -101,14 +112,6 @@ def _milliseconds(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else _TIMEOUT_MS
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise Misconfigured(f"{name}={value} should be one of {', '.join(choices)}")
-    return value
-
-
-def _seconds(name: str, text: str) -> float:
+def _seconds(text: str) -> float | None:
     number = text.removesuffix("s")
-    if not number.isascii() or not number.isdigit() or len(number) > 8:
-        raise Misconfigured(f"{name}={text} is not a number of seconds")
-    return float(number)
+    return float(number) if number.isascii() and number.isdigit() and len(number) <= 8 else None

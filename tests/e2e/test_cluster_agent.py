@@ -300,7 +300,7 @@ def test_a_file_that_is_wrong(hosts: Hosts) -> None:
     for action in ("validate-all", "start", "monitor"):
         assert a.act(action)[0] == Code.INSTALLED
     a.does("stop")
-    assert a.act("monitor", Max_Age="soon")[0] == Code.CONFIGURED
+    assert a.act("validate-all", Max_Age="soon")[0] == Code.CONFIGURED
     assert a.act("dance")[0] == Code.UNIMPLEMENTED
 
 

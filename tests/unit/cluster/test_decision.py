@@ -46,6 +46,9 @@ COPY = replace(
         (replace(COPY, outdated="demoted"), None),
         (replace(COPY, checkpoint_age_s=LIMIT_S + 1), None),
         (replace(COPY, checkpoint_age_s=None), None),
+        (replace(COPY, checkpoint_age_s=LIMIT_S + 1, lossless=True), decision.IN_STEP),
+        (replace(COPY, checkpoint_age_s=None, lossless=True, outdated="demoted"), None),
+        (replace(COPY, checkpoint_age_s=None, lossless=True, relation="older"), None),
     ],
 )
 def test_scores(seen: Seen, score: int | None) -> None:
@@ -80,6 +83,12 @@ def test_the_scores_are_in_order() -> None:
 def test_the_age_has_no_limit_with_0_and_none_for_an_owner() -> None:
     assert decision.score(replace(COPY, checkpoint_age_s=1e6), 0) == decision.IN_STEP
     assert decision.score(replace(SOUND, checkpoint_age_s=None), LIMIT_S) == decision.OWNER
+
+
+def test_with_an_age_that_is_not_known_only_a_copy_that_has_everything_is_a_candidate() -> None:
+    assert decision.score(COPY, None) is None
+    assert decision.score(replace(COPY, lossless=True), None) == decision.IN_STEP
+    assert decision.score(SOUND, None) == decision.OWNER
 
 
 @pytest.mark.parametrize("seen", [SOUND, COPY])
@@ -174,7 +183,9 @@ def test_who_hands_over(seen: Seen, to_promote: frozenset[str], told: bool, expe
         ("b", frozenset({"a"}), None),
         ("a", frozenset({"a", "b"}), None),
         (None, frozenset({"a", "b"}), None),
-        ("b", None, None),
+        ("b", None, "b"),
+        ("a", None, None),
+        (None, None, None),
     ],
 )
 def test_where_the_disks_are_still_owned(host: str | None, active: frozenset[str] | None, expected: str | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from replication.cluster.process import LAUNCHER_VARIABLE, Child, StartFailed, Unit, runner
+from replication.cluster.process import LAUNCHER_VARIABLE, Child, Either, StartFailed, Unit, runner
 from replication.cluster.told import Told, read
 from waiting import DEADLINE_S, wait_until
 
@@ -81,6 +81,40 @@ def test_a_unit_whose_file_is_wrong_is_not_tried_again(told: Told, tmp_path: Pat
     with pytest.raises(StartFailed) as error:
         Unit(told).start()
     assert error.value.lasting is lasting
+
+
+def test_a_systemd_that_does_not_answer_has_not_said_that_the_unit_is_gone(told: Told, tmp_path: Path) -> None:
+    systemctl = Systemctl(tmp_path)
+    systemctl.answer("--property=ActiveState", "inactive")
+    assert not Unit(told).alive()
+    systemctl.path.write_text("#!/bin/sh\nexec sleep 60\n")
+    late = Unit(replace(told, deadline=time.monotonic()))
+    assert late.alive()
+    assert not late.stop()
+
+
+def test_where_there_is_no_systemctl_there_is_no_unit(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/none")
+    assert not Unit(told).alive()
+
+
+def test_with_a_service_that_is_none_both_are_asked(told: Told, tmp_path: Path) -> None:
+    """A stop must work whatever the parameters are."""
+    assert isinstance(runner(replace(told, service=""), "x"), Either)
+    systemctl = Systemctl(tmp_path)
+    systemctl.answer("--property=ActiveState", "active")
+    child = Child(told, launcher(tmp_path, "import time; time.sleep(600)"))
+    child.start()
+    wait_until(child.alive, "it is noted")
+    either = Either((Child(told, "none"), Unit(told)))
+    assert not either.stop(), "the unit is there"
+    assert not child.alive()
+    assert either.alive()
+    systemctl.answer("--property=ActiveState", "inactive")
+    assert either.stop()
+    assert not either.alive()
+    with pytest.raises(StartFailed):
+        either.start()
 
 
 def launcher(folder: Path, text: str) -> str:

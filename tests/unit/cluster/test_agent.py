@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The actions against a node that is played, so that it can be in any state and fail at any step; the nodes of
+tests/e2e/test_cluster_agent.py are real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from replication.client.qmp import Refused
+from replication.client.session import NotRunning, Unanswered
+from replication.cluster import agent as module
+from replication.cluster.agent import Agent, Code, Failed
+from replication.cluster.pacemaker import ClusterError, Pacemaker
+from replication.cluster.told import read
+
+G1 = {"current": "g1", "ancestors": []}
+G2 = {"current": "g2", "ancestors": ["g1"]}
+
+
+class Node:
+    """What it answers, and what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.runs = True
+        self.role: dict[str, Any] = {"role": "primary", "score": 10000, "may-run": True, "reason": ""}
+        self.status: dict[str, Any] = {
+            "mode": "primary",
+            "stage": "running",
+            "link": {"state": "in-sync"},
+            "checkpoint": {"age": 1.0},
+            "lineage": G1,
+        }
+        self.relation = "same"
+        self.lossless = False
+        self.fails: dict[str, Exception] = {}
+        self.done: list[tuple[str, dict[str, Any]]] = []
+
+    def is_copy(self, age_s: float = 1.0) -> None:
+        self.role = {"role": "secondary", "score": 900, "may-run": False, "code": "is-secondary", "reason": "it is one"}
+        self.status = {**self.status, "mode": "secondary", "checkpoint": {"age": age_s}, "link": {"state": "lost"}}
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        if command in self.fails:
+            raise self.fails[command]
+        if command == "query-role":
+            return self.role
+        if command == "query-replication":
+            return self.status
+        if command == "query-failover":
+            return {"lossless": self.lossless}
+        if command == "replication-compare":
+            return {"relation": self.relation}
+        self.done.append((command, arguments))
+        if command == "replication-set-role" and arguments["role"] == "secondary":
+            self.is_copy()
+        if command == "replication-stop":
+            self.role = {"role": "primary", "score": 10000, "may-run": True, "reason": ""}
+        return None
+
+
+class Runner:
+    """Of the node's process."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def start(self) -> None:
+        self._node.runs = True
+
+    def check(self) -> None:
+        pass
+
+    def alive(self) -> bool:
+        return self._node.runs
+
+    def stop(self) -> bool:
+        self._node.runs = False
+        return True
+
+    def reload(self) -> None:
+        pass
+
+
+class Cluster(Pacemaker):
+    """Pacemaker's tool, and what it holds; none of it is run."""
+
+    register_text = ""
+    score: str | None = None
+    fails = False
+
+    def _run(self, *command: str) -> str:
+        if self.fails:
+            raise ClusterError("no cluster")
+        kind = type(self)
+        if "--promotion" in command:
+            kind.score = None if "--delete" in command else command[-1].removeprefix("--update=")
+        elif "--query" in command:
+            return kind.register_text
+        else:
+            kind.register_text = command[-1]
+        return ""
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.register_text)
+        return found
+
+
+class Host:
+    """`a`, its node, and its agent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.node = Node()
+        self.folder = folder
+        self.cluster: type[Cluster] = type("Cluster", (Cluster,), {})
+
+    def registered(self, host: str, lineage: dict[str, Any], **more: Any) -> None:
+        self.cluster.register_text = json.dumps({"host": host, "lineage": lineage, **more})
+
+    @property
+    def register(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.cluster.register_text)
+        return found
+
+    def act(self, action: str, **told: str) -> int:
+        environment = {
+            "OCF_RESOURCE_INSTANCE": "disk:0",
+            "OCF_RESKEY_crm_feature_set": "3.16.1",
+            "OCF_RESKEY_node": "vm1",
+            "HA_RSCTMP": str(self.folder),
+            "OCF_RESKEY_CRM_meta_on_node": "a",
+            "OCF_RESKEY_CRM_meta_interval": "10000" if action == "monitor" else "0",
+        }
+        for name, value in told.items():
+            meta = not name[0].isupper()
+            environment[f"OCF_RESKEY_CRM_meta_{name}" if meta else f"OCF_RESKEY_{name.lower()}"] = value
+        found = read(environment)
+        try:
+            return Agent(found, self.cluster(found), Runner(self.node)).actions[action]()
+        except Failed as error:
+            return error.code
+
+    def marked(self) -> Path:
+        path = self.folder / "nbdkit-replication-vm1.promoted"
+        path.touch()
+        return path
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    found = Host(tmp_path)
+
+    class Session:
+        def __init__(self, _path: str, _timeout_s: float) -> None:
+            if not found.node.runs:
+                raise NotRunning("nobody listens")
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_exception: object) -> None:
+            pass
+
+        def again(self, _timeout_s: float) -> Self:
+            return self
+
+        def call(self, command: str, **arguments: Any) -> Any:
+            return found.node.call(command, **arguments)
+
+    monkeypatch.setattr(module, "Session", Session)
+    monkeypatch.setattr(module.nodes, "control_of", str)
+    return found
+
+
+BOTH = {"notify_active_uname": "a b", "notify_stop_uname": " "}
+ALONE = {"notify_active_uname": "a b", "notify_stop_uname": "b"}
+
+
+@pytest.mark.parametrize("wrong", [{"Max_Age": "1m"}, {"Max_Age": "1.5"}, {"Service": "upstart"}])
+def test_a_parameter_that_is_wrong_fails_nothing_that_would_end_in_fencing(host: Host, wrong: dict[str, str]) -> None:
+    host.marked()
+    assert host.act("monitor", **wrong) == Code.PROMOTED
+    for action in ("demote", "notify", "reload-agent"):
+        assert host.act(action, **BOTH, **wrong) == Code.OK
+    assert host.act("monitor", **wrong) == Code.DEGRADED, "somebody has to look at it"
+    assert host.act("stop", **wrong) == Code.OK
+    assert not host.node.runs
+    assert host.act("monitor", **wrong) == Code.NOT_RUNNING
+    assert host.act("validate-all", **wrong) == Code.CONFIGURED
+
+
+def test_a_name_that_is_none_stops_nothing(host: Host) -> None:
+    for name in ("*", ""):
+        assert host.act("stop", Node=name) == Code.OK
+        assert host.node.runs
+        assert host.act("start", Node=name) == Code.CONFIGURED
+
+
+def test_with_an_age_that_is_wrong_a_copy_goes_on_only_without_loss(host: Host) -> None:
+    host.node.is_copy()
+    host.registered("b", G1)
+    assert host.act("promote", **ALONE, Max_Age="1m") == Code.GENERIC
+    assert host.node.done == []
+    host.node.lossless = True
+    assert host.act("promote", **ALONE, Max_Age="1m") == Code.OK
+    assert ("replication-stop", {"failover": True, "lossless": True}) in host.node.done
+
+
+def test_a_copy_that_has_everything_is_promoted_whatever_its_age(host: Host) -> None:
+    host.node.is_copy(age_s=3600.0)
+    host.registered("b", G1)
+    host.act("monitor")
+    assert host.act("promote", **BOTH) == Code.GENERIC
+    host.node.lossless = True
+    host.act("monitor")
+    assert host.cluster.score == "1000"
+    assert host.act("promote", **BOTH) == Code.OK
+
+
+def test_without_notify_nobody_is_known_to_be_gone(host: Host) -> None:
+    host.node.is_copy()
+    host.registered("b", G1)
+    assert host.act("promote") == Code.GENERIC
+    assert host.node.done == []
+    assert host.act("promote", **ALONE) == Code.OK
+
+
+def test_a_hand_over_that_is_not_answered_in_time_is_no_success(host: Host) -> None:
+    host.node.fails["replication-set-role"] = Unanswered("late")
+    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.GENERIC
+    host.node.fails["replication-set-role"] = Refused("no")
+    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
+
+
+@pytest.mark.parametrize("error", [Unanswered("late"), Refused("no")])
+def test_an_owner_that_cannot_give_way_yet_is_no_failure(host: Host, error: Exception) -> None:
+    host.node.status["outdated-reason"] = {"reason": "b went on"}
+    host.node.fails["replication-set-role"] = error
+    assert host.act("monitor") == Code.OK
+    assert host.cluster.score in (None, "-INFINITY")
