@@ -581,10 +581,10 @@ class Node:
         return self._testing().start(name, timeout_s, self.faces)
 
     def stop_test(
-        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None, id_: str | None = None
     ) -> dict[str, Any]:
         """replication-test-stop; without waiting for a command."""
-        return self._testing().stop(name, result, rto_s, reason)
+        return self._testing().stop(name, result, rto_s, reason, id_)
 
     def _testing(self) -> Rehearsals:
         if not isinstance(self.side, SecondarySide):

@@ -86,7 +86,7 @@ class Replicated(Protocol):
         """Begin a test of a failover, which ends by itself after `timeout_s` seconds; what its exports are."""
 
     def stop_test(
-        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None, id_: str | None = None
     ) -> dict[str, Any]:
         """End a test, the only one if there is no name, and keep its result, if there is one."""
 
@@ -221,7 +221,7 @@ class Commands:
         result, rto_s = arguments.get("result"), _seconds(arguments, "rto")
         if result is None and (rto_s is not None or "reason" in arguments):
             raise CommandError("Parameters 'rto' and 'reason' are for a result")
-        return self._node.stop_test(arguments.get("name"), result, rto_s, arguments.get("reason"))
+        return self._node.stop_test(arguments.get("name"), result, rto_s, arguments.get("reason"), arguments.get("id"))
 
     def _demote(self, _arguments: Mapping[str, Any]) -> Any:
         self._node.demote()
@@ -341,6 +341,7 @@ class Commands:
             _test_stop,
             {
                 "name": Argument("string"),
+                "id": Argument("string"),
                 "result": Argument("string", values=("passed", "failed")),
                 "rto": Argument("number"),
                 "reason": Argument("string"),

@@ -117,7 +117,7 @@ def _run(client: Session, options: argparse.Namespace) -> None:
         raise
     finally:
         rto_s = time.monotonic() - begun
-        kept = _kept(client, options, name, reason, rto_s)
+        kept = _kept(client, options, started, reason, rto_s)
     result = kept.get("result")
     if result != "passed":
         raise Refused(f"the test has {'failed' if result else 'no result'}: {human_value(kept.get('reason'))}")
@@ -142,22 +142,33 @@ def _tried(started: dict[str, Any], options: argparse.Namespace, deadline: float
         return Trial(command, environment, options.marker, agent, deadline).run(quiet=options.json)
 
 
-def _kept(client: Session, options: argparse.Namespace, name: str, reason: str | None, rto_s: float) -> dict[str, Any]:
-    """What the node has kept of it. Over a connection of its own: whatever has interrupted the other one."""
+def _kept(
+    client: Session, options: argparse.Namespace, started: dict[str, Any], reason: str | None, rto_s: float
+) -> dict[str, Any]:
+    """What the node has kept of this test, and of no later one of the name. Over a connection of its own: whatever has
+    interrupted the other one."""
     given = {"result": "passed", "rto": rto_s} if reason is None else {"result": "failed", "reason": reason}
+    which = {key: started[key] for key in ("name", "id") if key in started}
     with client.again(options.timeout) as again:
-        kept: dict[str, Any] = again.call("replication-test-stop", name=name, **given)
+        kept: dict[str, Any] = again.call("replication-test-stop", **which, **given)
     return kept
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """What a service manager, or the end of a connection, ends this program with is an interrupt like a terminal's."""
+    """What a service manager, or the end of a connection, ends this program with is an interrupt like a terminal's. A
+    second one, which may come with the first, changes nothing: what was started has to be ended, which takes its time
+    but not for ever."""
+    interrupted = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
 
-    former = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    former = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

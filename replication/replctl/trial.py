@@ -27,8 +27,39 @@ _AGENT_S = 1.0
 _END_S = 5.0
 """From SIGTERM to SIGKILL."""
 _READ = 1 << 16
+_ECHO_MAX = 1 << 20
+"""What is kept for a reader of the output that does not read at the moment; the rest of it gets lost."""
+_ECHO_S = 1.0
+"""Longest wait for such a reader at the end."""
 _LAST_WORDS = 64
 """Pieces that are read when the command has ended, of which some may be of what it has started, and which goes on."""
+
+
+class _Echo:
+    """Prints what a command says, for whom wants it: a reader that has gone, or does not read, is in nobody's way."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._left = b""
+
+    def say(self, data: bytes) -> None:
+        """Print it, or what there is room for."""
+        self._left = (self._left + data)[:_ECHO_MAX]
+        self._print(0.0)
+
+    def end(self) -> None:
+        """Print what is left."""
+        deadline = time.monotonic() + _ECHO_S
+        while self._left and time.monotonic() < deadline:
+            self._print(_LOOK_S)
+
+    def _print(self, wait_s: float) -> None:
+        try:
+            # So much fits where there is room at all, and nothing blocks.
+            while self._left and select.select([], [self._fd], [], wait_s)[1]:
+                self._left = self._left[os.write(self._fd, self._left[: select.PIPE_BUF]) :]
+        except (OSError, ValueError):  # it has seen enough
+            self._fd, self._left = -1, b""
 
 
 class Trial:
@@ -65,13 +96,16 @@ class Trial:
             )
         except OSError as error:
             raise Unusable(f"{self._command[0]} cannot be run: {error.strerror}") from error
-        with process:
-            try:
-                return self._watch(process, (sys.stderr if quiet else sys.stdout).fileno())
-            finally:
-                _end(process)
+        echo = _Echo((sys.stderr if quiet else sys.stdout).fileno())
+        try:
+            return self._watch(process, echo)
+        finally:
+            _end(process)
+            echo.end()
+            if process.stdout is not None:
+                process.stdout.close()
 
-    def _watch(self, process: subprocess.Popen[bytes], echo: int) -> str | None:
+    def _watch(self, process: subprocess.Popen[bytes], echo: _Echo) -> str | None:
         assert process.stdout is not None
         output, speaks, last_words = process.stdout.fileno(), True, _LAST_WORDS
         while time.monotonic() < self._deadline:
@@ -81,7 +115,7 @@ class Trial:
                     process.wait(_LOOK_S)
             elif select.select([output], [], [], 0 if ended else _LOOK_S)[0]:
                 data = os.read(output, _READ)
-                os.write(echo, data)
+                echo.say(data)
                 if self._hears(data):
                     return None
                 speaks = bool(data)
@@ -120,12 +154,23 @@ def _answers(agent: str) -> bool:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End it, and what it has started: that has the signals as well, and the second one also when it itself has ended
-    by the first."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_S)
+    by the first. An interrupt meanwhile (one, see rehearsal.py) leaves nothing running; and what does not even end by
+    SIGKILL, because a disk does not answer, is not waited for."""
+    ended = False
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _signal(process, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+        ended = True
+    finally:
+        if not ended:
+            _signal(process, signal.SIGKILL)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 @contextlib.contextmanager

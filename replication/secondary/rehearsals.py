@@ -16,6 +16,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Rehearsal:
     until: float | None
     """When it ends by itself, by time.monotonic()."""
     faces: dict[str, Face] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """What tells it from others of its name."""
     began: float = field(default_factory=time.time)
     began_s: float = field(default_factory=time.monotonic)
     over: str | None = None
@@ -135,6 +138,7 @@ class Rehearsals:
         self._tell(test, "started")
         return {
             "name": name,
+            "id": test.id,
             "epoch": test.epoch,
             "exports": [
                 {"disk": disk.name, "export": export, "size": disk.size}
@@ -197,17 +201,12 @@ class Rehearsals:
                 raise CommandError(f"'{export[:80]}' cannot be the export of a test: choose another name for it")
         return exports
 
-    def stop(self, name: str | None, result: str | None, rto_s: float | None, reason: str | None) -> dict[str, Any]:
+    def stop(
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None, id_: str | None = None
+    ) -> dict[str, Any]:
         """replication-test-stop: what has become of it. Waits for nobody. CommandError when there is none."""
-        with self._lock:
-            if name is None:
-                if len(self._tests) != 1:
-                    known = ", ".join(f"'{each}'" for each in self._tests) or "none"
-                    raise CommandError(f"Say which test: there is {known}", reason=Reason.NO_TEST)
-                (name,) = self._tests
-            test = self._tests.pop(name, None)
-        if test is None:
-            raise CommandError(f"There is no test of the name '{name[:80]}'", reason=Reason.NO_TEST)
+        test = self._take(name, id_)
+        name = test.name
         # What has been cut off in the midst shows nothing, whoever thinks so.
         over = test.over
         self._end(test, "it was stopped")
@@ -220,6 +219,23 @@ class Rehearsals:
             self._conclude(test, result, rto_s if result == PASSED else None, reason)
         self._tell(test, "stopped", result, reason)
         return {"name": name, "result": result, "reason": reason}
+
+    def _take(self, name: str | None, id_: str | None) -> Rehearsal:
+        """The test of that name, or of that id, out of the list; CommandError."""
+        with self._lock:
+            if name is None and id_ is not None:
+                name = next((test.name for test in self._tests.values() if test.id == id_), "")
+            if name is None:
+                if len(self._tests) != 1:
+                    known = ", ".join(f"'{each}'" for each in self._tests) or "none"
+                    raise CommandError(f"Say which test: there is {known}", reason=Reason.NO_TEST)
+                (name,) = self._tests
+            test = self._tests.get(name)
+            if test is not None and id_ in (None, test.id):
+                return self._tests.pop(name)
+        if test is not None or not name:
+            raise CommandError("That test is over: there is no test of that id", reason=Reason.NO_TEST)
+        raise CommandError(f"There is no test of the name '{name[:80]}'", reason=Reason.NO_TEST)
 
     def _conclude(
         self, test: Rehearsal, result: str, rto_s: float | None, reason: str | None, within_s: float = _SAVE_S

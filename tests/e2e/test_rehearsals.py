@@ -257,6 +257,7 @@ def test_a_start_after_a_checkpoint_is_of_that_one_and_of_two_with_one_name_one_
     answer = bench.server.execute("replication-test-start", name="x")
     assert answer == {
         "name": "x",
+        "id": answer["id"],
         "epoch": bench.server.status()["epoch"],
         "exports": [{"disk": "disk0", "export": "top0.x", "size": SIZE}],
     }
@@ -413,6 +414,19 @@ def test_a_test_ends_by_itself_when_nobody_stops_it_in_time_and_has_failed(lab: 
     assert "nobody has stopped it" in event["reason"]
     assert bench.server.status()["tests"] == []
     assert bench.server.status()["last-test"]["result"] == "failed"
+
+
+def test_who_has_begun_a_test_that_is_over_stops_no_later_one_of_its_name(lab: Lab) -> None:
+    bench = Bench(lab)
+    first = bench.server.execute("replication-test-start", name="run")["id"]
+    assert bench.stop("run", id=first)["result"] is None
+    later = bench.test("run")
+    for given in ({"name": "run"}, {}):
+        assert code_of(bench.server, "replication-test-stop", id=first, result="passed", **given) == "no-test"
+    assert bytes(later.pread(BLOCK, 0)) == OLD[:BLOCK]
+    assert bench.server.status()["last-test"] is None
+    bench.stop("run", result="passed")
+    assert bench.server.status()["last-test"]["result"] == "passed"
 
 
 def test_an_old_connection_does_not_get_into_the_next_test_of_the_name(lab: Lab) -> None:

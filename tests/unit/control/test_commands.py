@@ -74,9 +74,9 @@ class Node:
         return {"name": name}
 
     def stop_test(
-        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None
+        self, name: str | None, result: str | None, rto_s: float | None, reason: str | None, id_: str | None = None
     ) -> dict[str, Any]:
-        self._record("stop_test", name, result, rto_s, reason)
+        self._record("stop_test", name, result, rto_s, reason, id_)
         return {"name": "x"}
 
     def demote(self) -> None:
@@ -186,11 +186,11 @@ SET = "xen-set-replication"
         ("replication-verify-cancel", None, [("cancel_verify",)], {}),
         ("replication-test-start", None, [("start_test", "test", None)], {"name": "test"}),
         ("replication-test-start", {"name": "a", "timeout": 5}, [("start_test", "a", 5.0)], {"name": "a"}),
-        ("replication-test-stop", None, [("stop_test", None, None, None, None)], {"name": "x"}),
+        ("replication-test-stop", None, [("stop_test", None, None, None, None, None)], {"name": "x"}),
         (
             "replication-test-stop",
-            {"name": "a", "result": "passed", "rto": 1.5, "reason": "so"},
-            [("stop_test", "a", "passed", 1.5, "so")],
+            {"name": "a", "id": "1a", "result": "passed", "rto": 1.5, "reason": "so"},
+            [("stop_test", "a", "passed", 1.5, "so", "1a")],
             {"name": "x"},
         ),
         ("replication-demote", None, [("demote",)], {}),

@@ -133,7 +133,7 @@ class Node:
             if self.refuses is not None:
                 raise self.refuses
             export = {"disk": "disk0", "export": f"top.{arguments['name']}", "size": 1}
-            return {"name": arguments["name"], "epoch": 3, "exports": [export]}
+            return {"name": arguments["name"], "id": "1a", "epoch": 3, "exports": [export]}
         return self.keeps or {
             "name": arguments["name"],
             "result": arguments.get("result"),
@@ -166,7 +166,7 @@ def test_a_test_that_passes_is_kept_with_the_time_it_took(capfd: pytest.CaptureF
     (start, stop) = node.called
     assert start == ("replication-test-start", {"name": "run", "timeout": 110.0})
     assert stop[0] == "replication-test-stop"
-    assert (stop[1]["name"], stop[1]["result"]) == ("run", "passed")
+    assert (stop[1]["name"], stop[1]["id"], stop[1]["result"]) == ("run", "1a", "passed")
     assert 0 < stop[1]["rto"] < DEADLINE_S
     said = capfd.readouterr()
     assert said.err == "nbd+unix:///top.run?socket=/s\n"
@@ -193,7 +193,70 @@ def test_an_interrupt_ends_the_test_as_a_failed_one(number: signal.Signals) -> N
     node = Node()
     with pytest.raises(KeyboardInterrupt):
         run(node, "test", "run", *URI, "--", "sh", "-c", f"kill -{number.name[3:]} $PPID; exec sleep 1000")
-    assert node.called[-1][1] == {"name": "run", "result": "failed", "reason": "it was interrupted"}
+    assert node.called[-1][1] == {"name": "run", "id": "1a", "result": "failed", "reason": "it was interrupted"}
+
+
+@pytest.mark.parametrize("second", ["HUP", "INT"])
+def test_a_second_interrupt_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    """It comes while the command, which takes no notice of SIGTERM, is being ended. A session that closes sends two."""
+    monkeypatch.setattr(trial, "_END_S", 0.5)
+    pid, node, real = tmp_path / "pid", Node(), trial._signal
+
+    def first(_trial: Trial, _data: bytes) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    def then(process: Any, number: int) -> None:
+        real(process, number)
+        os.kill(os.getpid(), getattr(signal, f"SIG{second}"))
+
+    monkeypatch.setattr(Trial, "_hears", first)
+    monkeypatch.setattr(trial, "_signal", then)
+    script = f"trap '' TERM; echo $$ >{pid}; echo x; exec sleep 1000"
+    with pytest.raises(KeyboardInterrupt):
+        run(node, "test", "run", *URI, "--", "sh", "-c", script)
+    wait_until(lambda: not _alive(int(pid.read_text())), "it has ended")
+    assert node.called[-1][1]["result"] == "failed"
+
+
+def test_an_interrupt_while_the_command_is_being_ended_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, node, real = tmp_path / "pid", Node(), trial._signal
+
+    def interrupt(process: Any, number: int) -> None:
+        real(process, number)
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trial, "_signal", interrupt)
+    script = f"trap '' TERM; echo $$ >{pid}; echo login:; exec sleep 1000"
+    with pytest.raises(KeyboardInterrupt):
+        run(node, "test", "run", *URI, "--marker", "login:", "--", "sh", "-c", script)
+    wait_until(lambda: not _alive(int(pid.read_text())), "it has ended")
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["reads-nothing", "is-gone"])
+def test_who_reads_the_output_decides_nothing(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    """Wrong: BrokenPipeError makes it a failed test with exit code 0, and a full pipe holds up the deadline."""
+    monkeypatch.setattr(trial, "_ECHO_S", 0.0)
+    out, into = os.pipe()
+    try:
+        if reads:
+            os.close(out)
+        echo = trial._Echo(into)
+        for _ in range(3):
+            echo.say(b"x" * (1 << 20))
+        echo.end()
+        monkeypatch.setattr(trial, "_Echo", lambda _fd: echo)
+        assert tried("head -c 1000000 /dev/zero; exit 3") == "sh has ended with 3"
+        assert tried("head -c 1000000 /dev/zero") is None
+    finally:
+        os.close(into)
+        if not reads:
+            os.close(out)
 
 
 @pytest.mark.parametrize("typed", [("--", "/none"), ("--", "true")], ids=["no-command", "no-uri"])

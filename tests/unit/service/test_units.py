@@ -16,6 +16,7 @@ from checkout import REPOSITORY
 from manpages import Page
 from replication.options import ALL_KEYS, CHANGEABLE, Options
 from replication.replctl.line import _apart, parser, with_node
+from replication.replctl.outcome import Exit
 from replication.server.disconnect import END_S
 from replication.service import config, reload
 from waiting import DEADLINE_S
@@ -85,6 +86,7 @@ def test_a_test_is_given_what_replctl_takes() -> None:
     line = re.search(r"^ExecStart=/usr/bin/replctl (.*)$", read, re.MULTILINE)
     assert line is not None
     assert f"{config.CONFIG_DIR}/%i.test" in read
+    assert f"\nSuccessExitStatus={Exit.NOT_RUNNING:d}\n" in read  # of a node that does not run there is no test
     text = (REPOSITORY / "docs/operating/test.md").read_text()
     given = re.findall(r"^echo 'TEST=(.*)' >/etc/nbdkit-replication\.d/web1\.test$", text, re.MULTILINE)
     assert given
