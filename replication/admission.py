@@ -6,8 +6,7 @@ It does so for four reasons, of which the first that holds counts:
     guest-face      nobody has promoted the node in this process: exports of guests are closed, and requests fail
     on-outdated     the node owns its disks, and has learnt that another one went on: as the option says
     wfc-timeout     a primary was started again and has not reached its peer yet: requests wait
-    fencing         a primary's link is lost, and nobody has said yet that the peer is fenced: writes wait, and the
-                    answers of those that are under way; reads go on
+    fencing         a primary's link is lost, and nobody has said yet that the peer is fenced: writes wait; reads go on
 
 Each method changes one thing and then decides anew from everything, under a lock: whoever has changed something last
 has decided last. A node that is being made a secondary is an exception: its guest goes on standing still until it is
@@ -41,6 +40,8 @@ class Ownership(NamedTuple):
     """Whether it is a primary that runs."""
     outdated: str | None
     """Why it is outdated."""
+    code: str | None = None
+    """The same as a code."""
 
 
 class Admission:
@@ -61,6 +62,11 @@ class Admission:
         """Of a link, as far as fencing counts them."""
         # Somebody has let the guest go on although the node is outdated.
         self._resumed = False
+        # What the node has learnt of the other one (codes) since the two last agreed: the link meets the same refusal
+        # every few seconds.
+        self._heard: set[str] = set()
+        # How many are at work who say that the node is outdated.
+        self._hearing = 0
         # How many are making it a secondary: a command, and a step of that.
         self._demoting = 0
         # What the log has.
@@ -73,11 +79,13 @@ class Admission:
         """Why guests cannot open their exports, None if they can."""
         return _CLOSED if self._closed else None
 
-    def begin(self, restarted: bool, of_pair: bool) -> None:
-        """The node is there. `restarted`: as a primary whose replication ran; `of_pair`: which has had a secondary."""
+    def begin(self, restarted: bool, of_pair: bool, kept_back: bool = False) -> None:
+        """The node is there. `restarted`: as a primary whose replication ran; `of_pair`: which has had a secondary.
+        `kept_back`: its guest stood still in a demotion that a former process has begun, and not ended."""
         with self._lock:
-            self._waits_for_peer = restarted and of_pair and self._options.wfc_timeout_s is not None
-            self._cut_off = restarted and self._options.fencing is Fencing.SUSPEND_IO
+            patient = kept_back or (restarted and of_pair)
+            self._waits_for_peer = patient and self._options.wfc_timeout_s is not None
+            self._cut_off = (restarted or kept_back) and self._options.fencing is Fencing.SUSPEND_IO
             self._decide_locked()
         self.tell()
 
@@ -104,19 +112,51 @@ class Admission:
             self._decide_locked()
         self.tell()
 
-    def learnt(self) -> None:
-        """The node has learnt that another one went on: what was said before about its guest does not count."""
+    def learnt(self, code: Reason, again: bool = False) -> bool:
+        """The node has learnt that another one went on: what was said before about its guest does not count. `again`:
+        it was outdated already, and may have learnt just this. Whether a guest that somebody had let go on stops."""
         with self._lock:
-            self._resumed = False
+            news = not (again and code.value in self._heard)
+            self._heard.add(code.value)
+            stops, self._resumed = news and self._resumed, self._resumed and not news
+            self._decide_locked()
+        self.tell()
+        return stops
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Around a command which says that the node is outdated: its guest stands still while that waits for another
+        command, or for the storage, and as before when it fails."""
+        with self._lock:
+            self._hearing += 1
+            self._decide_locked()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hearing -= 1
+                self._decide_locked()
+            self.tell()
+
+    def accepted(self) -> None:
+        """The peer takes this node's writes: what is learnt of it from now on is new."""
+        with self._lock:
+            self._heard.clear()
+        self.reached()
+
+    def promoted(self) -> None:
+        """Somebody has made the node an owner. If it is one still: the command may be late."""
+        with self._lock:
+            if self._ownership().owner:
+                self._closed = False
             self._decide_locked()
         self.tell()
 
-    def promoted(self) -> None:
-        """Somebody has made the node an owner."""
+    @property
+    def keeps_back(self) -> bool:
+        """Whether the guest stands still, in a demotion, for something that ends with a stop otherwise."""
         with self._lock:
-            self._closed = False
-            self._decide_locked()
-        self.tell()
+            return self._demoting > 0 and (self._waits_for_peer or self._cut_off)
 
     @contextmanager
     def demoting(self) -> Iterator[None]:
@@ -183,6 +223,8 @@ class Admission:
             if self.still.on:
                 self._waits_for_peer = self._cut_off = False
                 self._resumed = True
+                if (code := self._ownership().code) is not None:
+                    self._heard.add(code)
                 self._decide_locked()
         self.tell()
 
@@ -220,6 +262,9 @@ class Admission:
         ownership, choice = self._ownership(), self._options.on_outdated
         if self._closed:
             self.still.begin(_CLOSED, fails=True)
+        elif ownership.owner and self._hearing and choice is not _CONTINUE:
+            # In front of the next one: nothing fails before that is saved, and so is certain.
+            self.still.begin("somebody is saying that this node is outdated", fails=False)
         elif ownership.owner and ownership.outdated is not None and not self._resumed and choice is not _CONTINUE:
             self.still.begin(f"this node is outdated ({ownership.outdated})", fails=choice is OnOutdated.IO_ERROR)
         elif ownership.owner and self._waits_for_peer:

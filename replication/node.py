@@ -74,6 +74,9 @@ SAVE_AGAIN_MIN_S, SAVE_AGAIN_MAX_S = 0.5, 10.0
 
 _AUTOSTART_RETRY_S = 1.0
 
+_OF_PEER = (Reason.PEER_PROMOTED.value, Reason.PEER_NEWER.value)
+"""Why a node is outdated, as its peer has shown it, and can show that it is so no longer."""
+
 
 class Node:
     """A primary or a secondary: by `options.mode`, or what a former process of the state folder has become."""
@@ -93,6 +96,8 @@ class Node:
         # Protects the next one, and puts the latched fault into the record. Never held across I/O.
         self._saving = threading.Lock()
         self._unsaved = False
+        # Protects why an owner is outdated, which a command, the link and a start may say at once. Never across I/O.
+        self._judging = threading.Lock()
         self.before_resync: Callable[[Mapping[str, str]], None] = _agreed
         """Called with `verdict` and `peer` before a primary begins to send what this secondary lacks; CommandError
         refuses that. It may take its time, without a lock."""
@@ -121,7 +126,7 @@ class Node:
         self._note_process()
         state.reserve(self._record)
         began_before = self._record.mode is Mode.PRIMARY and self.stage is Stage.RUNNING
-        self.admission.begin(began_before, self._record.partner is not None)
+        self.admission.begin(began_before, self._record.partner is not None, self._record.kept_back)
 
     def _setting(self, side: Callable[[], Side]) -> Setting:
         """What a side works with; `side()` is that side, when it enters a stage."""
@@ -265,16 +270,18 @@ class Node:
         Called by the side at work; one that is not the node's yet becomes it. The gate is closed.
         """
         record = self._record
-        former = (record.stage, record.mode, record.promoted)
+        former = (record.stage, record.mode, record.promoted, record.kept_back)
         if stage not in TRANSITIONS[record.stage]:
             raise AssertionError(f"no way from stage {record.stage.value} to {stage.value}")
         record.stage, record.mode, record.promoted = stage, side.mode, record.promoted or side.mode is not record.mode
+        # With the stage: from a stop that nobody has demoted, the next process lets the guest go on.
+        record.kept_back = stage is Stage.DONE and self.admission.keeps_back
         saved = True
         try:
             self._save(haste)
         except StateError as error:
             if haste is None or not haste.force:
-                record.stage, record.mode, record.promoted = former
+                record.stage, record.mode, record.promoted, record.kept_back = former
                 raise
             log(f"stage {stage.value} is not saved yet, and the end of this process would undo it (force): {error}")
             saved = False
@@ -287,6 +294,9 @@ class Node:
             side.configure()  # what was changed while it was not the node's yet
         if stage is Stage.DONE:
             self.admission.stopped()
+            if self.admission.keeps_back and not record.kept_back:  # the link was lost while that was saved
+                record.kept_back = True
+                self._save_later()
         else:
             self.admission.review()
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
@@ -690,6 +700,7 @@ class Node:
     def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None:
         """replication-stop. `conditions`: of a failover."""
         if failover and not self._check_running():
+            self._opens()
             return  # without waiting for whoever is at work
         haste = Haste(time.monotonic() + FAILOVER_S, force) if failover else None
         with ExitStack() as parted:
@@ -702,13 +713,18 @@ class Node:
                 parted.enter_context(side.pairing.parting(PARTING_S))
             with self._commanding(haste):
                 if not self._check_running():
+                    self._opens()
                     return
                 if haste is None:
                     self.side.stop()
                 else:
                     self._hasten(haste, conditions)
-                if isinstance(self.side, SecondarySide):
-                    self.admission.promoted()
+                self._opens()
+
+    def _opens(self) -> None:
+        """A secondary that was stopped, or was before, is an owner by somebody's word: guests may come."""
+        if isinstance(self.side, SecondarySide):
+            self.admission.promoted()
 
     def _hasten(self, haste: Haste, conditions: Conditions | None) -> None:
         try:
@@ -775,44 +791,51 @@ class Node:
     def outdate(self, text: str) -> None:
         """replication-outdate: who knows it says that another node went on. StateError as CommandError, with nothing
         changed. It takes the place of another reason: what would end that one does not end this."""
-        with self._commanding():
+        with self.admission.hearing(), self._commanding():
             record = self._record
-            former = (record.outdated, record.left_well)
-            record.left_well = False  # whoever has left is not the last word
             told = Outdated(Reason.TOLD, text, time.time()).to_json()
-            news = former[0] is None or any(former[0][key] != told[key] for key in ("code", "reason"))
-            if news:
-                record.outdated = told
+            with self._judging:
+                former, had_left_well = record.outdated, record.left_well
+                record.left_well = False  # whoever has left is not the last word
+                news = former is None or any(former[key] != told[key] for key in ("code", "reason"))
+                if news:
+                    record.outdated = told
             try:
-                if (record.outdated, record.left_well) != former:
+                if news or had_left_well:
                     self._save()
             except BaseException:
-                record.outdated, record.left_well = former
+                record.outdated, record.left_well = former, had_left_well
                 raise
             if isinstance(self.side, SecondarySide):
                 self.side.pairing.doubt()
-            if news:
-                self._tell_outdated()
+            if self.admission.learnt(Reason.TOLD) or news:  # also a guest that somebody has let go on since
+                self._tell_outdated(told)
 
     def _outdate(self, code: Reason, text: str) -> None:
         """As a thread of the link, or a start, has learnt. It is so all the same when it cannot be saved: it is saved
         later."""
-        if self._record.outdated is not None or code.value in self._record.overruled:
+        learnt = Outdated(code, text, time.time()).to_json()
+        with self._judging:
+            if code.value in self._record.overruled:
+                return
+            again = self._record.outdated is not None
+            if not again:
+                self._record.outdated = learnt
+        # Before it is saved: storage that takes its time is no reason to serve the guest meanwhile.
+        stops = self.admission.learnt(code, again)
+        if again:
+            if stops:
+                self._tell_outdated(learnt)
             return
-        self._record.outdated = Outdated(code, text, time.time()).to_json()
-        self.admission.learnt()  # storage that takes its time is no reason to serve the guest meanwhile
         try:
             self._save()
         except StateError as error:
             log(f"that this node is outdated is not saved yet: {error}")
             self._save_later()
-        self._tell_outdated()
+        if self._record.outdated is not None:  # it may have ended meanwhile
+            self._tell_outdated(learnt)
 
-    def _tell_outdated(self) -> None:
-        outdated = self._record.outdated
-        if outdated is None:
-            return  # that has ended meanwhile
-        self.admission.learnt()
+    def _tell_outdated(self, outdated: Mapping[str, Any]) -> None:
         log(f"this node is outdated: {outdated['reason']}")
         self._hub.emit("REPLICATION_OUTDATED", code=outdated["code"], reason=outdated["reason"])
 
@@ -869,23 +892,37 @@ class Node:
     def _ownership(self) -> Ownership:
         mode, stage = self._record.mode, self._stage
         forwards = mode is Mode.PRIMARY and stage is Stage.RUNNING
-        return Ownership(is_owner(mode, stage), forwards, self.outdated_reason)
+        outdated = self._record.outdated
+        why, code = (None, None) if outdated is None else (str(outdated["reason"]), str(outdated["code"]))
+        return Ownership(is_owner(mode, stage), forwards, why, code)
 
     def insist(self) -> None:
         """Somebody promotes this node by force: what is here counts, whoever has gone on, and nobody is waited for.
         That lasts until something new is learnt: the link meets the same refusal again within seconds."""
         with self._commanding():
             record = self._record
-            former = (record.outdated, record.overruled)
-            if record.outdated is not None:
-                record.overruled = sorted({*record.overruled, record.outdated["code"]})
-            record.outdated = None
+            with self._judging:
+                former = (record.outdated, record.overruled, record.kept_back)
+                if record.outdated is not None:
+                    record.overruled = sorted({*record.overruled, record.outdated["code"]})
+                record.outdated, record.kept_back = None, False
             try:
                 self._save()
             except BaseException:
-                record.outdated, record.overruled = former
+                record.outdated, record.overruled, record.kept_back = former
                 raise
             self.admission.alone()
+
+    def go_on_alone(self) -> None:
+        """As `insist`, of a node that is not outdated. Without waiting for a command."""
+        self.admission.alone()
+        self._forget_kept_back()
+
+    def _forget_kept_back(self) -> None:
+        """A kill before that is saved: the guest stands still again."""
+        if self._record.kept_back:
+            self._record.kept_back = False
+            self._save_later()
 
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
         """replication-set-role."""
@@ -903,11 +940,16 @@ class Node:
             self._promotion.to_secondary()
 
     def _accepted(self) -> None:
-        """A secondary takes this primary's writes: nobody has gone on from them."""
+        """A secondary takes this primary's writes, so it has not gone on from them. What somebody has told this node
+        stays: it may be about to."""
         record = self._record
-        known = record.outdated is not None or record.overruled
-        record.outdated, record.overruled = None, []
-        self.admission.reached()
+        with self._judging:
+            over = record.outdated is not None and record.outdated["code"] in _OF_PEER
+            known = over or bool(record.overruled)
+            if over:
+                record.outdated = None
+            record.overruled = []
+        self.admission.accepted()
         if known:
             try:
                 self._save()
@@ -919,6 +961,7 @@ class Node:
         """replication-resume-io: a person, or a manager that has fenced the other node, lets the guest go on. Without
         waiting for a command."""
         self.admission.resume()
+        self._forget_kept_back()
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""

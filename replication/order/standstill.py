@@ -5,7 +5,7 @@ Invariants
 * A request that waits is not inside the gate, so no command waits for it, and none is kept from being given.
 * Waiting ends when the node says so, or when the process ends: `end` is called before anybody waits for requests.
 * Without a standstill a request pays one look at `on`, a write two.
-* Where answers are held, a write that was inside when the standstill began is not answered before it is over.
+* A write that was inside when the standstill began is not answered before it is over, or fails, although it was done.
 * A request that has waited never reaches another role's face (`turn_away`), nor a disk that another guest may use since
   its own has gone.
 
@@ -33,11 +33,10 @@ class Standstill:
         # Protects the fields below. Never held across I/O. A request takes it only while `on`.
         self._changed = threading.Condition(threading.Lock())
         self.on = False
-        """Whether writes and flushes wait or fail. Read without the lock, as the next two."""
+        """Whether writes and flushes wait or fail, also those that were done, and not answered yet. Read without the
+        lock, as the next two."""
         self.reads_on = False
         """Whether reads do."""
-        self.holds_answers = False
-        """Whether what was done when the standstill began waits as well."""
         self.era = 0
         """How often those who waited were turned away."""
         self._fails = False
@@ -59,17 +58,16 @@ class Standstill:
         return self.on and not self._fails
 
     def begin(self, why: str, *, fails: bool, writes_only: bool = False) -> None:
-        """From now on requests wait, or fail (`fails`), those that wait already as well. `writes_only`: reads go on,
-        and what was inside already is not answered."""
+        """From now on requests wait, or fail (`fails`), those that wait already as well. `writes_only`: reads go on."""
         with self._changed:
             self._why, self._fails = why, fails
-            self.holds_answers, self.reads_on, self.on = writes_only, not writes_only, True
+            self.reads_on, self.on = not writes_only, True
             self._changed.notify_all()
 
     def over(self) -> None:
         """Requests are served again."""
         with self._changed:
-            self.on = self.reads_on = self.holds_answers = self._fails = False
+            self.on = self.reads_on = self._fails = False
             self._changed.notify_all()
 
     def turn_away(self, why: str) -> None:

@@ -507,7 +507,8 @@ class Link:
         if news:
             log(f"no link to the secondary: {error}")
             self._told = str(error)
-        if latched:
-            self._set.faults.keep()
+        # First: until then the guest goes on, and what is kept waits for the storage.
         if isinstance(error, Refusal) and error.reason in _WENT_ON:
             self._set.outdate(_WENT_ON[error.reason], str(error))
+        if latched:
+            self._set.faults.keep()

@@ -7,8 +7,8 @@
     told            by a command: the cluster, or a person, knows it
 
 It is kept in the record, so no restart forgets it. What ends it is that the two nodes have the same again: a checkpoint
-of a secondary that has received everything, or an agreement of an owner with a secondary that may be overwritten. Or a
-person says so (`force`).
+of a secondary that has received everything, or an agreement of an owner with a secondary that may be overwritten. That
+does not end what an owner was told: the other one may be about to be promoted. Or a person says so (`force`).
 """
 
 from __future__ import annotations

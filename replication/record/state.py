@@ -181,6 +181,8 @@ class Record:
     link learns again of that is nothing new."""
     left_well: bool = False
     """A secondary's last primary has left in good order, after it had sent everything."""
+    kept_back: bool = False
+    """An owner that was stopped on the way to a secondary, and whose guest stood still: nobody has let it go on."""
     received: bool = False
     """A failover by force has ended a copy that a primary was sending here: that primary has what this node lacks."""
     sought: str | None = None
@@ -217,6 +219,7 @@ class Record:
             outdated=outdated,
             overruled=[],
             left_well=False,
+            kept_back=False,
         )
 
     def take(self, other: Record) -> None:
@@ -275,7 +278,7 @@ class Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("backup", "durability", "node", "next_generation", "identity"), str),
     **dict.fromkeys(("secondary", "replaced", "sought", "boot", "inconsistent", "partner"), str | None),
-    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well", "received"), bool),
+    **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well", "received", "kept_back"), bool),
     "commit_rate": float | None,
 }
 

@@ -73,7 +73,7 @@ class Export:
                 self._stand()
             self._node.side.admit(self._name, self._token)
             self._faces[self._name].write(data, offset, fua)
-            if self._still.holds_answers:
+            if self._still.on:
                 self._stand()
         finally:
             self._gate.leave(course)
@@ -98,7 +98,7 @@ class Export:
                 if self._still.on:
                     self._stand()
                 self._faces[self._name].flush()  # once, which covers all steps
-            if self._still.holds_answers:
+            if self._still.on:
                 self._stand()
         finally:
             self._gate.leave(course)
@@ -110,7 +110,7 @@ class Export:
             if self._still.on:
                 self._stand()
             self._faces[self._name].flush()
-            if self._still.holds_answers:
+            if self._still.on:
                 self._stand()
         finally:
             self._gate.leave(course)

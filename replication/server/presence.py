@@ -55,11 +55,13 @@ class Presence:
         """Whether the client has hung up, or its process has ended. False if that cannot be told."""
         if inode is None:
             return False
+        wanted = f"socket:[{inode}]"
         try:
-            for found in sockets():
-                with found:
-                    if os.fstat(found.fileno()).st_ino == inode:
-                        return _hung_up(found)
+            for name in os.listdir("/proc/self/fd"):
+                if _link_of(name) == wanted:
+                    hung_up = _hung_up(int(name))  # no duplicate: for that a descriptor may be missing
+                    if _link_of(name) == wanted:  # another file has not taken its number meanwhile
+                        return hung_up
         except OSError:
             return False
         return True
@@ -77,7 +79,15 @@ class Presence:
         return bool(_CREDENTIALS.unpack(credentials)[0] == client.credentials[0])
 
 
-def _hung_up(found: socket.socket) -> bool:
+def _link_of(name: str) -> str:
+    """What a descriptor is of; empty if it was closed since it was listed."""
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except FileNotFoundError:
+        return ""
+
+
+def _hung_up(found: socket.socket | int) -> bool:
     poll = select.poll()
     poll.register(found, _GONE)
     return bool(poll.poll(0))

@@ -9,11 +9,12 @@ from replication.admission import Admission, Ownership
 from replication.errors import CommandError
 from replication.options import Fencing, OnOutdated, Options
 from replication.order.latency import Latency
+from replication.reason import Reason
 from replication.stage import Mode
 
 RUNNING = Ownership(True, True, None)
 STOPPED = Ownership(True, False, None)
-OUTDATED = Ownership(True, True, "x")
+OUTDATED = Ownership(True, True, "x", "told")
 SECONDARY = Ownership(False, False, None)
 
 
@@ -61,8 +62,43 @@ def test_an_outdated_owner(choice: OnOutdated, stands: bool, fails: bool) -> Non
     assert case.stands is None
     case.admission.review()
     assert case.stands is None
-    case.admission.learnt()
+    case.admission.learnt(Reason.TOLD)
     assert case.admission.still.on is stands
+
+
+def test_what_is_new_stops_a_guest_again_that_somebody_has_let_go_on() -> None:
+    case = Case()
+    admission = case.admission
+    case.is_now(OUTDATED)
+    admission.resume()
+    assert not admission.learnt(Reason.TOLD, again=True), "that was known when the guest was let go on"
+    assert case.stands is None
+    assert admission.learnt(Reason.PEER_PROMOTED, again=True)
+    assert case.stands
+    admission.resume()
+    assert not admission.learnt(Reason.PEER_PROMOTED, again=True), "the link meets it every few seconds"
+    assert case.stands is None
+    admission.accepted()
+    assert case.stands is None
+    assert admission.learnt(Reason.PEER_PROMOTED, again=True), "another time"
+    assert case.stands
+    admission.resume()
+    assert admission.learnt(Reason.TOLD), "who says it again means it"
+    assert case.stands
+
+
+@pytest.mark.parametrize("choice", list(OnOutdated), ids=lambda choice: choice.value)
+def test_who_is_being_told_waits_and_fails_nothing_before_it_is_certain(choice: OnOutdated) -> None:
+    case = Case(on_outdated=choice)
+    with case.admission.hearing():
+        assert case.admission.still.waits is (choice is not OnOutdated.CONTINUE)
+        case.is_now(OUTDATED)
+        assert case.admission.still.waits is (choice is not OnOutdated.CONTINUE)
+        case.is_now(RUNNING)
+    assert case.stands is None, "it was refused"
+    case.is_now(SECONDARY)
+    with case.admission.hearing():
+        assert case.stands is None
 
 
 def test_a_primary_that_was_started_again_waits_for_its_peer() -> None:
@@ -82,7 +118,7 @@ def test_a_lost_link() -> None:
     assert case.stands is None
     case.admission.cut_off()
     assert case.stands == "fencing"
-    assert (case.admission.still.reads_on, case.admission.still.holds_answers) == (False, True)
+    assert (case.admission.still.on, case.admission.still.reads_on) == (True, False)
     case.admission.reached()
     assert case.stands == "fencing"
     case.admission.linked(case.admission.losses)
@@ -101,6 +137,29 @@ def test_a_lost_link() -> None:
         case.admission.cut_off()
         goes_on()
         assert case.stands is None
+
+
+def test_what_a_demotion_kept_back_stands_after_a_restart_as_well() -> None:
+    case = Case(fencing=Fencing.SUSPEND_IO, wfc_timeout_s=1000.0)
+    case.now = STOPPED
+    case.admission.begin(False, False, kept_back=True)
+    assert case.stands == "wfc-timeout"
+    assert not case.admission.keeps_back
+    with case.admission.demoting():
+        assert case.admission.keeps_back
+        case.admission.reached()
+        assert case.admission.keeps_back
+    assert case.stands == "fencing"
+    case.admission.resume()
+    with case.admission.demoting():
+        assert not case.admission.keeps_back
+
+
+def test_a_word_that_comes_after_a_demotion_opens_nothing() -> None:
+    case = Case(guest_face_closed=True)
+    case.is_now(SECONDARY)
+    case.admission.promoted()
+    assert case.admission.closed
 
 
 def test_a_guest_face_that_is_closed() -> None:

@@ -20,12 +20,13 @@ from replication.events import EventHub
 from replication.fault import Case
 from replication.image.qcow2 import BLOCK
 from replication.node import Node
-from replication.options import CONTROL_EXPORT, DiskOptions, Options
+from replication.options import CONTROL_EXPORT, DiskOptions, Fencing, Options
 from replication.order import gate
-from replication.primary.dial import Dialler
+from replication.primary.dial import Dialler, Refusal
 from replication.primary.forward import Forwarder
 from replication.primary.peer import Peer
 from replication.primary.side import PrimarySide
+from replication.reason import Reason
 from replication.record.boot import BOOT_ID_ENVIRONMENT
 from replication.record.lineage import Lineage
 from replication.record.state import Record, StateError, StateFolder
@@ -34,7 +35,7 @@ from replication.secondary.side import SecondarySide
 from replication.server.clients import Client
 from replication.server.export import Exports
 from replication.stage import Mode, Stage
-from waiting import wait_until
+from waiting import DEADLINE_S, begin, wait_until
 
 SIZE = 1 << 20
 URI = "nbd://new-secondary"
@@ -74,14 +75,14 @@ class Host:
         self.connections.append(NewSecondary())
         return self.connections[-1]
 
-    def start(self, mode: Mode = Mode.SECONDARY) -> Node:
+    def start(self, mode: Mode = Mode.SECONDARY, **given: Any) -> Node:
         secondary = mode is Mode.SECONDARY
         disk = DiskOptions("disk0", str(self.folder / "disk"), "top" if secondary else None)
         if secondary:
             disk.active, disk.hidden = (str(self.folder / f"{role}.qcow2") for role in ("active", "hidden"))
         self.state = StateFolder(str(self.folder / "state"))
         try:
-            options = Options(mode, [disk], str(self.folder / "state"), None)
+            options = Options(mode, [disk], str(self.folder / "state"), None, **given)
             self.events: list[dict[str, Any]] = []
             hub = EventHub()
             hub.subscribe(self.events.append)
@@ -97,9 +98,9 @@ class Host:
             self.node.close()
             self.node = None
 
-    def promoted(self) -> Node:
+    def promoted(self, **given: Any) -> Node:
         """A secondary whose failover is over."""
-        node = self.start()
+        node = self.start(**given)
         node.start(None, None, "auto")
         node.stop(failover=True)
         wait_until(lambda: node.stage is Stage.DONE, "the commit is over")
@@ -392,3 +393,128 @@ def test_a_full_resync_that_requests_in_flight_refuse_costs_no_checkpoint(
     assert (node.query()["link"], node.query()["generation"]) == (before["link"], before["generation"])
     node.pair_sync(token, "full", "2" * 16, False, ())
     assert node.query()["consistent"] is False
+
+
+# -- a guest that must not go on -------------------------------------------------------------------------------
+
+
+def code(node: Node) -> str | None:
+    """Why it is outdated."""
+    outdated = node.query()["outdated-reason"]
+    return None if outdated is None else outdated["code"]
+
+
+def test_what_somebody_has_told_an_owner_no_acceptance_ends(host: Host) -> None:
+    """The other one is a secondary until it is promoted, which is still to come."""
+    node = host.promoted()
+    node._outdate(Reason.PEER_PROMOTED, "it was promoted")
+    node._accepted()
+    assert (code(node), node.admission.still.on) == (None, False)
+    node._outdate(Reason.PEER_PROMOTED, "it was promoted")
+    node.outdate("the cluster has decided")
+    node._accepted()
+    assert (code(node), node.admission.still.on) == ("told", True)
+    host.end()
+    node = host.start()
+    node._accepted()
+    assert (code(node), node.admission.still.on) == ("told", True)
+    node.set_role(primary=True, peer=None, force=True)
+    assert (code(node), node.admission.still.on) == (None, False)
+
+
+def test_what_is_learnt_after_a_guest_was_let_go_on(host: Host) -> None:
+    node = host.promoted()
+    node.outdate("the cluster has decided")
+    node.resume_io()
+    assert not node.admission.still.on
+    host.events.clear()
+    for _ in range(2):
+        node._outdate(Reason.PEER_PROMOTED, "it was promoted")
+    assert node.admission.still.on
+    node.resume_io()
+    node._outdate(Reason.PEER_PROMOTED, "it was promoted")
+    assert not node.admission.still.on, "the link meets it every few seconds"
+    node.outdate("the cluster has decided")
+    assert node.admission.still.on, "who says it again, in the same words, means it"
+    told = [event["data"]["code"] for event in host.events if event["event"] == "REPLICATION_OUTDATED"]
+    assert told == ["peer-promoted", "told"]
+    assert code(node) == "told", "which an acceptance does not end"
+
+
+def test_a_guest_stands_before_the_node_can_save_what_it_was_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command holds it up, then the storage, which fails."""
+    node = host.promoted()
+    still, stood = node.admission.still, []
+
+    def fails() -> None:
+        stood.append(still.waits)
+        raise StateError("no storage")
+
+    monkeypatch.setattr(node, "_save", fails)
+    with node._command:
+        outdated = begin(node.outdate, "the cluster has decided")
+        wait_until(lambda: still.waits, "the guest stands still")
+    with pytest.raises(CommandError, match="no storage"):
+        outdated.result(DEADLINE_S)
+    assert stood == [True]
+    assert (code(node), still.on) == (None, False), "it was refused, so nothing has changed"
+
+
+def test_a_guest_stands_before_the_fault_is_kept_that_says_the_same(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That waits for the storage."""
+    node = host.promoted()
+    node.start(Mode.PRIMARY, URI, "auto")
+    stood: list[bool] = []
+    monkeypatch.setattr(node, "_save", lambda *_: stood.append(node.admission.still.on))
+    node.side._link._failed(Refusal("it was promoted", Reason.NOT_SECONDARY), True)  # type: ignore[attr-defined]
+    assert len(stood) > 1
+    assert all(stood)
+
+
+def test_a_guest_that_stood_when_its_node_was_stopped_to_be_demoted_stands_after_a_restart(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends between the stop and the demotion."""
+    fencing = {"fencing": Fencing.SUSPEND_IO}
+    node = host.promoted(**fencing)
+    node.start(Mode.PRIMARY, URI, "auto")
+    node.admission.cut_off()
+
+    def ends() -> None:
+        assert loaded(host).kept_back, "with the stage"
+        raise CommandError("the process ends here")
+
+    monkeypatch.setattr(node, "demote", ends)
+    monkeypatch.setattr(node._promotion, "_look_for", lambda sought: None)
+    with pytest.raises(CommandError, match="the process ends here"):
+        node.set_role(primary=False, peer=None, force=False)
+    assert host.saved()[1] is Stage.DONE
+    for _ in range(2):
+        host.end()
+        node = host.start(**fencing)
+        assert node.stage is Stage.DONE
+        assert node.admission.still.on
+    node.resume_io()
+    wait_until(lambda: not loaded(host).kept_back, "that is saved")
+    host.end()
+    assert not host.start(**fencing).admission.still.on
+
+
+def loaded(host: Host) -> Record:
+    record = host.state.load()
+    assert record is not None
+    return record
+
+
+def test_a_failover_of_a_node_that_has_failed_over_already_opens_its_guest_face(host: Host) -> None:
+    closed = {"guest_face_closed": True}
+    node = host.promoted(**closed)
+    assert node.admission.closed is None
+    for failover in (True, False):
+        host.end()
+        node = host.start(**closed)
+        assert node.admission.closed
+        node.stop(failover)
+        assert node.admission.closed is None

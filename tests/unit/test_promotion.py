@@ -99,6 +99,9 @@ class FakeNode:
     def insist(self) -> None:
         self._call("insist")
 
+    def go_on_alone(self) -> None:
+        self._call("alone")
+
     def check_demotable(self) -> None:
         pass
 

@@ -70,15 +70,15 @@ def test_writes_only() -> None:
     still = Standstill()
     still.begin("because", fails=False)
     read = Request(still, reads=True)
-    assert (still.on, still.reads_on, still.holds_answers) == (True, True, False)
+    assert (still.on, still.reads_on) == (True, True)
     still.begin("another", fails=False, writes_only=True)
-    assert (still.on, still.reads_on, still.holds_answers) == (True, False, True)
+    assert (still.on, still.reads_on) == (True, False)
     assert read.ended() is None
     write = Request(still)
     assert still.waiting == 1
     still.over()
     assert write.ended() is None
-    assert (still.on, still.reads_on, still.holds_answers) == (False, False, False)
+    assert (still.on, still.reads_on) == (False, False)
 
 
 def test_after_the_end_nobody_waits() -> None:

@@ -163,16 +163,17 @@ def test_what_stood_still_is_not_done_for_another_role_or_another_guest(what: st
     assert node.gate.idle
 
 
+@pytest.mark.parametrize("writes_only", [True, False])
 @pytest.mark.parametrize("what", ["write", "zero", "flush"])
-def test_what_was_done_when_answers_began_to_be_held_is_not_answered(what: str) -> None:
-    """The link is lost while the request is at its disk."""
+def test_what_was_done_when_the_guest_began_to_stand_still_is_not_answered(what: str, writes_only: bool) -> None:
+    """The link is lost, or the node learns that it is outdated, while the request is at its disk."""
     node = Node()
     still, note = node.admission.still, node.note
 
     def lost(*what: Any) -> None:
         note(*what)
         if len(node.asked) == 1:
-            still.begin("fencing", fails=False, writes_only=True)
+            still.begin("because", fails=False, writes_only=writes_only)
 
     node.note = lost  # type: ignore[method-assign]
     request = threading.Thread(target=REQUESTS[what], args=(Export(node, "disk"),), daemon=True)  # type: ignore[arg-type]

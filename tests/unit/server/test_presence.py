@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def test_when_nobody_can_look(stack: ExitStack, monkeypatch: pytest.MonkeyPatch)
     address = client.getsockname()
     monkeypatch.setattr(presence, "sockets", Mock(side_effect=OSError))
     assert looking.note(Client("", True, (address[0], address[1]))) is None
+    monkeypatch.setattr(os, "dup", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+    assert not looking.gone(inode)
+    client.close()
+    assert looking.gone(inode), "that takes no other descriptor"
+    monkeypatch.setattr(os, "listdir", Mock(side_effect=OSError(errno.EMFILE, "too many")))
     assert not looking.gone(inode)
 
 
