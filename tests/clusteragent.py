@@ -29,7 +29,7 @@ echo "$*" >>"$HOST_FOLDER/told"
 for last; do :; done
 case "$*" in
     *--promotion*--delete*) rm -f "$HOST_FOLDER/score" ;;
-    *--promotion*--update*) echo "$last" >"$HOST_FOLDER/score" ;;
+    *--promotion*--update*) echo "${last#--update=}" >"$HOST_FOLDER/score" ;;
     *crm_config*--query*) cat "$CLUSTER_FOLDER/register" 2>/dev/null || true ;;
     *crm_config*--update*) printf %s "$last" >"$CLUSTER_FOLDER/register" ;;
     *) exit 64 ;;
@@ -107,9 +107,10 @@ class ClusterHost:
 
     @property
     def score(self) -> int | None:
-        """What the cluster knows."""
+        """What the cluster knows; None: it is not promoted without one, or never."""
         path = self.folder / "score"
-        return int(path.read_text()) if path.exists() else None
+        text = path.read_text().strip() if path.exists() else "-INFINITY"
+        return None if text == "-INFINITY" else int(text)
 
     def qmp(self, command: str, arguments: Mapping[str, Any] | None = None, /, **more: Any) -> Any:
         """One command to the node."""

@@ -38,6 +38,14 @@ _ANSWER_S = 5.0
 """Longest wait for an answer of the node, where nothing is to be done for it."""
 _SETTLE_S = 8.0
 """Longest wait of a start for a node that does not know yet whether another one went on."""
+_IN_SYNC_S = 30.0
+"""Longest wait of a hand-over for a pair that is about to be in sync: the guest stands still meanwhile."""
+_LAST_LOOK_S = 1.0
+"""For each step of a stop's look at a node that may hang."""
+_END_S = 15.0
+"""What a stop has left for ending the node, whatever that look takes."""
+_GONE = "alone\n"
+"""In the mark: the cluster knows that the resource runs nowhere else."""
 _STEP_S = 0.1
 _STEPS = 6
 """Of a conversation: the greeting and five commands."""
@@ -109,6 +117,7 @@ class Agent:
 
     def __init__(self, told: Told, pacemaker: Pacemaker, process: Runner) -> None:
         self._register: Register | None = None
+        self._unread = False
         self._told = told
         self._pacemaker = pacemaker
         self._process = process
@@ -133,7 +142,7 @@ class Agent:
             seen = self._look_patiently()
         except NotRunning:
             if self._told.repeated:
-                self._publish(None)
+                self._forget()
             return Code.NOT_RUNNING
         except Unreachable as error:
             raise Failed(Code.FAILED_PROMOTED if self._marked else Code.GENERIC, str(error)) from error
@@ -161,6 +170,11 @@ class Agent:
                 self._ask("replication-set-role", role="primary")
             self._enter(seen)
             self._publish(decision.OWNER)
+            # The word that the other node is gone is said once, and the guest may stand still later.
+            try:
+                self._let_go_on(seen, self._others_gone and not self._unread)
+            except (Refused, Unusable) as error:
+                _log(f"its guest stands still: {error}")
         return Code.PROMOTED
 
     def validate(self) -> Code:
@@ -221,14 +235,38 @@ class Agent:
 
     def stop(self) -> Code:
         """There is no process."""
-        self._publish(None)
+        self._forget()
         if not self._told.node:
             return Code.OK  # nothing was ever started by that name
+        last = self._last_look()
         if not self._process.stop():
             raise Failed(Code.GENERIC, "the node's process has not ended")
         self._end_others()
+        if last is not None and decision.keeps(last):
+            self._keep(last)
         self._unmark()
         return Code.OK
+
+    def _last_look(self) -> Seen | None:
+        """Before its end; None if it does not answer at once: what is left of the time is for ending it."""
+        step_s = min(_LAST_LOOK_S, (self._told.left_s - _END_S) / _STEPS)
+        if step_s <= 0:
+            return None
+        try:
+            with Session(self._control(), step_s) as session:
+                return _seen(session.call("query-role"), session.call("query-replication"))
+        except (Failed, Refused, Unusable):
+            return None
+
+    def _keep(self, seen: Seen) -> None:
+        """The register says that this host, which was promoted last, has its disks still. Without that the next
+        promotion would take a host that is stopped for one that was fenced, and throw away what it has."""
+        try:
+            register = self._pacemaker.register()
+            if register is not None and register.host == self._told.here:
+                self._pacemaker.enter(Register(self._told.here, seen.lineage, kept=True))
+        except ClusterError as error:
+            _log(f"that the disks are kept here is not in the cluster's configuration: {error}")
 
     def _end_others(self) -> None:
         """A node that somebody has started by hand."""
@@ -286,14 +324,15 @@ class Agent:
             self._pacemaker.enter(Register(self._told.here, seen.lineage))
         except ClusterError as error:
             raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
-        self._set_mark()
+        gone = decision.others_are_gone(self._told.here, self._told.active)
+        self._set_mark(gone)
         self._publish(decision.OWNER)
-        self._let_go_on(seen)
+        self._let_go_on(seen, gone)
         return Code.OK
 
-    def _let_go_on(self, seen: Seen) -> None:
+    def _let_go_on(self, seen: Seen, gone: bool) -> None:
         """A promoted node's guest that stands still because nobody knows of the other node."""
-        if decision.goes_on(seen, self._told.here, self._told.active):
+        if decision.goes_on(seen, gone):
             self._ask("replication-resume-io")
             _log("its guest goes on: the other node is gone, as the cluster knows")
 
@@ -326,6 +365,7 @@ class Agent:
             return Code.NOT_RUNNING
         except Unreachable as error:
             raise Failed(Code.GENERIC, str(error)) from error
+        seen = self._about_to_hand_over(seen)
         if decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
             try:
                 self._ask("replication-set-role", role="secondary")
@@ -336,20 +376,36 @@ class Agent:
                 raise Failed(Code.GENERIC, f"whether it has handed over is not known: {error}") from error
         self._unmark()
         seen = self._look()
-        if seen.owner:
+        if seen.owner and seen.register_here:
             # It keeps the disks, and may have gone on since the last monitor: whoever is behind has to know it.
             self._enter(seen)
         self._publish(self._score(seen))
         return Code.OK
 
+    def _about_to_hand_over(self, seen: Seen) -> Seen:
+        """A pair that is about to be in sync is waited for: nobody hands over later."""
+        until = time.monotonic() + min(_IN_SYNC_S, self._told.left_s / 4)
+        told = self._told.active is not None
+        while decision.may_hand_over(seen, self._told.here, self._told.to_promote, told) and time.monotonic() < until:
+            time.sleep(_STEP_S)
+            try:
+                seen = self._look()
+            except Unreachable as error:
+                raise Failed(Code.GENERIC, str(error)) from error
+        return seen
+
     def notify(self) -> Code:
-        """Something has changed in the cluster. It cannot fail."""
+        """Something has changed in the cluster, or is about to. It cannot fail."""
+        gone = decision.others_are_gone(self._told.here, self._told.active)
+        if self._marked and (self._told.event.startswith("post-") or not gone):
+            with suppress(Failed):  # the next event says it again
+                self._set_mark(gone)
         if not self._told.event.startswith("post-"):
             return Code.OK
         try:
             seen = self._look()
             if self._marked:
-                self._let_go_on(seen)
+                self._let_go_on(seen, gone)
             else:
                 seen = self._give_way(seen, news=self._told.event == "post-promote")
                 self._publish(self._score(seen))
@@ -384,10 +440,19 @@ class Agent:
     def _marked(self) -> bool:
         return self._mark.exists()
 
-    def _set_mark(self) -> None:
+    @property
+    def _others_gone(self) -> bool:
+        """Whether the cluster said so last."""
+        try:
+            return self._mark.read_text(encoding="ascii") == _GONE
+        except (OSError, ValueError):
+            return False
+
+    def _set_mark(self, gone: bool) -> None:
+        """`gone`: the cluster knows that the resource runs nowhere else."""
         try:
             self._mark.parent.mkdir(parents=True, exist_ok=True)
-            self._mark.touch()
+            self._mark.write_text(_GONE if gone else "", encoding="ascii")
         except OSError as error:
             raise Failed(Code.GENERIC, f"cannot note that the node is promoted: {error}") from error
 
@@ -438,9 +503,10 @@ class Agent:
                 if certain:
                     raise Failed(Code.GENERIC, f"who owned the disks last cannot be known: {error}") from error
                 _log(str(error))
-                register = None
+                self._unread, register = True, None
             if register is None:
                 return seen
+            seen = replace(seen, register_kept=register.kept, register_here=register.host == self._told.here)
             if register.host == self._told.here:
                 # What this host had entered, and has lost with its power, nobody else went on from.
                 self._register = register
@@ -469,6 +535,12 @@ class Agent:
     def _score(self, seen: Seen) -> int | None:
         return decision.score(seen, self._told.max_age_s)
 
+    def _forget(self) -> None:
+        try:
+            self._pacemaker.forget()
+        except ClusterError as error:
+            _log(str(error))
+
     def _publish(self, score: int | None) -> None:
         try:
             self._pacemaker.publish(score)
@@ -477,9 +549,12 @@ class Agent:
 
     def _enter(self, seen: Seen) -> None:
         """The register follows the lineage of the owner."""
+        if self._unread:
+            return  # somebody may have been promoted since
         register = self._register
         mine = seen.lineage.get("current")
-        if register is not None and (register.host, register.lineage.get("current")) == (self._told.here, mine):
+        entered = register is not None and (register.host, register.lineage.get("current")) == (self._told.here, mine)
+        if entered and not (register is not None and register.kept and self._marked):
             return
         try:
             self._pacemaker.enter(Register(self._told.here, seen.lineage))

@@ -6,7 +6,7 @@ Nothing here asks anybody or waits. The scores are few on purpose: each change o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 OWNER, UNSURE_OWNER, IN_STEP, BEHIND = 10000, 5000, 1000, 100
@@ -62,6 +62,10 @@ class Seen:
     """To what the register's owner had; None: there is no such owner, or it cannot be told."""
     register_host: str | None = None
     """The cluster node that was promoted last, if the register says."""
+    register_here: bool = False
+    """That is this one."""
+    register_kept: bool = False
+    """That one was stopped in good order, with its disks."""
 
     @property
     def owner(self) -> bool:
@@ -86,6 +90,14 @@ class Seen:
         return f"what is here has nothing in common with what {went_on} has"
 
     @property
+    def passed_over(self) -> bool:
+        """Whether the register names an owner that took over from here without loss. What that one has written since is
+        in the register only with its next monitor. A node that knows of the other one decides by what it knows."""
+        return (
+            self.register_host is not None and not self.register_here and self.relation == "same" and self.score < OWNER
+        )
+
+    @property
     def split(self) -> str | None:
         """Why a person has to say whose writes are to be thrown away."""
         return self.stale if self.relation in ("diverged", "unrelated") else None
@@ -98,6 +110,8 @@ def obstacle(seen: Seen, max_age_s: float | None) -> str | None:
         return f"it is outdated ({seen.outdated})"
     if seen.stale is not None:
         return seen.stale
+    if seen.owner and seen.passed_over:
+        return f"{seen.register_host} was promoted since, and may have gone on from what is here"
     if seen.owner:
         return seen.reason if seen.may_run is False and seen.code not in _UNTIL_PROMOTED else None
     if seen.score <= 0:
@@ -140,7 +154,7 @@ def gives_up(seen: Seen, news: bool) -> str | None:
 def is_gone(seen: Seen, here: str, active: frozenset[str] | None) -> bool:
     """Whether the primary that a copy may have heard of a moment ago is known to be gone: stopped, or fenced."""
     host = seen.register_host
-    return active is not None and host not in (None, here) and host not in active
+    return active is not None and host not in (None, here) and host not in active and not seen.register_kept
 
 
 def stays_closed(seen: Seen) -> bool:
@@ -148,10 +162,14 @@ def stays_closed(seen: Seen) -> bool:
     return seen.owner and seen.code == _CLOSED
 
 
-def goes_on(seen: Seen, here: str, active: frozenset[str] | None) -> bool:
-    """Whether a guest that stands still until somebody knows of the other node may go on: that one is gone, or was
+def others_are_gone(here: str, active: frozenset[str] | None) -> bool:
+    """Whether the cluster knows that the resource runs nowhere else."""
+    return active is not None and not active - {here}
+
+
+def goes_on(seen: Seen, gone: bool) -> bool:
+    """Whether a guest that stands still until somebody knows of the other node may go on: that one is `gone`, or was
     fenced, and nothing is known of its having gone on."""
-    gone = active is not None and not active - {here}
     return seen.owner and seen.code == _SUSPENDED and seen.stale is None and seen.outdated is None and gone
 
 
@@ -164,6 +182,19 @@ def hands_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) ->
 def lives_elsewhere(seen: Seen, here: str, active: frozenset[str] | None) -> str | None:
     """The cluster node that still has the disks, so that a failover here would lose what it has; None if there is none:
     it has handed over, is gone, or was fenced. If the cluster does not say where the resource runs (notify=false), it
-    cannot be known to be gone."""
+    cannot be known to be gone; and one that was stopped in good order (`kept`) is not."""
     host = seen.register_host
-    return host if host not in (None, here) and (active is None or host in active) else None
+    there = active is None or host in active or seen.register_kept
+    return host if host not in (None, here) and there else None
+
+
+def keeps(seen: Seen) -> bool:
+    """Whether a node that is stopped is the owner whose content counts, so that its stop is not its end."""
+    return seen.owner and obstacle(seen, 0) is None
+
+
+def may_hand_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) -> bool:
+    """Whether an owner that is demoted would hand over as soon as the pair is in sync, which it is about to be."""
+    return seen.link in ("connecting", "synchronizing") and hands_over(
+        replace(seen, link="in-sync"), here, to_promote, told
+    )

@@ -30,9 +30,12 @@ class Register:
 
     host: str
     lineage: dict[str, Any]
+    kept: bool = False
+    """It was stopped in good order and has not handed over: its host is not gone, it only does not run there."""
 
     def to_text(self) -> str:
-        return json.dumps({"host": self.host, "lineage": self.lineage}, separators=(",", ":"))
+        kept = {"kept": True} if self.kept else {}
+        return json.dumps({"host": self.host, "lineage": self.lineage, **kept}, separators=(",", ":"))
 
 
 class Pacemaker:
@@ -43,10 +46,16 @@ class Pacemaker:
         self._name = f"nbdkit-replication-owner-{told.resource}"
 
     def publish(self, score: int | None) -> None:
-        """How good an owner this host would be; None: none at all. ClusterError."""
+        """How good an owner this host would be; None: none at all, whatever a person prefers (a host without a score is
+        promoted by a preference for it, which `crm resource move` leaves behind). ClusterError."""
         if not self._told.clustered:
             return
-        self._run("crm_attribute", "--promotion", *(("--delete",) if score is None else ("--update", str(score))))
+        self._run("crm_attribute", "--promotion", f"--update={'-INFINITY' if score is None else score}")
+
+    def forget(self) -> None:
+        """The resource does not run here. ClusterError."""
+        if self._told.clustered:
+            self._run("crm_attribute", "--promotion", "--delete")
 
     def register(self) -> Register | None:
         """The last owner, None if there was none yet. ClusterError if that cannot be known."""
@@ -57,7 +66,7 @@ class Pacemaker:
             return None
         try:
             found = json.loads(text)
-            return Register(str(found["host"]), dict(found["lineage"]))
+            return Register(str(found["host"]), dict(found["lineage"]), found.get("kept") is True)
         except (ValueError, KeyError, TypeError) as error:
             raise ClusterError(f"the cluster's property {self._name} is not what the agent has written") from error
 

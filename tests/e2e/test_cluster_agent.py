@@ -193,6 +193,24 @@ def test_a_failover_is_refused_while_the_owner_lives(hosts: Hosts) -> None:
     assert "a still has the disks" in said
 
 
+def test_an_owner_that_is_stopped_with_its_link_lost_is_not_given_up(hosts: Hosts) -> None:
+    """`crm node standby` a moment after the pair's network was cut: what was written since counts."""
+    a, b = hosts
+    paired(a, b)
+    promoted = {"notify_active_uname": "a b", "notify_stop_uname": "a", "notify_promote_uname": "b"}
+    os.kill(b.pid, signal.SIGSTOP)
+    wait_until(lambda: a.link == "lost", "lost")
+    write(a, b"alone")
+    a.does("demote", **promoted)
+    a.does("stop")
+    os.kill(b.pid, signal.SIGCONT)
+    code, said = b.act("promote", **promoted)
+    assert (code, b.role) == (Code.GENERIC, "secondary"), said
+    a.does("start")
+    a.does("promote", **BOTH)
+    assert read(a, 5) == b"alone"
+
+
 def test_an_old_checkpoint_is_not_promoted(hosts: Hosts) -> None:
     a, b = hosts
     paired(a, b)

@@ -104,11 +104,6 @@ class Cluster(Pacemaker):
             kind.register_text = command[-1]
         return ""
 
-    @property
-    def kept(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.register_text)
-        return found
-
 
 class Host:
     """`a`, its node, and its agent."""
@@ -241,4 +236,119 @@ def test_an_owner_that_cannot_give_way_yet_is_no_failure(host: Host, error: Exce
     host.node.status["outdated-reason"] = {"reason": "b went on"}
     host.node.fails["replication-set-role"] = error
     assert host.act("monitor") == Code.OK
-    assert host.cluster.score in (None, "-INFINITY")
+    assert host.cluster.score == "-INFINITY"
+
+
+def test_a_host_that_must_not_be_promoted_says_never_and_one_where_it_does_not_run_nothing(host: Host) -> None:
+    """A preference that `crm resource move` has left would win over a score that is only missing."""
+    host.node.is_copy(age_s=3600.0)
+    host.act("monitor")
+    assert host.cluster.score == "-INFINITY"
+    host.node.runs = False
+    assert host.act("monitor") == Code.NOT_RUNNING
+    assert host.cluster.score is None
+    host.cluster.score = "1000"
+    assert host.act("stop") == Code.OK
+    assert host.cluster.score is None
+
+
+def test_what_a_stop_keeps_is_not_given_up_by_the_next_promotion(host: Host) -> None:
+    host.registered("a", G1)
+    host.node.status["lineage"] = G2
+    host.node.status["link"] = {"state": "lost"}
+    host.marked()
+    stopped = {"notify_active_uname": "a b", "notify_stop_uname": "a", "notify_promote_uname": "b"}
+    assert host.act("demote", **stopped) == Code.OK
+    assert host.register == {"host": "a", "lineage": G2}, "demoted"
+    assert host.act("stop", **stopped) == Code.OK
+    assert host.register == {"host": "a", "lineage": G2, "kept": True}
+    host.act("start")
+    host.act("monitor")
+    assert host.register["kept"], "it has not been promoted"
+    assert host.act("promote", **BOTH) == Code.OK
+    assert host.register == {"host": "a", "lineage": G2}
+
+
+def test_a_copy_is_not_promoted_in_place_of_an_owner_that_was_only_stopped(host: Host) -> None:
+    host.node.is_copy()
+    host.registered("b", G1, kept=True)
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    assert host.node.done == []
+    host.node.lossless = True
+    assert host.act("promote", **ALONE) == Code.OK
+    assert host.register == {"host": "a", "lineage": G1}
+
+
+@pytest.mark.parametrize("why", ["died", "hangs", "is a copy", "another one was promoted", "is unfit"])
+def test_a_stop_keeps_nothing_else(host: Host, why: str) -> None:
+    host.registered("b" if why == "another one was promoted" else "a", G1)
+    before = host.register
+    if why == "died":
+        host.node.runs = False
+    elif why == "hangs":
+        host.node.fails["query-role"] = Unanswered("late")
+    elif why == "is a copy":
+        host.node.is_copy()
+    elif why == "is unfit":
+        host.node.status["outdated-reason"] = {"reason": "b went on"}
+    assert host.act("stop") == Code.OK
+    assert host.register == before
+
+
+def test_an_owner_that_is_demoted_does_not_write_over_the_one_that_was_promoted_since(host: Host) -> None:
+    host.registered("b", G2)
+    host.node.relation = "older"
+    host.node.status["link"] = {"state": "lost"}
+    assert host.act("demote", **BOTH) == Code.OK
+    assert host.register["host"] == "b"
+
+
+def test_a_demotion_waits_for_a_pair_that_is_about_to_be_in_sync(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.node.status["link"] = {"state": "synchronizing"}
+
+    def synchronized(_seconds: float) -> None:
+        host.node.status["link"] = {"state": "in-sync"}
+
+    monkeypatch.setattr(module.time, "sleep", synchronized)
+    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
+    assert host.node.role["role"] == "secondary"
+
+
+def test_an_owner_that_was_passed_over_is_not_promoted_before_it_has_met_the_other(host: Host) -> None:
+    host.registered("b", G1)
+    host.node.role = {"role": "primary", "score": 5000, "may-run": None, "reason": ""}
+    host.act("monitor")
+    assert host.cluster.score == "-INFINITY"
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    host.registered("a", G1)
+    assert host.act("promote", **ALONE) == Code.OK
+
+
+def test_a_guest_that_stands_still_later_goes_on_with_a_monitor_if_the_other_node_is_gone(host: Host) -> None:
+    """The word that it is gone is said once: the loss of the link may be noticed later, and the node start again."""
+    held = {"role": "primary", "score": 10000, "may-run": False, "code": "suspended", "reason": "no link"}
+    free, resumed = host.node.role, ("replication-resume-io", {})
+    event = {"notify_type": "post", "notify_operation": "stop"}
+    host.registered("a", G1)
+    host.act("promote", **BOTH)
+    host.node.role = held
+    assert host.act("monitor") == Code.PROMOTED
+    assert resumed not in host.node.done, "the other one is there"
+    host.node.role = free
+    host.act("notify", **event, **ALONE)
+    host.node.role = held
+    host.node.fails["replication-resume-io"] = Refused("no")
+    assert host.act("monitor") == Code.PROMOTED
+    host.node.fails.clear()
+    host.cluster.fails = True
+    assert host.act("monitor") == Code.PROMOTED
+    assert resumed not in host.node.done, "a cluster that does not answer knows nothing"
+    host.cluster.fails = False
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.node.done.count(resumed) == 1
+    host.act("notify", notify_type="pre", notify_operation="start", notify_active_uname="a", notify_start_uname="b")
+    host.act("monitor")
+    assert host.node.done.count(resumed) == 1, "the other one is coming back"
+    host.act("notify", notify_type="pre", notify_operation="stop", **ALONE)
+    host.act("monitor")
+    assert host.node.done.count(resumed) == 1, "it is not gone yet"

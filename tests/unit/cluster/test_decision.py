@@ -133,19 +133,46 @@ def test_what_only_a_promotion_ends_is_no_obstacle_to_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "active", "expected"),
+    ("changes", "gone", "expected"),
     [
-        ({}, frozenset({"a"}), True),
-        ({}, frozenset({"a", "b"}), False),
-        ({}, None, False),
-        ({"code": "not-promoted"}, frozenset({"a"}), False),
-        ({"outdated": "the other went on"}, frozenset({"a"}), False),
-        ({"relation": "diverged"}, frozenset({"a"}), False),
+        ({}, True, True),
+        ({}, False, False),
+        ({"code": "not-promoted"}, True, False),
+        ({"outdated": "the other went on"}, True, False),
+        ({"relation": "diverged"}, True, False),
     ],
 )
-def test_whose_guest_goes_on(changes: dict[str, str], active: frozenset[str] | None, expected: bool) -> None:
+def test_whose_guest_goes_on(changes: dict[str, str], gone: bool, expected: bool) -> None:
     held = replace(SOUND, may_run=False, code="suspended", reason="no link")
-    assert decision.goes_on(replace(held, **changes), "a", active) is expected  # type: ignore[arg-type]
+    assert decision.goes_on(replace(held, **changes), gone) is expected  # type: ignore[arg-type]
+
+
+def test_who_is_alone() -> None:
+    assert decision.others_are_gone("a", frozenset({"a"}))
+    assert not decision.others_are_gone("a", frozenset({"a", "b"}))
+    assert not decision.others_are_gone("a", None)
+
+
+def test_an_owner_that_was_stopped_in_good_order_is_not_gone() -> None:
+    kept = replace(COPY, register_host="b", register_kept=True)
+    assert decision.lives_elsewhere(kept, "a", frozenset({"a"})) == "b"
+    assert not decision.is_gone(kept, "a", frozenset({"a"}))
+    assert decision.lives_elsewhere(replace(kept, register_host="a"), "a", frozenset({"a"})) is None
+
+
+def test_whose_stop_is_no_end() -> None:
+    assert decision.keeps(SOUND)
+    assert not decision.keeps(COPY)
+    assert not decision.keeps(replace(SOUND, outdated="b went on"))
+
+
+def test_an_owner_that_another_took_over_from_is_not_promoted_before_it_has_met_that_one() -> None:
+    owner = replace(SOUND, score=UNSURE_OWNER, may_run=None, relation="same")
+    assert decision.score(replace(owner, register_host="b"), LIMIT_S) is None
+    assert "b was promoted since" in str(decision.obstacle(replace(owner, register_host="b"), 0))
+    assert decision.score(replace(owner, register_host="a", register_here=True), LIMIT_S) == decision.UNSURE_OWNER
+    assert decision.score(replace(owner, register_host="b", score=OWNER), LIMIT_S) == decision.OWNER
+    assert decision.score(replace(owner, register_host="b", relation="newer"), LIMIT_S) == decision.UNSURE_OWNER
 
 
 def test_an_owner_gives_way_only_to_one_that_went_on() -> None:
@@ -174,6 +201,15 @@ def test_an_owner_gives_way_only_to_one_that_went_on() -> None:
 )
 def test_who_hands_over(seen: Seen, to_promote: frozenset[str], told: bool, expected: bool) -> None:
     assert decision.hands_over(seen, "a", to_promote, told) is expected
+
+
+@pytest.mark.parametrize("link", ["connecting", "synchronizing"])
+def test_a_pair_that_is_about_to_be_in_sync_is_waited_for(link: str) -> None:
+    soon = replace(SOUND, link=link)
+    assert decision.may_hand_over(soon, "a", frozenset({"b"}), told=True)
+    assert not decision.may_hand_over(soon, "a", frozenset(), told=True)
+    assert not decision.may_hand_over(replace(soon, role="secondary"), "a", frozenset({"b"}), told=True)
+    assert not decision.may_hand_over(replace(SOUND, link="lost"), "a", frozenset({"b"}), told=True)
 
 
 @pytest.mark.parametrize(
