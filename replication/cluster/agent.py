@@ -368,6 +368,8 @@ class Agent:
         seen = self._about_to_hand_over(seen)
         if decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
             try:
+                # By itself the node becomes a secondary even if its last checkpoint fails.
+                self._ask("replication-checkpoint")
                 self._ask("replication-set-role", role="secondary")
             except Refused as error:
                 _log(f"it stays the owner of its disks: {error}")

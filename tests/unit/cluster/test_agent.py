@@ -231,6 +231,16 @@ def test_a_hand_over_that_is_not_answered_in_time_is_no_success(host: Host) -> N
     assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
 
 
+def test_an_owner_whose_last_checkpoint_fails_stays_one(host: Host) -> None:
+    """The link may be lost between the look at it and the hand-over."""
+    host.node.fails["replication-checkpoint"] = Refused("the link is lost")
+    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
+    assert host.node.role["role"] == "primary"
+    host.node.fails.clear()
+    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
+    assert [command for command, _ in host.node.done] == ["replication-checkpoint", "replication-set-role"]
+
+
 @pytest.mark.parametrize("error", [Unanswered("late"), Refused("no")])
 def test_an_owner_that_cannot_give_way_yet_is_no_failure(host: Host, error: Exception) -> None:
     host.node.status["outdated-reason"] = {"reason": "b went on"}
@@ -267,6 +277,9 @@ def test_what_a_stop_keeps_is_not_given_up_by_the_next_promotion(host: Host) -> 
     assert host.register["kept"], "it has not been promoted"
     assert host.act("promote", **BOTH) == Code.OK
     assert host.register == {"host": "a", "lineage": G2}
+    host.registered("a", G2, kept=True)
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.register == {"host": "a", "lineage": G2}, "it runs, so it can die"
 
 
 def test_a_copy_is_not_promoted_in_place_of_an_owner_that_was_only_stopped(host: Host) -> None:
