@@ -58,6 +58,8 @@ class Admission:
         self._closed = options.guest_face_closed
         self._waits_for_peer = False
         self._cut_off = False
+        # Somebody has said that the peer is fenced, and there was no agreement with it since.
+        self._fenced = False
         self.losses = 0
         """Of a link, as far as fencing counts them."""
         # Somebody has let the guest go on although the node is outdated.
@@ -198,7 +200,7 @@ class Admission:
         """The link is up, which came up after so many losses. It may be lost already."""
         with self._lock:
             if self.losses == losses:
-                self._cut_off = False
+                self._cut_off = self._fenced = False
                 self._decide_locked()
         self.tell()
 
@@ -208,18 +210,22 @@ class Admission:
         if self._options.fencing is Fencing.SUSPEND_IO:
             with self._lock:
                 self.losses += 1
-                if self._ownership().forwards:
+                if self._ownership().forwards and not self._fenced:
                     self._cut_off = True
                     self._decide_locked()
 
-    def resume(self) -> None:
-        """Somebody lets the guest go on, until the node learns anew that it is outdated. CommandError if that takes a
-        promotion, or the node is being made a secondary."""
+    def resume(self, fenced: bool = False) -> None:
+        """Somebody lets the guest go on, until the node learns anew that it is outdated. `fenced`: because the peer is,
+        so that a loss of the link which is noticed only later does not count either, until the next agreement.
+        CommandError if that takes a promotion, or the node is being made a secondary."""
         with self._lock:
             if self._closed:
                 raise CommandError(f"The guest does not go on: {_CLOSED}", reason=Reason.NOT_PROMOTED)
             if self._demoting:
                 raise CommandError("The guest does not go on: the node is being made a secondary", reason=Reason.BUSY)
+            if fenced:
+                # An agreement from before this says nothing of what comes after it.
+                self._fenced, self.losses = True, self.losses + 1
             if self.still.on:
                 self._waits_for_peer = self._cut_off = False
                 self._resumed = True
@@ -254,7 +260,7 @@ class Admission:
             return  # what stands goes on standing, whatever changes on the way
         if self._demoting:
             self._closed = self._options.guest_face_closed
-            self._waits_for_peer = self._cut_off = self._resumed = False
+            self._waits_for_peer = self._cut_off = self._resumed = self._fenced = False
             self.still.turn_away("the node has been made a secondary")
         self._choose_locked()
 

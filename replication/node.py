@@ -957,10 +957,10 @@ class Node:
                 log(f"that this node is outdated no longer is not saved yet: {error}")
                 self._save_later()
 
-    def resume_io(self) -> None:
-        """replication-resume-io: a person, or a manager that has fenced the other node, lets the guest go on. Without
+    def resume_io(self, fenced: bool = False) -> None:
+        """replication-resume-io: a person, or a manager that has `fenced` the other node, lets the guest go on. Without
         waiting for a command."""
-        self.admission.resume()
+        self.admission.resume(fenced)
         self._forget_kept_back()
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:

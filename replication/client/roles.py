@@ -124,7 +124,7 @@ def outdate(client: Session, options: argparse.Namespace) -> None:
 
 def resume_io(client: Session, options: argparse.Namespace) -> None:
     """Let the guest go on."""
-    client.call("replication-resume-io")
+    client.call("replication-resume-io", **({"fenced": True} if options.fenced else {}))
     tell(options, "the guest goes on")
 
 

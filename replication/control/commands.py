@@ -57,8 +57,9 @@ class Replicated(Protocol):
         """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
         is outdated, or its primary is connected."""
 
-    def resume_io(self) -> None:
-        """Let a guest go on that stands still."""
+    def resume_io(self, fenced: bool = False) -> None:
+        """Let a guest go on that stands still; `fenced`: also one that would do so for fencing before the next
+        agreement."""
 
     def outdate(self, text: str) -> None:
         """Another node went on: who knows it says so."""
@@ -281,8 +282,8 @@ class Commands:
         self._node.set_role(primary, arguments.get("peer"), arguments.get("force", False))
         return {}
 
-    def _resume_io(self, _arguments: Mapping[str, Any]) -> Any:
-        self._node.resume_io()
+    def _resume_io(self, arguments: Mapping[str, Any]) -> Any:
+        self._node.resume_io(arguments.get("fenced", False))
         return {}
 
     # Jobs
@@ -366,7 +367,7 @@ class Commands:
                 "force": Argument("boolean"),
             },
         ),
-        "replication-resume-io": Command(_resume_io),
+        "replication-resume-io": Command(_resume_io, {"fenced": Argument("boolean")}),
         "replication-outdate": Command(_outdate, {"reason": Argument("string")}),
         "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),
         "replication-demote": Command(_demote),

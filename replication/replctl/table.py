@@ -474,7 +474,13 @@ TABLE: tuple[Row, ...] = (
         (argument("--reason", metavar="TEXT", help="how that is known"),),
         distinct=True,
     ),
-    Row("resume-io", f"{_ROLES}:resume_io", "let a guest go on that stands still", distinct=True),
+    Row(
+        "resume-io",
+        f"{_ROLES}:resume_io",
+        "let a guest go on that stands still",
+        (flag("--fenced", "the other node is fenced: nor does it stand still when the loss is noticed only later"),),
+        distinct=True,
+    ),
     Row("quit", f"{_ROLES}:quit_node", "end the node in good order", distinct=True),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row(

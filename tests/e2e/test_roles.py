@@ -480,6 +480,13 @@ def test_writes_wait_for_fencing_while_there_is_no_link(lab: Lab) -> None:
     pair.secondary.start()
     drained(pair.primary)
     assert pair.primary.status()["guest-suspended"] is None
+    pair.primary.execute("replication-resume-io", fenced=True)
+    pair.secondary.kill()
+    wait_until(lambda: pair.primary.status()["link"]["state"] == "lost", "the loss is noticed")
+    assert pair.primary.status()["guest-suspended"] is None, "it was said before"
+    guest.pwrite(b"3" * 512, 0)
+    pair.secondary.start()
+    drained(pair.primary)
     # The next loss is another one, and the link's return ends it without a word from anybody.
     pair.secondary.kill()
     wait_until(lambda: pair.primary.status()["guest-suspended"], "the loss is noticed")

@@ -139,6 +139,44 @@ def test_a_lost_link() -> None:
         assert case.stands is None
 
 
+def test_a_peer_that_is_known_to_be_fenced_is_not_waited_for_when_its_loss_is_noticed_later() -> None:
+    case = Case(fencing=Fencing.SUSPEND_IO)
+    admission = case.admission
+    before = admission.losses
+    admission.resume()
+    admission.cut_off()
+    assert case.stands == "fencing", "nothing was said of the peer"
+    admission.resume()
+    before = admission.losses
+    admission.resume(fenced=True)
+    admission.linked(before)
+    admission.cut_off()
+    assert case.stands is None, "an agreement from before it was said"
+    admission.cut_off()
+    assert case.stands is None
+    admission.linked(admission.losses)
+    admission.cut_off()
+    assert case.stands == "fencing", "the next agreement has ended it"
+    admission.resume(fenced=True)
+    assert case.stands is None
+    with admission.demoting():
+        with pytest.raises(CommandError, match="being made a secondary"):
+            admission.resume(fenced=True)
+        case.is_now(SECONDARY)
+    case.is_now(RUNNING)
+    admission.cut_off()
+    assert case.stands == "fencing", "another role, another peer"
+
+
+def test_a_refused_word_that_the_peer_is_fenced_changes_nothing() -> None:
+    case = Case(fencing=Fencing.SUSPEND_IO, guest_face_closed=True)
+    with pytest.raises(CommandError, match="closed-until-promoted"):
+        case.admission.resume(fenced=True)
+    case.admission.promoted()
+    case.admission.cut_off()
+    assert case.stands == "fencing"
+
+
 def test_what_a_demotion_kept_back_stands_after_a_restart_as_well() -> None:
     case = Case(fencing=Fencing.SUSPEND_IO, wfc_timeout_s=1000.0)
     case.now = STOPPED

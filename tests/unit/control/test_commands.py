@@ -103,8 +103,8 @@ class Node:
     def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
         self._record("set_role", primary, peer, force)
 
-    def resume_io(self) -> None:
-        self._record("resume_io")
+    def resume_io(self, fenced: bool = False) -> None:
+        self._record("resume_io", fenced)
 
     def outdate(self, text: str) -> None:
         self._record("outdate", text)
@@ -210,7 +210,8 @@ SET = "xen-set-replication"
         ("replication-outdate", {"reason": "fenced"}, [("outdate", "fenced")], {}),
         ("replication-set-role", {"role": "primary", "peer": "nbd://b"}, [("set_role", True, "nbd://b", False)], {}),
         ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False)], {}),
-        ("replication-resume-io", None, [("resume_io",)], {}),
+        ("replication-resume-io", None, [("resume_io", False)], {}),
+        ("replication-resume-io", {"fenced": True}, [("resume_io", True)], {}),
         ("replication-outdate", None, [("outdate", "somebody who knows it has said so")], {}),
         ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
