@@ -23,7 +23,7 @@ from replication.client.session import Session, Unusable
 from replication.client.values import human_seconds, human_value
 
 from . import nodes
-from .trial import Trial, boot
+from .trial import INTERRUPTS, Trial, boot
 
 GRACE_S = 60.0
 """What the node waits longer than the deadline."""
@@ -167,8 +167,7 @@ def _interruptible() -> Iterator[None]:
             interrupted = True
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    former = {number: signal.signal(number, interrupt) for number in numbers}
+    former = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
     try:
         yield
     finally:

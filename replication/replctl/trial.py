@@ -21,6 +21,8 @@ from replication.client.qmp import Refused
 from replication.client.quiesce import Agent
 from replication.client.session import Unusable
 
+INTERRUPTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 _LOOK_S = 0.2
 _AGENT_S = 1.0
 """Longest wait for the agent at a time; what the console says waits meanwhile."""
@@ -85,8 +87,22 @@ class Trial:
     def run(self, quiet: bool = False) -> str | None:
         """Why it has failed; None if it works. What it says is printed, to stderr if `quiet`. Unusable if it cannot
         be run."""
+        echo = _Echo((sys.stderr if quiet else sys.stdout).fileno())
+        process: subprocess.Popen[bytes] | None = None
         try:
-            process = subprocess.Popen(
+            with _interrupts_later():
+                process = self._start()
+            return self._watch(process, echo)
+        finally:
+            if process is not None:
+                _end(process)
+                echo.end()
+                if process.stdout is not None:
+                    process.stdout.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -96,14 +112,6 @@ class Trial:
             )
         except OSError as error:
             raise Unusable(f"{self._command[0]} cannot be run: {error.strerror}") from error
-        echo = _Echo((sys.stderr if quiet else sys.stdout).fileno())
-        try:
-            return self._watch(process, echo)
-        finally:
-            _end(process)
-            echo.end()
-            if process.stdout is not None:
-                process.stdout.close()
 
     def _watch(self, process: subprocess.Popen[bytes], echo: _Echo) -> str | None:
         assert process.stdout is not None
@@ -142,6 +150,21 @@ class Trial:
         if self._agent is not None:
             return f"{how} before the guest agent has answered"
         return how if code else None
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """An interrupt comes when the body is over: a process runs before it is known which one it is, and nobody could end
+    it. Of the main thread."""
+    came: list[int] = []
+    former = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _answers(agent: str) -> bool:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,11 +190,29 @@ def test_a_test_that_fails_is_an_error(node: Node, script: str, text: str) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_an_interrupt_ends_the_test_as_a_failed_one(number: signal.Signals) -> None:
-    node = Node()
+def test_an_interrupt_ends_the_test_as_a_failed_one(tmp_path: Path, number: signal.Signals) -> None:
+    """It may come before Popen has returned."""
+    node, pid = Node(), tmp_path / "pid"
+    script = f"echo $$ >{pid}; kill -{number.name[3:]} $PPID; exec sleep 1000"
     with pytest.raises(KeyboardInterrupt):
-        run(node, "test", "run", *URI, "--", "sh", "-c", f"kill -{number.name[3:]} $PPID; exec sleep 1000")
+        run(node, "test", "run", *URI, "--", "sh", "-c", script)
+    wait_until(lambda: not _alive(int(pid.read_text())), "it has ended")
     assert node.called[-1][1] == {"name": "run", "id": "1a", "result": "failed", "reason": "it was interrupted"}
+
+
+def test_an_interrupt_while_the_command_is_started_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, real, started = Node(), subprocess.Popen, []
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        started.append(real(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        run(node, "test", "run", *URI, "--", "sleep", "1000")
+    assert started[0].poll() == -signal.SIGTERM
+    assert node.called[-1][1]["reason"] == "it was interrupted"
 
 
 @pytest.mark.parametrize("second", ["HUP", "INT"])
