@@ -124,3 +124,7 @@ class Standstill:
 
 NEVER = Standstill()
 """Of exports that no guest uses."""
+
+GONE = Standstill()
+"""Of an export whose client has gone while its requests stood still."""
+GONE.begin("its client has gone", fails=True)

@@ -23,7 +23,7 @@ from replication.errors import DiskError, Refusal
 from replication.node import Node
 from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
-from replication.order.standstill import NEVER
+from replication.order.standstill import GONE, NEVER
 from replication.server.clients import Client
 from replication.side import Face
 from replication.stage import Mode
@@ -128,7 +128,14 @@ class Export:
         still, latency = self._still, self._node.gate.latency
         era = still.era  # in here it is that of what is behind the export
         while still.stands(reads):
-            self._gate.wait_outside(lambda: still.stand(latency, era, reads, self.gone))
+            self._gate.wait_outside(lambda: still.stand(latency, era, reads, self._has_gone))
+
+    def _has_gone(self) -> bool:
+        """Whether the client has. What it had sent before, and nbdkit reads only now, is not done either."""
+        gone = self.gone()
+        if gone:
+            self._still = GONE
+        return gone
 
     def close(self) -> None:
         """The client has gone."""
