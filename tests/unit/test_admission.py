@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from replication import admission as admission_module
 from replication.admission import Admission, Ownership
 from replication.errors import CommandError
 from replication.options import Fencing, OnOutdated, Options
@@ -137,6 +138,17 @@ def test_a_lost_link() -> None:
         case.admission.cut_off()
         goes_on()
         assert case.stands is None
+
+
+def test_each_loss_is_told_and_so_is_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(admission_module, "log", said.append)
+    case = Case(fencing=Fencing.SUSPEND_IO)
+    for _ in range(2):
+        case.admission.cut_off()
+        case.admission.tell()
+        case.admission.linked(case.admission.losses)
+    assert [line.split(":")[0] for line in said] == ["the guest stands still", "the guest goes on"] * 2
 
 
 def test_a_peer_that_is_known_to_be_fenced_is_not_waited_for_when_its_loss_is_noticed_later() -> None:
