@@ -203,7 +203,6 @@ class Admission:
                 self._cut_off = self._fenced = False
                 self._decide_locked()
         self.tell()
-        self.tell()
 
     def cut_off(self) -> None:
         """The link is lost: before anybody else knows, and before a write that waits for the secondary goes on. Whoever
