@@ -23,8 +23,8 @@ def coded(node: Server, *codes: str) -> dict[str, Any]:
     return status
 
 
-def replicating(lab: Lab) -> Pair:
-    pair = lab.pair()
+def replicating(lab: Lab, *arguments: str) -> Pair:
+    pair = lab.pair(primary_arguments=arguments)
     pair.start_replication()
     pair.primary.connect("disk0").pwrite(pattern(1, KIB), 0)
     wait_until(lambda: drained(pair.primary)["link"]["state"] == "in-sync", "the pair is in sync")
@@ -32,7 +32,7 @@ def replicating(lab: Lab) -> Pair:
 
 
 def test_a_primary_whose_secondary_has_failed_over_is_outdated(lab: Lab) -> None:
-    pair = replicating(lab)
+    pair = replicating(lab, "on-outdated=continue")
     status = pair.primary.status()
     assert "code" not in status["link"]
     assert status["outdated"] is False
