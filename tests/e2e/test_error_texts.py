@@ -123,14 +123,14 @@ with open(__file__) as file:
     source = file.read()
 exec(compile(source, __file__, "exec"), globals())
 _open = Exports.open
-def _failing(self, name, client):
+def _failing(self, name, *client):
     if name == "private":
         raise DiskError("/srv/secret.img is held by the client at 10.1.2.3 port 4", errno.ENOSPC)
     if name == "defect":
         raise RuntimeError("secret")
     if name == "memory":
         raise MemoryError("secret")
-    return _open(self, name, client)
+    return _open(self, name, *client)
 Exports.open = _failing
 """
 
