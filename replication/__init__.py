@@ -207,6 +207,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         state.py                the state folder
         verified.py             what the last comparison of the disks has found
         tested.py               what the last test of a failover has found
+        resultfile.py           a small file with such a result
         keeper.py               who writes the record: one write at a time, and in time or not at all
         twin.py                 a document that is overwritten in place, crash-safe
         binding.py              what binds the files of a state folder together

@@ -125,8 +125,8 @@ class Node:
         self._was_clean = self._record.clean
         self._note_process()
         state.reserve(self._record)
-        began_before = self._record.mode is Mode.PRIMARY and self.stage is Stage.RUNNING
-        self.admission.begin(began_before, self._record.partner is not None, self._record.kept_back)
+        restarted = self._ownership().forwards
+        self.admission.begin(restarted, self._record.partner is not None, self._record.kept_back)
 
     def _setting(self, side: Callable[[], Side]) -> Setting:
         """What a side works with; `side()` is that side, when it enters a stage."""

@@ -508,16 +508,14 @@ class Agent:
                 self._unread, register = True, None
             if register is None:
                 return seen
-            seen = replace(seen, register_kept=register.kept, register_here=register.host == self._told.here)
-            if register.host == self._told.here:
-                # What this host had entered, and has lost with its power, nobody else went on from.
-                self._register = register
-                return replace(seen, register_host=register.host)
-            seen = replace(seen, register_host=register.host)
+            self._register = register
+            here = register.host == self._told.here
+            seen = replace(seen, register_host=register.host, register_kept=register.kept, register_here=here)
+            if here:
+                return seen  # what it had entered, and has lost with its power, nobody else went on from
             with suppress(Refused):  # what is in the register is no lineage that this version reads
                 relation = session.call("replication-compare", lineage=register.lineage).get("relation")
                 seen = replace(seen, relation=relation if isinstance(relation, str) else None)
-        self._register = register
         return seen
 
     def _look_patiently(self) -> Seen:

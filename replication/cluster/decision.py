@@ -21,12 +21,11 @@ _STALE = ("older", "diverged", "unrelated")
 """Relations to the register's owner: that one went on from something that is not here."""
 
 _CLOSED, _SUSPENDED = "not-promoted", "suspended"
-_UNTIL_PROMOTED = (_CLOSED, _SUSPENDED)
-"""Codes of an owner whose guest may not run yet, which a promotion, or a word of the cluster's, ends."""
+_GUEST_WAITS = (_CLOSED, _SUSPENDED)
+"""Codes of an owner whose guest is kept back, though nothing is known against what it has: a promotion, or a word of
+the cluster's, ends that."""
 
 PRIMARY = "primary"
-_GUEST_WAITS = frozenset(("not-promoted", "suspended"))
-"""Codes of an owner whose guest is kept back, though nothing is known against what it has."""
 _SURE = 10000
 """The node's own score of an owner from which nobody can have gone on."""
 
@@ -113,7 +112,7 @@ def obstacle(seen: Seen, max_age_s: float | None) -> str | None:
     if seen.owner and seen.passed_over:
         return f"{seen.register_host} was promoted since, and may have gone on from what is here"
     if seen.owner:
-        return seen.reason if seen.may_run is False and seen.code not in _UNTIL_PROMOTED else None
+        return seen.reason if seen.may_run is False and seen.code not in _GUEST_WAITS else None
     if seen.score <= 0:
         return "it does not run, or has no valid checkpoint"
     if seen.score == _NEW:

@@ -1,27 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the last comparison of the disks has found, and where one is: verify.json in the state folder.
-
-A file of its own: nothing of what a node may do depends on it, and other versions need not read it. It is replaced as a
-whole, or, where there is no room, not at all: then the next process knows of an older one.
-"""
+"""What the last comparison of the disks has found, and where one is: verify.json in the state folder."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from replication.disk import files
-from replication.log import log
+from replication.record.resultfile import NUMBER, ResultFile, check_members
 
 _NAME = "verify.json"
 _FILE_MAX = 1 << 20
-_NUMBER = (int, float)
 _KINDS: dict[str, Any] = {
     "result": str,
-    "time": _NUMBER,
-    "duration": _NUMBER,
+    "time": NUMBER,
+    "duration": NUMBER,
     "compared-bytes": int,
     "different-bytes": int,
     "left-out-bytes": int,
@@ -51,7 +43,7 @@ _PLACE_KINDS: dict[str, Any] = {
     "offset": int,
     "rate": (int, type(None)),
     "repair": bool,
-    "began": _NUMBER,
+    "began": NUMBER,
     "left_out": int,
     "different": int,
     "ranges": list,
@@ -63,29 +55,12 @@ class Verified:
 
     def __init__(self, folder: str | None) -> None:
         """In memory alone without a folder. What cannot be read counts as not there."""
+        self._file = ResultFile(folder, _NAME, _FILE_MAX, "comparison")
         self.last: dict[str, Any] | None = None
         self.place: Place | None = None
-        self._path = None if folder is None else os.path.join(folder, _NAME)
-        try:
-            self._load()
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            log(f"{self._path} is not used: {error}")
-
-    def _load(self) -> None:
-        if self._path is None:
-            return
-        with open(self._path, "rb") as file:
-            saved = json.loads(file.read(_FILE_MAX))
-        last, place = saved["last"], saved["place"]
-        if last is not None:
-            _check(last, _KINDS)
-        if place is not None:
-            _check(place, _PLACE_KINDS)
-        json.dumps(saved, allow_nan=False)  # what is shown as JSON may not be what JSON cannot say
-        self.last = last
-        self.place = None if place is None else Place(**place)
+        found = self._file.load(_read)
+        if found is not None:
+            self.last, self.place = found
 
     def conclude(self, outcome: dict[str, Any]) -> None:
         """A comparison has ended, with this result."""
@@ -98,22 +73,21 @@ class Verified:
         self._save()
 
     def _save(self) -> None:
-        if self._path is None:
-            return
-        saved = {"last": self.last, "place": None if self.place is None else asdict(self.place)}
-        try:
-            files.replace(self._path, json.dumps(saved).encode())
-        except OSError as error:
-            log(f"cannot write {self._path}: {error.strerror}; the next process will not know of this comparison")
+        self._file.save({"last": self.last, "place": None if self.place is None else asdict(self.place)})
+
+
+def _read(saved: Any) -> tuple[dict[str, Any] | None, Place | None]:
+    last, place = saved["last"], saved["place"]
+    if last is not None:
+        _check(last, _KINDS)
+    if place is not None:
+        _check(place, _PLACE_KINDS)
+    return last, None if place is None else Place(**place)
 
 
 def _check(saved: Any, kinds: dict[str, Any]) -> None:
     """TypeError unless it has these members, of these types."""
-    if not isinstance(saved, dict) or saved.keys() != kinds.keys():
-        raise TypeError("it has other members")
-    for name, kind in kinds.items():
-        if not isinstance(saved[name], kind):
-            raise TypeError(f"{name} is of another type")
+    check_members(saved, kinds)
     for part in saved["ranges"]:
         if not isinstance(part, dict) or part.keys() != {"disk", "offset", "length"}:
             raise TypeError("ranges are of another type")

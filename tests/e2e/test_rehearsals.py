@@ -318,15 +318,20 @@ def test_a_write_for_which_a_test_has_no_room_fails_alone(lab: Lab) -> None:
     assert bytes(test.pread(MIB - 64 * KIB, 64 * KIB)) == pattern(5, MIB)[64 * KIB :]
 
 
+def beside_a_test(lab: Lab, small: SmallFolder, size: int, written: int) -> Secondary:
+    """A secondary with all that it has in one small file system, which is full: so much of it a test has written."""
+    server = lab.start(Secondary(small.folder, [size], contents=[OLD], extra_arguments=["overlay-watermark=100"]))
+    server.start_replication()
+    server.execute("replication-test-start", name="x")
+    server.connect(f"{top_id(0)}.x").pwrite(pattern(5, written), 0)
+    small.fill()
+    return server
+
+
 def test_hidden_gets_the_room_that_a_test_has(lab: Lab, small_folder: Callable[[int], SmallFolder]) -> None:
     """All of it in one small file system: the test writes first, then the primary overwrites more than is left."""
     small = small_folder(16 * MIB)
-    arguments = ["overlay-watermark=100"]
-    server = lab.start(Secondary(small.folder, [4 * MIB], contents=[OLD], extra_arguments=arguments))
-    server.start_replication()
-    server.execute("replication-test-start", name="x")
-    server.connect(f"{top_id(0)}.x").pwrite(pattern(5, 4 * MIB), 0)
-    small.fill()
+    server = beside_a_test(lab, small, size=4 * MIB, written=4 * MIB)
     filler = small.folder / "filler"
     os.truncate(filler, filler.stat().st_size - MIB)
     server.connect(disk_name(0)).pwrite(pattern(6, SIZE), 0)
@@ -359,12 +364,7 @@ def test_a_secondary_disk_that_finds_no_room_gets_that_of_a_test(
 ) -> None:
     """The disk is a sparse file beside all the rest."""
     small = small_folder(16 * MIB)
-    arguments = ["overlay-watermark=100"]
-    server = lab.start(Secondary(small.folder, [6 * MIB], contents=[OLD], extra_arguments=arguments))
-    server.start_replication()
-    server.execute("replication-test-start", name="x")
-    server.connect(f"{top_id(0)}.x").pwrite(pattern(5, 2 * MIB), 0)
-    small.fill()
+    server = beside_a_test(lab, small, size=6 * MIB, written=2 * MIB)
     target = server.connect(disk_name(0))
     target.pwrite(pattern(6, MIB), 4 * MIB)
     assert server.status()["error"] is None

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from content import make_raw, pattern
 from replication.disk import files
-from replication.disk.face import Disk as AnyDisk
+from replication.disk.face import Disk
 from replication.disk.file import FileDisk
-from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image import frozen, qcow2
 from replication.image.frozen import OWN, Allowance, Frozen
@@ -32,31 +31,11 @@ from replication.image.overlay import Overlay
 from replication.image.qcow2 import BLOCK, CLUSTER
 from replication.image.stack import Stack
 from waiting import DEADLINE_S, begin, chance
+from watcheddisk import WatchedDisk
 
 SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 ROOMY = 1 << 40
-
-
-class Disk(FileDisk):
-    """A raw file that calls `before(operation)`, which may raise."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("disk0", str(path))
-        self.before: Callable[[str], None] = lambda _: None
-
-    def read(self, buffer: memoryview, offset: int) -> None:
-        self.before("read")
-        super().read(buffer, offset)
-        self.before("read-done")
-
-    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
-        self.before("write")
-        super().write(pieces, offset, fua)
-
-    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
-        self.before("zero")
-        super().zero(offset, length, may_trim, fua)
 
 
 class Images:
@@ -67,14 +46,14 @@ class Images:
         make_raw(folder / "disk.raw", size, pattern(1, size))
         for name, backing, image_format in (("hidden", "disk.raw", "raw"), ("active", "hidden.qcow2", "qcow2")):
             qcow2.create(str(folder / f"{name}.qcow2"), str(folder / backing), image_format, size)
-        self.disk = Disk(folder / "disk.raw")
+        self.disk = WatchedDisk(folder / "disk.raw")
         active, hidden = (Overlay(role, "disk0", str(folder / f"{role}.qcow2"), power) for role in ("active", "hidden"))
         self.stack = Stack(active, hidden, self.disk)
         self.allowance = Allowance(str(folder), ROOMY, 100)
         self.made: list[Frozen] = []
 
     def freeze(self, allowance: Allowance | None = None, name: str = "x") -> Frozen:
-        disk: AnyDisk = self.disk
+        disk: Disk = self.disk
         made = Frozen(name, self.stack.active, self.stack.hidden, disk, allowance or self.allowance)
         made.freeze()
         self.stack.room.tests = (*self.stack.room.tests, made)
@@ -319,11 +298,11 @@ def test_what_the_test_has_written_is_not_overwritten_with_what_a_target_write_k
         other.write(memoryview(b"\xaa" * 100), 4096 + 50, False)
 
     def meanwhile(operation: str) -> None:
-        if operation == "read-done" and other._own._asked and not writes:
+        if operation == "read" and other._own._asked and not writes:
             writes.append(pool.submit(write))
             assert began.wait(DEADLINE_S)
 
-    images.disk.before = meanwhile
+    images.disk.after = meanwhile
     images.target(pattern(3, BLOCK), 4096)
     assert writes
     writes[0].result(DEADLINE_S)
@@ -614,10 +593,10 @@ def test_a_request_under_way_when_the_test_ends_is_told_so(images: Images) -> No
     test = images.freeze()
 
     def end(operation: str) -> None:
-        if operation == "read-done":
+        if operation == "read":
             test.end(DiskError("it has ended", errno.ESHUTDOWN))
 
-    images.disk.before = end
+    images.disk.after = end
     with pytest.raises(DiskError, match="it has ended") as caught:
         seen(test)
     assert caught.value.errno == errno.ESHUTDOWN

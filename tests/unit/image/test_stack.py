@@ -25,7 +25,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from content import make_raw, pattern
 from replication.disk import files
 from replication.disk.face import Extent
-from replication.disk.file import FileDisk
 from replication.disk.files import Buffer
 from replication.errors import DiskError
 from replication.image import overlay as overlay_module
@@ -36,6 +35,7 @@ from replication.image.qcow2 import BLOCK, CLUSTER, PAGE_CLUSTERS
 from replication.image.stack import Stack
 from replication.record.changes import GRAIN
 from waiting import DEADLINE_S, wait_until
+from watcheddisk import WatchedDisk
 
 pytestmark = pytest.mark.usefixtures("no_sharing")
 
@@ -43,35 +43,6 @@ SIZE = 3 * CLUSTER + 5 * BLOCK + 1234
 """The last block is short, and not even whole sectors."""
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where nothing has to be waited for that is flushed thousands of times."""
-
-
-class Disk(FileDisk):
-    """A raw file that calls `before(operation)` and `after(operation)`; either may raise."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("disk0", str(path))
-        self.before: Callable[[str], None] = lambda _: None
-        self.after: Callable[[str], None] = lambda _: None
-
-    def read(self, buffer: memoryview, offset: int) -> None:
-        self.before("read")
-        super().read(buffer, offset)
-        self.after("read")
-
-    def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
-        self.before("write")
-        super().write(pieces, offset, fua)
-        self.after("write")
-
-    def zero(self, offset: int, length: int, may_trim: bool, fua: bool = False) -> None:
-        self.before("zero")
-        super().zero(offset, length, may_trim, fua)
-        self.after("zero")
-
-    def flush(self) -> None:
-        self.before("flush")
-        super().flush()
-        self.after("flush")
 
 
 class Images:
@@ -86,7 +57,7 @@ class Images:
         self.open()
 
     def open(self) -> None:
-        self.disk = Disk(self.folder / "disk.raw")
+        self.disk = WatchedDisk(self.folder / "disk.raw")
         active, hidden = (
             Overlay(role, "disk0", str(self.folder / f"{role}.qcow2"), self.power) for role in ("active", "hidden")
         )
