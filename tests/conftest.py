@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from hangs import Watchdog
 from lab import Lab
 from mounts import SharingFolder, SmallFolder
 from replication import log
@@ -27,6 +28,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # tell.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest calls it when it begins."""
+    config.pluginmanager.register(Watchdog())
 
 
 @pytest.fixture

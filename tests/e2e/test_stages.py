@@ -461,7 +461,8 @@ def test_failover_with_a_guest_is_the_last_checkpoint_plus_its_writes(secondary:
     assert secondary.disks[0].read_bytes() == changed(OLD, (0, NEW), (BLOCK + 512, OWN[:512]))
 
 
-def test_an_old_primary_that_goes_on_after_failover_keeps_its_guest_and_learns_of_the_fence(pair: Pair) -> None:
+def test_an_old_primary_that_goes_on_after_failover_keeps_its_guest_and_learns_of_the_fence(lab: Lab) -> None:
+    pair = lab.pair(contents=(OLD,), primary_arguments=["on-outdated=continue"])
     disk = pair.primary.connect("disk0")
     pair.start_replication()
     disk.pwrite(NEW, 0)
