@@ -865,7 +865,7 @@ def test_a_lost_heartbeat_stops_a_promoted_primary(lab: Lab) -> None:
 
 
 def test_a_write_that_the_new_secondary_refuses_is_case_2(lab: Lab) -> None:
-    b = Promotion(lab).promote("failover")
+    b = Promotion(lab, arguments=["on-outdated=continue"]).promote("failover")
     points = lab.pause_points()
     c = new_secondary(lab, extra_environment=points.environment)
     become_primary(b, c.uri())
