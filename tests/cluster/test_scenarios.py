@@ -194,6 +194,22 @@ def test_the_pairs_network_is_cut_and_mended(site: Make) -> None:
     good(it)
 
 
+def test_a_preference_for_a_host_that_must_not_be_promoted(site: Make) -> None:
+    """As a move leaves it: the guest goes on where it is, until that host has everything."""
+    it = begun(site)
+    owner, copy = it.whole()
+    it.cut(PAIR_NETWORK)
+    it.wait(lambda: it.score(copy) is None, "the copy is no candidate any more")
+    owner.told("crm_resource", "--move", "--promoted", "--resource", "disk-clone", "--node", copy.name)
+    it.idle(12)
+    assert it.promoted() is owner
+    assert len(it.journal.begins()) == 1
+    it.mend(PAIR_NETWORK)
+    it.wait_promoted(copy)
+    assert it.whole() == (copy, owner)
+    good(it)
+
+
 def test_the_pairs_network_is_cut_and_then_the_owner_dies(site: Make) -> None:
     """What the copy has is older than what the owner had: it waits for the owner, and nothing is lost."""
     it = begun(site)
