@@ -34,6 +34,7 @@ chown hacluster:haclient /run/crm
 export PCMK_logfile=/var/log/pacemaker/pacemaker.log PCMK_logpriority=info PCMK_ipc_type=shared-mem
 ulimit -l unlimited 2>/dev/null || true
 if [[ ${3:-} == cluster ]]; then
+    touch /run/host-up
     while :; do wait -n 2>/dev/null || sleep 0.2; done
 fi
 corosync -f >/var/log/corosync/stderr 2>&1 &

@@ -74,6 +74,8 @@ class Host:
                     start_new_session=True,
                 )
             wait_until(lambda: self.init, f"{self.name} has power")
+            if without:  # a command that comes next finds this host's folders
+                wait_until(lambda: self.run("test", "-e", "/run/host-up").returncode == 0, f"{self.name} is up")
 
     def power_off(self) -> None:
         """All its processes are gone, without a word, when this returns."""

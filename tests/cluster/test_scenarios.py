@@ -194,6 +194,25 @@ def test_the_pairs_network_is_cut_and_mended(site: Make) -> None:
     good(it)
 
 
+def test_standby_a_moment_after_the_pairs_network_was_cut(site: Make) -> None:
+    """A host that is stopped is not a dead one: nobody goes on without what it has."""
+    it = begun(site)
+    owner, copy = it.whole()
+    it.cut(PAIR_NETWORK)
+    owner.told("crm_standby", "--update", "on", "--node", owner.name)
+    it.wait(lambda: not it.runs(owner), "the owner's node is stopped")
+    last = it.journal.acknowledged()[-1]
+    it.idle(12)
+    assert it.runs(copy)
+    assert len(it.journal.begins()) == 1
+    owner.told("crm_standby", "--delete", "--node", owner.name)
+    it.wait_promoted(owner)
+    it.mend(PAIR_NETWORK)
+    assert it.whole() == (owner, copy)
+    assert it.journal.begins()[-1].number > last.number
+    good(it)
+
+
 def test_a_preference_for_a_host_that_must_not_be_promoted(site: Make) -> None:
     """As a move leaves it: the guest goes on where it is, until that host has everything."""
     it = begun(site)
