@@ -66,9 +66,13 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         processes.py teller.py  what is started; what a person reads
     cluster/                    a node as a resource of Pacemaker
         agent.py                the actions
+        telling.py              what the cluster learns
+        asking.py               what is asked of the node
         decision.py             what follows from what a node and the cluster say
-        pacemaker.py            what the cluster is told, and keeps
+        pacemaker.py            the score and the register, by the cluster's tools
         process.py              starts and ends the node
+        mark.py                 that the node is promoted
+        codes.py                how an action ends
         told.py                 what the cluster says to the agent
         metadata.py             what the agent says of itself
     machine/                    protects a virtual machine together with its disk: what ft-agent calls

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A node as a resource of Pacemaker: the agent ocf:nbdkit:replication (OCF 1.1, promotable).
 
-Read `agent.py` first: it has one method for each action. What it does follows from `decision.py`.
+Read `agent.py` first: it has one method for each action. What it does follows from `decision.py`; `asking.py` has the
+questions to the node, `telling.py` what the cluster learns.
 
 Pacemaker promotes and demotes; the node owns its disks or keeps a copy. These are not the same:
 

@@ -16,7 +16,7 @@ import nbd
 import pytest
 
 from clusteragent import AGENT, ClusterHost, two_hosts
-from replication.cluster.agent import Code
+from replication.cluster.codes import Code
 from waiting import DEADLINE_S, wait_until
 
 BOTH = {"notify_active_uname": "a b", "notify_stop_uname": " "}

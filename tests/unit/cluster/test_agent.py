@@ -12,8 +12,9 @@ import pytest
 
 from replication.client.qmp import Refused
 from replication.client.session import NotRunning, Unanswered
-from replication.cluster import agent as module
-from replication.cluster.agent import Agent, Code, Failed
+from replication.cluster import asking
+from replication.cluster.agent import Agent
+from replication.cluster.codes import Code, Failed
 from replication.cluster.pacemaker import ClusterError, Pacemaker
 from replication.cluster.told import read
 
@@ -166,8 +167,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
         def call(self, command: str, **arguments: Any) -> Any:
             return found.node.call(command, **arguments)
 
-    monkeypatch.setattr(module, "Session", Session)
-    monkeypatch.setattr(module.nodes, "control_of", str)
+    monkeypatch.setattr(asking, "Session", Session)
+    monkeypatch.setattr(asking.nodes, "control_of", str)
     return found
 
 
@@ -322,7 +323,7 @@ def test_a_demotion_waits_for_a_pair_that_is_about_to_be_in_sync(host: Host, mon
     def synchronized(_seconds: float) -> None:
         host.node.status["link"] = {"state": "in-sync"}
 
-    monkeypatch.setattr(module.time, "sleep", synchronized)
+    monkeypatch.setattr(asking.time, "sleep", synchronized)
     assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
     assert host.node.role["role"] == "secondary"
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 from manpages import Page
 from replication.cluster import metadata
-from replication.cluster.agent import Code
+from replication.cluster.codes import Code
 
 PAGE = Page("ocf_nbdkit_replication")
 
