@@ -297,7 +297,8 @@ def test_an_old_owner_that_is_started_by_hand_serves_nobody_for_long(site: Make)
     old.power_off()
     it.wait_promoted(new)
     old.power_on(without="cluster")
-    old.told("sh", "-c", "nbdkit-replication vm1 >/srv/by-hand.log 2>&1 & sleep 0.1")
+    # The shell stays: nbdkit ends with its parent.
+    old.told("sh", "-c", "setsid sh -c 'nbdkit-replication vm1; true' >/srv/by-hand.log 2>&1 </dev/null &")
     it.wait(lambda: old.run(REPLCTL, NODE, "may-run").returncode == 1, "no guest may run there")
     good(it)
 
