@@ -72,6 +72,11 @@ TABLE = [
         "the cluster's agent, on the node of a split brain that is not promoted",
         "e2e/test_cluster_agent.py::test_split_brain_stays_down_and_says_so",
     ),
+    (
+        "decide whose writes are to be thrown away, and have that node demoted",
+        "the cluster's agent, on both nodes of a split brain of which the register cannot tell the newer one",
+        "e2e/test_cluster_agent.py::test_a_register_that_does_not_know_the_last_promotion_judges_nobody",
+    ),
     ("the secondary has newer data", "the same", LINEAGE),
     ("the two sides have nothing in common", "the same", LINEAGE),
     ("are an unfinished copy of another primary's", "a start of a half-copied node", LINEAGE),

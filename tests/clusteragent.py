@@ -106,6 +106,16 @@ class ClusterHost:
         assert code == 0, (action, code, said)
 
     @property
+    def register(self) -> Path:
+        """What the cluster keeps of the last owner."""
+        return self._cluster / "register"
+
+    def cut_off(self) -> None:
+        """From its next start on the node does not reach the other one."""
+        path = self.folder / f"etc/{NODE}.toml"
+        path.write_text(path.read_text().replace("guest.sock", "nobody.sock"))
+
+    @property
     def score(self) -> int | None:
         """What the cluster knows; None: it is not promoted without one, or never."""
         path = self.folder / "score"

@@ -102,7 +102,10 @@ class Agent:
             return self._of_promoted(seen)
         if self._told.repeated:
             seen = self._give_way(seen, news=False)
+            seen = self._cluster.settle(seen)
             self._cluster.score(seen)
+            if seen.dispute is not None:
+                return ended(Code.DEGRADED, seen.dispute)
             if seen.split is not None:
                 return ended(Code.DEGRADED, f"{seen.split}; decide whose writes are to be thrown away: replctl discard")
             if self._told.wrong:
@@ -112,10 +115,12 @@ class Agent:
     def _of_promoted(self, seen: Seen) -> Code:
         if not seen.owner:
             raise Failed(Code.FAILED_PROMOTED, "it was promoted, and somebody has made it a secondary")
-        if (why := decision.obstacle(seen, 0)) is not None:
+        if (why := decision.must_go(seen)) is not None:
             self._cluster.publish(None)
             raise Failed(Code.FAILED_PROMOTED, f"it was promoted, and must not be: {why}")
         if self._told.repeated:
+            if decision.outranks(seen):
+                note(f"the cluster's register names {seen.register_host}, which was promoted before this node")
             if decision.stays_closed(seen):
                 self._node.do("replication-set-role", role="primary")
             self._cluster.follow(seen, promoted=True)
@@ -125,6 +130,8 @@ class Agent:
                 self._let_go_on(seen, self._mark.others_gone and not self._node.unread)
             except (Refused, Unusable) as error:
                 note(f"its guest stands still: {error}")
+            if seen.register_here and seen.dispute is not None:
+                return ended(Code.DEGRADED_PROMOTED, seen.dispute)
         return Code.PROMOTED
 
     def validate(self) -> Code:
@@ -170,6 +177,8 @@ class Agent:
                 break
             time.sleep(STEP_S)
             seen = self._node.look()
+        self._cluster.seen()
+        seen = self._cluster.settle(seen)
         self._cluster.score(seen)
         return Code.OK
 
@@ -306,6 +315,8 @@ class Agent:
                 self._let_go_on(seen, gone)
             else:
                 seen = self._give_way(seen, news=self._told.event == "post-promote")
+                self._cluster.seen()
+                seen = self._cluster.settle(seen)
                 self._cluster.score(seen)
         except NotRunning:
             pass  # it is stopped here

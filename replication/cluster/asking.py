@@ -19,6 +19,7 @@ from .codes import Code, Failed, note
 from .decision import Seen
 from .pacemaker import ClusterError, Pacemaker, Register
 from .process import Runner
+from .serials import Serials
 from .told import Told
 
 STEP_S = 0.1
@@ -40,6 +41,7 @@ class Asking:
         self._told = told
         self._pacemaker = pacemaker
         self._process = process
+        self.serials = Serials(told)
         self.register: Register | None = None
         """As the last look has found it."""
         self.unread = False
@@ -89,12 +91,21 @@ class Asking:
                 return seen
             self.register = register
             here = register.host == self._told.here
-            seen = replace(seen, register_host=register.host, register_kept=register.kept, register_here=here)
+            seen = replace(
+                seen,
+                register_host=register.host,
+                register_kept=register.kept,
+                register_here=here,
+                register_serial=register.serial,
+                register_disputed=register.disputed,
+            )
             if here:
                 return seen  # what it had entered, and has lost with its power, nobody else went on from
             with suppress(Refused):  # what is in the register is no lineage that this version reads
                 relation = session.call("replication-compare", lineage=register.lineage).get("relation")
                 seen = replace(seen, relation=relation if isinstance(relation, str) else None)
+        if seen.owner and seen.relation == "diverged":  # at other times a storage that hangs is nothing to wait for
+            seen = replace(seen, serial=self.serials.read().promoted)
         return seen
 
     def look_patiently(self) -> Seen:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 
 class Code(IntEnum):
-    """OCF's exit codes. DEGRADED is Pacemaker's own: it works, and somebody has to look at it."""
+    """OCF's exit codes. The last two are Pacemaker's own: it works, and somebody has to look at it."""
 
     OK = 0
     GENERIC = 1
@@ -20,6 +20,7 @@ class Code(IntEnum):
     PROMOTED = 8
     FAILED_PROMOTED = 9
     DEGRADED = 190
+    DEGRADED_PROMOTED = 191
 
 
 class Failed(Exception):

@@ -25,6 +25,11 @@ _GUEST_WAITS = (_CLOSED, _SUSPENDED)
 """Codes of an owner whose guest is kept back, though nothing is known against what it has: a promotion, or a word of
 the cluster's, ends that."""
 
+_UNDECIDED = (
+    "and the cluster cannot tell who was promoted last; decide whose writes are to be thrown away, and have that node "
+    "demoted (replctl demote)"
+)
+
 PRIMARY = "primary"
 _SURE = 10000
 """The node's own score of an owner from which nobody can have gone on."""
@@ -65,6 +70,12 @@ class Seen:
     """That is this one."""
     register_kept: bool = False
     """That one was stopped in good order, with its disks."""
+    register_serial: int = 0
+    """Of the promotion that the register has."""
+    register_disputed: str | None = None
+    """The cluster node that has gone on as well, and whose promotion was not before that one."""
+    serial: int = 0
+    """Of this node's own last promotion; known only where it counts: if both have gone on."""
 
     @property
     def owner(self) -> bool:
@@ -101,10 +112,23 @@ class Seen:
         """Why a person has to say whose writes are to be thrown away."""
         return self.stale if self.relation in ("diverged", "unrelated") else None
 
+    @property
+    def dispute(self) -> str | None:
+        """Why nobody is promoted before a person has said whose writes count."""
+        if disputes(self):
+            return f"split brain: {self.register_host} and this node have both gone on, {_UNDECIDED}"
+        if self.register_disputed is not None:
+            return f"split brain: {self.register_host} and {self.register_disputed} have both gone on, {_UNDECIDED}"
+        return None
+
 
 def obstacle(seen: Seen, max_age_s: float | None) -> str | None:
     """Why this node must not be promoted now, as far as it can be told without the others; None: it may. `max_age_s`: 0
     is any age, None one that is not known."""
+    return seen.dispute or _unfit(seen, max_age_s)
+
+
+def _unfit(seen: Seen, max_age_s: float | None) -> str | None:
     if seen.outdated is not None:
         return f"it is outdated ({seen.outdated})"
     if seen.stale is not None:
@@ -137,6 +161,39 @@ def score(seen: Seen, max_age_s: float | None) -> int | None:
     return IN_STEP if seen.score >= _IN_STEP_MIN else BEHIND
 
 
+def disputes(seen: Seen) -> bool:
+    """Whether an owner has gone on as well as the one in the register, and was promoted as late, or later: the register
+    is that of a part of the cluster which did not know of it, and says nothing against what is here."""
+    return (
+        seen.owner
+        and seen.outdated is None
+        and seen.relation == "diverged"
+        and not seen.register_here
+        and 0 < seen.register_serial <= seen.serial
+    )
+
+
+def outranks(seen: Seen) -> bool:
+    """Whether that was promoted before this one, for certain."""
+    return disputes(seen) and seen.serial > seen.register_serial
+
+
+def must_go(seen: Seen) -> str | None:
+    """Why a node that is promoted must not be; None: it stays. What a person has to decide stops nobody's guest."""
+    return None if outranks(seen) else _unfit(seen, 0)
+
+
+def ends_dispute(seen: Seen, here: str) -> bool:
+    """Whether the dispute that this host has raised is over: a person has demoted it, or the register has another
+    entry."""
+    return seen.register_disputed == here and (not seen.owner or seen.relation not in (None, "diverged"))
+
+
+def concedes(seen: Seen, here: str) -> bool:
+    """Whether a person has demoted the host in the register, so that the one that has disputed it counts."""
+    return seen.register_here and seen.register_disputed not in (None, here) and not seen.owner
+
+
 def gives_up(seen: Seen, news: bool) -> str | None:
     """Why an owner that is not promoted is to become a secondary; None: it waits, or is none.
 
@@ -147,6 +204,8 @@ def gives_up(seen: Seen, news: bool) -> str | None:
         return None
     if seen.outdated is not None:
         return seen.outdated
+    if disputes(seen):
+        return None
     return seen.stale if news and seen.relation in ("older", "diverged") else None
 
 
@@ -189,7 +248,7 @@ def lives_elsewhere(seen: Seen, here: str, active: frozenset[str] | None) -> str
 
 def keeps(seen: Seen) -> bool:
     """Whether a node that is stopped is the owner whose content counts, so that its stop is not its end."""
-    return seen.owner and obstacle(seen, 0) is None
+    return seen.owner and _unfit(seen, 0) is None
 
 
 def may_hand_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
+from .serials import is_serial
 from .told import Told
 
 _SET = "nbdkit-replication"
@@ -32,10 +33,27 @@ class Register:
     lineage: dict[str, Any]
     kept: bool = False
     """It was stopped in good order and has not handed over: its host is not gone, it only does not run there."""
+    serial: int = 0
+    """Of its promotion; 0: it was none that had one."""
+    disputed: str | None = None
+    """The host that has gone on as well, and was not promoted before this one: a person decides."""
 
     def to_text(self) -> str:
-        kept = {"kept": True} if self.kept else {}
-        return json.dumps({"host": self.host, "lineage": self.lineage, **kept}, separators=(",", ":"))
+        more: dict[str, Any] = {"serial": self.serial} if self.serial else {}
+        if self.kept:
+            more["kept"] = True
+        if self.disputed is not None:
+            more["disputed"] = self.disputed
+        return json.dumps({"host": self.host, "lineage": self.lineage, **more}, separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Register:
+        """ValueError, KeyError or TypeError for what `to_text` has not written."""
+        found = json.loads(text)
+        serial, disputed = found.get("serial", 0), found.get("disputed")
+        if not is_serial(serial) or not (disputed is None or isinstance(disputed, str)):
+            raise ValueError("serial or disputed cannot be read")
+        return cls(str(found["host"]), dict(found["lineage"]), found.get("kept") is True, serial, disputed)
 
 
 class Pacemaker:
@@ -65,9 +83,8 @@ class Pacemaker:
         if not text:
             return None
         try:
-            found = json.loads(text)
-            return Register(str(found["host"]), dict(found["lineage"]), found.get("kept") is True)
-        except (ValueError, KeyError, TypeError) as error:
+            return Register.from_text(text)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ClusterError(f"the cluster's property {self._name} is not what the agent has written") from error
 
     def enter(self, register: Register) -> None:

@@ -4,6 +4,8 @@ logged where the next action says it again."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import decision
 from .asking import Asking
 from .codes import Code, Failed, note
@@ -40,10 +42,16 @@ class Telling:
 
     def promoted(self, seen: Seen) -> None:
         """This host is the owner from now on. Failed."""
+        if not self._told.clustered:
+            return
+        register, known = self._asking.register, self._asking.serials.read()
+        serial = max(known.next, 1 + (register.serial if register is not None else 0))
         try:
-            self._pacemaker.enter(Register(self._told.here, seen.lineage))
+            self._pacemaker.enter(Register(self._told.here, seen.lineage, serial=serial))
         except ClusterError as error:
             raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
+        # In this order: a node with a number that the register does not have would dispute what comes after.
+        self._asking.serials.promoted(serial)
 
     def follow(self, seen: Seen, promoted: bool) -> None:
         """The register follows the lineage of the owner. `promoted`: it runs, and so can die."""
@@ -54,8 +62,39 @@ class Telling:
         entered = register is not None and (register.host, register.lineage.get("current")) == (self._told.here, mine)
         if entered and not (register is not None and register.kept and promoted):
             return
+        if register is not None and register.host == self._told.here:
+            entry = replace(register, lineage=seen.lineage, kept=False)
+        else:
+            entry = Register(self._told.here, seen.lineage, serial=self._asking.serials.read().promoted)
+        self._enter(entry)
+
+    def settle(self, seen: Seen) -> Seen:
+        """Raise a dispute with the owner that the register names, or end one; what is so then. The node is not
+        promoted."""
+        register, here = self._asking.register, self._told.here
+        if register is None or self._asking.unread:
+            return seen
+        if decision.disputes(seen):
+            if register.disputed != here:
+                self._enter(replace(register, disputed=here))
+        elif decision.ends_dispute(seen, here):
+            self._enter(replace(register, disputed=None))
+            return replace(seen, register_disputed=None)
+        elif decision.concedes(seen, here):
+            # What that one has stands here with its promotion.
+            self._enter(Register(str(register.disputed), {}, serial=register.serial))
+            return replace(seen, register_host=register.disputed, register_here=False, register_disputed=None)
+        return seen
+
+    def seen(self) -> None:
+        """The state folder keeps the number that the register has."""
+        register = self._asking.register
+        if register is not None and register.serial:
+            self._asking.serials.saw(register.serial)
+
+    def _enter(self, register: Register) -> None:
         try:
-            self._pacemaker.enter(Register(self._told.here, seen.lineage))
+            self._pacemaker.enter(register)
         except ClusterError as error:
             note(str(error))
 
@@ -65,6 +104,6 @@ class Telling:
         try:
             register = self._pacemaker.register()
             if register is not None and register.host == self._told.here:
-                self._pacemaker.enter(Register(self._told.here, seen.lineage, kept=True))
+                self._pacemaker.enter(replace(register, lineage=seen.lineage, kept=True))
         except ClusterError as error:
             note(f"that the disks are kept here is not in the cluster's configuration: {error}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -162,6 +163,50 @@ def test_split_brain_stays_down_and_says_so(hosts: Hosts) -> None:
     a.qmp("replication-discard")
     checkpointed(b)
     assert (a.act("monitor")[0], a.score) == (Code.OK, 1000)
+
+
+def test_a_register_that_does_not_know_the_last_promotion_judges_nobody(hosts: Hosts) -> None:
+    """A part of the cluster that was cut off has entered its own owner, and its configuration is what survives."""
+    a, b = hosts
+    paired(a, b)
+    b.kill()
+    wait_until(lambda: a.link == "lost", "lost")
+    before = a.register.read_text()
+    write(a, b"alone")
+    assert a.act("monitor")[0] == Code.PROMOTED
+    of_a = a.register.read_text()
+    a.kill()
+    a.register.write_text(before)
+    b.boot()
+    b.does("start")
+    b.does("promote", notify_active_uname="b")
+    write(b, b"newer")
+    a.register.write_text(of_a)
+    assert b.act("monitor")[0] == Code.PROMOTED, "it was promoted after that one"
+    register = json.loads(a.register.read_text())
+    assert (register["host"], register["serial"]) == ("b", json.loads(of_a)["serial"] + 1)
+
+    # All power is lost, and the entry of `a` is there again.
+    b.kill()
+    a.register.write_text(of_a)
+    for host in hosts:
+        host.boot()
+        host.cut_off()
+        host.does("start")
+    for host in hosts:
+        code, said = host.act("monitor")
+        assert (code, host.score, host.role) == (Code.DEGRADED, None, "primary"), said
+        assert "split brain" in said
+        assert "replctl demote" in said
+        assert host.act("promote", **BOTH)[0] == Code.GENERIC
+
+    # A person says that what `b` has counts.
+    a.qmp("replication-set-role", role="secondary")
+    assert a.act("monitor")[0] == Code.OK
+    b.does("monitor")
+    assert b.score == 10000
+    b.does("promote", **BOTH)
+    assert (read(b, 5), a.score) == (b"newer", None)
 
 
 def test_a_copy_is_no_candidate_once_the_cluster_knows_that_its_owner_went_on(hosts: Hosts) -> None:

@@ -119,8 +119,20 @@ class Host:
 
     @property
     def register(self) -> dict[str, Any]:
+        """Without the serial number."""
         found: dict[str, Any] = json.loads(self.cluster.register_text)
-        return found
+        return {name: value for name, value in found.items() if name != "serial"}
+
+    @property
+    def serial(self) -> int | None:
+        """Of the register."""
+        found: dict[str, Any] = json.loads(self.cluster.register_text)
+        return found.get("serial")
+
+    def knows(self, promoted: int, seen: int = 0) -> None:
+        """As the state folder has it."""
+        path = self.folder / "state/vm1/cluster.json"
+        path.write_text(json.dumps({"disk": {"promoted": promoted, "seen": seen}}))
 
     def act(self, action: str, **told: str) -> int:
         environment = {
@@ -149,6 +161,9 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     found = Host(tmp_path)
+    (tmp_path / "state/vm1").mkdir(parents=True)
+    monkeypatch.setenv("NBDKIT_REPLICATION_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("NBDKIT_REPLICATION_CONFIG_DIR", str(tmp_path / "etc"))
 
     class Session:
         def __init__(self, _path: str, _timeout_s: float) -> None:
@@ -366,3 +381,116 @@ def test_a_guest_that_stands_still_later_goes_on_with_a_monitor_if_the_other_nod
     host.act("notify", notify_type="pre", notify_operation="stop", **ALONE)
     host.act("monitor")
     assert host.node.done.count(resumed) == 1, "it is not gone yet"
+
+
+def test_each_promotion_has_a_number_of_its_own(host: Host) -> None:
+    host.act("promote", **BOTH)
+    assert host.serial == 1
+    host.registered("a", G1, serial=4)
+    host.act("promote", **BOTH)
+    assert host.serial == 5
+    host.cluster.register_text = ""
+    host.act("promote", **BOTH)
+    assert host.serial == 6, "the state folder has it, too"
+    host.registered("b", G1, serial=9)
+    host.act("notify", notify_type="post", notify_operation="promote", **BOTH)
+    assert host.serial == 9
+    (host.folder / "nbdkit-replication-vm1.promoted").unlink()
+    host.act("notify", notify_type="post", notify_operation="promote", **BOTH)
+    host.cluster.register_text = ""
+    host.act("promote", **BOTH)
+    assert host.serial == 10, "what was seen counts"
+
+
+def test_the_number_stays_while_the_lineage_moves(host: Host) -> None:
+    host.act("promote", **BOTH)
+    host.node.status["lineage"] = G2
+    host.act("monitor")
+    assert (host.register, host.serial) == ({"host": "a", "lineage": G2}, 1)
+    host.act("stop")
+    assert (host.register["kept"], host.serial) == (True, 1)
+
+
+def test_what_a_killed_write_of_the_number_has_left_is_no_harm(host: Host) -> None:
+    for text in ("", "{}", "[1]", '{"disk": {"promoted": -1}}', '{"disk": 3}', '{"other": {"promoted": 7}}'):
+        (host.folder / "state/vm1/cluster.json").write_text(text)
+        assert host.act("promote", **BOTH) == Code.OK
+        host.cluster.register_text = ""
+    assert host.act("promote", **BOTH) == Code.OK
+    assert host.serial == 2
+
+
+def test_a_promotion_whose_number_cannot_be_kept_fails(host: Host) -> None:
+    (host.folder / "state/vm1").rmdir()
+    assert host.act("promote", **BOTH) == Code.GENERIC
+    assert not (host.folder / "nbdkit-replication-vm1.promoted").exists()
+
+
+def test_a_promoted_node_enters_itself_over_a_promotion_that_was_before_its_own(host: Host) -> None:
+    """Two parts of the cluster have met, and the configuration of the one that knew less has survived."""
+    host.marked()
+    host.node.status["lineage"], host.node.relation = G2, "diverged"
+    host.knows(promoted=3)
+    host.registered("b", G1, serial=2)
+    assert host.act("monitor") == Code.PROMOTED
+    assert (host.register, host.serial) == ({"host": "a", "lineage": G2}, 3)
+    host.registered("b", G1, serial=3)
+    assert host.act("monitor") == Code.FAILED_PROMOTED
+    assert host.register["host"] == "b"
+
+
+@pytest.mark.parametrize("serial", [2, 3])
+def test_an_owner_that_was_promoted_as_late_does_not_give_way_and_nobody_is_promoted(host: Host, serial: int) -> None:
+    host.node.status["lineage"], host.node.relation = G2, "diverged"
+    host.knows(promoted=3)
+    host.registered("b", G1, serial=serial)
+    assert host.act("start") == Code.OK
+    assert host.act("notify", notify_type="post", notify_operation="promote", **BOTH) == Code.OK
+    assert (host.node.role["role"], host.node.done, host.cluster.score) == ("primary", [], "-INFINITY")
+    assert (host.register, host.serial) == ({"host": "b", "lineage": G1, "disputed": "a"}, serial)
+    assert host.act("monitor") == Code.DEGRADED
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    # A person has demoted it.
+    host.node.is_copy()
+    assert host.act("monitor") == Code.DEGRADED, "split brain still"
+    assert (host.register, host.serial) == ({"host": "b", "lineage": G1}, serial)
+
+
+def test_one_that_was_promoted_before_the_registers_gives_way(host: Host) -> None:
+    host.node.status["lineage"], host.node.relation = G2, "diverged"
+    host.knows(promoted=3)
+    for other in ({"serial": 4}, {}):
+        host.node.role["role"] = "primary"
+        host.registered("b", G1, **other)
+        assert host.act("start") == Code.OK
+        assert host.node.role["role"] == "secondary"
+        assert "disputed" not in host.register
+
+
+def test_the_registers_host_is_no_candidate_while_it_is_disputed_and_concedes_when_it_is_demoted(host: Host) -> None:
+    host.knows(promoted=3)
+    host.registered("a", G1, serial=3, disputed="b")
+    assert host.act("monitor") == Code.DEGRADED
+    assert (host.cluster.score, host.node.role["role"]) == ("-INFINITY", "primary")
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    host.node.is_copy()
+    host.act("monitor")
+    assert (host.register, host.serial) == ({"host": "b", "lineage": {}}, 3)
+
+
+def test_a_guest_that_runs_is_not_stopped_by_a_dispute(host: Host) -> None:
+    host.marked()
+    host.registered("a", G1, serial=3, disputed="b")
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    host.node.status["lineage"] = G2
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    assert host.register == {"host": "a", "lineage": G2, "disputed": "b"}
+
+
+def test_a_copy_is_no_candidate_while_its_owners_are_in_dispute(host: Host) -> None:
+    host.node.is_copy()
+    host.node.lossless = True
+    host.registered("b", G1, serial=3, disputed="c")
+    assert host.act("monitor") == Code.DEGRADED
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    assert host.register["disputed"] == "c"

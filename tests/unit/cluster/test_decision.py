@@ -226,3 +226,51 @@ def test_a_pair_that_is_about_to_be_in_sync_is_waited_for(link: str) -> None:
 )
 def test_where_the_disks_are_still_owned(host: str | None, active: frozenset[str] | None, expected: str | None) -> None:
     assert decision.lives_elsewhere(replace(COPY, register_host=host), "a", active) == expected
+
+
+@pytest.mark.parametrize("relation", ["same", "newer", "older", "diverged", "unrelated", "unknown", None])
+@pytest.mark.parametrize(("own", "register"), [(0, 0), (0, 2), (2, 0), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+@pytest.mark.parametrize("outdated", [None, "b went on"])
+def test_every_way_in_which_two_promotions_can_meet(
+    relation: str | None, own: int, register: int, here: bool, role: str, outdated: str | None
+) -> None:
+    """The register is doubted only by an owner that has gone on as well and has a number that is as high."""
+    seen = replace(
+        SOUND if role == "primary" else COPY,
+        relation=relation,
+        register_host="a" if here else "b",
+        register_here=here,
+        register_serial=register,
+        serial=own,
+        outdated=outdated,
+    )
+    doubts = role == "primary" and relation == "diverged" and outdated is None and not here and own >= register > 0
+    assert decision.disputes(seen) is doubts
+    assert decision.outranks(seen) is (doubts and own > register)
+    if doubts:
+        assert decision.gives_up(seen, news=True) is None
+        assert decision.score(seen, LIMIT_S) is None
+        assert "both gone on" in str(decision.obstacle(seen, 0))
+        assert (decision.must_go(seen) is None) is (own > register)
+    elif role == "primary" and relation in ("older", "diverged") and outdated is None:
+        assert decision.gives_up(seen, news=True) is not None
+        assert decision.must_go(seen) is not None
+
+
+def test_what_a_person_decides_in_a_dispute() -> None:
+    loser = replace(COPY, register_host="b", register_disputed="a", relation="diverged")
+    assert decision.ends_dispute(loser, "a")
+    assert not decision.ends_dispute(loser, "c"), "only who has raised it ends it"
+    owner = replace(SOUND, register_host="b", register_disputed="a", relation="diverged")
+    assert not decision.ends_dispute(owner, "a")
+    assert not decision.ends_dispute(replace(owner, relation=None), "a"), "it cannot be told"
+    assert decision.ends_dispute(replace(owner, relation="newer"), "a"), "another one was promoted since"
+    named = replace(COPY, register_host="a", register_here=True, register_disputed="b")
+    assert decision.concedes(named, "a")
+    assert not decision.concedes(replace(named, register_disputed=None), "a")
+    assert not decision.concedes(replace(named, role="primary"), "a")
+    assert not decision.concedes(replace(named, register_here=False), "a")
+    assert decision.must_go(replace(SOUND, register_here=True, register_disputed="b")) is None
+    assert decision.keeps(replace(SOUND, register_here=True, register_disputed="b"))
