@@ -82,6 +82,23 @@ def test_installed_scripts_find_their_library_also_by_a_symbolic_link(installed:
             assert done.stdout.startswith(f"usage: {name}")
 
 
+def test_on_this_host_what_is_installed_is_compiled_once(tmp_path: Path) -> None:
+    """A node that may not write there would do it with each start. A package does it when it is installed."""
+    places = [f"{name}={tmp_path / name}" for name in ("PREFIX", "PLUGINDIR", "OCFDIR")]
+    subprocess.run(
+        ["make", "-s", "install", "DESTDIR=", "COMPILED=", *places],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    library = tmp_path / "PREFIX/lib/nbdkit-replication"
+    assert all(
+        any((source.parent / "__pycache__").glob(f"{source.stem}.*.pyc"))
+        for source in library.glob("replication/**/*.py")
+    )
+
+
 def test_installed_replctl_asks_a_node(installed: Installed, lab: Lab) -> None:
     secondary = lab.secondary()
     done = run(installed.bin / "replctl", "--state", secondary.state, "status")
