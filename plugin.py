@@ -226,9 +226,9 @@ def _get_ready() -> None:
     Process.commands = commands
 
     def control_export() -> ControlExport:
-        channel = Channel()
+        channel = Channel(node.tenure.era)
         execute = PairCommands(node, commands, channel).execute
-        return ControlExport(execute, hub, partial(node.channel_closed, channel), channel.note)
+        return ControlExport(execute, hub, partial(node.channel_closed, channel), partial(node.heard, channel))
 
     Process.presence = Presence(Process.options.control)
     Process.exports = Exports(node, control_export, Process.options)

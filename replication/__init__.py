@@ -190,6 +190,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     side.py                     what the two modes have in common for the node
     digests.py                  digests of a secondary's disk, read like data
     admission.py                when the guest is served, and when it stands still
+    lease.py                    how long the primary of a secondary may serve its guest still
     conditions.py               under which conditions a failover is wanted, and what it loses
     batch.py                    many small writes in one NBD request
     image/                      overlays, as stock qemu-img reads them
@@ -275,7 +276,7 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
        Buffers._lock (m), JobList._lock (m), Account._lock (m), the two of a Commit (m), and Rehearsals._lock (m),
        above Frozen._state (m) and Allowance._lock (m)
-    9. Admission._lock (m), and below it Standstill._changed (m)
+    9. Admission._lock (m), and below it Standstill._changed (m); Tenure._lock (m)
     10. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """When the guest of a node is served, and when it stands still.
 
-It does so for four reasons, of which the first that holds counts:
+It does so for five reasons, of which the first that holds counts:
 
     guest-face      nobody has promoted the node in this process: exports of guests are closed, and requests fail
     on-outdated     the node owns its disks, and has learnt that another one went on: as the option says
     wfc-timeout     a primary was started again and has not reached its peer yet: requests wait
     fencing         a primary's link is lost, and nobody has said yet that the peer is fenced: writes wait; reads go on
+    lease           a primary that runs has heard neither of its secondary nor of the cluster in time (lease.py):
+                    requests wait
 
 Each method changes one thing and then decides anew from everything, under a lock: whoever has changed something last
 has decided last. A node that is being made a secondary is an exception: its guest goes on standing still until it is
@@ -27,8 +29,10 @@ from replication.options import Fencing, OnOutdated, Options
 from replication.order.standstill import Standstill
 from replication.order.worker import Worker
 from replication.reason import Reason
+from replication.record.boot import boot_clock_s
 
 _CUT_OFF = "fencing=suspend-io: there is no link, and nobody has said that the other node is fenced"
+_LEASE_LATE_S, _LEASE_LOOK_S = 0.01, 1.0
 _CLOSED = "guest-face=closed-until-promoted, and nobody has promoted this node"
 
 
@@ -47,8 +51,12 @@ class Ownership(NamedTuple):
 class Admission:
     """Of one node. Every method may be called by any thread."""
 
-    def __init__(self, options: Options, ownership: Callable[[], Ownership]) -> None:
-        self.still = Standstill()
+    def __init__(
+        self, options: Options, ownership: Callable[[], Ownership], clock: Callable[[], float] = boot_clock_s
+    ) -> None:
+        """`clock()` is the one by which a lease ends, in seconds."""
+        self._clock = clock
+        self.still = Standstill(clock)
         """What the exports of guests look at."""
         self._options = options
         self._ownership = ownership
@@ -75,6 +83,14 @@ class Admission:
         self._told: str | None = None
         self._patient_until = 0.0
         self._patience = Worker("wfc", self._peer_has_not_come)
+        # Until when the lease lasts, by the clock; and whether somebody lets the guest go on without.
+        self._leased_until = 0.0
+        self._lease_waived = False
+        # The primary has taken leave, or is about to: nothing that it hears counts before the next agreement.
+        self._left = False
+        # It was stopped on the way to a secondary: it may be a primary again, so its lease goes on.
+        self._lease_kept = False
+        self._lease_watch = Worker("lease", self._look_at_lease)
 
     @property
     def closed(self) -> str | None:
@@ -88,6 +104,7 @@ class Admission:
             patient = kept_back or (restarted and of_pair)
             self._waits_for_peer = patient and self._options.wfc_timeout_s is not None
             self._cut_off = (restarted or kept_back) and self._options.fencing is Fencing.SUSPEND_IO
+            self._lease_kept = kept_back and self._options.lease_s is not None
             self._decide_locked()
         self.tell()
 
@@ -96,6 +113,8 @@ class Admission:
         if self._waits_for_peer and self._options.wfc_timeout_s is not None:
             self._patient_until = time.monotonic() + self._options.wfc_timeout_s
             self._patience.start(self._options.wfc_timeout_s)
+        if self._options.lease_s is not None:
+            self._lease_watch.start()
 
     def end(self) -> None:
         """The process ends: what waits fails."""
@@ -105,24 +124,30 @@ class Admission:
         """The node ends."""
         self.still.end()
         self._patience.stop(0.0)
+        self._lease_watch.stop(0.0)
 
     # -- what changes --------------------------------------------------------------------------------------
 
-    def review(self) -> None:
-        """The stage, or why the node is outdated, has changed."""
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change: then it is decided anew, and the log gets it. Who raises has changed nothing."""
         with self._lock:
+            yield
             self._decide_locked()
         self.tell()
+
+    def review(self) -> None:
+        """The stage, or why the node is outdated, has changed."""
+        with self._changing():
+            pass
 
     def learnt(self, code: Reason, again: bool = False) -> bool:
         """The node has learnt that another one went on: what was said before about its guest does not count. `again`:
         it was outdated already, and may have learnt just this. Whether a guest that somebody had let go on stops."""
-        with self._lock:
+        with self._changing():
             news = not (again and code.value in self._heard)
             self._heard.add(code.value)
             stops, self._resumed = news and self._resumed, self._resumed and not news
-            self._decide_locked()
-        self.tell()
         return stops
 
     @contextmanager
@@ -135,10 +160,8 @@ class Admission:
         try:
             yield
         finally:
-            with self._lock:
+            with self._changing():
                 self._hearing -= 1
-                self._decide_locked()
-            self.tell()
 
     def accepted(self) -> None:
         """The peer takes this node's writes: what is learnt of it from now on is new."""
@@ -148,17 +171,15 @@ class Admission:
 
     def promoted(self) -> None:
         """Somebody has made the node an owner. If it is one still: the command may be late."""
-        with self._lock:
+        with self._changing():
             if self._ownership().owner:
                 self._closed = False
-            self._decide_locked()
-        self.tell()
 
     @property
     def keeps_back(self) -> bool:
         """Whether the guest stands still, in a demotion, for something that ends with a stop otherwise."""
         with self._lock:
-            return self._demoting > 0 and (self._waits_for_peer or self._cut_off)
+            return self._demoting > 0 and (self._waits_for_peer or self._cut_off or self._leased_locked())
 
     @contextmanager
     def demoting(self) -> Iterator[None]:
@@ -168,41 +189,75 @@ class Admission:
         try:
             yield
         finally:
-            with self._lock:
+            with self._changing():
                 self._demoting -= 1
-                self._decide_locked()
-            self.tell()
 
     def reached(self) -> None:
         """The peer was reached, and has not gone on; or its time is over."""
-        with self._lock:
+        with self._changing():
             self._waits_for_peer = False
-            self._decide_locked()
-        self.tell()
 
     def stopped(self) -> None:
         """The stage is done: whoever has stopped a primary says that it goes on without its peer, unless it is on the
         way to a secondary."""
-        with self._lock:
+        with self._changing():
             if not self._demoting:
-                self._waits_for_peer = self._cut_off = False
-            self._decide_locked()
-        self.tell()
+                self._waits_for_peer = self._cut_off = self._lease_kept = False
+            elif self._options.lease_s is not None:
+                # The secondary may hear the good-bye next, and wait for nothing then.
+                self._lease_kept, self._leased_until = not (self._lease_waived or self._fenced), 0.0
 
     def alone(self) -> None:
         """Somebody insists that the primary goes on without its peer."""
-        with self._lock:
-            self._waits_for_peer = self._cut_off = False
-            self._decide_locked()
-        self.tell()
+        with self._changing():
+            self._waits_for_peer = self._cut_off = self._lease_kept = False
+            self._lease_waived = True
 
     def linked(self, losses: int) -> None:
         """The link is up, which came up after so many losses. It may be lost already."""
-        with self._lock:
+        with self._changing():
+            if self._ownership().forwards:
+                self._left = False
             if self.losses == losses:
                 self._cut_off = self._fenced = False
-                self._decide_locked()
+
+    def heard(self, asked_s: float) -> None:
+        """The secondary has answered what it was asked at that moment, by the clock."""
+        if self._options.lease_s is None:
+            return
+        with self._changing():
+            if not self._left:
+                self._lease_waived = False
+                self._leased_until = max(self._leased_until, asked_s + self._options.lease_s)
+
+    def leave(self) -> None:
+        """The secondary is about to hear that it has everything, and may fail over then."""
+        with self._changing():
+            self._left, self._leased_until = True, 0.0
+
+    def stay(self) -> None:
+        """It has not taken that."""
+        with self._changing():
+            self._left = False
+
+    def renew(self) -> float:
+        """The cluster, which has the last word on who fails over, knows that this primary is to go on; for how many
+        seconds. CommandError where there is no lease."""
+        lease_s = self._options.lease_s
+        if lease_s is None or not (self._ownership().forwards or self._lease_kept):
+            raise CommandError(
+                "There is no lease to renew: it is of a primary that runs, with the key lease",
+                reason=Reason.WRONG_STAGE,
+            )
+        with self._changing():
+            self._leased_until = max(self._leased_until, self._clock() + lease_s)
+        return lease_s
+
+    def _look_at_lease(self) -> float:
+        """For the log: the requests look at the clock themselves."""
         self.tell()
+        left_s = self._leased_until - self._clock()
+        return left_s + _LEASE_LATE_S if left_s > 0 else _LEASE_LOOK_S
 
     def cut_off(self) -> None:
         """The link is lost: before anybody else knows, and before a write that waits for the secondary goes on. Whoever
@@ -218,7 +273,7 @@ class Admission:
         """Somebody lets the guest go on, until the node learns anew that it is outdated. `fenced`: because the peer is,
         so that a loss of the link which is noticed only later does not count either, until the next agreement.
         CommandError if that takes a promotion, or the node is being made a secondary."""
-        with self._lock:
+        with self._changing():
             if self._closed:
                 raise CommandError(f"The guest does not go on: {_CLOSED}", reason=Reason.NOT_PROMOTED)
             if self._demoting:
@@ -226,13 +281,12 @@ class Admission:
             if fenced:
                 # An agreement from before this says nothing of what comes after it.
                 self._fenced, self.losses = True, self.losses + 1
-            if self.still.on:
+            if self.still.stands(reads=False):
                 self._waits_for_peer = self._cut_off = False
-                self._resumed = True
+                self._resumed = self._lease_waived = True
+                self._lease_kept = False
                 if (code := self._ownership().code) is not None:
                     self._heard.add(code)
-                self._decide_locked()
-        self.tell()
 
     def tell(self) -> None:
         """Say in the log what has been decided, without a lock."""
@@ -255,17 +309,25 @@ class Admission:
 
     def _decide_locked(self) -> None:
         if self._demoting and self._ownership().owner:
-            if not self.still.on:
+            if not self.still.stands(reads=False):
                 self._choose_locked()
             return  # what stands goes on standing, whatever changes on the way
         if self._demoting:
             self._closed = self._options.guest_face_closed
-            self._waits_for_peer = self._cut_off = self._resumed = self._fenced = False
+            self._waits_for_peer = self._cut_off = self._resumed = self._fenced = self._lease_kept = False
             self.still.turn_away("the node has been made a secondary")
         self._choose_locked()
 
+    def _leased_locked(self) -> bool:
+        if self._options.lease_s is None or self._lease_waived or self._fenced:
+            return False
+        return self._lease_kept or self._ownership().forwards
+
     def _choose_locked(self) -> None:
         ownership, choice = self._ownership(), self._options.on_outdated
+        leased = self._leased_locked()
+        if leased:  # what keeps the guest back comes first, and what lets it go on last
+            self.still.lease(self._leased_until)
         if self._closed:
             self.still.begin(_CLOSED, fails=True)
         elif ownership.owner and self._hearing and choice is not _CONTINUE:
@@ -279,6 +341,8 @@ class Admission:
             self.still.begin(_CUT_OFF, fails=False, writes_only=True)
         else:
             self.still.over()
+        if not leased:
+            self.still.lease(None)
 
 
 _CONTINUE = OnOutdated.CONTINUE

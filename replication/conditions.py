@@ -20,6 +20,8 @@ class Conditions:
     """Nothing was known to be missing here when the primary was last heard of."""
     lossless: bool = False
     """The primary has left in good order, and all that it had written by then is kept."""
+    early: bool = False
+    """Not a condition: also while a lease lasts (lease.py)."""
 
 
 @dataclass(frozen=True)

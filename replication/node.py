@@ -22,6 +22,7 @@ from replication.errors import CommandError, ConfigError, DiskError, Replication
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
+from replication.lease import Tenure
 from replication.log import log, log_defect
 from replication.options import CHANGEABLE, Durability, Options, check_uri
 from replication.order.gate import Gate, GateStuck
@@ -87,6 +88,7 @@ class Node:
         self.gate = Gate()
         self.admission = Admission(options, self._ownership)
         """When the guest is served."""
+        self.tenure = Tenure(self._lease_of_primary)
         self._promotion = Promotion(self)
         self._hub = hub
         self._options = options
@@ -146,6 +148,7 @@ class Node:
             self._outdate,
             self._accepted,
             self.admission,
+            self.tenure,
             self._commanding,
         )
 
@@ -440,7 +443,7 @@ class Node:
             self.side.start(secondary, sync, discard_checkpoint)
 
     def _start_by_force(self) -> None:
-        if not self._ownership().forwards or not self.admission.still.on:
+        if not self._ownership().forwards or self.admission.still.why is None:
             raise CommandError(
                 "Parameter 'force' is for a primary that runs, and whose guest stands still", reason=Reason.WRONG_STAGE
             )
@@ -473,6 +476,7 @@ class Node:
                 )
             with self.admission.demoting():
                 self._become_secondary()
+            self.tenure.begin()
 
     def check_demotable(self) -> None:
         """CommandError when this process cannot be a secondary: it lacks the keys for that."""
@@ -627,7 +631,14 @@ class Node:
         return self.side
 
     def pair(
-        self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], epoch: int, timeout_s: float
+        self,
+        channel: Channel,
+        node: str,
+        lineage: Lineage,
+        disks: dict[str, int],
+        epoch: int,
+        timeout_s: float,
+        lease_s: float | None = None,
     ) -> dict[str, Any]:
         """replication-pair: who is here, and the token with which the primary may write."""
         if node == self._record.node:
@@ -637,6 +648,9 @@ class Node:
             secondary = self._secondary()
             self._ledger.tidy()
             token = secondary.pairing.pair(channel, node, lineage, disks, timeout_s)
+            self._note_lease(lease_s)  # before the primary hears that it is one
+            channel.paired = True
+            self.tenure.extend()
             try:
                 self._state.count_from(epoch)
             except StateError as error:  # with a checkpoint it can be, the number comes along
@@ -651,6 +665,20 @@ class Node:
                 "batches": self._secondary().takes_batches,
                 "digests": True,
             }
+
+    def _note_lease(self, lease_s: float | None) -> None:
+        """Over restarts of this process too. StateError."""
+        record = self._record
+        former = record.lease_s
+        if lease_s == former:
+            return
+        with self.tenure.replacing():
+            record.lease_s = lease_s
+            try:
+                self._save()
+            except BaseException:
+                record.lease_s = former
+                raise
 
     def pair_prepare(self, token: str) -> None:
         """replication-pair-prepare."""
@@ -703,6 +731,7 @@ class Node:
             self._opens()
             return  # without waiting for whoever is at work
         haste = Haste(time.monotonic() + FAILOVER_S, force) if failover else None
+        early = conditions is not None and conditions.early
         with ExitStack() as parted:
             side = self.side
             if not failover and isinstance(side, SecondarySide) and self._check_running():
@@ -715,16 +744,23 @@ class Node:
                 if not self._check_running():
                     self._opens()
                     return
-                if haste is None:
-                    self.side.stop()
-                else:
-                    self._hasten(haste, conditions)
+                if not isinstance(self.side, SecondarySide):
+                    self._end_stage(haste, conditions)
+                    return
+                with self.tenure.taking(force or early, lambda: self.stage is Stage.RUNNING):
+                    self._end_stage(haste, conditions)
                 self._opens()
 
     def _opens(self) -> None:
         """A secondary that was stopped, or was before, is an owner by somebody's word: guests may come."""
         if isinstance(self.side, SecondarySide):
             self.admission.promoted()
+
+    def _end_stage(self, haste: Haste | None, conditions: Conditions | None) -> None:
+        if haste is None:
+            self.side.stop()
+        else:
+            self._hasten(haste, conditions)
 
     def _hasten(self, haste: Haste, conditions: Conditions | None) -> None:
         try:
@@ -889,6 +925,10 @@ class Node:
         lost = next((disk.name for disk in side.disks if disk.lost.missing), None)
         return side.pairing.incomplete or (lost and f"disk '{lost}' has lost something")
 
+    def _lease_of_primary(self) -> float | None:
+        record = self._record
+        return None if record.left_well else record.lease_s
+
     def _ownership(self) -> Ownership:
         mode, stage = self._record.mode, self._stage
         forwards = mode is Mode.PRIMARY and stage is Stage.RUNNING
@@ -962,6 +1002,21 @@ class Node:
         waiting for a command."""
         self.admission.resume(fenced)
         self._forget_kept_back()
+
+    def renew(self) -> float:
+        """replication-renew: for how many seconds the primary may go on, as the cluster says to either node."""
+        if isinstance(self.side, SecondarySide) and self.stage is Stage.RUNNING:
+            lease_s = self._record.lease_s
+            if lease_s is None:
+                raise CommandError("There is no lease to renew: the primary has none", reason=Reason.WRONG_STAGE)
+            self.tenure.extend()
+            return lease_s
+        return self.admission.renew()
+
+    def heard(self, channel: Channel) -> None:
+        """A primary has asked something on its control connection. DiskError if it must not be answered."""
+        self.tenure.heard(channel.era, channel.paired)
+        channel.note()
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""

@@ -73,6 +73,9 @@ class Durability(Enum):
     POWER = "power"
 
 
+LEASE_MIN_S, LEASE_MAX_S = 1.0, 3600.0
+
+
 class OnOutdated(Enum):
     """What the guest of an owner gets once it is outdated."""
 
@@ -131,6 +134,8 @@ class Options:
     """The state folder says which mode the node has; a new one is a secondary."""
     guest_face_closed: bool = False
     """Whether guests' exports are closed until somebody has promoted the node."""
+    lease_s: float | None = None
+    """How long a primary serves its guest since it last heard of its secondary or of the cluster; None: for ever."""
     wfc_timeout_s: float | None = None
     """How long a primary that is started again waits for its peer before it serves its guest; None: not at all."""
     placement: bool = True
@@ -556,6 +561,10 @@ def _set_wfc_timeout(options: Options, value: str) -> None:
     options.wfc_timeout_s = _seconds("wfc-timeout", value, 0.1, 1e7)
 
 
+def _set_lease(options: Options, value: str) -> None:
+    options.lease_s = _seconds("lease", value, LEASE_MIN_S, LEASE_MAX_S)
+
+
 def _set_guest_face(options: Options, value: str) -> None:
     if value not in ("open", "closed-until-promoted"):
         raise ConfigError(f"guest-face={value} should be open or closed-until-promoted")
@@ -588,6 +597,7 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "on-outdated": _set_on_outdated,
     "fencing": _set_fencing,
     "wfc-timeout": _set_wfc_timeout,
+    "lease": _set_lease,
     "guest-face": _set_guest_face,
     "peer": _set_secondary,
 }

@@ -177,7 +177,7 @@ class Promotion:
             node.stop(True, force)
             return
         try:
-            node.stop(True, conditions=Conditions(lossless=True))
+            node.stop(True, conditions=Conditions(lossless=True, early=force))
         except CommandError as error:
             if not force:
                 raise

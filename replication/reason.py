@@ -36,6 +36,7 @@ class Reason(Enum):
     PEER_UNREACHABLE = "peer-unreachable"
     HAS_PRIMARY = "has-primary"
     SUSPENDED = "suspended"
+    LEASED = "leased"
     STORAGE = "storage"
     BUSY = "busy"
     LINK_LOST = "link-lost"

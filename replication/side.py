@@ -18,6 +18,7 @@ from replication.errors import CommandError, DiskError
 from replication.events import EventHub
 from replication.fault import FaultLatch
 from replication.jobs import JobList
+from replication.lease import Tenure
 from replication.options import Options
 from replication.order.gate import Gate
 from replication.order.urgency import Haste
@@ -110,6 +111,8 @@ class Setting:
     """A secondary takes this primary's writes: nobody has gone on from them."""
     admission: Admission
     """When the guest is served: it is told of the link first."""
+    tenure: Tenure
+    """How long the primary of a secondary may serve its guest still."""
     commanding: Callable[[], AbstractContextManager[None]]
     """`with commanding():` around what no command may come in between; CommandError."""
 

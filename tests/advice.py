@@ -110,6 +110,11 @@ TABLE = [
         "e2e/test_roles.py::test_demote_outdates_and_force_takes_what_is_there",
     ),
     (
+        "try again then, or use force if it is known to be dead",
+        "failover or stop while the lease of the primary lasts",
+        "e2e/test_lease.py::test_the_secondary_takes_the_disks_when_the_lease_is_over",
+    ),
+    (
         "is connected; demote it first",
         "promotion, running",
         "e2e/test_roles.py::test_a_role_from_every_state_and_back",

@@ -128,6 +128,12 @@ def resume_io(client: Session, options: argparse.Namespace) -> None:
     tell(options, "the guest goes on")
 
 
+def renew(client: Session, options: argparse.Namespace) -> None:
+    """The cluster has the primary go on."""
+    answer = client.call("replication-renew")
+    tell(options, f"the primary may serve its guest for another {answer['seconds']:g} s", **answer)
+
+
 def quit_node(client: Session, options: argparse.Namespace) -> None:
     """End the node."""
     client.call("quit")

@@ -61,6 +61,9 @@ class Replicated(Protocol):
         """Let a guest go on that stands still; `fenced`: also one that would do so for fencing before the next
         agreement."""
 
+    def renew(self) -> float:
+        """The primary may go on; for how many seconds."""
+
     def outdate(self, text: str) -> None:
         """Another node went on: who knows it says so."""
 
@@ -286,6 +289,9 @@ class Commands:
         self._node.resume_io(arguments.get("fenced", False))
         return {}
 
+    def _renew(self, _arguments: Mapping[str, Any]) -> Any:
+        return {"seconds": self._node.renew()}
+
     # Jobs
 
     def _query_jobs(self, _arguments: Mapping[str, Any]) -> Any:
@@ -368,6 +374,7 @@ class Commands:
             },
         ),
         "replication-resume-io": Command(_resume_io, {"fenced": Argument("boolean")}),
+        "replication-renew": Command(_renew),
         "replication-outdate": Command(_outdate, {"reason": Argument("string")}),
         "replication-discard": Command(_discard, {"checkpoint": Argument("boolean")}),
         "replication-demote": Command(_demote),

@@ -15,6 +15,7 @@ from replication.control import qmp
 from replication.control.commands import Commands, read_lineage
 from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
+from replication.options import LEASE_MAX_S, LEASE_MIN_S
 from replication.record.lineage import Lineage, check_id
 from replication.record.state import check_epoch
 from replication.secondary.pairing import Channel
@@ -38,9 +39,16 @@ class Paired(Protocol):
     and raises CommandError when it refuses."""
 
     def pair(
-        self, channel: Channel, node: str, lineage: Lineage, disks: dict[str, int], epoch: int, timeout_s: float
+        self,
+        channel: Channel,
+        node: str,
+        lineage: Lineage,
+        disks: dict[str, int],
+        epoch: int,
+        timeout_s: float,
+        lease_s: float | None = None,
     ) -> dict[str, Any]:
-        """Begin a session of a primary."""
+        """Begin a session of a primary. `lease_s`: how long it serves its guest without hearing of this node."""
 
     def pair_map(self, token: str, disk: str, start: int, lost: bool) -> dict[str, Any]:
         """Part of what a disk lacks, and (not with `lost`) of what it has changed."""
@@ -94,8 +102,17 @@ class PairCommands:
             raise CommandError("Parameter 'timeout' expects seconds")
         _check_epoch(arguments["epoch"])
         lineage = read_lineage(arguments["lineage"])
+        lease_s = arguments.get("lease")
+        if lease_s is not None and not LEASE_MIN_S <= lease_s <= LEASE_MAX_S:
+            raise CommandError("Parameter 'lease' expects seconds")
         return self._node.pair(
-            self._channel, arguments["node"][:64], lineage, disks, arguments["epoch"], float(timeout_s)
+            self._channel,
+            arguments["node"][:64],
+            lineage,
+            disks,
+            arguments["epoch"],
+            float(timeout_s),
+            None if lease_s is None else float(lease_s),
         )
 
     def _pair_map(self, arguments: Mapping[str, Any]) -> Any:
@@ -141,6 +158,7 @@ class PairCommands:
                 "disks": Argument("object", required=True),
                 "epoch": Argument("integer", required=True),
                 "timeout": Argument("number", required=True),
+                "lease": Argument("number"),
             },
         ),
         "replication-pair-map": (

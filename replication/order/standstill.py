@@ -6,6 +6,8 @@ Invariants
 * Waiting ends when the node says so, or when the process ends: `end` is called before anybody waits for requests.
 * Without a standstill a request pays one look at `on`, a write two.
 * A write that was inside when the standstill began is not answered before it is over, or fails, although it was done.
+* With a lease each request looks at the clock itself: no thread has to come in time, and a process that stood still for
+  a while serves nothing afterwards that it must not.
 * A request that has waited never reaches another role's face (`turn_away`), nor a disk that another guest may use since
   its own has gone.
 
@@ -16,10 +18,13 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 
 from replication.errors import DiskError
 from replication.order.latency import GATE, STANDSTILL, Latency
+
+_LEASE_OVER = "lease: neither the other node nor the cluster was heard of in time"
 
 _LOOK_S = 10.0
 """Longest wait at a stretch; whoever ends the standstill wakes all. Then a request whose client has gone ends, so that
@@ -29,14 +34,19 @@ guests which come and go leave no threads behind."""
 class Standstill:
     """Of the exports that guests use on one node."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock()` is the one by which a lease ends, in seconds."""
+        self._clock = clock
         # Protects the fields below. Never held across I/O. A request takes it only while `on`.
         self._changed = threading.Condition(threading.Lock())
         self.on = False
-        """Whether writes and flushes wait or fail, also those that were done, and not answered yet. Read without the
-        lock, as the next two."""
+        """Whether writes and flushes wait or fail, or may (`stands` says it), also those that were done, and not
+        answered yet. Read without the lock, as the next two."""
         self.reads_on = False
-        """Whether reads do."""
+        """Whether reads do, or may."""
+        self._begun = self._writes_only = False
+        # When the lease ends, None without one.
+        self._leased_until: float | None = None
         self.era = 0
         """How often those who waited were turned away."""
         self._fails = False
@@ -50,25 +60,47 @@ class Standstill:
     def why(self) -> str | None:
         """Why the guest stands still, None if it does not."""
         with self._changed:
-            return self._why if self.on else None
+            return self._why_locked()
 
     @property
     def waits(self) -> bool:
         """Whether its requests wait, instead of failing."""
-        return self.on and not self._fails
+        return self.stands(reads=False) and not self._fails
 
     def begin(self, why: str, *, fails: bool, writes_only: bool = False) -> None:
         """From now on requests wait, or fail (`fails`), those that wait already as well. `writes_only`: reads go on."""
         with self._changed:
             self._why, self._fails = why, fails
-            self.reads_on, self.on = not writes_only, True
-            self._changed.notify_all()
+            self._begun, self._writes_only = True, writes_only
+            self._show_locked()
 
     def over(self) -> None:
-        """Requests are served again."""
+        """Requests are served again, if there is a lease as long as it lasts."""
         with self._changed:
-            self.on = self.reads_on = self._fails = False
+            self._begun = self._fails = False
+            self._show_locked()
+
+    def lease(self, until_s: float | None) -> None:
+        """Requests are served until then, by the clock; None: there is no lease."""
+        with self._changed:
+            self._leased_until = until_s
+            self._show_locked()
+
+    def _show_locked(self) -> None:
+        leased = self._leased_until is not None
+        self.on = leased or self._begun
+        self.reads_on = leased or (self._begun and not self._writes_only)
+        if self.waiting:
             self._changed.notify_all()
+
+    def _why_locked(self) -> str | None:
+        if self._begun:
+            return self._why
+        return _LEASE_OVER if self._lease_is_over() else None
+
+    def _lease_is_over(self) -> bool:
+        until_s = self._leased_until
+        return until_s is not None and self._clock() > until_s
 
     def turn_away(self, why: str) -> None:
         """The disk is another one now: what waits fails."""
@@ -112,14 +144,17 @@ class Standstill:
             if not self.stands(reads):
                 return False
             if self._ended:
-                raise DiskError(f"the process ends, and the guest was standing still: {self._why}", errno.ESHUTDOWN)
+                why = self._why_locked()
+                raise DiskError(f"the process ends, and the guest was standing still: {why}", errno.ESHUTDOWN)
             if self._fails:
                 raise DiskError(f"the guest must not go on here: {self._why}")
             return True
 
     def stands(self, reads: bool) -> bool:
         """Whether a request waits or fails."""
-        return self.reads_on if reads else self.on
+        if self._begun and not (reads and self._writes_only):
+            return True
+        return self._lease_is_over()
 
 
 NEVER = Standstill()

@@ -165,6 +165,8 @@ class Dialler:
         if peer is None:
             if former is not None:
                 raise Refusal(f"what answers at {uri} is not the secondary that it was")
+            if self._set.options.lease_s is not None:
+                raise Refusal(f"{uri} is a plain NBD server, of which nothing is heard: lease needs a secondary")
             if sync in COMPARING:
                 raise Refusal(
                     f"{uri} is a plain NBD server, which tells no digests of its disk: sync={sync} needs them"
@@ -221,6 +223,8 @@ class Dialler:
                 "disks": {names[disk.name]: disk.size for disk in self._disks},
                 "epoch": self._set.state.epoch,
                 "timeout": self._set.options.timeout_s,
+                # A secondary that does not know of it refuses, and then there is no pair that it would not protect.
+                **({} if self._set.options.lease_s is None else {"lease": self._set.options.lease_s}),
             },
         )
         try:

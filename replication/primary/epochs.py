@@ -125,14 +125,13 @@ class Epochs:
         nothing else, and is told so; then the link is lost. CommandError, DiskError or PeerError."""
         epoch = self._cut()
         try:
-            assert epoch.agreement.peer is not None
             for disk, entry in zip(self._disks, epoch.entries, strict=True):
                 if not disk.forwarder.await_end(entry):
                     raise CommandError("The link to the secondary was lost")
             if any(disk.changes.missing for disk in self._disks):
                 raise Lacking("The secondary has refused something")
             pause("epoch.parting")
-            epoch.agreement.peer.call("replication-unpair", {"token": epoch.agreement.token}, self._take_s)
+            self._link.farewell(epoch.agreement, self._take_s)
             # What is behind the cut finds no link.
             self._link.broken(epoch.agreement, DiskError("the secondary was stopped as planned"))
         finally:

@@ -37,7 +37,7 @@ from replication.order.worker import Worker
 from replication.primary.cause import reason_by, reason_of
 from replication.primary.dial import Agreement, Dialler, Refusal
 from replication.primary.disk import PrimaryDisk
-from replication.primary.peer import PeerError
+from replication.primary.peer import PeerError, forgotten
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.state import StateError
@@ -364,7 +364,7 @@ class Link:
             return
         if agreement.peer is not None and whole and all(drained) and agreement.refused == refused:
             try:
-                agreement.peer.call("replication-unpair", {"token": agreement.token}, farewell_s)
+                self.farewell(agreement, farewell_s)
             except (DiskError, PeerError) as error:
                 log(f"cannot tell the secondary that it has everything: {error}")
         if hasty:
@@ -373,6 +373,24 @@ class Link:
                 self._changed.notify_all()
         elif agreement.peer is not None:
             agreement.peer.close()
+
+    def farewell(self, agreement: Agreement, timeout_s: float) -> None:
+        """Tell the secondary that it has everything. It may fail over as soon as it hears that, so this node's lease
+        ends before. DiskError, PeerError: it has refused, and stays this node's secondary."""
+        peer, admission = agreement.peer, self._set.admission
+        assert peer is not None
+        peer.heard = forgotten
+        admission.leave()
+        try:
+            peer.call("replication-unpair", {"token": agreement.token}, timeout_s)
+        except PeerError:
+            admission.stay()
+            peer.heard = admission.heard
+            raise
+        except DiskError as error:
+            if self._set.options.lease_s is not None:  # it may have heard it, or hear it later
+                self.broken(agreement, error)
+            raise
 
     def wait_unattempted(self, timeout_s: float) -> bool:
         """Wait until no attempt to connect is under way, `timeout_s` seconds at most. Replication does not run, so none
@@ -488,7 +506,10 @@ class Link:
         """The secondary takes this node's writes, so nobody has gone on from them; a plain server says nothing of
         that."""
         self._set.admission.linked(agreement.losses)
-        if agreement.peer is not None:
+        peer = agreement.peer
+        if peer is not None:
+            peer.heard = self._set.admission.heard
+            peer.heard(peer.asked)
             self._set.accepted()
 
     def _failed(self, error: ReplicationError, tell: bool) -> None:

@@ -33,6 +33,7 @@ from replication.log import log_defect
 from replication.options import CONTROL_EXPORT
 from replication.order.worker import NO_THREAD
 from replication.reason import Reason
+from replication.record.boot import boot_clock_s
 
 CONTROL_DESCRIPTION = "control: QMP for the primary"
 CONTROL_SIZE = 1 << 20
@@ -102,6 +103,10 @@ class Peer:
         self.uri = connection.uri
         self.last_heard = time.monotonic()
         """When the server last answered a read, by time.monotonic()."""
+        self.asked = boot_clock_s()
+        """When that read was issued, by boot_clock_s."""
+        self.heard: Callable[[float], None] = forgotten
+        """Called with that moment, by the link's own thread, whenever the server has answered."""
         self._connection = connection
         self._event = event
         self._lost = lost
@@ -244,11 +249,12 @@ class Peer:
 
     def _read(self, listening: bool) -> bool:
         """One read, and what it brought; False if it is time for a pause. DiskError when the link is of no more use."""
-        begun = time.monotonic()
+        begun, asked = time.monotonic(), boot_clock_s()
         buffer = bytearray(READ_BYTES)
         issue = partial(_pread, buffer, 0 if listening else AT_ONCE)
         self._connection.wait(self._connection.issue(issue, 0))
-        self.last_heard = time.monotonic()
+        self.last_heard, self.asked = time.monotonic(), asked
+        self.heard(asked)
         self._look_at_writes()
         lines = [line for line in self._lines(bytes(buffer)) if line.strip()]
         for line in lines:
@@ -366,6 +372,10 @@ class Peer:
 
 def _pread(buffer: bytearray, offset: int, handle: nbd.NBD, done: Completion) -> None:
     handle.aio_pread(buffer, offset, done)
+
+
+def forgotten(_asked: float) -> None:
+    """Nobody wants to know."""
 
 
 def _pwrite(data: bytes, handle: nbd.NBD, done: Completion) -> None:

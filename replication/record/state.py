@@ -183,6 +183,8 @@ class Record:
     """A secondary's last primary has left in good order, after it had sent everything."""
     kept_back: bool = False
     """An owner that was stopped on the way to a secondary, and whose guest stood still: nobody has let it go on."""
+    lease_s: float | None = None
+    """Seconds for which a secondary's last primary serves its guest without having heard of it (lease.py)."""
     received: bool = False
     """A failover by force has ended a copy that a primary was sending here: that primary has what this node lacks."""
     sought: str | None = None
@@ -220,6 +222,7 @@ class Record:
             overruled=[],
             left_well=False,
             kept_back=False,
+            lease_s=None,
         )
 
     def take(self, other: Record) -> None:
@@ -280,6 +283,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("secondary", "replaced", "sought", "boot", "inconsistent", "partner"), str | None),
     **dict.fromkeys(("promoted", "clean", "paired", "led", "resync", "left_well", "received", "kept_back"), bool),
     "commit_rate": float | None,
+    "lease_s": float | None,
 }
 
 

@@ -481,6 +481,7 @@ TABLE: tuple[Row, ...] = (
         (flag("--fenced", "the other node is fenced: nor does it stand still when the loss is noticed only later"),),
         distinct=True,
     ),
+    Row("renew", f"{_ROLES}:renew", "have a primary with a lease serve its guest for another while", distinct=True),
     Row("quit", f"{_ROLES}:quit_node", "end the node in good order", distinct=True),
     Row("events", f"{_COMMANDS}:events", "print events as they come"),
     Row(

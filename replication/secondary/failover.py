@@ -68,6 +68,8 @@ class Failover:
             refusal, reason = f"Failover is refused: {forceful(record.inconsistent)}", Reason.NO_CHECKPOINT
         elif record.outdated is not None:
             refusal, reason = outdated_refusal("Failover", record.outdated), Reason.OUTDATED
+        elif (left_s := self._set.tenure.left_s) > 0:
+            refusal, reason = self._set.tenure.refusal(left_s), Reason.LEASED
         to_commit = 0
         if record.stage is not Stage.DONE and record.inconsistent is None:
             stacks = [disk.stack for disk in self._disks]
@@ -76,7 +78,7 @@ class Failover:
         return {
             "allowed": refusal is None,
             **({} if refusal is None or reason is None else {"reason": refusal, "code": reason.value}),
-            "force": record.inconsistent is not None or reason is Reason.OUTDATED,
+            "force": record.inconsistent is not None or reason in (Reason.OUTDATED, Reason.LEASED),
             "stage": record.stage.value,
             "epoch": self._set.state.epoch,
             "checkpoint-age": self._set.state.checkpoint["age"],

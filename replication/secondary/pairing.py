@@ -57,9 +57,13 @@ FIRST_COPY = "a full resync from the primary is not complete"
 class Channel:
     """A control connection of a primary."""
 
-    def __init__(self) -> None:
+    def __init__(self, era: int = 0) -> None:
+        """`era`: in which it has begun (Tenure)."""
+        self.era = era
         self.heard = time.monotonic()
         self.closed = False
+        self.paired = False
+        """A primary was accepted on it."""
         self.watching = threading.Event()
         """Set when the primary looks after its secondary (primary/watch.py), so it sees what it is asked for there."""
 

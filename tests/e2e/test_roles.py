@@ -18,6 +18,7 @@ from content import MIB
 from lab import Lab
 from nbdprocess import stop_still
 from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, nbd_refusal, refused, top_id
+from standing import completed, stands
 from waiting import DEADLINE_S, wait_until
 
 OWNER = {"role": "primary", "score": 10000, "may-run": True, "peer-obstacle": None}
@@ -274,31 +275,6 @@ def test_the_guest_of_an_outdated_owner_waits_over_restarts(lab: Lab) -> None:
     assert pair.primary.disks[0].read_bytes()[:512] == b"x" * 512
     assert pair.primary.status()["guest-suspended"] is None
     assert role(pair.primary)["code"] == "outdated"
-
-
-def stands(server: Server, handle: nbd.NBD, *cookies: int) -> None:
-    """These requests have come as far as they may, and are not answered."""
-
-    def waits() -> bool:
-        stall = server.execute("query-replication-latency")["longest-stall"]
-        return stall is not None and (stall["reason"], stall["under-way"]) == ("standstill", True)
-
-    wait_until(waits, "the guest's request stands still")
-    handle.poll(0)
-    assert not any(handle.aio_command_completed(cookie) for cookie in cookies)
-
-
-def completed(handle: nbd.NBD, *cookies: int) -> None:
-    """Wait until these requests have succeeded."""
-    left = set(cookies)
-
-    def over() -> bool:
-        handle.poll(100)
-        for cookie in [cookie for cookie in left if handle.aio_command_completed(cookie)]:
-            left.discard(cookie)
-        return not left
-
-    wait_until(over, "the guest's requests are answered")
 
 
 def test_a_guest_that_waits_does_not_keep_the_process(lab: Lab) -> None:

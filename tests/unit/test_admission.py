@@ -27,7 +27,8 @@ class Case:
         given = Options(Mode.PRIMARY, [], None, None)
         for name, value in options.items():
             setattr(given, name, value)
-        self.admission = Admission(given, lambda: self.now)
+        self.clock_s = 1000.0
+        self.admission = Admission(given, lambda: self.now, lambda: self.clock_s)
 
     @property
     def stands(self) -> str | None:
@@ -273,3 +274,100 @@ def test_the_time_for_the_peer_is_over() -> None:
     case.admission.still.stand(Latency(), 0, False, lambda: False)
     assert (stood, case.stands) == ("wfc-timeout", None)
     case.admission.close()
+
+
+def test_a_lease() -> None:
+    case = Case(lease_s=10.0)
+    case.admission.begin(False, False)
+    assert case.stands == "lease", "nothing was heard yet"
+    case.admission.heard(1000.0)
+    assert case.stands is None
+    case.clock_s = 1010.0
+    case.admission.heard(995.0)
+    assert case.stands is None, "what was asked before is no later news"
+    case.clock_s = 1010.1
+    assert case.stands == "lease"
+    assert case.admission.renew() == 10.0
+    assert case.stands is None
+    case.clock_s = 1021.0
+    assert case.stands == "lease"
+    case.admission.resume()
+    assert case.stands is None
+    case.clock_s = 1100.0
+    assert case.stands is None, "somebody has said that the other node is fenced"
+    case.admission.heard(1100.0)
+    case.clock_s = 1111.0
+    assert case.stands == "lease", "it was there again"
+    case.is_now(STOPPED)
+    assert case.stands is None
+    with pytest.raises(CommandError, match="no lease to renew"):
+        case.admission.renew()
+
+
+def test_without_a_lease_nothing_looks_at_the_clock() -> None:
+    case = Case()
+    case.admission.begin(False, False)
+    case.admission.heard(5.0)
+    case.clock_s = 1e9
+    assert not case.admission.still.on
+    with pytest.raises(CommandError, match="no lease to renew"):
+        case.admission.renew()
+
+
+def test_the_lease_of_one_that_is_being_demoted_ends_with_its_good_bye() -> None:
+    """What becomes of the demotion does not change that: the secondary may have failed over."""
+    case = Case(lease_s=10.0)
+    case.admission.begin(False, False)
+    case.admission.heard(1000.0)
+    with case.admission.demoting():
+        assert case.admission.keeps_back
+        case.now = STOPPED
+        case.admission.stopped()
+        assert case.stands == "lease"
+        assert case.admission.keeps_back
+    assert case.stands == "lease", "it could not be made a secondary"
+    assert case.admission.renew() == 10.0
+    assert case.stands is None, "the cluster knows better"
+    case.admission.stopped()
+    case.clock_s = 1e6
+    assert case.stands is None, "somebody has stopped it"
+
+
+def test_a_lease_that_a_former_process_has_ended_in_a_demotion() -> None:
+    case = Case(lease_s=10.0)
+    case.now = STOPPED
+    case.admission.begin(False, True, kept_back=True)
+    assert case.stands == "lease"
+    case.admission.resume()
+    assert case.stands is None
+
+
+def test_a_good_bye_ends_the_lease_until_the_next_agreement() -> None:
+    case = Case(lease_s=10.0)
+    case.admission.begin(False, False)
+    case.admission.heard(1000.0)
+    case.admission.leave()
+    assert case.stands == "lease"
+    case.admission.heard(1001.0)
+    assert case.stands == "lease", "an answer that was under way"
+    case.admission.stay()
+    case.admission.heard(1002.0)
+    assert case.stands is None, "it has not taken the good-bye"
+    case.admission.leave()
+    case.admission.linked(0)
+    case.admission.heard(1003.0)
+    assert case.stands is None
+
+
+def test_who_knows_that_the_other_one_is_fenced_need_not_wait_for_the_end_of_the_lease() -> None:
+    case = Case(lease_s=10.0)
+    case.admission.begin(False, False)
+    case.admission.heard(1000.0)
+    case.admission.resume(fenced=True)
+    case.admission.heard(1001.0)  # of before
+    case.clock_s = 1e6
+    assert case.stands is None
+    case.admission.linked(case.admission.losses)
+    assert case.stands == "lease"
+    case.admission.alone()
+    assert case.stands is None

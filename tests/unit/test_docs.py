@@ -137,6 +137,7 @@ def test_the_values_are_listed() -> None:
         ("resync-rate", r"(64K) to (1T)", "65535", "1025G"),
         ("timeout", r"(0\.1) to (30)\.", "0.09", "30.1"),
         ("checkpoint-interval", r"(0\.05) to (86400)\.", "0.04", "86401"),
+        ("lease", r"(1) to (3600)\.", "0.9", "3601"),
         ("wfc-timeout", r"(0\.1) to (10000000)\.", "0.09", "10000001"),
         ("checkpoint-age-limit", r"(0\.05) to (10000000)\.", "0.04", "10000001"),
         ("overlay-watermark", r"(1) to (100)\.", "0", "101"),

@@ -622,6 +622,7 @@ def test_role_auto_is_a_secondary_until_the_state_folder_says_more() -> None:
         (("role=auto", "guest-face=shut"), "guest-face=shut should be open or closed-until-promoted"),
         (("role=auto", "on-outdated=panic"), "on-outdated=panic should be continue, suspend-io or io-error"),
         (("role=auto", "fencing=maybe"), "fencing=maybe should be dont-care or suspend-io"),
+        (("role=auto", "lease=0.5"), "lease=0.5 should be between 1 and 3600 seconds"),
         (("role=auto", "wfc-timeout=soon"), "wfc-timeout=soon is not a number of seconds"),
     ],
 )

@@ -22,6 +22,7 @@ from replication.stage import Mode, Stage
 from waiting import DEADLINE_S, begin, wait_until
 
 LOSSLESS = ("stop", True, False, Conditions(lossless=True))
+LOSSLESS_BY_FORCE = ("stop", True, False, Conditions(lossless=True, early=True))
 FORCED = ("stop", True, True, None)
 PEER = "nbd://peer"
 SEEK = ("start", Mode.PRIMARY, PEER, "auto")
@@ -138,27 +139,27 @@ def test_what_can_be_kept_is_kept_by_force_as_well(force: bool) -> None:
     node = FakeNode()
     node.lossless = True
     Promotion(node).to_primary(None, force)
-    assert node.calls == [LOSSLESS]
+    assert node.calls == [LOSSLESS_BY_FORCE if force else LOSSLESS]
 
 
 @pytest.mark.parametrize("reason", [None, Reason.OUTDATED, Reason.NOT_LOSSLESS])
 def test_force_goes_on_where_not_everything_can_be_kept_after_all(reason: Reason | None) -> None:
     node = FakeNode()
     node.lossless = True
-    node.refusals[LOSSLESS] = CommandError("the hidden disk is damaged", reason=reason)
+    node.refusals[LOSSLESS_BY_FORCE] = CommandError("the hidden disk is damaged", reason=reason)
     Promotion(node).to_primary(None, True)
-    assert node.calls == [LOSSLESS, FORCED]
+    assert node.calls == [LOSSLESS_BY_FORCE, FORCED]
 
 
 @pytest.mark.parametrize("reason", [Reason.STORAGE, Reason.BUSY])
 def test_force_does_not_give_up_what_a_later_attempt_keeps(reason: Reason) -> None:
     node = FakeNode()
     node.lossless = True
-    node.refusals[LOSSLESS] = CommandError("no answer", reason=reason)
+    node.refusals[LOSSLESS_BY_FORCE] = CommandError("no answer", reason=reason)
     with pytest.raises(CommandError, match="failover --force") as refused:
         Promotion(node).to_primary(None, True)
     assert refused.value.reason is reason
-    assert node.calls == [LOSSLESS]
+    assert node.calls == [LOSSLESS_BY_FORCE]
 
 
 def test_without_force_a_refusal_stands() -> None:

@@ -106,6 +106,10 @@ class Node:
     def resume_io(self, fenced: bool = False) -> None:
         self._record("resume_io", fenced)
 
+    def renew(self) -> float:
+        self._record("renew")
+        return 10.0
+
     def outdate(self, text: str) -> None:
         self._record("outdate", text)
 
@@ -212,6 +216,7 @@ SET = "xen-set-replication"
         ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False)], {}),
         ("replication-resume-io", None, [("resume_io", False)], {}),
         ("replication-resume-io", {"fenced": True}, [("resume_io", True)], {}),
+        ("replication-renew", None, [("renew",)], {"seconds": 10.0}),
         ("replication-outdate", None, [("outdate", "somebody who knows it has said so")], {}),
         ("replication-stop", {"failover": False, "force": False}, [("stop", False, False)], {}),
         ("query-replication", {}, [("query",)], {"mode": "primary", "stage": "running"}),
@@ -403,6 +408,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "query-role",
         "replication-outdate",
         "replication-resume-io",
+        "replication-renew",
         "replication-set-role",
         "replication-compare",
         "query-jobs",

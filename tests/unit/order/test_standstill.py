@@ -112,3 +112,45 @@ def test_a_request_of_a_client_that_has_gone_is_not_done(monkeypatch: pytest.Mon
     request.gone.set()
     assert request.ended() == errno.ESHUTDOWN
     assert still.waiting == 0
+
+
+def test_a_lease_ends_by_the_clock_alone() -> None:
+    """Nobody has to come and say so; and nobody waits for ever when it is renewed."""
+    now = [100.0]
+    still = Standstill(lambda: now[0])
+    assert still.why is None
+    still.lease(0.0)
+    assert still.why is not None, "it has never begun"
+    still.lease(110.0)
+    now[0] = 110.0
+    assert still.on, "each request looks at the clock"
+    assert still.reads_on
+    assert not any(still.stands(reads) for reads in (True, False))
+    assert still.why is None
+    now[0] = 110.1
+    assert all(still.stands(reads) for reads in (True, False))
+    assert still.waits
+    assert "lease" in str(still.why)
+    requests = [Request(still, reads) for reads in (True, False)]
+    still.lease(120.0)
+    assert [request.ended() for request in requests] == [None, None]
+    now[0] = 121.0
+    request = Request(still)
+    still.lease(None)
+    assert request.ended() is None
+    assert (still.on, still.reads_on) == (False, False)
+
+
+def test_what_else_keeps_a_guest_back_does_so_within_a_lease() -> None:
+    now = [100.0]
+    still = Standstill(lambda: now[0])
+    still.lease(110.0)
+    still.begin("fencing", fails=False, writes_only=True)
+    assert [still.stands(reads) for reads in (True, False)] == [False, True]
+    still.begin("outdated", fails=False)
+    assert [still.stands(reads) for reads in (True, False)] == [True, True]
+    now[0] = 111.0
+    assert [still.stands(reads) for reads in (True, False)] == [True, True]
+    assert still.why == "outdated"
+    still.over()
+    assert "lease" in str(still.why)

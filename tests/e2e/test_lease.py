@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""lease=SECONDS with real processes, whose boot-time clocks are set by the test: no lease ends in the time of a test by
+itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbd
+import pytest
+
+from content import MIB
+from lab import Lab
+from nodes import Pair, Server, code_of, disk_name, drained
+from standing import completed, stands
+from waiting import wait_until
+
+LEASE_S = 1000.0
+CLOCK = """
+import time
+_get = time.clock_gettime
+def _shifted(clock):
+    by = 0.0
+    if clock == time.CLOCK_BOOTTIME:
+        with open({path!r}) as file:
+            by = float(file.read() or 0)
+    return _get(clock) + by
+time.clock_gettime = _shifted
+"""
+"""Read by Python when it starts (sitecustomize)."""
+
+
+class Clock:
+    """The boot-time clock of one node."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._by = folder / "by"
+        self._by.write_text("0")
+        (folder / "sitecustomize.py").write_text(CLOCK.format(path=str(self._by)))
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+        self.environment = {"PYTHONPATH": path}
+
+    def advance(self, seconds: float) -> None:
+        """That time goes by on this host."""
+        new = self._by.with_suffix(".new")
+        new.write_text(str(float(self._by.read_text()) + seconds))
+        new.replace(self._by)
+
+
+@pytest.fixture
+def leased(lab: Lab) -> tuple[Pair, Clock, Clock]:
+    of_primary, of_secondary = Clock(lab.folder / "clock-a"), Clock(lab.folder / "clock-b")
+    pair = lab.pair(
+        [MIB],
+        primary_arguments=[f"lease={LEASE_S:g}"],
+        primary_options={"extra_environment": of_primary.environment},
+        secondary_options={"extra_environment": of_secondary.environment},
+    )
+    pair.start_replication()
+    drained(pair.primary)
+    pair.primary.checkpoint()
+    return pair, of_primary, of_secondary
+
+
+def suspended(server: Server) -> str | None:
+    found = server.status()["guest-suspended"]
+    return None if found is None else str(found)
+
+
+def test_the_guest_is_served_while_the_secondary_or_the_cluster_is_heard_of(leased: tuple[Pair, Clock, Clock]) -> None:
+    pair, clock, _ = leased
+    guest = pair.primary.connect(disk_name(0))
+    guest.pwrite(b"1" * 512, 0)
+    clock.advance(10 * LEASE_S)
+    guest.pwrite(b"2" * 512, 0)  # it is asked four times a second, and answers
+    pair.secondary.kill()
+    wait_until(lambda: pair.primary.status()["link"]["state"] == "lost", "the loss is noticed")
+    guest.pwrite(b"3" * 512, 0)
+    clock.advance(LEASE_S)
+    assert "lease" in str(suspended(pair.primary))
+    data, space = nbd.Buffer.from_bytearray(b"4" * 512), nbd.Buffer(512)
+    cookies = [guest.aio_pwrite(data, 0), guest.aio_pread(space, 0), guest.aio_flush()]
+    stands(pair.primary, guest, *cookies)
+    assert pair.primary.disks[0].read_bytes()[:1] == b"3"
+    assert pair.primary.execute("replication-renew") == {"seconds": LEASE_S}
+    completed(guest, *cookies)
+    clock.advance(LEASE_S)
+    write = guest.aio_pwrite(data, 0)
+    stands(pair.primary, guest, write)
+    pair.secondary.start()
+    completed(guest, write)
+    assert suspended(pair.primary) is None
+
+
+def test_a_primary_that_starts_again_has_no_lease_yet(leased: tuple[Pair, Clock, Clock]) -> None:
+    pair, _, _ = leased
+    pair.secondary.kill()
+    pair.primary.kill()
+    pair.primary.start()
+    guest = pair.primary.connect(disk_name(0))
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"4" * 512), 0)
+    stands(pair.primary, guest, write)
+    pair.primary.execute("replication-resume-io")
+    completed(guest, write)
+    assert code_of(pair.primary, "replication-start", force=True) == "wrong-stage", "its guest is served"
+
+
+def test_the_secondary_takes_the_disks_when_the_lease_is_over(leased: tuple[Pair, Clock, Clock]) -> None:
+    pair, _, clock = leased
+    secondary = pair.secondary
+    preflight = secondary.execute("query-failover")
+    assert (preflight["allowed"], preflight["code"], preflight["force"]) == (False, "leased", True)
+    pair.primary.kill()
+    assert code_of(secondary, "replication-stop", failover=True) == "leased"
+    assert code_of(secondary, "replication-set-role", role="primary") in ("leased", "has-primary")
+    secondary.kill()
+    secondary.start()  # it does not know when it last heard of it
+    clock.advance(LEASE_S)
+    assert code_of(secondary, "replication-stop", failover=True) == "leased", "clocks differ"
+    clock.advance(LEASE_S)
+    assert secondary.execute("query-failover")["allowed"]
+    secondary.execute("replication-renew")
+    assert code_of(secondary, "replication-stop", failover=True) == "leased", "the cluster lets the primary go on"
+    clock.advance(2 * LEASE_S)
+    secondary.failover()
+
+
+def test_a_primary_that_has_left_in_good_order_needs_no_lease(leased: tuple[Pair, Clock, Clock]) -> None:
+    pair, _, _ = leased
+    pair.primary.terminate()
+    pair.secondary.failover()
+
+
+def test_by_force_the_secondary_does_not_wait_and_its_former_primary_hears_no_more_of_it(
+    leased: tuple[Pair, Clock, Clock],
+) -> None:
+    pair, clock, _ = leased
+    pair.secondary.execute("replication-stop", failover=True, force=True)
+    wait_until(lambda: pair.primary.status()["outdated-reason"], "it learns of the failover all the same")
+    pair.primary.execute("replication-resume-io")
+    clock.advance(LEASE_S)
+    assert suspended(pair.primary) is None, "somebody has said that it goes on, and nothing was heard since"
+    pair.primary.restart()
+    assert suspended(pair.primary)
