@@ -751,6 +751,14 @@ class Node:
                     self._end_stage(haste, conditions)
                 self._opens()
 
+    def hand_over(self) -> None:
+        """Stop a primary whose secondary would take over without loss, and has said so. CommandError, with nothing
+        changed, if it does not."""
+        with self._commanding():
+            if self.stage is not Stage.RUNNING:
+                raise CommandError(f"the stage is {self.stage.value}", reason=Reason.NOT_LOSSLESS)
+            self._primary("hand over").hand_over()
+
     def _opens(self) -> None:
         """A secondary that was stopped, or was before, is an owner by somebody's word: guests may come."""
         if isinstance(self.side, SecondarySide):
@@ -964,9 +972,11 @@ class Node:
             self._record.kept_back = False
             self._save_later()
 
-    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
+    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
         """replication-set-role."""
         if primary:
+            if lossless:
+                raise CommandError("Parameter 'lossless' is for role 'secondary'")
             if peer is not None:
                 try:
                     check_uri(peer, len(self._options.disks))
@@ -977,7 +987,7 @@ class Node:
         elif peer is not None or force:
             raise CommandError("Parameters 'peer' and 'force' are for role 'primary'")
         else:
-            self._promotion.to_secondary()
+            self._promotion.to_secondary(lossless)
 
     def _accepted(self) -> None:
         """A secondary takes this primary's writes, so it has not gone on from them. What somebody has told this node

@@ -4,7 +4,8 @@
     primary      a secondary that runs fails over, or, with and without force, stops as planned where that keeps more;
                  one that is new starts first. An owner stays one. Then the peer is looked for in the background, until
                  it is this node's secondary or the role is another one.
-    secondary    a primary that runs takes a last checkpoint, stops, and is demoted. A secondary stays one.
+    secondary    a primary that runs takes a last checkpoint, stops, and is demoted; `lossless`: only if its secondary
+                 says that it has everything. A secondary stays one.
 
 What has the role already is not changed, so a manager may ask again and again.
 """
@@ -50,6 +51,7 @@ class Commanded(Protocol):
     def in_sync(self) -> bool: ...
     def start_pair(self, mode: Mode | None, secondary: str | None, sync: str) -> None: ...
     def stop(self, failover: bool, force: bool = False, conditions: Conditions | None = None) -> None: ...
+    def hand_over(self) -> None: ...
     def demote(self) -> None: ...
     def insist(self) -> None: ...
     def go_on_alone(self) -> None: ...
@@ -193,12 +195,15 @@ class Promotion:
 
     # -- to secondary --------------------------------------------------------------------------------------
 
-    def to_secondary(self) -> None:
-        """Keep a copy of the disks. CommandError says what stands in the way."""
+    def to_secondary(self, lossless: bool = False) -> None:
+        """Keep a copy of the disks. CommandError says what stands in the way. `lossless`: only if the peer takes over
+        all that is here, and has said so; it is refused before anything has changed if not."""
         with self._alone(DEMOTE_S):
             node = self._node
             if is_owner(node.mode, node.stage):
                 self._check_demotable()
+                if lossless:
+                    self._check_in_sync()
             again = node.sought
             node.seek(None, save=False)  # no further attempt
             try:
@@ -210,7 +215,7 @@ class Promotion:
                 if is_owner(node.mode, node.stage):
                     self._check_demotable()
                     with node.admission.demoting():  # a guest that stands still does not go on in between
-                        self._demote()
+                        self._demote(lossless)
             except BaseException:
                 self._look_for(again)
                 raise
@@ -225,17 +230,45 @@ class Promotion:
                 reason=Reason.COMMITTING,
             )
 
-    def _demote(self) -> None:
+    def _check_in_sync(self) -> None:
+        if not self._replicates or not self._node.in_sync:
+            raise CommandError(
+                "Demotion is refused: the other node does not have everything, and the demotion was to be lossless",
+                reason=Reason.NOT_LOSSLESS,
+            )
+
+    def _hand_over(self) -> None:
+        """To the peer, which has everything; else nothing has changed."""
+        node = self._node
+        self._check_in_sync()
+        try:
+            node.checkpoint()
+            # With the stage: a process that follows one that is killed now looks for its secondary.
+            node.seek("", save=False)
+            node.hand_over()
+        except CommandError as error:
+            passing = error.reason in (Reason.BUSY, Reason.STORAGE)
+            raise CommandError(
+                f"Demotion is refused, and this node goes on as the owner: {error}",
+                reason=error.reason if passing else Reason.NOT_LOSSLESS,
+            ) from error
+
+    def _demote(self, lossless: bool) -> None:
         node = self._node
         if node.stage is not Stage.RUNNING:
+            if lossless:
+                self._check_in_sync()
             node.demote()
             return
-        try:
-            if node.in_sync:
-                node.checkpoint()
-        except CommandError as error:  # a peer that is not there does not keep a node from being demoted
-            log(f"no last checkpoint before the demotion: {error}")
-        node.stop(False)
+        if lossless:
+            self._hand_over()
+        else:
+            try:
+                if node.in_sync:
+                    node.checkpoint()
+            except CommandError as error:  # a peer that is not there does not keep a node from being demoted
+                log(f"no last checkpoint before the demotion: {error}")
+            node.stop(False)
         try:
             node.demote()
         except CommandError as error:

@@ -138,9 +138,9 @@ def demote(client: Session, options: argparse.Namespace) -> None:
     if not options.yes:
         confirm(options, DEMOTE_TEXT, "demotion")
     try:
-        client.call("replication-set-role", role="secondary")
+        client.call("replication-set-role", role="secondary", **({"lossless": True} if options.lossless else {}))
     except Refused as refused:
-        if refused.error_class != "CommandNotFound":
+        if refused.error_class != "CommandNotFound" or options.lossless:
             raise
         client.call("replication-demote")  # of version 0.2
     if client.call("query-replication").get("stage") == "none":

@@ -53,9 +53,9 @@ class Replicated(Protocol):
         """Stop replication, as planned or by failover; `force`: although there is no valid checkpoint, or the node is
         outdated; `conditions`: of a failover, without `force`."""
 
-    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
+    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
         """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
-        is outdated, or its primary is connected."""
+        is outdated, or its primary is connected; `lossless`: only if the other one has everything."""
 
     def resume_io(self, fenced: bool = False) -> None:
         """Let a guest go on that stands still; `fenced`: also one that would do so for fencing before the next
@@ -282,7 +282,9 @@ class Commands:
 
     def _set_role(self, arguments: Mapping[str, Any]) -> Any:
         primary = arguments["role"] == PRIMARY
-        self._node.set_role(primary, arguments.get("peer"), arguments.get("force", False))
+        self._node.set_role(
+            primary, arguments.get("peer"), arguments.get("force", False), arguments.get("lossless", False)
+        )
         return {}
 
     def _resume_io(self, arguments: Mapping[str, Any]) -> Any:
@@ -371,6 +373,7 @@ class Commands:
                 "role": Argument("string", required=True, values=ROLES),
                 "peer": Argument("string"),
                 "force": Argument("boolean"),
+                "lossless": Argument("boolean"),
             },
         ),
         "replication-resume-io": Command(_resume_io, {"fenced": Argument("boolean")}),

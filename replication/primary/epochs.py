@@ -57,6 +57,10 @@ class Lacking(CommandError):
     """The secondary lacks something, which a resync has to bring over first."""
 
 
+_LEAVE_MIN_S = 0.1
+"""So long an answer is waited for at least."""
+
+
 class Unknown(CommandError):
     """Perhaps the secondary has taken its checkpoint."""
 
@@ -134,6 +138,39 @@ class Epochs:
             self._link.farewell(epoch.agreement, self._take_s)
             # What is behind the cut finds no link.
             self._link.broken(epoch.agreement, DiskError("the secondary was stopped as planned"))
+        finally:
+            self._finish(epoch)
+
+    def hand_over(self, within_s: float) -> None:
+        """Nothing is written any more: have all of it arrive, and the secondary know that this was all, within so many
+        seconds. Then it would take over without loss, as it says itself. CommandError, DiskError or PeerError; the link
+        is lost, and comes back, where the secondary may have heard a good-bye that does not count."""
+        deadline = time.monotonic() + within_s
+        epoch = self._cut()
+        agreement = epoch.agreement
+        try:
+            for entry in epoch.entries:
+                assert entry.ended is not None
+                if not entry.ended.wait(max(0.0, deadline - time.monotonic())) or not entry.arrived:
+                    raise CommandError("not everything has arrived at the secondary")
+            if any(disk.changes.missing for disk in self._disks):
+                raise Lacking("the secondary has refused something")
+            if agreement.peer is None:
+                raise CommandError("it is a plain NBD server, and acknowledges nothing")
+            pause("epoch.leaving")
+            self._link.farewell(agreement, max(_LEAVE_MIN_S, deadline - time.monotonic()))
+            try:
+                left_s = max(_LEAVE_MIN_S, deadline - time.monotonic())
+                answer = agreement.peer.call("query-failover", {}, left_s)
+                # An older one does not say.
+                if not isinstance(answer, dict) or answer.get("lossless", True) is not True:
+                    raise CommandError(f"the secondary would lose something: {_why(answer)}")
+            except BaseException:
+                self._link.broken(agreement, DiskError("the secondary was not handed over to"))
+                raise
+        except DiskError as error:
+            self._link.broken(agreement, error)
+            raise
         finally:
             self._finish(epoch)
 
@@ -255,3 +292,10 @@ class Epochs:
             epoch.timer.cancel()
         for disk, entry in zip(self._disks, epoch.entries, strict=True):
             disk.forwarder.let_go(entry)
+
+
+def _why(answer: object) -> str:
+    """What a secondary that answers query-failover has to say against a failover."""
+    if not isinstance(answer, dict):
+        return "it answers with something else"
+    return str(answer.get("reason", "it does not hold all that was sent, or its own guest has written"))[:400]

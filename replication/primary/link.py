@@ -374,6 +374,22 @@ class Link:
         elif agreement.peer is not None:
             agreement.peer.close()
 
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """In here the secondary is told that this was all, so it is not connected to again; with an error it is."""
+        with self._changed:
+            self._wanted = False
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._wanted = True
+                if self._agreement is None:
+                    self._show_locked(LinkState.CONNECTING)
+                self._changed.notify_all()
+            self._worker.wake()
+            raise
+
     def farewell(self, agreement: Agreement, timeout_s: float) -> None:
         """Tell the secondary that it has everything. It may fail over as soon as it hears that, so this node's lease
         ends before. DiskError, PeerError: it has refused, and stays this node's secondary."""

@@ -502,6 +502,33 @@ class PrimarySide(Side):
             raise CommandError(f"{error}; replication goes on, but epoch {held}, which was held, is aborted") from error
         self._link.stop(self._set.options.timeout_s, ANSWER_S, whole)
 
+    def hand_over(self) -> None:
+        """Stop as planned, if the secondary has everything and says so within `timeout`; the guest waits so long. If
+        not, CommandError, and replication goes on."""
+        urgency, timeout_s = self._set.gate.urgency, self._set.options.timeout_s
+        urgency.run(lambda: self._link.await_settled(timeout_s), name="await-link")
+        if self._epochs.held is not None:
+            raise CommandError(f"epoch {self._epochs.held} is held: commit or abort it first", reason=Reason.BUSY)
+        try:
+            self.settle()  # what takes long, and may fail
+        except DiskError as error:
+            raise CommandError(f"the disks cannot be flushed: {error}", reason=Reason.STORAGE) from error
+        agreement = self._link.agreement
+        # Nothing may come between the last word and the stage.
+        with self._set.gate.closed(why=STOP), self._link.leaving():
+            try:
+                self._epochs.hand_over(timeout_s)
+            except (CommandError, DiskError, PeerError) as error:
+                raise CommandError(str(error), reason=Reason.NOT_LOSSLESS) from error
+            pause("side.handed-over")
+            try:
+                self._set.enter(Stage.DONE)
+            except BaseException:
+                if agreement is not None:
+                    self._link.broken(agreement, DiskError("the secondary was not handed over to"))
+                raise
+        self._link.stop(0.0, ANSWER_S, False)
+
     def fail_over(self, haste: Haste) -> None:
         """The secondary gets what arrives in the time."""
         held, cut = self._epochs.held, ""

@@ -298,7 +298,12 @@ TABLE: tuple[Row, ...] = (
         asks=_unless_yes,
         distinct=True,
     ),
-    Row("demote", f"{_COMMANDS}:demote", "make the node a secondary, from any state; nothing if it is", (YES,)),
+    Row(
+        "demote",
+        f"{_COMMANDS}:demote",
+        "make the node a secondary, from any state; nothing if it is",
+        (flag("--lossless", "only if the other node has everything, and has said so"), YES),
+    ),
     Row(
         "failover",
         f"{_COMMANDS}:failover",

@@ -93,6 +93,10 @@ class FakeNode:
         self._call("stop", failover, force, conditions)
         self.stage = Stage.DONE
 
+    def hand_over(self) -> None:
+        self._call("hand_over", self.sought)
+        self.stage = Stage.DONE
+
     def demote(self) -> None:
         self._call("demote")
         self.mode, self.stage = Mode.SECONDARY, Stage.RUNNING
@@ -330,3 +334,34 @@ def test_who_has_found_it_or_is_no_owner_does_not_go_on(mode: Mode, stage: Stage
     promotion = Promotion(node)
     promotion.resume()
     assert (node.sought, promotion._seeker.alive) == (None, False)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "hand_over"])
+def test_a_lossless_demotion_that_is_refused_has_changed_nothing(
+    node: FakeNode, promotion: Promotion, what: str
+) -> None:
+    node.mode = Mode.PRIMARY
+    calls = {"checkpoint": ("checkpoint",), "hand_over": ("hand_over", "")}
+    node.refusals[calls[what]] = CommandError("no answer")
+    with pytest.raises(CommandError, match="goes on as the owner: no answer") as refused:
+        promotion.to_secondary(lossless=True)
+    assert (refused.value.reason, node.stage, node.mode) == (Reason.NOT_LOSSLESS, Stage.RUNNING, Mode.PRIMARY)
+    node.refusals[calls[what]] = CommandError("another one is at work", reason=Reason.BUSY)
+    with pytest.raises(CommandError) as refused:
+        promotion.to_secondary(lossless=True)
+    assert refused.value.reason is Reason.BUSY
+    node.refusals.clear()
+    promotion.to_secondary(lossless=True)
+    assert node.calls[-3:] == [("checkpoint",), ("hand_over", ""), ("demote",)], "killed before that, it looks for it"
+    promotion.to_secondary(lossless=True)
+    assert node.calls[-1] == ("demote",), "it is one"
+
+
+@pytest.mark.parametrize(("stage", "in_sync"), [(Stage.RUNNING, False), (Stage.DONE, True)])
+def test_nobody_has_what_an_owner_has_that_is_not_in_sync(
+    node: FakeNode, promotion: Promotion, stage: Stage, in_sync: bool
+) -> None:
+    node.mode, node.stage, node.in_sync = Mode.PRIMARY, stage, in_sync
+    with pytest.raises(CommandError, match="Demotion is refused") as refused:
+        promotion.to_secondary(lossless=True)
+    assert (refused.value.reason, node.calls) == (Reason.NOT_LOSSLESS, [])

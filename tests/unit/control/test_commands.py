@@ -100,8 +100,8 @@ class Node:
         self._record("query_failover")
         return {"allowed": True, "force": False}
 
-    def set_role(self, primary: bool, peer: str | None, force: bool) -> None:
-        self._record("set_role", primary, peer, force)
+    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
+        self._record("set_role", primary, peer, force, lossless)
 
     def resume_io(self, fenced: bool = False) -> None:
         self._record("resume_io", fenced)
@@ -212,8 +212,14 @@ SET = "xen-set-replication"
         ),
         ("replication-stop", {"failover": True, "lossless": False}, [("stop", True, False)], {}),
         ("replication-outdate", {"reason": "fenced"}, [("outdate", "fenced")], {}),
-        ("replication-set-role", {"role": "primary", "peer": "nbd://b"}, [("set_role", True, "nbd://b", False)], {}),
-        ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False)], {}),
+        (
+            "replication-set-role",
+            {"role": "primary", "peer": "nbd://b"},
+            [("set_role", True, "nbd://b", False, False)],
+            {},
+        ),
+        ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False, False)], {}),
+        ("replication-set-role", {"role": "secondary", "lossless": True}, [("set_role", False, None, False, True)], {}),
         ("replication-resume-io", None, [("resume_io", False)], {}),
         ("replication-resume-io", {"fenced": True}, [("resume_io", True)], {}),
         ("replication-renew", None, [("renew",)], {"seconds": 10.0}),
