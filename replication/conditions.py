@@ -20,6 +20,8 @@ class Conditions:
     """Nothing was known to be missing here when the primary was last heard of."""
     lossless: bool = False
     """The primary has left in good order, and all that it had written by then is kept."""
+    no_primary: bool = False
+    """No primary is heard of. Not so without being asked: QEMU's failover comes when whoever gives it says so."""
     early: bool = False
     """Not a condition: also while a lease lasts (lease.py)."""
 
@@ -35,6 +37,8 @@ class Outlook:
     checkpoint_age_s: float | None
     active_bytes: int
     hidden_bytes: int
+    primary: str | None = None
+    """The node id of the primary that is connected, and was heard of within its time."""
 
     @property
     def lossless(self) -> bool:
@@ -49,10 +53,20 @@ class Outlook:
 
     def to_json(self) -> dict[str, Any]:
         """Members of query-failover."""
-        return {"in-sync": self.in_step, "primary-left-well": self.left_well, "lossless": self.lossless}
+        return {
+            "in-sync": self.in_step,
+            "primary": self.primary,
+            "primary-left-well": self.left_well,
+            "lossless": self.lossless,
+        }
 
     def check(self, conditions: Conditions) -> None:
         """CommandError, with the code of the first condition that does not hold."""
+        if conditions.no_primary and self.primary is not None:
+            raise CommandError(
+                f"Failover is refused: the primary (node {self.primary}) is connected, and was heard of just now",
+                reason=Reason.HAS_PRIMARY,
+            )
         age_s, most_s = self.checkpoint_age_s, conditions.max_age_s
         if most_s is not None and (age_s is None or age_s > most_s):
             age = "there is none" if age_s is None else f"it is {age_s:.1f} s old"

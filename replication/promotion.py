@@ -176,7 +176,8 @@ class Promotion:
         """A secondary that runs ends that, with as much as can be kept."""
         node = self._node
         if not node.keeps_all():
-            node.stop(True, force)
+            # Again, at that instant: a primary may have come since it was looked for.
+            node.stop(True, force, None if force else Conditions(no_primary=True))
             return
         try:
             node.stop(True, conditions=Conditions(lossless=True, early=force))

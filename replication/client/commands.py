@@ -189,15 +189,19 @@ def preflight_lines(answer: dict[str, Any]) -> Iterator[str]:
     lost = (
         "there is no checkpoint" if age is None else f"{human_seconds(age)} old: what the primary wrote since is lost"
     )
-    if answer.get("force") and answer.get("code") != "outdated":
+    if answer.get("force") and answer.get("code") not in ("outdated", "leased"):
         lost = "which is not valid any more"
     yield f"last checkpoint    number {human_value(answer.get('epoch'))}, {lost}"
+    if answer.get("primary") is not None:
+        yield f"primary            node {printable(answer['primary'])} is connected, and was heard of just now"
     to_commit, seconds = human_bytes(answer.get("bytes-to-commit")), human_seconds(answer.get("predicted-seconds"))
     yield f"to commit          {to_commit}, about {seconds}; the guest need not wait for it"
 
 
 def check_conditions(answer: dict[str, Any], conditions: dict[str, Any]) -> None:
     """Refused, as the node will, when its answer to query-failover already says that a condition does not hold."""
+    if conditions.get("no-primary") and answer.get("primary") is not None:
+        raise Refused(f"the primary (node {printable(answer['primary'])}) is connected", code="has-primary")
     age, most = answer.get("checkpoint-age"), conditions.get("max-age")
     if most is not None and (age is None or age > most):
         raise Refused(f"the last checkpoint is older than {most:g} s, or there is none", code="too-old")
@@ -215,6 +219,7 @@ def failover(client: Session, options: argparse.Namespace) -> None:
         **({} if options.max_age is None else {"max-age": options.max_age}),
         **({"only-in-sync": True} if options.only_in_sync else {}),
         **({"lossless": True} if options.lossless else {}),
+        **({"no-primary": True} if options.no_primary else {}),
     }
     if conditions and options.force:
         raise Unusable("--force does not go with conditions: it is for when they do not count")

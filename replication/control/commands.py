@@ -365,6 +365,7 @@ class Commands:
                 "max-age": Argument("number"),
                 "only-in-sync": Argument("boolean"),
                 "lossless": Argument("boolean"),
+                "no-primary": Argument("boolean"),
             },
         ),
         "replication-set-role": Command(
@@ -426,7 +427,8 @@ def _conditions(arguments: Mapping[str, Any]) -> Conditions | None:
     max_age_s = arguments.get("max-age")
     if max_age_s is not None and not 0 <= max_age_s < math.inf:
         raise CommandError("Parameter 'max-age' expects seconds")
-    conditions = Conditions(max_age_s, arguments.get("only-in-sync", False), arguments.get("lossless", False))
+    asked = (arguments.get(name, False) for name in ("only-in-sync", "lossless", "no-primary"))
+    conditions = Conditions(max_age_s, *asked)
     return None if conditions == Conditions() else conditions
 
 

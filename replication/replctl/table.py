@@ -320,6 +320,7 @@ TABLE: tuple[Row, ...] = (
             ),
             flag("--only-in-sync", "only if the node was in sync when the primary was last heard of"),
             flag("--lossless", "only if the primary left in good order; keep all that it has written"),
+            flag("--no-primary", "only if no primary is connected and heard of"),
         ),
         asks=lambda options: not options.yes and not options.check,
     ),

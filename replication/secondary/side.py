@@ -592,6 +592,7 @@ class SecondarySide(Side):
             self._set.state.checkpoint["age"],
             sum(stack.active.bytes_held for stack in stacks),
             sum(stack.hidden.bytes_held for stack in stacks),
+            self.pairing.live_primary,
         )
 
     def _fail_over(self, haste: Haste) -> None:

@@ -109,13 +109,16 @@ def test_a_lossless_failover_keeps_what_came_after_the_checkpoint(lab: Lab) -> N
     pair.primary.connect(disk_name(0)).pwrite(b"late" * 128, 0)
     drained(pair.primary)
     assert code_of(pair.secondary, "replication-stop", failover=True, lossless=True) == "not-lossless"
+    assert code_of(pair.secondary, "replication-stop", failover=True, no_primary=True) == "has-primary"
+    assert pair.secondary.execute("query-failover")["primary"] == pair.primary.status()["node"]
     preflight = pair.secondary.execute("query-failover")
     assert (preflight["in-sync"], preflight["primary-left-well"], preflight["lossless"]) == (True, False, False)
     pair.primary.terminate()
     preflight = pair.secondary.execute("query-failover")
     assert (preflight["in-sync"], preflight["primary-left-well"], preflight["lossless"]) == (True, True, True)
     assert code_of(pair.secondary, "replication-stop", failover=True, max_age=0) == "too-old"
-    pair.secondary.execute("replication-stop", failover=True, only_in_sync=True, lossless=True)
+    assert preflight["primary"] is None
+    pair.secondary.execute("replication-stop", failover=True, only_in_sync=True, lossless=True, no_primary=True)
     assert pair.secondary.status()["stage"] == "done"
     assert bytes(pair.secondary.connect(top_id(0)).pread(4, 0)) == b"late"
 

@@ -28,6 +28,9 @@ LOSSLESS = Conditions(lossless=True)
         (replace(GOOD, in_step=False), LOSSLESS, Reason.NOT_LOSSLESS),
         (replace(GOOD, active_bytes=1), LOSSLESS, Reason.NOT_LOSSLESS),
         (replace(GOOD, active_bytes=1, hidden_bytes=0), LOSSLESS, None),
+        (replace(GOOD, primary="a"), Conditions(), None),
+        (replace(GOOD, primary="a"), Conditions(no_primary=True), Reason.HAS_PRIMARY),
+        (GOOD, Conditions(no_primary=True), None),
     ],
 )
 def test_conditions(outlook: Outlook, conditions: Conditions, reason: Reason | None) -> None:

@@ -23,6 +23,7 @@ from waiting import DEADLINE_S, begin, wait_until
 
 LOSSLESS = ("stop", True, False, Conditions(lossless=True))
 LOSSLESS_BY_FORCE = ("stop", True, False, Conditions(lossless=True, early=True))
+FAILOVER = ("stop", True, False, Conditions(no_primary=True))
 FORCED = ("stop", True, True, None)
 PEER = "nbd://peer"
 SEEK = ("start", Mode.PRIMARY, PEER, "auto")
@@ -188,7 +189,7 @@ def test_a_secondary_that_lacks_something_is_not_started_for_a_promotion() -> No
 
 def test_a_promotion_that_has_started_replication_says_so() -> None:
     node = FakeNode(stage=Stage.NONE)
-    node.refusals["stop", True, False, None] = CommandError("no answer", reason=Reason.STORAGE)
+    node.refusals[FAILOVER] = CommandError("no answer", reason=Reason.STORAGE)
     with pytest.raises(CommandError, match=r"no answer.*has been started: this secondary runs") as refused:
         Promotion(node).to_primary(None, False)
     assert refused.value.reason is Reason.STORAGE
@@ -316,7 +317,7 @@ def test_the_search_outlives_the_process(node: FakeNode, promotion: Promotion, p
 
 
 def test_it_is_saved_with_the_stage_and_taken_back_with_it(node: FakeNode, promotion: Promotion) -> None:
-    node.refusals["stop", True, False, None] = CommandError("no answer")
+    node.refusals[FAILOVER] = CommandError("no answer")
     with pytest.raises(CommandError):
         promotion.to_primary(PEER, False)
     assert node.sought is None

@@ -68,7 +68,17 @@ def completed(folder: Path, line: str) -> list[str]:
         ("replctl web1 start --sync f", ["full"]),
         (
             "replctl web1 failover --",
-            ["--check", "--force", "--help", "--json", "--lossless", "--max-age", "--only-in-sync", "--yes"],
+            [
+                "--check",
+                "--force",
+                "--help",
+                "--json",
+                "--lossless",
+                "--max-age",
+                "--no-primary",
+                "--only-in-sync",
+                "--yes",
+            ],
         ),
         ("replctl status --watch --j", ["--json"]),
         ("replctl --timeout ", []),
