@@ -32,6 +32,7 @@ from replication.reason import Reason
 from replication.record.boot import boot_clock_s
 
 _CUT_OFF = "fencing=suspend-io: there is no link, and nobody has said that the other node is fenced"
+_NOT_REACHED = "wfc-timeout: the other node was not reached since this one was started"
 _LEASE_LATE_S, _LEASE_LOOK_S = 0.01, 1.0
 _CLOSED = "guest-face=closed-until-promoted, and nobody has promoted this node"
 
@@ -52,9 +53,15 @@ class Admission:
     """Of one node. Every method may be called by any thread."""
 
     def __init__(
-        self, options: Options, ownership: Callable[[], Ownership], clock: Callable[[], float] = boot_clock_s
+        self,
+        options: Options,
+        ownership: Callable[[], Ownership],
+        clock: Callable[[], float] = boot_clock_s,
+        told: Callable[[dict[str, str] | None], None] = lambda _standing: None,
     ) -> None:
-        """`clock()` is the one by which a lease ends, in seconds."""
+        """`clock()` is the one by which a lease ends, in seconds. `told(standing)` is called whenever that has changed,
+        in order, under a lock, so it must not wait."""
+        self._tell = told
         self._clock = clock
         self.still = Standstill(clock)
         """What the exports of guests look at."""
@@ -80,7 +87,7 @@ class Admission:
         # How many are making it a secondary: a command, and a step of that.
         self._demoting = 0
         # What the log has.
-        self._told: str | None = None
+        self._told: dict[str, str] | None = None
         self._patient_until = 0.0
         self._patience = Worker("wfc", self._peer_has_not_come)
         # Until when the lease lasts, by the clock; and whether somebody lets the guest go on without.
@@ -96,6 +103,12 @@ class Admission:
     def closed(self) -> str | None:
         """Why guests cannot open their exports, None if they can."""
         return _CLOSED if self._closed else None
+
+    @property
+    def standing(self) -> dict[str, str] | None:
+        """Why the guest stands still, as `code` and `reason`; None if it does not."""
+        found = self.still.standing
+        return None if found is None else {"code": found[0], "reason": found[1]}
 
     def begin(self, restarted: bool, of_pair: bool, kept_back: bool = False) -> None:
         """The node is there. `restarted`: as a primary whose replication ran; `of_pair`: which has had a secondary.
@@ -289,12 +302,14 @@ class Admission:
                     self._heard.add(code)
 
     def tell(self) -> None:
-        """Say in the log what has been decided, without a lock."""
+        """Say what has been decided, in the log without a lock."""
         with self._lock:
-            why = self.still.why
-            news, self._told = why != self._told, why
+            standing = self.standing
+            news, self._told = standing != self._told, standing
+            if news:
+                self._tell(standing)
         if news:
-            log("the guest goes on" if why is None else f"the guest stands still: {why}")
+            log("the guest goes on" if standing is None else f"the guest stands still: {standing['reason']}")
 
     def _peer_has_not_come(self) -> float | None:
         """The time of wfc-timeout is over, or so much of it as a thread sleeps."""
@@ -318,6 +333,9 @@ class Admission:
             self.still.turn_away("the node has been made a secondary")
         self._choose_locked()
 
+    def _stand_locked(self, code: Reason, why: str, *, fails: bool = False, writes_only: bool = False) -> None:
+        self.still.begin(why, fails=fails, writes_only=writes_only, code=code.value)
+
     def _leased_locked(self) -> bool:
         if self._options.lease_s is None or self._lease_waived or self._fenced:
             return False
@@ -329,16 +347,17 @@ class Admission:
         if leased:  # what keeps the guest back comes first, and what lets it go on last
             self.still.lease(self._leased_until)
         if self._closed:
-            self.still.begin(_CLOSED, fails=True)
+            self._stand_locked(Reason.NOT_PROMOTED, _CLOSED, fails=True)
         elif ownership.owner and self._hearing and choice is not _CONTINUE:
             # In front of the next one: nothing fails before that is saved, and so is certain.
-            self.still.begin("somebody is saying that this node is outdated", fails=False)
+            self._stand_locked(Reason.OUTDATED, "somebody is saying that this node is outdated")
         elif ownership.owner and ownership.outdated is not None and not self._resumed and choice is not _CONTINUE:
-            self.still.begin(f"this node is outdated ({ownership.outdated})", fails=choice is OnOutdated.IO_ERROR)
+            fails = choice is OnOutdated.IO_ERROR
+            self._stand_locked(Reason.OUTDATED, f"this node is outdated ({ownership.outdated})", fails=fails)
         elif ownership.owner and self._waits_for_peer:
-            self.still.begin("wfc-timeout: the other node was not reached since this one was started", fails=False)
+            self._stand_locked(Reason.WFC_TIMEOUT, _NOT_REACHED)
         elif ownership.owner and self._cut_off:
-            self.still.begin(_CUT_OFF, fails=False, writes_only=True)
+            self._stand_locked(Reason.FENCING, _CUT_OFF, writes_only=True)
         else:
             self.still.over()
         if not leased:

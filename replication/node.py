@@ -86,11 +86,11 @@ class Node:
         """Open everything; ConfigError says what is wrong, and the state folder stays the caller's to close. Nothing is
         served and no thread runs yet."""
         self.gate = Gate()
-        self.admission = Admission(options, self._ownership)
+        self._hub = hub
+        self.admission = Admission(options, self._ownership, told=self._tell_standing)
         """When the guest is served."""
         self.tenure = Tenure(self._lease_of_primary)
         self._promotion = Promotion(self)
-        self._hub = hub
         self._options = options
         # One command at a time. First in the lock order. Held across I/O (a start connects, a stop drains), but no
         # request waits for it.
@@ -811,7 +811,7 @@ class Node:
     def query(self) -> dict[str, Any]:
         """query-replication."""
         pause("query.begun")
-        fault = self._faults.fault
+        fault, standing = self._faults.fault, self.admission.standing
         answer = {
             "mode": self.side.mode.value,
             "stage": self.stage.value,
@@ -821,7 +821,8 @@ class Node:
             "node": self._record.node,
             "generation": self._ancestry.lineage.current,
             "lineage": self._ancestry.lineage.to_json(),
-            "guest-suspended": self.admission.still.why,
+            "guest-suspended": None if standing is None else standing["reason"],
+            "guest-suspended-reason": standing,
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
             "longest-stall": self.gate.latency.longest(STALL_S),
@@ -882,6 +883,10 @@ class Node:
     def _tell_outdated(self, outdated: Mapping[str, Any]) -> None:
         log(f"this node is outdated: {outdated['reason']}")
         self._hub.emit("REPLICATION_OUTDATED", code=outdated["code"], reason=outdated["reason"])
+
+    def _tell_standing(self, standing: dict[str, str] | None) -> None:
+        code, reason = (None, None) if standing is None else (standing["code"], standing["reason"])
+        self._hub.emit("REPLICATION_GUEST", suspended=standing is not None, code=code, reason=reason)
 
     # -- roles ---------------------------------------------------------------------------------------------
 
@@ -1041,7 +1046,8 @@ class Node:
 
     def query_role(self) -> dict[str, Any]:
         """query-role."""
-        record, lineage = self._record, self._ancestry.lineage
+        record, lineage, standing = self._record, self._ancestry.lineage, self.admission.standing
+        suspended = {} if standing is None else {"guest-suspended-reason": standing}
         return judge(
             Standing(
                 mode=self.side.mode,
@@ -1054,9 +1060,9 @@ class Node:
                 in_step=self.side.in_step,
                 checkpoint_age_s=self._state.checkpoint["age"],
                 closed=self.admission.closed,
-                suspended=self.admission.still.why,
+                suspended=None if standing is None else standing["reason"],
             )
-        ).to_json() | {"peer-obstacle": self._promotion.obstacle}
+        ).to_json() | {"peer-obstacle": self._promotion.obstacle, **suspended}
 
     def query_latency(self) -> dict[str, Any]:
         """query-replication-latency."""

@@ -75,7 +75,7 @@ class Check:
             yield Finding(State.CRITICAL, "no valid checkpoint")
         owns = answer.get("mode") == "primary" or answer.get("stage") in ("failover", "failover-failed", "done")
         if answer.get("guest-suspended") and owns:
-            yield Finding(State.CRITICAL, f"the guest stands still: {answer['guest-suspended']}")
+            yield Finding(_severity(answer), f"the guest stands still: {answer['guest-suspended']}")
         stage, link = answer.get("stage"), answer.get("link")
         if stage == "failover-failed":
             yield Finding(State.CRITICAL, "the commit has failed")
@@ -106,6 +106,12 @@ class Check:
                 top = ";100" if name == "overlay" else ""
                 parts.append(f"{name.replace('-', '_')}={round(value, 3):.15g}{units[name]};{numbers};0{top}")
         return " ".join(parts)
+
+
+def _severity(answer: dict[str, Any]) -> State:
+    """Of a guest that stands still: after a start nobody may have decided yet who is to own the disks."""
+    why = answer.get("guest-suspended-reason")
+    return State.WARNING if isinstance(why, dict) and why.get("code") == "not-promoted" else State.CRITICAL
 
 
 def _shown(name: str, value: float) -> str:

@@ -86,6 +86,8 @@ class Situations:
                 return [_occasion("overlay-watermark", data, "disk")]
             case "REPLICATION_TEST" if data.get("result") == "failed":
                 return [_occasion("test-failed", data, reason="reason")]
+            case "REPLICATION_GUEST":
+                return self._guest(data)
             case "MONITOR_NODE_UP":
                 return [_occasion("node-up", data)]
             case "MONITOR_NODE_DOWN":
@@ -104,12 +106,19 @@ class Situations:
             outdated = False  # it was made a secondary: that another one goes on is no news
         known = outdated if isinstance(outdated, bool) else None
         found += self._stands("outdated", known, {"reason": reason or why.get("reason")})
+        if "guest-suspended-reason" in sight.answer:
+            found += self._guest(members(sight.answer["guest-suspended-reason"]))
         lacking = sight.lacking
         found += self._stands("out-of-sync", None if lacking is None else lacking > 0, {"bytes": lacking})
         consistent = sight.answer.get("consistent")
         if sight.stage in ("running", "failover", "failover-failed") and isinstance(consistent, bool):
             found += self._stands("inconsistent", not consistent, {})
         return found
+
+    def _guest(self, why: Json) -> list[Occasion]:
+        """`why`: nothing, if the guest is served. While nobody has decided that there is to be one, none stands."""
+        code = text(why.get("code"))
+        return self._stands("guest-suspended", code not in (None, "not-promoted"), why)
 
     def _linked(self, state: str | None) -> list[Occasion]:
         former, self._link = self._link, state

@@ -211,6 +211,8 @@ def _truth(value: object) -> float | None:
 def _guest_suspended(sight: Sight) -> float | None:
     if "guest-suspended" not in sight.answer:
         return None  # of an older version
+    if members(sight.answer.get("guest-suspended-reason")).get("code") == "not-promoted":
+        return 0.0  # nobody has decided yet that there is to be one
     owns = sight.mode == "primary" or sight.stage in ("failover", "failover-failed", "done")
     return float(owns and sight.answer["guest-suspended"] is not None)
 

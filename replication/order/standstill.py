@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from replication.errors import DiskError
 from replication.order.latency import GATE, STANDSTILL, Latency
+from replication.reason import Reason
 
 _LEASE_OVER = "lease: neither the other node nor the cluster was heard of in time"
 
@@ -50,7 +51,7 @@ class Standstill:
         self.era = 0
         """How often those who waited were turned away."""
         self._fails = False
-        self._why = ""
+        self._why = self._code = ""
         self._turned_away = ""
         self._ended = False
         self.waiting = 0
@@ -63,14 +64,23 @@ class Standstill:
             return self._why_locked()
 
     @property
+    def standing(self) -> tuple[str, str] | None:
+        """The same with its code in front (reason.py)."""
+        with self._changed:
+            why = self._why_locked()
+            if why is None:
+                return None
+            return self._code if self._begun else Reason.LEASE_OVER.value, why
+
+    @property
     def waits(self) -> bool:
         """Whether its requests wait, instead of failing."""
         return self.stands(reads=False) and not self._fails
 
-    def begin(self, why: str, *, fails: bool, writes_only: bool = False) -> None:
+    def begin(self, why: str, *, fails: bool, writes_only: bool = False, code: str = "") -> None:
         """From now on requests wait, or fail (`fails`), those that wait already as well. `writes_only`: reads go on."""
         with self._changed:
-            self._why, self._fails = why, fails
+            self._why, self._fails, self._code = why, fails, code
             self._begun, self._writes_only = True, writes_only
             self._show_locked()
 

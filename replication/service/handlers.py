@@ -23,6 +23,7 @@ EVENTS = (
     "checkpoint-age",
     "disconnected",
     "error",
+    "guest-suspended",
     "inconsistent",
     "link-change",
     "local-io-error",

@@ -388,6 +388,7 @@ def test_a_primary_that_starts_again_waits_for_its_peer(lab: Lab) -> None:
     pair.primary.kill()
     pair.primary.start()
     assert "wfc-timeout" in pair.primary.status()["guest-suspended"]
+    assert pair.primary.status()["guest-suspended-reason"]["code"] == "wfc-timeout"
     assert role(pair.primary)["code"] == "suspended"
     guest = pair.primary.connect(disk_name(0))
     data = nbd.Buffer.from_bytearray(b"x" * 512)
@@ -446,8 +447,10 @@ def test_writes_wait_for_fencing_while_there_is_no_link(lab: Lab) -> None:
     pair = fenced(lab)
     guest = pair.primary.connect(disk_name(0))
     guest.pwrite(b"1" * 512, 0)
-    pair.secondary.kill()
-    wait_until(lambda: pair.primary.status()["guest-suspended"], "the loss is noticed")
+    with pair.primary.qmp() as qmp:
+        pair.secondary.kill()
+        assert qmp.wait_event("REPLICATION_GUEST")["data"]["code"] == "fencing"
+    assert role(pair.primary)["guest-suspended-reason"]["code"] == "fencing"
     data = nbd.Buffer.from_bytearray(b"2" * 512)
     cookies = [guest.aio_pwrite(data, 0), guest.aio_flush(), guest.aio_zero(512, 4096), guest.aio_trim(512, 8192)]
     stands(pair.primary, guest, *cookies)

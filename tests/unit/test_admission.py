@@ -371,3 +371,30 @@ def test_who_knows_that_the_other_one_is_fenced_need_not_wait_for_the_end_of_the
     assert case.stands == "lease"
     case.admission.alone()
     assert case.stands is None
+
+
+def test_each_reason_has_a_code_and_whoever_listens_hears_of_it_once() -> None:
+    told: list[str | None] = []
+    now = RUNNING
+    options = Options(Mode.PRIMARY, [], None, None)
+    options.fencing, options.wfc_timeout_s, options.lease_s = Fencing.SUSPEND_IO, 60.0, 10.0
+    clock_s = 1000.0
+    admission = Admission(
+        options, lambda: now, lambda: clock_s, lambda standing: told.append(standing and standing["code"])
+    )
+    admission.begin(True, True)
+    admission.reached()
+    admission.linked(0)
+    admission.heard(1000.0)
+    admission.review()
+    clock_s = 1011.0
+    admission.tell()
+    now = OUTDATED
+    admission.review()
+    admission.resume()
+    assert told == ["wfc-timeout", "fencing", "lease-over", None, "lease-over", "outdated", None]
+    options.guest_face_closed = True
+    closed = Admission(options, lambda: now)
+    closed.begin(False, False)
+    assert closed.standing is not None
+    assert closed.standing["code"] == "not-promoted"

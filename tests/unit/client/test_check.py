@@ -70,6 +70,16 @@ def test_a_healthy_node(node: FakeNode) -> None:
             "CRITICAL",
             "the guest stands still: nobody has promoted it",
         ),
+        (
+            {"guest-suspended": "not yet", "guest-suspended-reason": {"code": "not-promoted", "reason": "not yet"}},
+            "WARNING",
+            "the guest stands still: not yet",
+        ),
+        (
+            {"guest-suspended": "no link", "guest-suspended-reason": {"code": "fencing", "reason": "no link"}},
+            "CRITICAL",
+            "the guest stands still: no link",
+        ),
         ({"error": {"desc": "copy-before-write failed | so"}}, "CRITICAL", "copy-before-write failed / so"),
         ({"consistent": False}, "CRITICAL", "no valid checkpoint"),
         ({"stage": "failover-failed"}, "CRITICAL", "the commit has failed"),

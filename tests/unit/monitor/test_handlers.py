@@ -143,6 +143,25 @@ def test_a_node_that_has_learnt_that_the_other_has_gone_on() -> None:
     assert found.values["reason"] == "x"
 
 
+def test_a_guest_that_stands_still_is_told_once() -> None:
+    node = Situations()
+
+    def now(code: str | None) -> list[module.Occasion]:
+        return node.of_event(event("REPLICATION_GUEST", suspended=code is not None, code=code, reason=code))
+
+    assert now("not-promoted") == [], "nobody has decided yet"
+    (found,) = now("wfc-timeout")
+    assert (found.event, found.values["reason"]) == ("guest-suspended", "wfc-timeout")
+    assert now("outdated") == []
+    assert node.of_look(sight(**{"guest-suspended-reason": {"code": "outdated", "reason": "x"}})) == []
+    assert node.of_look(sight(**{"guest-suspended-reason": None})) == []
+    assert told(node.of_look(sight(**{"guest-suspended-reason": {"code": "outdated", "reason": "x"}}))) == [
+        "guest-suspended"
+    ]
+    assert now(None) == []
+    assert told(node.of_look(sight())) == [], "an older version"
+
+
 def test_a_node_that_is_gone_says_nothing() -> None:
     gone = Sight("web", "/x", False, 0.0, 0.0, "gone", {"consistent": False, "stage": "running"})
     assert Situations().of_look(gone) == []
@@ -156,6 +175,7 @@ def test_every_event_that_a_file_may_name_can_come() -> None:
         event("REPLICATION_CHECKPOINT_AGE"),
         event("REPLICATION_OVERLAY_WATERMARK"),
         event("REPLICATION_TEST", result="failed"),
+        event("REPLICATION_GUEST", suspended=True, code="fencing", reason="no link"),
         event("MONITOR_NODE_UP"),
         event("MONITOR_NODE_DOWN"),
     ):

@@ -122,10 +122,12 @@ def test_the_guest_of_an_owner_stands_still(node: Nodes, fleet: Fleets) -> None:
         "b": node("b", "secondary", **stands),
         "c": node("c", "secondary", stage="done", **stands),
         "d": node("d", **{"guest-suspended": None}),
+        "e": node("e", **stands, **{"guest-suspended-reason": {"code": "not-promoted", "reason": "x"}}),
+        "f": node("f", **stands, **{"guest-suspended-reason": {"code": "fencing", "reason": "x"}}),
         "old": node("old"),
     }
     found = all_up(fleet({name: str(there.path) for name, there in nodes.items()}))
-    assert found["guest_suspended"] == {("a",): 1, ("b",): 0, ("c",): 1, ("d",): 0}
+    assert found["guest_suspended"] == {("a",): 1, ("b",): 0, ("c",): 1, ("d",): 0, ("e",): 0, ("f",): 1}
 
 
 def test_split_brain_by_code_and_by_words(node: Nodes, fleet: Fleets) -> None:
