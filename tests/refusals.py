@@ -36,7 +36,7 @@ def said(node: Server, unsaid: Collection[str] = ()) -> dict[str, Any]:
     """What a command that was refused must not have changed: all of query-replication, but for what went wrong, what
     has been counted, and what is a matter of the file system."""
     status = node.status()
-    shown = {name: value for name, value in status.items() if name not in ("error", "in-sync-until")}
+    shown = {name: value for name, value in status.items() if name not in ("error", "in-sync-until", "peer-consistent")}
     shown["checkpoint"] = {name: value for name, value in status["checkpoint"].items() if name != "age"}
     shown["link"] = {name: value for name, value in status["link"].items() if name != "reason"}
     shown["disks"] = [

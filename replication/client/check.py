@@ -73,6 +73,8 @@ class Check:
             yield Finding(State.CRITICAL, f"failure: {error.get('desc', 'unknown')}")
         if answer.get("consistent") is False:
             yield Finding(State.CRITICAL, "no valid checkpoint")
+        if answer.get("peer-consistent") is False and answer.get("stage") == "running":
+            yield Finding(State.WARNING, "the secondary has no valid checkpoint until the next one is taken")
         owns = answer.get("mode") == "primary" or answer.get("stage") in ("failover", "failover-failed", "done")
         if answer.get("guest-suspended") and owns:
             yield Finding(_severity(answer), f"the guest stands still: {answer['guest-suspended']}")

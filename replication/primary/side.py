@@ -624,6 +624,7 @@ class PrimarySide(Side):
         link = {"state": self._link.state.value, "secondary": self._uri, "reason": reason}
         return {
             "consistent": True,
+            **({"peer-consistent": False} if self._watch.peer_consistent is False else {}),
             "outdated": code in GONE_ON,
             "held-epoch": self._epochs.held,
             "peer-node": self._set.record.partner,

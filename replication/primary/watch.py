@@ -77,6 +77,8 @@ class Watch:
         self._again_s = _AGAIN_MIN_S
         self._again_at = 0.0
         self._latency_at = 0.0
+        self.peer_consistent: bool | None = None
+        """Whether the secondary, which runs, has a valid checkpoint, as it has told last."""
         self.peer_latency: list[dict[str, Any]] | None = None
         """How long the secondary is at work on what it is sent, as it has told last (query-replication-latency)."""
 
@@ -93,6 +95,7 @@ class Watch:
         agreement = self._link.agreement
         if agreement is not None:
             agreement.taken += 1
+            self.peer_consistent = True
 
     def _round(self) -> float:
         agreement = self._link.agreement
@@ -204,6 +207,8 @@ class Watch:
         """`taken`: how many checkpoints it had answered for when it was asked."""
         had = self._consistent or taken != self._taken
         self._consistent, self._taken = status.get("consistent") is True, taken
+        if taken == agreement.taken:
+            self.peer_consistent = self._consistent if status.get("stage") == Stage.RUNNING.value else None
         if self._consistent or not had:
             return
         if taken != agreement.taken:  # it has taken another one since: the next look tells of that

@@ -44,6 +44,18 @@ def test_a_primary_whose_secondary_has_failed_over_is_outdated(lab: Lab) -> None
     assert pair.primary.status()["disks"][0]["missing-bytes"] == 64 * KIB
 
 
+def test_a_first_copy_is_no_checkpoint_of_the_secondary(lab: Lab) -> None:
+    """The start counts as a checkpoint, so a primary said that the last one was some seconds old."""
+    pair = lab.pair()
+    pair.secondary.execute("replication-start")
+    pair.primary.execute("replication-start", sync="full")
+    wait_until(lambda: pair.primary.status().get("peer-consistent") is False, "the secondary has said so")
+    wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "the copy is complete")
+    assert pair.primary.status()["peer-consistent"] is False
+    pair.primary.checkpoint()
+    assert "peer-consistent" not in pair.primary.status()
+
+
 def test_a_primary_whose_secondary_is_gone_is_not(lab: Lab) -> None:
     pair = replicating(lab)
     pair.secondary.kill()

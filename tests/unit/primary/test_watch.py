@@ -114,3 +114,17 @@ def test_what_was_taken_over_another_link_is_not_asked_of_this_one(scene: Scene)
     scene.agree()
     scene.consistent = False
     assert not scene.look()
+
+
+def test_it_is_known_whether_the_secondary_has_a_checkpoint(scene: Scene) -> None:
+    """A start that sends everything counts as a checkpoint here, and there is none there."""
+    watch = scene._watch
+    assert watch.peer_consistent is None
+    scene.look()
+    assert watch.peer_consistent is False
+    scene.meanwhile = scene.checkpoint
+    scene.look()
+    assert watch.peer_consistent is True, "what it has said before that is old"
+    scene.meanwhile = lambda: None
+    scene.look()
+    assert watch.peer_consistent is True
