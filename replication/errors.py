@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 from replication.log import log_defect
 from replication.reason import Reason
@@ -104,3 +105,5 @@ class CommandError(ReplicationError):
         super().__init__(desc)
         self.error_class = error_class
         self.reason = reason
+        self.data: dict[str, Any] | None = None
+        """What a program gets beside that."""

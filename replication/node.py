@@ -644,7 +644,7 @@ class Node:
         if node == self._record.node:
             # The command that asks has the lock which this one would wait for.
             raise CommandError("it is this very node, and no secondary")
-        with self._commanding():
+        with self._commanding(), self._introducing():
             secondary = self._secondary()
             self._ledger.tidy()
             token = secondary.pairing.pair(channel, node, lineage, disks, timeout_s)
@@ -665,6 +665,17 @@ class Node:
                 "batches": self._secondary().takes_batches,
                 "digests": True,
             }
+
+    @contextmanager
+    def _introducing(self) -> Iterator[None]:
+        """A refusal because this is nobody's secondary says whose that is: only of its own secondary a primary
+        concludes that another one went on."""
+        try:
+            yield
+        except CommandError as error:
+            if error.reason is Reason.NOT_SECONDARY:
+                error.data = {"node": self._record.node, "lineage": self._ancestry.lineage.to_json()}
+            raise
 
     def _note_lease(self, lease_s: float | None) -> None:
         """Over restarts of this process too. StateError."""

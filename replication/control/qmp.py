@@ -211,10 +211,14 @@ def encode_event(event: Mapping[str, Any]) -> bytes | None:
         return None
 
 
-def error_message(desc: str, error_class: str = "GenericError", reason: Reason | None = None) -> dict[str, Any]:
-    """An error as QMP wraps it, without `id`; with the code of the reason, if there is one, which QMP has not."""
+def error_message(
+    desc: str, error_class: str = "GenericError", reason: Reason | None = None, data: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An error as QMP wraps it, without `id`; with the code of the reason and with data, if there are, which QMP has
+    not."""
     code = {} if reason is None else {"code": reason.value}
-    return {"error": {"class": error_class, "desc": desc, **code}}
+    more = {} if data is None else {"data": data}
+    return {"error": {"class": error_class, "desc": desc, **code, **more}}
 
 
 def version() -> dict[str, Any]:
@@ -326,7 +330,7 @@ class Session:
             answer = self._dispatch(name, arguments)
             return encode({"return": answer.value} | identity), answer.after
         except CommandError as error:
-            return encode(error_message(str(error), error.error_class, error.reason) | identity), None
+            return encode(error_message(str(error), error.error_class, error.reason, error.data) | identity), None
         except Exception as error:  # noqa: BLE001
             # A defect of ours: the operator gets the trace in nbdkit's log, the client one line and its connection.
             log_defect(error)

@@ -32,7 +32,7 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
-from replication.record.lineage import OUTDATED, Lineage, Verdict, check_id, decide, new_id
+from replication.record.lineage import OUTDATED, Lineage, Relation, Verdict, check_id, compare, decide, new_id
 from replication.record.state import StateError, check_epoch
 from replication.secondary.pairing import NOBODYS
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
@@ -183,11 +183,33 @@ class Dialler:
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
+            stranger = self._stranger(error)
+            if stranger is not None:
+                raise Refusal(
+                    f"{uri} refuses: {error}; that is node {stranger}, which is not the secondary that it was",
+                    Reason.OTHER_NODE,
+                ) from error
             raise Refusal(f"the secondary {uri} refuses: {error}", _told(error)) from error
         except BaseException:
             agreement.close()
             raise
         return agreement
+
+    def _stranger(self, error: PeerError) -> str | None:
+        """Of a refusal because what answers is nobody's secondary: which node that is, if it was never this one's, and
+        has nothing of its content. So the URI leads elsewhere, and nobody has gone on. None also of an older version,
+        which does not say who it is."""
+        if _told(error) is not Reason.NOT_SECONDARY or not isinstance(error.data, dict):
+            return None
+        node, lineage = error.data.get("node"), error.data.get("lineage")
+        if not isinstance(node, str) or not isinstance(lineage, dict) or node == self._set.record.partner:
+            return None
+        try:
+            check_id("node", node)
+            relation, _ = compare(self._ancestry.lineage, Lineage.from_json(lineage))
+        except (KeyError, TypeError, ValueError):
+            return None  # of another version: whoever it is, it may have gone on
+        return node if relation in (Relation.UNRELATED, Relation.UNKNOWN) else None
 
     def interrupt(self) -> None:
         """The process ends: whatever is under way fails soon, and touches nothing any more."""

@@ -71,9 +71,11 @@ OnLost = Callable[[DiskError], None]
 class PeerError(ReplicationError):
     """The secondary refused a command; the text is its own `desc`, the reason that of its code, if it is known."""
 
-    def __init__(self, desc: str, reason: Reason | None = None) -> None:
+    def __init__(self, desc: str, reason: Reason | None = None, data: object = None) -> None:
+        """`data`: what it said for programs, whatever that is."""
         super().__init__(desc)
         self.reason = reason
+        self.data = data
 
 
 class _Call:
@@ -325,7 +327,7 @@ class Peer:
             desc = error.get("desc") if isinstance(error, dict) else None
             if not isinstance(desc, str):
                 raise self._nonsense("an error of wrong types")
-            refusal = PeerError(_one_line(desc), _reason(error.get("code")))
+            refusal = PeerError(_one_line(desc), _reason(error.get("code")), error.get("data"))
         if number is None and refusal is not None:
             raise self._nonsense(f"an error that answers no command: {refusal}")
         with self._lock:

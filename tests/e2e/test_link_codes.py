@@ -63,3 +63,24 @@ def test_a_primary_whose_secondary_is_gone_is_not(lab: Lab) -> None:
     assert coded(pair.primary, "peer-unreachable")["outdated"] is False
     pair.secondary.start()
     wait_until(lambda: "code" not in pair.primary.status()["link"], "the link is up again")
+
+
+def test_a_stranger_at_the_address_of_the_secondary_proves_nothing(lab: Lab) -> None:
+    """Another VM's promoted node, at a port that was mixed up: its refusal made a primary outdated, whose guest stood
+    still then."""
+    pair = replicating(lab)
+    pair.secondary.kill()
+    other = lab.secondary(name="other")
+    stranger, friend = other.socket_path, pair.secondary.socket_path
+    other.execute("replication-start")
+    other.failover()
+    other.wait_stage("done")
+    friend.unlink(missing_ok=True)
+    friend.symlink_to(stranger)
+    status = coded(pair.primary, "other-node")
+    assert (status["outdated"], status["outdated-reason"], status["guest-suspended"]) == (False, None, None)
+    friend.unlink()
+    pair.secondary.start()
+    wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "the pair is in sync")
+    pair.secondary.failover()
+    wait_until(lambda: pair.primary.status()["outdated-reason"], "it has learnt that its own secondary has failed over")
