@@ -258,16 +258,26 @@ def _shutdown() -> None:
         Process.pulse.stop()
     _let_go_of_guest()
     if Process.node is not None:
-        Process.node.admission.end()
+        if Process.node.passing is not None and Process.node.passing.busy:
+            Process.disconnector.cut()  # the owner has not answered in all that time
+        _turn_away(Process.node)
     nbdkit.shutdown()
 
 
 def _let_go_of_guest() -> None:
     """The process is ending, and waits for requests. Those of a guest that stands still get no answer: an error would
     be a fault of its disk, and a connection that is lost is one that it makes again."""
-    if Process.node is not None and Process.node.admission.still.waits:
+    node = Process.node
+    if node is not None and (node.admission.still.waits or (node.passing is not None and node.passing.waits)):
         Process.disconnector.cut()
-        Process.node.admission.end()
+        _turn_away(node)
+
+
+def _turn_away(node: Node) -> None:
+    """Requests that wait fail."""
+    node.admission.end()
+    if node.passing is not None:
+        node.passing.end()
 
 
 def _unended() -> bool:

@@ -37,6 +37,11 @@ The pair
     primary.verify.Verify   compares the two disks, each range at one place of the stream
     record.lineage.decide   nothing to send, what the change maps say, everything, or a refusal; the same on both sides
 
+The guest of a secondary whose requests follow the owner (follow-owner=true):
+
+    server.export.FollowingExport -> Elsewhere, of the guest face -> passing.Passing.run -> passing.Passer
+    -> .owner:TOKEN:NAME of the primary -> server.export.PassedExport -> as a write of its own guest
+
 What outlives what
 ------------------
     the process     everything that was answered: data is in the page cache, words and maps are stores into mapped files
@@ -129,6 +134,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         commands.py             replctl's commands
         check.py                a node as Nagios sees it
         history.py              what replication-monitor knows of all nodes
+        live.py                 the move of a disk whose guest goes on
         switchover.py           the planned move of a disk
         progress.py             jobs as bars
         trace.py                how long requests take, and why
@@ -188,6 +194,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         disk.py                 the guest face and the target face
         reclaim.py              giving back stale overlay space
     side.py                     what the two modes have in common for the node
+    passing.py                  a guest's requests, passed on to the owner of the disks
     digests.py                  digests of a secondary's disk, read like data
     admission.py                when the guest is served, and when it stands still
     lease.py                    how long the primary of a secondary may serve its guest still
@@ -276,7 +283,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
        Buffers._lock (m), JobList._lock (m), Account._lock (m), the two of a Commit (m), and Rehearsals._lock (m),
        above Frozen._state (m) and Allowance._lock (m)
-    9. Admission._lock (m), and below it Standstill._changed (m); Tenure._lock (m)
+    9. Admission._lock (m), and below it Standstill._changed (m); Tenure._lock (m); Passing._changed (m),
+       Passer._changed (m) and Passage._changed (m), each with nothing below it
     10. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

@@ -4,6 +4,7 @@
     ReplicationError        anything this package raises on purpose
      +- ConfigError         the command line or an image is wrong: nbdkit must not serve
      +- DiskError           one request failed; errno goes to the NBD client
+     |   +- Elsewhere       and nothing of it was done, because another node owns the disk (passing.py)
      +- CommandError        one control command failed; desc goes to the QMP client
 
 Every message is one line that names what failed, on which disk, file or key, and what to do about it. It is for the
@@ -89,6 +90,13 @@ class DiskError(ReplicationError):
 
 class Refusal(DiskError):
     """What the client has asked for is the reason; the text holds nothing that the client may not know."""
+
+
+class Elsewhere(DiskError):
+    """Nothing of the request was done: another node owns the disk, and it may be passed on to that."""
+
+    def again(self) -> Elsewhere:
+        return Elsewhere(str(self), self.errno)
 
 
 class StillWaiting(DiskError):

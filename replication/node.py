@@ -30,6 +30,7 @@ from replication.order.latency import ROLE_CHANGE, STALL_S
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.order.worker import NO_THREAD, Worker
+from replication.passing import Passing
 from replication.primary.schedule import STOP_S, Clocks, Ticker
 from replication.primary.side import PrimarySide
 from replication.promotion import Promotion
@@ -89,6 +90,8 @@ class Node:
         self._hub = hub
         self.admission = Admission(options, self._ownership, told=self._tell_standing)
         """When the guest is served."""
+        self.passing = Passing(options, lambda: self.side.session) if options.follow_owner else None
+        """Where it is served, with follow-owner=true."""
         self.tenure = Tenure(self._lease_of_primary)
         self._promotion = Promotion(self)
         self._options = options
@@ -252,6 +255,8 @@ class Node:
         try:
             self._state.note_sync(self.side.in_sync)
             self.side.look()
+            if self.passing is not None:
+                self.passing.look()
         except Exception as error:  # noqa: BLE001 (a role change closes the disks meanwhile; the next look is soon)
             log(f"looking at the disks: {error}")
 
@@ -288,6 +293,7 @@ class Node:
                 raise
             log(f"stage {stage.value} is not saved yet, and the end of this process would undo it (force): {error}")
             saved = False
+        was_owner = is_owner(self.side.mode, self._stage)  # the record is another one's already, in a demotion
         self._stage = stage
         side.show_stage(stage)
         if side is not self.side:
@@ -295,6 +301,7 @@ class Node:
             self.faces.clear()
             self.faces.update(side.faces())
             side.configure()  # what was changed while it was not the node's yet
+        self._tell_followers(was_owner)
         if stage is Stage.DONE:
             self.admission.stopped()
             if self.admission.keeps_back and not record.kept_back:  # the link was lost while that was saved
@@ -304,6 +311,19 @@ class Node:
             self.admission.review()
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
         return saved
+
+    def _tell_followers(self, was_owner: bool) -> None:
+        """Guests whose requests follow the owner learn who that is. The gate is closed."""
+        record = self._record
+        owner = is_owner(record.mode, record.stage)
+        if self.passing is None or owner == was_owner:
+            return
+        if not owner:
+            self.passing.turn("the node was made a secondary")
+        elif record.stage is Stage.DONE and record.left_well:
+            self.passing.turn(None)  # all that the former owner has answered is here
+        else:
+            self.passing.turn("the disk went back to the last checkpoint when this node took it over")
 
     def _save(self, haste: Haste | None = None) -> None:
         """Make the record last. StateError when it does not within SAVE_S, or when a failover has come first, or
@@ -834,6 +854,7 @@ class Node:
             "lineage": self._ancestry.lineage.to_json(),
             "guest-suspended": None if standing is None else standing["reason"],
             "guest-suspended-reason": standing,
+            **({} if self.passing is None else {"passing": self.passing.query()}),
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
             "longest-stall": self.gate.latency.longest(STALL_S),
@@ -1026,6 +1047,8 @@ class Node:
     def resume_io(self, fenced: bool = False) -> None:
         """replication-resume-io: a person, or a manager that has `fenced` the other node, lets the guest go on. Without
         waiting for a command."""
+        if self.passing is not None:
+            self.passing.release()
         self.admission.resume(fenced)
         self._forget_kept_back()
 
@@ -1043,6 +1066,15 @@ class Node:
         """A primary has asked something on its control connection. DiskError if it must not be answered."""
         self.tenure.heard(channel.era, channel.paired)
         channel.note()
+
+    def suspend_io(self, timeout_s: float) -> None:
+        """replication-suspend-io: the requests of this secondary's guest are not passed on for so long, or until it is
+        resumed. Without waiting for a command."""
+        if self.passing is None:
+            raise CommandError("Only a node with follow-owner=true passes requests on", reason=Reason.WRONG_MODE)
+        if is_owner(self._record.mode, self._record.stage):
+            raise CommandError("This node owns its disks: nothing is passed on", reason=Reason.WRONG_STAGE)
+        self.passing.hold(timeout_s)
 
     def compare(self, lineage: Lineage) -> dict[str, Any]:
         """replication-compare: how this node's content is to one of that lineage."""
@@ -1072,6 +1104,7 @@ class Node:
                 checkpoint_age_s=self._state.checkpoint["age"],
                 closed=self.admission.closed,
                 suspended=None if standing is None else standing["reason"],
+                passes_on=self.side.session is not None and self.passing is not None,
             )
         ).to_json() | {"peer-obstacle": self._promotion.obstacle, **suspended}
 

@@ -26,6 +26,9 @@ DATA_EXPORT = ".data"
 DIGEST_EXPORT = ".data-digests"
 """`.data-digests:TOKEN:NAME`: the same for a primary that knows of digests (digests.py)."""
 
+OWNER_EXPORT = ".owner"
+"""`.owner:TOKEN:NAME` is the disk NAME of a primary, for the secondary that has given it the token (passing.py)."""
+
 QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the
 guest wait, and costs as much memory."""
@@ -41,6 +44,7 @@ TEST_SPACE = 4 << 30
 """Bytes that all tests of a failover together may take. A guest that boots writes some hundred megabytes; the rest is
 what the primary overwrites meanwhile."""
 
+_RESERVED = tuple(f"{prefix}:" for prefix in (DATA_EXPORT, DIGEST_EXPORT, OWNER_EXPORT))
 _FILE_MAX = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}\Z")
 _EXPORT_MAX = 4096  # NBD specification: longest string
@@ -136,6 +140,8 @@ class Options:
     """Whether guests' exports are closed until somebody has promoted the node."""
     lease_s: float | None = None
     """How long a primary serves its guest since it last heard of its secondary or of the cluster; None: for ever."""
+    follow_owner: bool = False
+    """Whether guests' requests are passed on to the other node while that owns the disks (passing.py)."""
     wfc_timeout_s: float | None = None
     """How long a primary that is started again waits for its peer before it serves its guest; None: not at all."""
     placement: bool = True
@@ -281,6 +287,7 @@ class OptionParser:
                 key = "peer" if "peer" in values else "secondary"
                 raise ConfigError(f"{key}={error}") from error
         _check_tls(options)
+        _check_follow_owner(options)
         if options.durability is Durability.POWER and state is None:
             raise ConfigError("Missing the option state: durability=power has to write the checkpoints somewhere")
         if options.control is None and not options.autostart:
@@ -356,7 +363,7 @@ def _check_top_ids(disks: list[DiskOptions]) -> None:
             raise ConfigError(
                 "Missing the option top-id" if len(disks) == 1 else f"Missing the option top-id of disk '{disk.name}'"
             )
-        reserved = disk.top_id == CONTROL_EXPORT or disk.top_id.startswith((f"{DATA_EXPORT}:", f"{DIGEST_EXPORT}:"))
+        reserved = disk.top_id == CONTROL_EXPORT or disk.top_id.startswith(_RESERVED)
         if reserved or len(disk.top_id.encode()) > _EXPORT_MAX or "\0" in disk.top_id:
             raise ConfigError(f"top-id={disk.top_id[:80]} cannot be an export's name")
         # Its own disk's name is left to start, which says what QEMU says ("No top_bs or it is invalid").
@@ -514,6 +521,15 @@ def _check_tls(options: Options) -> None:
         raise ConfigError("the tls- keys are for nbds: URIs, and neither secondary= nor disk= is one")
 
 
+def _check_follow_owner(options: Options) -> None:
+    if not options.follow_owner:
+        return
+    if options.mode is Mode.SECONDARY and options.secondary is None:
+        raise ConfigError("Missing the option peer: follow-owner=true passes requests on to it")
+    if options.guest_face_closed:
+        raise ConfigError("follow-owner=true opens what guest-face=closed-until-promoted closes: give one of them")
+
+
 def _set_guest_access(options: Options, value: str) -> None:
     if value not in ("any", "local"):
         raise ConfigError(f"guest-access={value} should be any or local")
@@ -571,6 +587,12 @@ def _set_guest_face(options: Options, value: str) -> None:
     options.guest_face_closed = value == "closed-until-promoted"
 
 
+def _set_follow_owner(options: Options, value: str) -> None:
+    if value.lower() not in _BOOLEANS:
+        raise ConfigError(f"follow-owner={value} should be true or false")
+    options.follow_owner = _BOOLEANS[value.lower()]
+
+
 def _set_secondary(options: Options, value: str) -> None:
     options.secondary = value
 
@@ -599,6 +621,7 @@ _CONVERTERS: dict[str, Callable[[Options, str], None]] = {
     "wfc-timeout": _set_wfc_timeout,
     "lease": _set_lease,
     "guest-face": _set_guest_face,
+    "follow-owner": _set_follow_owner,
     "peer": _set_secondary,
 }
 

@@ -28,6 +28,7 @@ class Reason(Enum):
     NOT_LOSSLESS = "not-lossless"
     NOT_SECONDARY = "not-secondary"
     IS_SECONDARY = "is-secondary"
+    PASSES_ON = "passes-on"
     SPLIT_BRAIN = "split-brain"
     PEER_NEWER = "peer-newer"
     UNRELATED = "unrelated"

@@ -53,6 +53,8 @@ class Standing:
     """Why guests cannot open their exports."""
     suspended: str | None = None
     """Why its guest stands still."""
+    passes_on: bool = False
+    """Whether it passes requests on to the owner, which it hears (passing.py)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def judge(standing: Standing) -> Judgement:
 
 
 def _secondary(standing: Standing) -> Judgement:
+    if standing.passes_on:
+        text = "this secondary passes a guest's requests on to the owner, and cannot know whether the guest runs there"
+        return Judgement(SECONDARY, _score(standing), None, Reason.PASSES_ON, text)
     text = "this is a secondary: the guest runs where the disks are owned"
     return Judgement(SECONDARY, _score(standing), False, Reason.IS_SECONDARY, text)
 

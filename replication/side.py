@@ -206,6 +206,16 @@ class Side(ABC):
     def admit(self, face: str, token: str | None) -> None:
         """DiskError unless a client with that token may write to that face now. Called from requests."""
 
+    @property
+    def session(self) -> str | None:
+        """On a secondary, the token of its session with the owner of the disks, if it has one now."""
+        return None
+
+    def owned_by(self, token: str, disk: str) -> str | None:
+        """On a primary that runs, and whose session with its secondary is that one: the guest's export of the disk.
+        Asked inside the gate, so it is that for the whole of a request."""
+        return None
+
     @abstractmethod
     def query_failover(self) -> dict[str, Any]:
         """What query-failover returns; CommandError on a primary."""

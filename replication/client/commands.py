@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .live import LIVE_TEXT, LiveMove
 from .progress import job_progress, show_jobs, watch_jobs
 from .qmp import Refused
 from .session import Session, Unusable
@@ -243,6 +244,9 @@ def failover(client: Session, options: argparse.Namespace) -> None:
 
 def switchover(client: Session, options: argparse.Namespace) -> None:
     """Move the disk to the secondary, with all that the primary has written."""
+    if options.live:
+        _switch_over_live(client, options)
+        return
     with Session(options.peer, options.timeout) as peer:
         sides = {"this side": client, "the peer": peer}
         states = {name: side.call("query-replication") for name, side in sides.items()}
@@ -253,6 +257,20 @@ def switchover(client: Session, options: argparse.Namespace) -> None:
             move.run()
     owner = f"{move.secondary} owns the disk now; start the guest there, on the export of its guest face"
     tell(options, f"switched over: {owner}", owner="this-side" if move.secondary == "this side" else "peer")
+
+
+def _switch_over_live(client: Session, options: argparse.Namespace) -> None:
+    if not options.yes:
+        confirm(options, LIVE_TEXT, "switch-over")
+    here = "this side"
+    with client.again(options.timeout) as mine, Session(options.peer, options.timeout) as peer:
+        say = lambda text: None if options.json else print(text, flush=True)  # noqa: E731
+        move = LiveMove({here: mine, "the peer": peer}, options.within, say)
+        move.run()
+        move.turn(options.timeout)
+    owner = "this-side" if move.secondary == here else "peer"
+    text = f"switched over: {move.secondary} owns the disk now, and {move.primary} becomes its secondary"
+    tell(options, text, owner=owner, waited=round(move.waited_s, 3))
 
 
 def jobs(client: Session, options: argparse.Namespace) -> None:

@@ -47,6 +47,7 @@ class Session:
         """Connect and negotiate, each step within `timeout_s`."""
         self._path = path
         self._timeout_s = timeout_s
+        self._until = math.inf
         with self._broken(""):
             lines = Lines(path, self._deadline())
         self._qmp = Qmp(lines)
@@ -95,8 +96,12 @@ class Session:
                 event = self._qmp.next_event(None)
             yield event
 
+    def hurry(self, until: float) -> None:
+        """Every answer has to come by then (time.monotonic()), if it has no less time."""
+        self._until = until
+
     def _deadline(self) -> float:
-        return time.monotonic() + self._timeout_s
+        return min(time.monotonic() + self._timeout_s, self._until)
 
     @contextlib.contextmanager
     def _broken(self, awaited: str, command: str = "", within_s: float | None = None) -> Iterator[None]:

@@ -28,6 +28,10 @@ SECONDS_MAX = 365 * 86400
 """Of a test."""
 
 
+SUSPEND_MAX_S = 60.0
+"""Of a guest whose requests are not passed on: it notices no less than a minute."""
+
+
 class Replicated(Protocol):
     """What the commands need of a node. Every method may be called by several threads at once, does its own
     locking, and raises CommandError when it refuses."""
@@ -56,6 +60,10 @@ class Replicated(Protocol):
     def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
         """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
         is outdated, or its primary is connected; `lossless`: only if the other one has everything."""
+
+    def suspend_io(self, timeout_s: float) -> None:
+        """Do not pass on what the guest of this secondary asks for, for so many seconds at most; answered when the
+        owner has answered what it had been passed."""
 
     def resume_io(self, fenced: bool = False) -> None:
         """Let a guest go on that stands still; `fenced`: also one that would do so for fencing before the next
@@ -287,6 +295,13 @@ class Commands:
         )
         return {}
 
+    def _suspend_io(self, arguments: Mapping[str, Any]) -> Any:
+        timeout_s = arguments["timeout"]
+        if not 0 < timeout_s <= SUSPEND_MAX_S:
+            raise CommandError(f"Parameter 'timeout' expects seconds above 0, {SUSPEND_MAX_S:g} at most")
+        self._node.suspend_io(float(timeout_s))
+        return {}
+
     def _resume_io(self, arguments: Mapping[str, Any]) -> Any:
         self._node.resume_io(arguments.get("fenced", False))
         return {}
@@ -377,6 +392,7 @@ class Commands:
                 "lossless": Argument("boolean"),
             },
         ),
+        "replication-suspend-io": Command(_suspend_io, {"timeout": Argument("number", required=True)}),
         "replication-resume-io": Command(_resume_io, {"fenced": Argument("boolean")}),
         "replication-renew": Command(_renew),
         "replication-outdate": Command(_outdate, {"reason": Argument("string")}),

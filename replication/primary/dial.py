@@ -104,6 +104,9 @@ class Agreement:
     """The secondary knows that it has had everything at some time since."""
     settled: bool = False
     """It has everything, and knows it: nothing was refused since it was told."""
+    parting: bool = False
+    """The stream is about to end at a cut, or has: the secondary's guest is not served any more. Set before the cut,
+    which closes the gate."""
     broken: DiskError | None = None
     """Set when the peer channel is lost."""
     losses: int = 0

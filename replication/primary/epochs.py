@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 from replication.errors import CommandError, DiskError
 from replication.log import log
+from replication.order.gate import GateStuck
+from replication.order.latency import STOP
 from replication.order.pause import pause
 from replication.order.worker import NO_THREAD
 from replication.primary.backlog import Entry
@@ -37,6 +39,9 @@ from replication.primary.peer import Peer, PeerError
 from replication.record.state import check_epoch
 from replication.side import Setting
 from replication.stage import Mode, Stage
+
+_PASSED_S = 5.0
+"""Longest wait, before a stream ends, for requests that are at work: those of the secondary's guest are to be in it."""
 
 TAKE_S = 30.0
 """Longest wait for the secondary to take a checkpoint: with durability=power it flushes its disk."""
@@ -126,7 +131,30 @@ class Epochs:
 
     def part(self) -> None:
         """End the stream at a cut: the secondary, which is being stopped as planned, gets what is in front of it and
-        nothing else, and is told so; then the link is lost. CommandError, DiskError or PeerError."""
+        nothing else, and is told so; then the link is lost. CommandError, GateStuck, DiskError or PeerError."""
+        agreement = self._link.agreement
+        if agreement is None:
+            raise CommandError("The link to the secondary was lost")
+        try:
+            self._end_passing(agreement)
+            self._end_stream()
+        except (CommandError, GateStuck):
+            agreement.parting = False
+            raise
+        except BaseException as error:
+            # The secondary knows perhaps that this was all: its guest is served here in another session, or not again.
+            self._link.broken(agreement, DiskError(f"the end of the stream: {error}"))
+            raise
+
+    def _end_passing(self, agreement: Agreement) -> None:
+        """The secondary's guest is not served here any more: what it was answered for is in front of the cut that
+        follows, and it goes on with the secondary's disk (passing.py)."""
+        agreement.parting = True
+        if self._set.options.follow_owner:
+            with self._set.gate.closed(_PASSED_S, STOP):
+                pass  # what had been let in before is answered, or has failed
+
+    def _end_stream(self) -> None:
         epoch = self._cut()
         try:
             for disk, entry in zip(self._disks, epoch.entries, strict=True):

@@ -428,6 +428,8 @@ class Link:
         """End, within about `timeout_s` seconds."""
         with self._changed:
             self._closing = True
+            if self._agreement is not None:
+                self._agreement.parting = True  # a secondary that is told that this was all goes on from that
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
         self.stop(timeout_s / 2, timeout_s / 2, not any(disk.changes.missing for disk in self._disks))

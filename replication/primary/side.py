@@ -444,6 +444,17 @@ class PrimarySide(Side):
         """replication-verify-cancel."""
         self._verify.cancel()
 
+    def owned_by(self, token: str, disk: str) -> str | None:
+        agreement = self._link.agreement
+        if self._set.record.stage is not Stage.RUNNING or agreement is None or agreement.parting:
+            return None
+        if agreement.token != token or not token or all(own.name != disk for own in self.disks):
+            return None
+        return self._guest_export(next(own for own in self.disks if own.name == disk))
+
+    def _guest_export(self, disk: PrimaryDisk) -> str:
+        return disk.top_id if self._set.record.promoted and disk.top_id is not None else disk.name
+
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""
 

@@ -25,6 +25,8 @@ SOON_S = 5.0
 """For commands by which a manager decides: a cluster's monitor has 20 s, a hook of libvirt holds up a guest's start."""
 WAIT_S = 60.0
 TEST_S = 600.0
+WITHIN_S = 10.0
+"""A switch-over of a guest that goes on takes a second; Linux tells of a disk that has not answered for 30 s."""
 
 _COMMANDS = "replication.client.commands"
 _ROLES = "replication.client.roles"
@@ -331,6 +333,14 @@ TABLE: tuple[Row, ...] = (
         (
             argument(
                 "--peer", metavar="SOCKET", required=True, complete="files", help="the control socket of the other side"
+            ),
+            flag("--live", "the guest has been migrated to the secondary's host, and goes on: follow-owner=true"),
+            argument(
+                "--within",
+                metavar="SECONDS",
+                type=positive_seconds,
+                default=WITHIN_S,
+                help="with --live, how long its requests wait at most (default: %(default)g)",
             ),
             YES,
         ),

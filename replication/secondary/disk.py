@@ -17,7 +17,7 @@ from replication.batch import Write
 from replication.digests import digest_of
 from replication.disk.face import EXTENTS_MAX, Disk, Extent
 from replication.disk.unflushed import GRAIN, Loss, NotKept, Unflushed
-from replication.errors import DiskError
+from replication.errors import DiskError, Elsewhere
 from replication.fault import Case, FaultLatch
 from replication.image.layer import Layer, LayerError
 from replication.image.stack import Stack
@@ -73,6 +73,8 @@ class SecondaryDisk:
         """Whether who writes to the target face now is not the primary that this node knows."""
         self.strange = False
         """Whether somebody who is not the primary has written here since that was paired last."""
+        self.follows = False
+        """Whether a guest's requests are passed on while another node owns the disk (passing.py)."""
         self.accepts_writes = True
         """False once copy-before-write has ended for good."""
         self.backup_failed: Callable[[LayerError], None] = _nobody
@@ -278,6 +280,8 @@ class SecondaryDisk:
         """The stack while the overlays count; None once the disk alone does."""
         if self.stage is _DONE:
             return None
+        if self.follows and self.stage in (_NONE, _RUNNING):
+            raise Elsewhere(f"another node owns disk '{self.name}'")
         if self.stage is _NONE or self.stack is None:
             raise DiskError(
                 f"disk '{self.name}' has no content for the guest yet: replication is not running", errno.EIO
@@ -492,6 +496,11 @@ def closed_face(name: str, size: int) -> Face:
 def changing_face(name: str, size: int) -> Face:
     """Any face of a disk while its process takes another role."""
     return _refusing(CHANGING_FACE, size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+
+
+def ended_face(size: int, why: str) -> Face:
+    """A guest's face whose disk is not the one any more that the guest has used."""
+    return _refusing("not this guest's any more", size, lambda: DiskError(why))
 
 
 def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Face:

@@ -127,6 +127,15 @@ class Pairing:
         return None if session is None or session.lost else session.node
 
     @property
+    def owner_token(self) -> str | None:
+        """The token of the session with the owner of the disks: with a primary that was accepted by its lineage, and
+        is heard. None if there is none, or somebody knows that another node went on."""
+        session, record = self._session, self._set.record
+        known = session is not None and session.agreed and not session.lost and not self._doubted
+        secondary = record.mode is Mode.SECONDARY and record.stage in (Stage.NONE, Stage.RUNNING)
+        return session.token if session is not None and known and secondary else None
+
+    @property
     def incomplete(self) -> str | None:
         """Why the disks are not what the primary had at one instant, None if they are (but for what is in flight)."""
         return self._incomplete[1]

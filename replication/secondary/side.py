@@ -186,6 +186,7 @@ class SecondarySide(Side):
                 secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
                 # With what a former process was offered goes what somebody else may have written to it since.
                 secondary_disk.strange = record.offered is not None
+                secondary_disk.follows = self._set.options.follow_owner
                 self.disks.append(secondary_disk)
             self._targets = frozenset(sizes)
         except BaseException:
@@ -816,6 +817,10 @@ class SecondarySide(Side):
     def admit(self, face: str, token: str | None) -> None:
         if face in self._targets:
             self.pairing.admit(token)
+
+    @property
+    def session(self) -> str | None:
+        return self.pairing.owner_token
 
     def query_failover(self) -> dict[str, Any]:
         return {**self._failover.preflight(), **self.outlook.to_json()}

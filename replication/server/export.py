@@ -18,12 +18,16 @@ from replication import digests
 from replication.batch import SPACE, unpack
 from replication.control.inband import ControlExport
 from replication.digests import DIGEST_BYTES, what_is_asked
+from replication.disk.connection import Connection
 from replication.disk.face import EXTENTS_MAX, Extent
-from replication.errors import DiskError, Refusal
+from replication.errors import DiskError, Elsewhere, Refusal
 from replication.node import Node
-from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, Options
+from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, OWNER_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.order.standstill import GONE, NEVER
+from replication.passing import OWNERS_DISK, Passage, Passer, Passing, Patience
+from replication.record.boot import boot_id
+from replication.secondary.disk import ended_face
 from replication.server.clients import Client
 from replication.side import Face
 from replication.stage import Mode
@@ -139,6 +143,125 @@ class Export:
 
     def close(self) -> None:
         """The client has gone."""
+
+
+class FollowingExport(Export):
+    """A guest's export with follow-owner=true: what another node owns is passed on to that (passing.py)."""
+
+    def __init__(self, node: Node, name: str, passing: Passing) -> None:
+        super().__init__(node, name)
+        self._passing = passing
+        self._over: str | None = None
+        passing.attend(self)
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        try:
+            super().read(buffer, offset)
+        except Elsewhere:
+            self._pass_on(
+                lambda: Export.read(self, buffer, offset),
+                lambda passer, connection: passer.read(connection, buffer, offset),
+            )
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        try:
+            super().write(data, offset, fua)
+        except Elsewhere:
+            self._pass_on(
+                lambda: Export.write(self, data, offset, fua),
+                lambda passer, connection: passer.write(connection, data, offset, fua),
+            )
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        try:
+            super().zero(offset, length, may_trim, fua)
+        except Elsewhere:
+            self._pass_on(
+                lambda: Export.zero(self, offset, length, may_trim, fua),
+                lambda passer, connection: passer.zero(connection, offset, length, may_trim, fua),
+            )
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except Elsewhere:
+            self._pass_on(lambda: Export.flush(self), lambda passer, connection: passer.flush(connection))
+
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
+        found: list[Extent] = []
+        try:
+            return super().extents(offset, length, one)
+        except Elsewhere:
+            self._pass_on(
+                lambda: found.extend(Export.extents(self, offset, length, one)),
+                lambda passer, connection: found.extend(
+                    passer.extents(connection, offset, length, 1 if one else EXTENTS_MAX)
+                ),
+            )
+        return within(found, offset, length)
+
+    def _pass_on(self, here: Callable[[], None], there: Callable[[Passer, Connection], None]) -> None:
+        """Have the owner do a request, or do it here as soon as this node owns the disk. DiskError."""
+        patience = Patience()
+        while not self._passing.run(self._name, there, patience, self._has_gone):
+            try:
+                here()
+            except Elsewhere:
+                continue
+            return
+        if self._over is not None:  # meanwhile: what the owner has done is lost
+            raise DiskError(self._over)
+
+    def end(self, why: str) -> None:
+        """The disk is not the one any more that this guest has used: its requests fail from now on. The gate is
+        closed."""
+        self._over = f"the guest has to be started anew: {why}"
+        self._faces = {self._name: ended_face(self.size, self._over)}
+
+    def close(self) -> None:
+        self._passing.forget(self)
+
+
+class PassedExport(Export):
+    """A disk of this owner, for what its secondary passes on of a guest there. Whether that is this node's secondary,
+    and whether this one owns the disk, is asked for each request, inside the gate."""
+
+    def __init__(self, node: Node, name: str, session: tuple[str, str], passage: Passage) -> None:
+        """`session`: its token, and the name that the disk has in the pair."""
+        super().__init__(node, name)
+        self._session = session
+        self._passage = passage
+        self.description = f"{OWNERS_DISK}{boot_id()}"
+        face = node.faces[name]
+        self._faces = {
+            name: Face(
+                face.description,
+                face.size,
+                lambda buffer, offset: self._do(lambda own: own.read(buffer, offset)),
+                lambda data, offset, fua: self._do(lambda own: own.write(data, offset, fua)),
+                lambda offset, length, may_trim, fua: self._do(lambda own: own.zero(offset, length, may_trim, fua)),
+                lambda: self._do(lambda own: own.flush()),
+                self._extents_of_owner,
+            )
+        }
+
+    def _extents_of_owner(self, offset: int, length: int, count: int) -> list[Extent]:
+        found: list[Extent] = []
+        self._do(lambda own: found.extend(own.extents(offset, length, count)))
+        return found
+
+    def _do(self, request: Callable[[Face], None]) -> None:
+        """DiskError with ESHUTDOWN when nothing was done, because it is not for this node to do."""
+        self._passage.begin(self)
+        try:
+            token, disk = self._session
+            if self._node.side.owned_by(token, disk) != self._name:
+                raise DiskError(
+                    f"disk '{disk}' is not this node's, or not for that secondary any more", errno.ESHUTDOWN
+                )
+            request(self._node.faces[self._name])
+        finally:
+            self._passage.end(self)
 
 
 class RehearsalExport(Export):
@@ -261,6 +384,7 @@ class Exports:
         # gets in then has the guest's disk afterwards.
         secondary = options.mode is Mode.SECONDARY
         self._of_guests = frozenset(disk.top_id if secondary else disk.name for disk in options.disks)
+        self._passages = {disk.name: Passage() for disk in options.disks}
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of all exports."""
@@ -279,6 +403,8 @@ class Exports:
         if name == CONTROL_EXPORT and self._node.side.mode is Mode.SECONDARY:
             self._check_identity("primary-identity", self._options.primary_identity, name, client)
             return self._control()
+        if name.startswith(f"{OWNER_EXPORT}:"):
+            return self._passed(name, client, gone)
         wanted, token = self._node.side.face_of(name or self.default())
         if wanted not in self._node.faces:
             test = self._node.side.tests().get(wanted)
@@ -295,11 +421,27 @@ class Exports:
         else:
             self._check_identity("primary-identity", self._options.primary_identity, wanted, client)
         if token is None:
-            export = Export(self._node, wanted, of_guest=wanted in self._of_guests)
+            passing = self._node.passing if wanted in self._of_guests else None
+            if passing is not None:
+                export: Export = FollowingExport(self._node, wanted, passing)
+            else:
+                export = Export(self._node, wanted, of_guest=wanted in self._of_guests)
             export.gone = gone
             return export
         kind = DigestExport if name.startswith(f"{DIGEST_EXPORT}:") else DataExport
         return kind(self._node, wanted, token)
+
+    def _passed(self, name: str, client: Client, gone: Callable[[], bool]) -> Export:
+        """What the secondary of this owner opens, for a guest there. Refusal, DiskError."""
+        self._check_identity("primary-identity", self._options.primary_identity, OWNER_EXPORT, client)
+        token, _, disk = name[len(OWNER_EXPORT) + 1 :].partition(":")
+        export = self._node.side.owned_by(token, disk) if self._options.follow_owner else None
+        if export is None or disk not in self._passages:
+            raise Refusal("there is nothing to pass on: this node is not the owner that is meant", errno.EPERM)
+        passed = PassedExport(self._node, export, (token, disk), self._passages[disk])
+        passed.gone = gone
+        self._passages[disk].take_over(passed)
+        return passed
 
     def _check_guest(self, export: str, client: Client) -> None:
         """DiskError unless the client may have what is a guest's."""

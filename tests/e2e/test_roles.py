@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import nbd
@@ -19,6 +18,7 @@ from lab import Lab
 from nbdprocess import stop_still
 from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, nbd_refusal, refused, top_id
 from standing import completed, stands
+from twins import Twins
 from waiting import DEADLINE_S, wait_until
 
 OWNER = {"role": "primary", "score": 10000, "may-run": True, "peer-obstacle": None}
@@ -509,28 +509,6 @@ def test_a_stop_ends_the_wait_for_fencing_and_a_restart_does_not(lab: Lab) -> No
 
 
 # -- promote and demote ----------------------------------------------------------------------------------------
-
-
-class Twins:
-    """Two nodes with the same command line but for the address: role=auto, and each other's peer."""
-
-    def __init__(self, lab: Lab, *arguments: str) -> None:
-        self.nodes = [Twin(lab.folder, name, other, arguments) for name, other in (("a", "b"), ("b", "a"))]
-        self.a, self.b = (lab.start(node) for node in self.nodes)
-
-    def joined(self, owner: Server) -> None:
-        """Wait until the other one is the owner's secondary and has everything, and take a checkpoint of that."""
-        wait_until(lambda: owner.status()["link"]["state"] == "in-sync", "in sync", DEADLINE_S)
-        owner.execute("replication-checkpoint")
-
-
-class Twin(Secondary):
-    """`name` with `other` as its peer."""
-
-    def __init__(self, folder: Path, name: str, other: str, arguments: Sequence[str]) -> None:
-        peer = f"nbd+unix:///?socket={folder / other}.sock"
-        super().__init__(folder, [MIB], name=name, extra_arguments=["autostart=true", f"peer={peer}", *arguments])
-        self.arguments[0] = "role=auto"
 
 
 def set_role(server: Server, wanted: str, **more: Any) -> None:

@@ -620,6 +620,12 @@ def test_role_auto_is_a_secondary_until_the_state_folder_says_more() -> None:
         (("role=auto", "secondary=nbd://b"), "The secondary side does not support option secondary"),
         (("mode=primary", "peer=nbd://b", "secondary=nbd://b"), "peer and secondary are given both"),
         (("role=auto", "guest-face=shut"), "guest-face=shut should be open or closed-until-promoted"),
+        (("role=auto", "follow-owner=maybe"), "follow-owner=maybe should be true or false"),
+        (("role=auto", "follow-owner=true"), "Missing the option peer: follow-owner=true passes requests on to it"),
+        (
+            ("role=auto", "peer=nbd://b", "follow-owner=true", "guest-face=closed-until-promoted"),
+            "follow-owner=true opens what guest-face=closed-until-promoted closes",
+        ),
         (("role=auto", "on-outdated=panic"), "on-outdated=panic should be continue, suspend-io or io-error"),
         (("role=auto", "fencing=maybe"), "fencing=maybe should be dont-care or suspend-io"),
         (("role=auto", "lease=0.5"), "lease=0.5 should be between 1 and 3600 seconds"),

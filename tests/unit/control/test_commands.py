@@ -103,6 +103,9 @@ class Node:
     def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
         self._record("set_role", primary, peer, force, lossless)
 
+    def suspend_io(self, timeout_s: float) -> None:
+        self._record("suspend_io", timeout_s)
+
     def resume_io(self, fenced: bool = False) -> None:
         self._record("resume_io", fenced)
 
@@ -220,6 +223,7 @@ SET = "xen-set-replication"
         ),
         ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False, False)], {}),
         ("replication-set-role", {"role": "secondary", "lossless": True}, [("set_role", False, None, False, True)], {}),
+        ("replication-suspend-io", {"timeout": 5}, [("suspend_io", 5.0)], {}),
         ("replication-resume-io", None, [("resume_io", False)], {}),
         ("replication-resume-io", {"fenced": True}, [("resume_io", True)], {}),
         ("replication-renew", None, [("renew",)], {"seconds": 10.0}),
@@ -414,6 +418,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "query-role",
         "replication-outdate",
         "replication-resume-io",
+        "replication-suspend-io",
         "replication-renew",
         "replication-set-role",
         "replication-compare",

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The move of a disk whose guest goes on: it was migrated to the secondary's host, and its requests are passed on to
+the primary (follow-owner=true).
+
+    held        the guest's requests wait; the primary has answered all that it had been passed
+    moved       as switchover.py does it, and takes it back
+    let go      the guest's requests are served where it is
+    turned      the former primary is made the secondary of the new one, for which nobody waits
+
+Until "let go" it takes `--within` seconds at most, after which the guest goes on whatever happens: the hold ends by
+itself. Its requests go to whoever owns the disk then, so no harm comes of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .qmp import Refused
+from .session import Session, Unusable
+from .switchover import RECOVERY_S, Move
+
+LIVE_TEXT = """\
+This moves the disk to the secondary while the guest goes on there. Make sure first that the guest has been migrated to
+the secondary's host: what one on the primary's host writes meanwhile is lost."""
+
+
+class LiveMove:
+    """One between two nodes, by name."""
+
+    def __init__(self, sides: dict[str, Session], within_s: float, say: Callable[[str], None]) -> None:
+        """Refused unless the disk can be moved, and a guest is there to go on."""
+        self._sides, self._within_s, self._say = sides, within_s, say
+        self._move = Move(sides, self._ask(), say)
+        self.primary, self.secondary = self._move.primary, self._move.secondary
+        self.waited_s = 0.0
+        """How long the guest's requests were held."""
+        passing = self._passing
+        if not self._move.over and passing is not None and not passing.get("guests"):
+            raise Refused(
+                f"no guest is attached to {self.secondary}, the secondary: migrate it there first, or stop it and "
+                "switch over without --live"
+            )
+
+    @property
+    def _passing(self) -> dict[str, Any] | None:
+        found = self._sides[self.secondary].call("query-replication").get("passing")
+        return found if isinstance(found, dict) else None
+
+    def _ask(self) -> dict[str, dict[str, Any]]:
+        return {name: side.call("query-replication") for name, side in self._sides.items()}
+
+    def run(self) -> None:
+        """Move the disk. Refused: it is where it was, or the text says where and what to do."""
+        if not self._move.over:
+            begun = time.monotonic()
+            for side in self._sides.values():
+                side.hurry(begun + self._within_s)
+            try:
+                self._sides[self.secondary].call("replication-suspend-io", timeout=self._within_s)
+                self._say("held: the guest's requests wait")
+                # Anew: what the guest had written until now is no sign of one that goes on elsewhere.
+                Move(self._sides, self._ask(), self._say).run()
+            finally:
+                with contextlib.suppress(Refused, Unusable), self._sides[self.secondary].again(RECOVERY_S) as secondary:
+                    secondary.call("replication-resume-io")
+                self.waited_s = time.monotonic() - begun
+            self._say(f"moved: the guest goes on after {self.waited_s:.2f} s")
+
+    def turn(self, timeout_s: float) -> None:
+        """Have the pair replicate the other way. Refused: it does not yet, and the text says what to type."""
+        roles = {self.primary: "secondary", self.secondary: "primary"}
+        for name, role in roles.items():
+            try:
+                with self._sides[name].again(timeout_s) as side:
+                    side.call("replication-set-role", role=role)
+            except (Refused, Unusable) as error:
+                raise Refused(
+                    f"{self.secondary} owns the disk, and the guest goes on there, but nothing replicates it yet: "
+                    f"{name} is not made a {role} ({error}). Repeat the switch-over, or type `replctl demote` on "
+                    f"{self.primary} and `replctl promote` on {self.secondary}"
+                ) from error

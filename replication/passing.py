@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest's requests follow the owner of the disks (follow-owner=true).
+
+A guest attaches to the socket of its own host, whoever owns the disks. While this node does, a request is served here,
+as without the option. While it does not, the request is passed on to the owner, over one connection for each disk.
+
+Who owns which fact
+    this node owns them     its stage, which a request looks at inside the gate: the guest face of a secondary does
+                            nothing and raises Elsewhere
+    the peer owns them      the peer alone, for each request, inside its own gate (PassedExport): it is a primary that
+                            runs, and the request names the session that it has with this node now
+    which session that is   the pairing. This node has accepted that primary by its lineage, and hears it. Nobody else
+                            knows the token, which is in the name of the export that is opened (.owner:TOKEN:NAME)
+
+So nothing is passed on by belief, nor in a circle: what was passed on is served from the owner's own disk or refused.
+
+What becomes of a request
+    here  ->  elsewhere  ->  waits for an owner, or for the end of a hold  ->  the owner has it  ->  answered
+      ^                                                                           |
+      +------------------ refused, or its connection is lost ---------------------+
+
+One that was lost may have been done. It is done again by whoever owns the disks then, and before the guest is
+answered. The former attempt cannot come after that, over something newer:
+    the same owner          refuses what comes over a former connection, and opens another one only when it has ended
+                            all that came over that (Passage)
+    this node, in good order
+                            the stream of the primary ended behind all that it had done, and it does nothing more: its
+                            stage is another one, or the session is over (Agreement.parting)
+    anything else           a failover goes back to a checkpoint, and a demoted node may have written what its peer
+                            lacks. That is not the disk any more which the guest has written to: requests of a
+                            connection that was open then fail for good
+
+Every wait ends: for an owner after PATIENCE_S, for another thread that connects and for connecting after CONNECT_S, for
+requests of a former connection after ENDING_S, a hold when its time is over. What the owner has may take as long as the
+owner's own guest would wait (it may stand still), as long as this node hears the owner: `look`.
+
+Locks: Passing._changed and Passage._changed (m), below all but EventHub's.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import nbd
+
+from replication.disk.connection import CHUNK, Completion, Connection
+from replication.disk.face import EXTENTS_MAX, Extent
+from replication.errors import CommandError, DiskError, Elsewhere
+from replication.options import OWNER_EXPORT, Options
+from replication.reason import Reason
+from replication.stage import Mode
+
+PATIENCE_S = 60.0
+"""Longest wait of a request for an owner: a restart of the other node and a switch-over take seconds."""
+
+CONNECT_S = 5.0
+ENDING_S = 4.0
+"""Below CONNECT_S: who connects learns why it was refused."""
+
+DRAIN_S = 10.0
+"""Longest wait of a hold for what the owner has."""
+
+_ANSWER_S = 3600.0
+"""A request may take so long before its connection counts as dead: the owner's guest may stand still. That the owner
+has gone is known from the link."""
+
+_LOOK_S = 0.1
+_EXTENT_CHUNK = 1 << 30
+
+OWNERS_DISK = "the owner's disk, boot "
+"""How the export describes itself; the boot of the owner's host follows."""
+
+
+class Follower(Protocol):
+    """A guest's connection."""
+
+    def end(self, why: str) -> None:
+        """Its requests fail from now on. The gate is closed."""
+
+
+class Patience:
+    """How long one request may wait yet for an owner."""
+
+    def __init__(self) -> None:
+        self.left_s = PATIENCE_S
+        self.waited = False
+
+    def spend(self, seconds: float, why: str) -> None:
+        """DiskError when it is at its end."""
+        self.waited = True
+        self.left_s -= seconds
+        if self.left_s <= 0:
+            raise DiskError(f"the disk has had no owner for {PATIENCE_S:g} s: {why}")
+
+
+class Passing:
+    """Of one node. Every method may be called by any thread."""
+
+    def __init__(self, options: Options, session: Callable[[], str | None]) -> None:
+        """`session()`: the token of the primary that this secondary has, and hears; None if it has none, or is none."""
+        self._session = session
+        self._changed = threading.Condition(threading.Lock())
+        self._exports: set[Follower] = set()
+        self._held_until = 0.0
+        self._in_flight = 0
+        self._waiting = 0
+        self._ended = False
+        self._obstacle: str | None = None
+        uri = options.secondary
+        self._passers: dict[str, Passer] = {}
+        if options.mode is Mode.SECONDARY and uri is not None:
+            for disk in options.disks:
+                assert disk.top_id is not None
+                self._passers[disk.top_id] = Passer(disk.name, partial(self._connect, uri, options, disk.name))
+
+    @staticmethod
+    def _connect(uri: str, options: Options, name: str, token: str) -> Connection:
+        return Connection(uri, f"{OWNER_EXPORT}:{token}:{name}", CONNECT_S, options.tls)
+
+    # -- a guest's connection ------------------------------------------------------------------------------
+
+    def attend(self, export: Follower) -> None:
+        """A guest has come."""
+        with self._changed:
+            self._exports.add(export)
+
+    def forget(self, export: Follower) -> None:
+        """It has gone."""
+        with self._changed:
+            self._exports.discard(export)
+
+    def turn(self, why: str | None) -> None:
+        """Another node owns the disks from now on, or this one does. The gate is closed. `why`: the disk is not the one
+        any more that guests have used until now."""
+        with self._changed:
+            if why is not None:
+                for export in self._exports:
+                    export.end(why)
+                self._exports.clear()
+            self._changed.notify_all()
+
+    def run(
+        self, export: str, request: Callable[[Passer, Connection], None], patience: Patience, gone: Callable[[], bool]
+    ) -> bool:
+        """Have the owner do a request; False when that was not to be had, and this node may own the disks by now.
+        `gone()`: whether the guest has. DiskError: it has failed."""
+        passer, token = self._passers.get(export), self._session()
+        if patience.waited and gone():
+            raise DiskError("a request that has waited for an owner, of a guest that has gone", errno.ESHUTDOWN)
+        begun = time.monotonic()
+        with self._changed:
+            if self._ended:
+                raise DiskError("the process ends, and a request was waiting for an owner", errno.ESHUTDOWN)
+            held = time.monotonic() < self._held_until
+            if held or passer is None or token is None:
+                self._wait_locked()
+                patience.spend(0.0 if held else time.monotonic() - begun, "this node is in no pair now")
+                return False
+            self._in_flight += 1
+        why = ""
+        try:
+            connection = passer.connected(token)
+            begun = time.monotonic()
+            try:
+                request(passer, connection)
+            except DiskError as error:
+                if not (connection.dead or error.errno in (errno.ESHUTDOWN, errno.ENOTCONN)):
+                    raise
+                begun, why = time.monotonic(), str(error)
+            else:
+                self._obstacle = None
+                return True
+        except Elsewhere as error:
+            self._obstacle = why = str(error)
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+        with self._changed:
+            self._wait_locked()
+        patience.spend(time.monotonic() - begun, why)
+        return False
+
+    def _wait_locked(self) -> None:
+        self._waiting += 1
+        try:
+            self._changed.wait(_LOOK_S)
+        finally:
+            self._waiting -= 1
+
+    # -- who looks after it --------------------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request waits for an owner."""
+        with self._changed:
+            return self._waiting > 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the owner has a request."""
+        with self._changed:
+            return self._in_flight > 0
+
+    def hold(self, timeout_s: float) -> None:
+        """Pass nothing on for so long, or until `release`; what the owner has is waited for. CommandError, and nothing
+        is held, when that does not end."""
+        with self._changed:
+            until = self._held_until = time.monotonic() + timeout_s
+            if self._changed.wait_for(lambda: not self._in_flight, min(timeout_s, DRAIN_S)):
+                return
+            if self._held_until == until:
+                self._held_until = 0.0
+                self._changed.notify_all()
+        raise CommandError("The owner has not answered all requests of the guest: nothing is held", reason=Reason.BUSY)
+
+    def release(self) -> None:
+        """Go on."""
+        with self._changed:
+            self._held_until = 0.0
+            self._changed.notify_all()
+
+    def look(self) -> None:
+        """Called twice a second: give up connections to a node that is not this one's primary any more."""
+        token = self._session()
+        for passer in self._passers.values():
+            passer.check(token)
+
+    def end(self) -> None:
+        """The process ends: what waits fails."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        for passer in self._passers.values():
+            passer.check(None)
+
+    def query(self) -> dict[str, Any]:
+        """The member `passing` of query-replication."""
+        there = self._session() is not None
+        with self._changed:
+            return {
+                "owner-heard": there,
+                "obstacle": self._obstacle,
+                "guests": len(self._exports),
+                "held": time.monotonic() < self._held_until,
+                "in-flight": self._in_flight,
+                "waiting": self._waiting,
+            }
+
+
+class Passer:
+    """Passes the requests for one disk on. Those that get a connection from `connected` do their request over it with
+    the other methods, which raise DiskError as Connection.wait does."""
+
+    def __init__(self, name: str, connect: Callable[[str], Connection]) -> None:
+        """`connect(token)` opens the owner's export; DiskError."""
+        self._name = name
+        self._connect = connect
+        # Protects the fields below. Not held while connecting.
+        self._changed = threading.Condition(threading.Lock())
+        self._connecting = False
+        self._connection: Connection | None = None
+        self._token: str | None = None
+        self._boot = ""
+        # How many changes the owner has answered, and how many of them a flush covers: what its host has not flushed
+        # goes with its boot.
+        self._answered = self._flushed = 0
+        self._lost = False
+
+    def connected(self, token: str) -> Connection:
+        """A connection to the owner that has that session. Elsewhere when there is none to be had."""
+        deadline = time.monotonic() + CONNECT_S
+        with self._changed:
+            while True:
+                former = self._connection
+                if former is not None and self._token == token and not former.dead:
+                    return former
+                if not self._connecting:
+                    break
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise Elsewhere("the owner is being connected to")
+            self._connecting, self._connection = True, None
+        fresh = None
+        try:
+            if former is not None:
+                former.fail("another connection takes its place")  # who waits for an answer of it, asks over that
+            fresh = self._open(token)
+        finally:
+            with self._changed:
+                self._connecting = False
+                self._connection, self._token = fresh, token
+                self._changed.notify_all()
+        return fresh
+
+    def _open(self, token: str) -> Connection:
+        try:
+            fresh = self._connect(token)
+        except DiskError as error:
+            raise Elsewhere(str(error)) from error
+        if not fresh.description.startswith(OWNERS_DISK) or fresh.read_only:
+            fresh.close()
+            raise Elsewhere(f"what answers at {fresh.uri} is no owner of disk '{self._name}'")
+        fresh.timeout_s = _ANSWER_S
+        with self._changed:
+            former, self._boot = self._boot, fresh.description
+            self._lost |= former not in ("", self._boot) and self._answered > self._flushed
+        return fresh
+
+    def check(self, token: str | None) -> None:
+        """Give the connection up unless it belongs to that session."""
+        with self._changed:
+            found = None if self._token == token else self._connection
+        if found is not None and not found.dead:
+            found.fail("the owner of the disk is not this node's primary any more")
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(connection: Connection, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer."""
+        for start in range(0, len(buffer), CHUNK):
+            part = buffer[start : start + CHUNK]
+            connection.wait(connection.issue(partial(_pread, part, offset + start), 0, None, len(part)))
+
+    def write(self, connection: Connection, data: memoryview, offset: int, fua: bool) -> None:
+        """Write."""
+        flags = nbd.CMD_FLAG_FUA if fua else 0
+        for start in range(0, len(data), CHUNK):
+            part = data[start : start + CHUNK]
+            connection.wait(connection.issue(partial(_pwrite, part, offset + start, flags), len(part)))
+        self._note(fua)
+
+    def zero(self, connection: Connection, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        """Make a range read as zeroes."""
+        flags = (0 if may_trim else nbd.CMD_FLAG_NO_HOLE) | (nbd.CMD_FLAG_FUA if fua else 0)
+        connection.wait(connection.issue(partial(_zero, length, offset, flags), 0))
+        self._note(fua)
+
+    def _note(self, stable: bool) -> None:
+        if not stable:
+            with self._changed:
+                self._answered += 1
+
+    def flush(self, connection: Connection) -> None:
+        """Make stable what was answered. DiskError, once, when the owner's host was started anew with something of that
+        unflushed: as fsync(2) tells of a page that was lost."""
+        with self._changed:
+            covered, lost, self._lost = self._answered, self._lost, False
+            if lost:
+                self._flushed = covered
+        if lost:
+            raise DiskError(f"disk '{self._name}': the owner's host was started anew, and unflushed writes may be gone")
+        connection.wait(connection.issue(_flush, 0))
+        with self._changed:
+            self._flushed = max(self._flushed, covered)
+
+    @staticmethod
+    def extents(connection: Connection, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
+        """What is known of the content."""
+        found: list[Extent] = []
+
+        def got(context: str, at: int, entries: list[int], _error: object) -> int:
+            if context == "base:allocation":
+                for size, flags in zip(entries[::2], entries[1::2], strict=True):
+                    inside = min(size, offset + length - at)
+                    if inside > 0 and len(found) < count:
+                        found.append(Extent(at, inside, bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)))
+                        at += inside
+            return 0
+
+        if connection.can_extents:
+            asked, only = min(length, _EXTENT_CHUNK), nbd.CMD_FLAG_REQ_ONE if count == 1 else 0
+            connection.wait(
+                connection.issue(lambda handle, done: handle.aio_block_status(asked, offset, got, done, only), 0)
+            )
+        return found or [Extent(offset, length, False, False)]
+
+
+def _pread(part: memoryview, offset: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_pread(part, offset, done)
+
+
+def _pwrite(part: memoryview, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_pwrite(part, offset, done, flags)
+
+
+def _zero(length: int, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_zero(length, offset, done, flags)
+
+
+def _flush(handle: nbd.NBD, done: Completion) -> None:
+    handle.aio_flush(done)
+
+
+class Passage:
+    """On the owner, for one disk: which connection of the other node passes requests on. A new one takes the place of
+    the former, and is there when all that came over that has ended."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._current: object | None = None
+        # Requests at work of the current one, and of former ones.
+        self._inside = self._former = 0
+
+    def take_over(self, connection: object) -> None:
+        """DiskError when requests of a former one do not end, or another one takes over meanwhile."""
+        with self._changed:
+            self._former, self._inside, self._current = self._former + self._inside, 0, connection
+            self._changed.notify_all()
+            ended = self._changed.wait_for(lambda: not self._former or self._current is not connection, ENDING_S)
+            if self._current is not connection:
+                raise _replaced()
+            if not ended:
+                raise DiskError("requests of a former connection have not ended: try again", errno.ESHUTDOWN)
+
+    def begin(self, connection: object) -> None:
+        """Before a request; `end` is to follow. DiskError, with nothing begun, for a former connection."""
+        with self._changed:
+            if self._current is not connection:
+                raise _replaced()
+            self._inside += 1
+
+    def end(self, connection: object) -> None:
+        """After it."""
+        with self._changed:
+            if self._current is connection:
+                self._inside -= 1
+            else:
+                self._former -= 1
+                self._changed.notify_all()
+
+
+def _replaced() -> DiskError:
+    return DiskError("another connection of the other node has taken the place of this one", errno.ESHUTDOWN)
