@@ -74,6 +74,10 @@ class Room:
             steps -= 1
         return freed if not steps else None
 
+    def reclaim_in_background(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> int | None:
+        """The same for who is in no hurry."""
+        return self.shortage.in_background(partial(self.reclaim_some, overlay, ranges, steps))
+
     def _reclaim_unheld(self, overlay: Overlay, lock: RangeLock, first: int, last: int, units: tuple[int, ...]) -> int:
         """Reclaim what nobody holds of blocks [first, last): all at once, or else in ever smaller units."""
         held = lock.try_acquire(first * BLOCK, last * BLOCK)
@@ -129,15 +133,17 @@ class Room:
 
     def _again(self, file: FileDisk, path: str, change: Callable[[], None], failure: DiskError) -> DiskError | None:
         """Do again what has failed for want of room in the file system of `file`: first tests end that hold some there,
-        then what no overlay needs any more is given back; for WAIT_S at most. Why it fails in the end, None if it has
-        been done."""
+        then what no overlay needs any more is given back; for WAIT_S at most. Once in any case: others may have given
+        back the last of it since. Why it fails in the end, None if it has been done."""
         deadline = time.monotonic() + WAIT_S
         ended = 0  # those that somebody has ended since the first try count as well
+        again = False
         try:
             while failure.full and not self.committing:
                 before, ended = ended, self._do_without(file, path)
-                if not self._given_back(file) and ended == before:
+                if not self._given_back(file) and ended == before and again:
                     break
+                again = True
                 try:
                     change()
                     return None

@@ -58,6 +58,19 @@ class Shortage:
         finally:
             self._searching.release()
 
+    def in_background(self, give_back: Callable[[], int | None]) -> int | None:
+        """A step of who gives back space when nobody needs it (secondary/reclaim.py): what `give_back()` returns. A
+        write that finds no room meanwhile waits for it: a search would pass by a range that the step holds. 0 when a
+        search is under way for long."""
+        if not self._searching.acquire(timeout=WAIT_S):
+            return 0
+        try:
+            freed = give_back()
+            self.found += freed or 0
+            return freed
+        finally:
+            self._searching.release()
+
     def covers(self, device: int) -> bool:
         """Whether any of the overlays is in the file system of that number (st_dev). OSError."""
         return any(overlay.data.status().st_dev == device for overlay, _ in self._sources)

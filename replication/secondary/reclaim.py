@@ -3,7 +3,8 @@
 
 Emptying an overlay only clears bits, so that a checkpoint takes the same short time whatever was written; the data file
 keeps its old data until it is overwritten or given back here, a little at a time, inside the gate like a request. A
-writer that finds the file system full does not wait for this thread (image/shortage.py gives back what it needs).
+writer that finds the file system full waits for no more than the step that is under way (image/shortage.py gives back
+what it needs).
 """
 
 from __future__ import annotations
@@ -92,5 +93,5 @@ class Reclaimer:
                 # During a commit, readers may be reading data whose bit is gone.
                 if self._stage() not in (Stage.RUNNING, Stage.DONE):
                     return
-                freed = stack.room.reclaim_some(overlay, ranges, _STEPS)
+                freed = stack.room.reclaim_in_background(overlay, ranges, _STEPS)
             self._closing.wait((_SHARE - 1) * (time.monotonic() - begun))

@@ -572,7 +572,7 @@ def test_who_finds_no_room_gets_that_of_tests_before_it_searches_for_any(
     assert not stack.target.lost.missing
 
 
-def test_a_full_disk_beside_which_there_is_nothing_to_give_back_refuses_at_once(
+def test_a_full_disk_beside_which_there_is_nothing_to_give_back_refuses_after_a_second_try(
     images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images.stack.room.shortage, "relieve", lambda: False)
@@ -586,7 +586,7 @@ def test_a_full_disk_beside_which_there_is_nothing_to_give_back_refuses_at_once(
     images.disk.before = full
     with pytest.raises(DiskError, match="No space left"):
         images.target(pattern(4, BLOCK), 0)
-    assert len(tries) == 1
+    assert len(tries) == 2, "others may have given something back since the first"
 
 
 def test_a_request_under_way_when_the_test_ends_is_told_so(images: Images) -> None:

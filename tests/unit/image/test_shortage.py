@@ -13,6 +13,7 @@ import pytest
 from replication.image import shortage
 from replication.image.qcow2 import BLOCK
 from replication.image.shortage import Shortage
+from waiting import CHANCE_S
 
 DEADLINE_S = 20.0
 PIECE = 1 << 20
@@ -134,6 +135,28 @@ def test_writes_that_come_while_one_searches_wait_for_what_it_finds() -> None:
     assert True in results
     assert overlay.searches == 1
     assert search.found == PIECE
+
+
+def test_a_write_waits_for_what_is_given_back_in_the_background() -> None:
+    """The step holds the ranges that it gives back: a search would find nothing."""
+    overlay = Overlay("a", 1)
+    search = of(overlay)
+    ranges = overlay.stale_ranges()
+    overlay.go_on.clear()
+    step = threading.Thread(target=lambda: search.in_background(lambda: overlay.reclaim(overlay, ranges, 1)))
+    step.start()
+    assert overlay.arrived.wait(DEADLINE_S)
+    results: list[bool] = []
+    write = threading.Thread(target=lambda: results.append(search.relieve()))
+    write.start()
+    write.join(CHANCE_S)
+    assert write.is_alive()
+    overlay.go_on.set()
+    for thread in (step, write):
+        thread.join(DEADLINE_S)
+    assert results == [True]
+    assert search.found == PIECE
+    assert overlay.steps == 1, "it has searched for nothing itself"
 
 
 def test_nobody_waits_long_for_the_search_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -957,6 +957,17 @@ def test_a_full_overlay_gives_back_stale_space_and_goes_on(images: Images, monke
     assert images.top(2 * CLUSTER, BLOCK) == b"\xbb" * BLOCK
 
 
+def test_a_write_that_meets_a_full_overlay_is_tried_again_though_nothing_is_stale_any_more(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its failure and its look for room somebody else may have given back the last of it."""
+    monkeypatch.setattr(images.stack.room.shortage, "relieve", lambda: False)
+    failures = break_overlay(monkeypatch, images.stack.active, 1, errno.ENOSPC)
+    images.stack.write_top(memoryview(b"\xbb" * BLOCK), 0)
+    assert len(failures) == 1
+    assert images.top(0, BLOCK) == b"\xbb" * BLOCK
+
+
 def test_while_bits_go_no_space_is_given_back_under_a_reader(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     images.stack.write_top(memoryview(b"\xaa" * CLUSTER), 0)
     images.stack.committing = True

@@ -40,7 +40,7 @@ class Stack:
         self.step_s = step_s
         self.asked = threading.Event()
 
-    def reclaim_some(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> int | None:
+    def reclaim_in_background(self, overlay: Overlay, ranges: Iterator[tuple[int, int]], steps: int) -> int | None:
         if overlay is self.hidden:
             return None
         self.begun.append(time.monotonic())
