@@ -186,7 +186,7 @@ class Dialler:
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
-            stranger = self._stranger(error)
+            stranger = None if former is None else self._stranger(error, former)
             if stranger is not None:
                 raise Refusal(
                     f"{uri} refuses: {error}; that is node {stranger}, which is not the secondary that it was",
@@ -198,14 +198,14 @@ class Dialler:
             raise
         return agreement
 
-    def _stranger(self, error: PeerError) -> str | None:
-        """Of a refusal because what answers is nobody's secondary: which node that is, if it was never this one's, and
-        has nothing of its content. So the URI leads elsewhere, and nobody has gone on. None also of an older version,
-        which does not say who it is."""
+    def _stranger(self, error: PeerError, former: str) -> str | None:
+        """Of a refusal because what answers is nobody's secondary: which node that is, if it is not the `former` one,
+        and has nothing of this node's content. So the URI leads elsewhere, and nobody has gone on. None also of an
+        older version, which does not say who it is."""
         if _told(error) is not Reason.NOT_SECONDARY or not isinstance(error.data, dict):
             return None
         node, lineage = error.data.get("node"), error.data.get("lineage")
-        if not isinstance(node, str) or not isinstance(lineage, dict) or node == self._set.record.partner:
+        if not isinstance(node, str) or not isinstance(lineage, dict) or node == former:
             return None
         try:
             check_id("node", node)

@@ -7,7 +7,7 @@ from typing import Any
 
 from content import KIB, pattern
 from lab import Lab
-from nodes import Pair, Server, drained
+from nodes import Pair, Server, code_of, drained
 from waiting import wait_until
 
 
@@ -84,3 +84,5 @@ def test_a_stranger_at_the_address_of_the_secondary_proves_nothing(lab: Lab) -> 
     wait_until(lambda: pair.primary.status()["link"]["state"] == "in-sync", "the pair is in sync")
     pair.secondary.failover()
     wait_until(lambda: pair.primary.status()["outdated-reason"], "it has learnt that its own secondary has failed over")
+    pair.primary.execute("replication-stop")
+    assert code_of(pair.primary, "replication-start", secondary=other.uri()) == "not-secondary", "a start asks for it"
