@@ -344,8 +344,8 @@ def test_what_an_old_connection_has_in_its_socket_is_refused_once_there_is_a_new
     pair.load.wait_more()
     pair.finish()
     requests = log.read_bytes()[already:].decode().splitlines()
-    old = next(line for line in requests if " Write id=" in line).split()[2]
-    # Some of them zeroes, which are requests of another kind.
+    # Some of them zeroes, which are requests of another kind, also the one that was held.
+    old = next(line for line in requests if re.search(r" (Write|Zero|Trim) id=", line)).split()[2]
     ended = re.compile(rf" {old} \.\.\.(Write|Zero|Trim) id=")
     answers = [line.partition("return=")[2] for line in requests if ended.search(line)]
     assert answers[0] == "0", "the write that was held, which the new connection waited for"
