@@ -4,7 +4,8 @@
 * No two guests write at once: once a guest has begun, none of an older generation is acknowledged anything.
 * What a checkpoint has is not lost: a guest goes on after the last record that is safe.
 * Nothing stale: the record before which a guest goes on is the last one, or one that was acknowledged after the last
-  checkpoint, of the generation that wrote it.
+  checkpoint, of the generation that wrote it; and what it goes on without was acknowledged in the last seconds before
+  the end of the former one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+LOST_S = 10.0
+"""What a copy may lack: a checkpoint each second, and until the cluster knows that there was none, a lost link's timeout
+of 3 s and a monitor's interval of 2 s; the rest is for a busy machine."""
 FRESH_S = 2.0
 """A guest that was answered so long ago, or later, writes."""
 
@@ -72,6 +76,7 @@ class Journal:
         current: Line | None = None
         newest: dict[str, int] = {}
         written_by: dict[int, str] = {}
+        written: dict[int, float] = {}
         safe = -1
         for line in self.lines():
             if line.word == "begin":
@@ -80,7 +85,13 @@ class Journal:
                 last = line.number - 1
                 if last >= 0 and last <= max(written_by, default=-1) and written_by.get(last) != line.before:
                     found.append(f"{line}: record {last} was written by {written_by.get(last)}")
+                lost_s = max(written.values(), default=0) - min(
+                    (moment for number, moment in written.items() if number >= line.number), default=1e12
+                )
+                if lost_s > LOST_S:
+                    found.append(f"{line}: the former guest had gone on for {lost_s:.1f} s")
                 written_by = {number: who for number, who in written_by.items() if number < line.number}
+                written = {number: moment for number, moment in written.items() if number < line.number}
                 current = line
             elif current is None or line.generation != current.generation:
                 if line.word == "ack":
@@ -88,6 +99,7 @@ class Journal:
             elif line.word == "ack":
                 newest[line.generation] = line.number
                 written_by[line.number] = line.generation
+                written[line.number] = line.time
             elif line.word == "safe":
                 safe = max(safe, line.number)
         return found

@@ -162,6 +162,17 @@ class Site:
         found = {name for host in self.hosts if host.on for name in self._promoted_as_seen(host)}
         return next((host for host in self.hosts if found == {host.name}), None)
 
+    def check_nobody(self) -> None:
+        """AssertionError unless each host that is on answers, and says that nobody is promoted."""
+        texts: dict[str, str] = {}
+
+        def answered() -> bool:
+            texts.update({host.name: self._monitor(host) for host in self.hosts if host.on})
+            return bool(texts) and all("Node List" in text for text in texts.values())
+
+        self.wait(answered, "crm_mon answers")
+        assert not any("Promoted: [" in text for text in texts.values()), texts
+
     def _promoted_as_seen(self, host: Host) -> list[str]:
         text = self._monitor(host)
         line = next((line for line in text.splitlines() if "Promoted: [" in line), "")

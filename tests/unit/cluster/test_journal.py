@@ -48,3 +48,21 @@ def test_each_promise(tmp_path: Path, line: str, instead: str, said: str) -> Non
     assert line in GOOD
     [found, *_] = violations(tmp_path, GOOD.replace(line, instead))
     assert said in found
+
+
+def test_a_promotion_of_what_was_left_behind_long_ago_shows_although_there_was_no_checkpoint_since(
+    tmp_path: Path,
+) -> None:
+    """`b` has gone on from all that `a` had, alone, and `a` goes on from the same."""
+    text = """\
+1 begin a g1 0 -
+2 ack a g1 0
+3 begin b g2 1 g1
+4 ack b g2 1
+{} ack b g2 2
+90 begin a g3 {} g1
+91 ack a g3 {}
+"""
+    assert violations(tmp_path, text.format(6, 1, 1)) == []
+    [found] = violations(tmp_path, text.format(60, 1, 1))
+    assert "gone on for 56.0 s" in found
