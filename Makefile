@@ -151,7 +151,7 @@ test-cluster: ## Run two hosts with Debian's Pacemaker and corosync, and break t
 	@scripts/setup debian
 	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' scripts/setup test vm cluster
 	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' env ROUNDS='$(ROUNDS)' SEED='$(SEED)' \
-	    .venv/bin/python -m pytest -q -s --durations=5 $(or $(TESTS),$(if $(ROUNDS),tests/cluster/test_rounds.py,tests/cluster))
+	    .venv/bin/python -m pytest -q -s --durations=5 -o faulthandler_timeout=0 $(or $(TESTS),$(if $(ROUNDS),tests/cluster/test_rounds.py,tests/cluster))
 
 bench: compile ## Compare with QEMU's own driver, about 35 minutes (BENCH= has options)
 	@scripts/setup bench

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOST_S = 10.0
-"""What a copy may lack: a checkpoint each second, and until the cluster knows that there was none, a lost link's timeout
-of 3 s and a monitor's interval of 2 s; the rest is for a busy machine."""
+"""What a copy may lack: a checkpoint each second, and until the cluster knows that there was none, a lost link's 3 s of
+timeout and a monitor's interval of 2 s; the rest is for a busy machine."""
 FRESH_S = 2.0
 """A guest that was answered so long ago, or later, writes."""
 

@@ -22,6 +22,7 @@ from waiting import Stuck
 
 NODE = "vm1"
 DISK_BYTES = 64 << 20
+"""As long as a guest writes 50 records a second, for five minutes."""
 CHANGE_S = 150.0
 """Longest wait for anything that the cluster does by itself."""
 REPLCTL = "/usr/local/bin/replctl"
@@ -85,7 +86,8 @@ class Site:
     """The whole of it; `close` ends everything. The guest's journal is outside of both hosts."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        """Both hosts are off. `options` are those of `cib`; with `images` the guest is one in QEMU."""
+        """Both hosts are off. `options` are those of `cib`, `token_ms` and `disk_bytes`; with `images` the guest is one
+        in QEMU."""
         self.folder = folder
         self.networks = [f"rc-{letter}" for letter in "ab"]
         self._make_networks()
@@ -94,6 +96,7 @@ class Site:
         self.switch = Switch(folder / "switch.sock", self.hosts)
         self.journal = Journal(folder / "journal")
         token_ms = options.pop("token_ms", 1000)
+        disk_bytes: int = options.pop("disk_bytes", DISK_BYTES)
         images: Images | None = options.pop("images", None)
         program = [HERE / "writer.py", self.journal.path]
         if images is not None:
@@ -109,7 +112,7 @@ class Site:
                 copy_sparse(images.disk, disk)
                 continue
             with disk.open("wb") as file:
-                file.truncate(DISK_BYTES if images is None else images.disk.stat().st_size)
+                file.truncate(disk_bytes if images is None else images.disk.stat().st_size)
 
     def __enter__(self) -> Self:
         return self

@@ -15,11 +15,13 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.site import CLUSTER_NETWORK, PAIR_NETWORK, Site
+from cluster.site import CLUSTER_NETWORK, DISK_BYTES, PAIR_NETWORK, Site
 
 ROUNDS = int(os.environ.get("ROUNDS") or 4)
 SEED = os.environ.get("SEED") or str(random.randrange(1 << 30))
 ROUND_S = 180
+ROUND_BYTES = 4 << 20
+"""What the guests write meanwhile, on a quiet machine."""
 
 
 class Rounds:
@@ -59,6 +61,7 @@ class Rounds:
         begin = it.journal.begins()[begins]
         first = next(line for line in it.journal.acknowledged(since) if line.generation == begin.generation)
         self.outages.setdefault(what, []).append(first.time - since)
+        print(f"{what}: first record after {first.time - since:.1f} s")
 
     def owner_loses_power(self) -> None:
         owner, _ = self._it.whole()
@@ -134,7 +137,7 @@ class Rounds:
 def test_rounds(site: Callable[..., Site]) -> None:
     print(f"\nseed {SEED}, {ROUNDS} rounds")
     chance = random.Random(SEED)
-    it = site(priority_delay_s=5)
+    it = site(priority_delay_s=5, disk_bytes=DISK_BYTES + ROUNDS * ROUND_BYTES)
     it.begin()
     rounds = Rounds(it, chance)
     for number in range(ROUNDS):
