@@ -43,11 +43,11 @@ _NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
 class Session:
     """A conversation with one node; raises Unreachable when it breaks, Refused when the node says no."""
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        """Connect and negotiate, each step within `timeout_s`."""
+    def __init__(self, path: str, timeout_s: float, until: float = math.inf) -> None:
+        """Connect and negotiate, each step within `timeout_s`, and hurry (as `hurry` has it) from the first one on."""
         self._path = path
         self._timeout_s = timeout_s
-        self._until = math.inf
+        self._until = until
         with self._broken(""):
             lines = Lines(path, self._deadline())
         self._qmp = Qmp(lines)

@@ -18,10 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from replication import VERSION
 from replication.client.qmp import Refused
 from replication.client.session import NotRunning, Unreachable, Unusable
+from replication.errors import ConfigError
 
 from . import decision, metadata
 from .asking import STEP_S, Asking
@@ -31,15 +33,15 @@ from .mark import Mark
 from .pacemaker import Pacemaker
 from .process import Runner, StartFailed, runner
 from .telling import Telling
-from .told import Told, read
+from .told import CLONE, Told, read
 
 _SETTLE_S = 8.0
 """Longest wait of a start for a node that does not know yet whether another one went on."""
 _IN_SYNC_S = 30.0
 """Longest wait of a hand-over for a pair that is about to be in sync: the guest stands still meanwhile."""
-_PASSING = ("busy", "storage", "has-primary", "not-lossless")
+_PASSING = ("busy", "storage", "has-primary", "not-lossless", "leased")
 """Codes of refusals that end by themselves: another change of role, a storage that hangs, a primary that was heard of a
-moment ago, and one that is back: then it is looked at anew."""
+moment ago, one that is back: then it is looked at anew; and a lease that is not over yet."""
 
 _CONNECTED = ("connecting", "synchronizing", "in-sync")
 
@@ -97,7 +99,11 @@ class Agent:
                 self._cluster.forget()
             return Code.NOT_RUNNING
         except Unreachable as error:
-            raise Failed(Code.FAILED_PROMOTED if self._mark.there else Code.GENERIC, str(error)) from error
+            raise Failed(self._failure, str(error)) from error
+        except Failed as error:
+            if error.code is Code.INSTALLED and self._process.alive():
+                raise Failed(self._failure, f"its process is there, and cannot be asked: {error}") from error
+            raise
         if self._mark.there:
             return self._of_promoted(seen)
         if self._told.repeated:
@@ -112,6 +118,10 @@ class Agent:
                 return ended(Code.DEGRADED, "; ".join(self._told.wrong.values()))
         return Code.OK
 
+    @property
+    def _failure(self) -> Code:
+        return Code.FAILED_PROMOTED if self._mark.there else Code.GENERIC
+
     def _of_promoted(self, seen: Seen) -> Code:
         if not seen.owner:
             raise Failed(Code.FAILED_PROMOTED, "it was promoted, and somebody has made it a secondary")
@@ -123,43 +133,51 @@ class Agent:
                 note(f"the cluster's register names {seen.register_host}, which was promoted before this node")
             if decision.stays_closed(seen):
                 self._node.do("replication-set-role", role="primary")
-            self._cluster.follow(seen, promoted=True)
+            follows = self._cluster.follow(seen, promoted=True)
             self._cluster.publish(decision.OWNER)
             # The word that the other node is gone is said once, and the guest may stand still later.
-            try:
-                self._let_go_on(seen, self._mark.others_gone and not self._node.unread)
-            except (Refused, Unusable) as error:
-                note(f"its guest stands still: {error}")
+            self._let_go_on(seen, self._mark.others_gone and not self._node.unread)
+            if not follows:
+                return ended(Code.DEGRADED_PROMOTED, "what the disks have is not in the cluster's register")
             if seen.register_here and seen.dispute is not None:
                 return ended(Code.DEGRADED_PROMOTED, seen.dispute)
         return Code.PROMOTED
 
     def validate(self) -> Code:
         """Whether the parameters, and the node's file, can be used."""
-        from replication.errors import ConfigError  # noqa: PLC0415 (the plugin's part is not needed for anything else)
-        from replication.service import config  # noqa: PLC0415
-
         self._node.usable(*self._told.wrong)
         self._node.control()
         try:
-            found = config.load(self._told.node)
+            self._check_file(Code.CONFIGURED)
         except ConfigError as error:
             raise Failed(Code.CONFIGURED, str(error)) from error
-        options = found.options
-        if "role" not in found.given:
-            raise Failed(Code.CONFIGURED, f'{found.path}: a cluster needs role = "auto" in place of mode')
-        if options.secondary is None:
-            raise Failed(Code.CONFIGURED, f"{found.path}: peer is missing: where the other node listens")
-        if options.checkpoint_interval_s is None:
-            note(f"{found.path} has no checkpoint-interval: there will be nothing to fail over to")
         return Code.OK
+
+    def _check_file(self, code: Code) -> None:
+        """ConfigError if the node's file is wrong; Failed if it is not one for a cluster."""
+        from replication.service import config  # noqa: PLC0415 (the plugin's part is not needed for anything else)
+
+        found = config.load(self._told.node)
+        if "role" not in found.given:
+            raise Failed(code, f'{found.path}: a cluster needs role = "auto" in place of mode')
+        if found.options.secondary is None:
+            raise Failed(code, f"{found.path}: peer is missing: where the other node listens")
+        if found.options.checkpoint_interval_s is None:
+            note(f"{found.path} has no checkpoint-interval: there will be nothing to fail over to")
 
     # -- start and stop ------------------------------------------------------------------------------------
 
     def start(self) -> Code:
         """The process runs, and the node knows as well as it can whether another one went on."""
-        self._node.usable("node", "service")
+        self._node.usable("node", "service", *CLONE)
         self._node.control()
+        if self._process.alive():
+            if self._mark.there:
+                self._node.first_look()
+                return Code.OK  # a start that is repeated: its guest runs
+        else:
+            with suppress(ConfigError):  # the process says it when it is started
+                self._check_file(Code.INSTALLED)  # a fault of this host: the others go on
         self._mark.remove()
         try:
             self._process.start()
@@ -232,14 +250,21 @@ class Agent:
         gone = decision.others_are_gone(self._told.here, self._told.active)
         self._mark.put(gone)
         self._cluster.publish(decision.OWNER)
-        self._let_go_on(seen, gone)
+        self._let_go_on(seen, gone, news=True)
         return Code.OK
 
-    def _let_go_on(self, seen: Seen, gone: bool) -> None:
-        """A promoted node's guest that stands still because nobody knows of the other node."""
-        if decision.goes_on(seen, gone):
-            self._node.do("replication-resume-io")
-            note("its guest goes on: the other node is gone, as the cluster knows")
+    def _let_go_on(self, seen: Seen, gone: bool, news: bool = False) -> None:
+        """A promoted node's guest that stands still because nobody knows of the other node. `news`: it may have gone a
+        moment ago, so that the node notices it only later. What stands in the way is tried again with the next look."""
+        stands = decision.goes_on(seen, gone)
+        if not stands and not (news and decision.goes_on_later(seen, gone)):
+            return
+        try:
+            self._node.do("replication-resume-io", fenced=True)
+            if stands:
+                note("its guest goes on: the other node is gone, as the cluster knows")
+        except (Refused, Unusable) as error:
+            note(f"that the other node is gone cannot be said to this one: {error}")
 
     def _take_over(self, seen: Seen) -> None:
         """With everything, if that is here; else from the last checkpoint. Each is asked for as such: what was so a
@@ -258,8 +283,10 @@ class Agent:
             )
         if (max_age_s := self._told.max_age_s) is None:
             raise Failed(Code.GENERIC, f"promotion is refused: {self._told.wrong['max_age']}")
-        limit = {"max-age": max_age_s} if max_age_s else {}
-        self._node.do("replication-stop", failover=True, **limit)
+        conditions: dict[str, Any] = {"max-age": max_age_s} if max_age_s else {}
+        if not decision.is_gone(seen, self._told.here, self._told.active):
+            conditions["no-primary"] = True  # it may have been heard of since that look
+        self._node.do("replication-stop", failover=True, **conditions)
 
     def demote(self) -> Code:
         """The guest does not run here any more."""
@@ -270,17 +297,11 @@ class Agent:
             return Code.NOT_RUNNING
         except Unreachable as error:
             raise Failed(Code.GENERIC, str(error)) from error
-        seen = self._about_to_hand_over(seen)
-        if decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
-            try:
-                # By itself the node becomes a secondary even if its last checkpoint fails.
-                self._node.do("replication-checkpoint")
-                self._node.do("replication-set-role", role="secondary")
-            except Refused as error:
-                note(f"it stays the owner of its disks: {error}")
-            except Unreachable as error:
-                # It may be at it still, and the cluster must not go on meanwhile.
-                raise Failed(Code.GENERIC, f"whether it has handed over is not known: {error}") from error
+        try:
+            self._hand_over(self._about_to_hand_over(seen))
+        except Unreachable as error:
+            # It may be at it still, and the cluster must not go on meanwhile.
+            raise Failed(Code.GENERIC, f"whether it has handed over is not known: {error}") from error
         self._mark.remove()
         seen = self._node.look()
         if seen.owner and seen.register_here:
@@ -288,6 +309,18 @@ class Agent:
             self._cluster.follow(seen, promoted=False)
         self._cluster.score(seen)
         return Code.OK
+
+    def _hand_over(self, seen: Seen) -> None:
+        """To the one that is to be promoted, if that has everything. Unreachable."""
+        if not decision.hands_over(seen, self._told.here, self._told.to_promote, self._told.active is not None):
+            return
+        if seen.register_here:
+            self._cluster.follow(seen, promoted=False)  # that the other one has everything
+        try:
+            # What was so at the look may not be any more: by itself the node becomes a secondary anyhow.
+            self._node.do("replication-set-role", role="secondary", lossless=True)
+        except Refused as error:
+            note(f"it stays the owner of its disks: {error}")
 
     def _about_to_hand_over(self, seen: Seen) -> Seen:
         """A pair that is about to be in sync is waited for: nobody hands over later."""
@@ -307,12 +340,18 @@ class Agent:
         if self._mark.there and (self._told.event.startswith("post-") or not gone):
             with suppress(Failed):  # the next event says it again
                 self._mark.put(gone)
-        if not self._told.event.startswith("post-"):
+        late = self._told.event == "pre-promote" and not self._mark.there
+        if not late and not self._told.event.startswith("post-"):
             return Code.OK
         try:
             seen = self._node.look()
-            if self._mark.there:
-                self._let_go_on(seen, gone)
+            if late:
+                # The pair may be in sync only since the demotion, or there was none.
+                self._hand_over(seen)
+            elif self._mark.there:
+                self._let_go_on(seen, gone, news=True)
+                if seen.register_here:
+                    self._cluster.follow(seen, promoted=True)
             else:
                 seen = self._give_way(seen, news=self._told.event == "post-promote")
                 self._cluster.seen()

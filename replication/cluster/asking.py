@@ -5,6 +5,7 @@ Each question ends before the action has to."""
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -54,12 +55,20 @@ class Asking:
                 raise Failed(Code.CONFIGURED, text)
 
     def control(self) -> str:
-        """The node's control socket; Failed if there is no such node on this host."""
+        """The node's control socket; Failed if there is no such node on this host. One whose file has gone is, as long
+        as it runs."""
         self.usable("node")
         try:
             return nodes.control_of(self._told.node)
         except Unusable as error:
+            usual = nodes.usual_control(self._told.node)
+            if os.path.exists(usual):
+                return usual
             raise Failed(Code.INSTALLED, str(error)) from error
+
+    def _session(self, timeout_s: float | None = None) -> Session:
+        """However many steps it has, it ends when the action has to."""
+        return Session(self.control(), self._step_s if timeout_s is None else timeout_s, self._told.deadline)
 
     @property
     def _step_s(self) -> float:
@@ -68,13 +77,13 @@ class Asking:
 
     def do(self, command: str, **arguments: Any) -> dict[str, Any]:
         """What it returns; Refused, Unreachable."""
-        with Session(self.control(), self._step_s) as first, first.again(max(STEP_S, self._told.left_s)) as session:
+        with self._session(), self._session(max(STEP_S, self._told.left_s)) as session:
             answer = session.call(command, **arguments)
         return answer if isinstance(answer, dict) else {}
 
     def look(self, certain: bool = False) -> Seen:
         """Refused, Unreachable. `certain`: Failed if the register cannot be read; else it is as if there were none."""
-        with Session(self.control(), self._step_s) as session:
+        with self._session() as session:
             role, status = session.call("query-role"), session.call("query-replication")
             seen = _seen(role, status)
             if not seen.owner:
@@ -98,6 +107,7 @@ class Asking:
                 register_here=here,
                 register_serial=register.serial,
                 register_disputed=register.disputed,
+                register_alone=register.alone,
             )
             if here:
                 return seen  # what it had entered, and has lost with its power, nobody else went on from
@@ -137,26 +147,23 @@ class Asking:
         if step_s <= 0:
             return None
         try:
-            with Session(self.control(), step_s) as session:
+            with self._session(step_s) as session:
                 return _seen(session.call("query-role"), session.call("query-replication"))
         except (Failed, Refused, Unusable):
             return None
 
     def quit(self) -> bool:
         """Have a node end that somebody has started by hand. Whether none listens any more, before the deadline."""
-        try:
-            control = self.control()
-        except Failed:
-            return True  # there is no such node on this host
         asked = False
         while True:
             try:
-                with Session(control, self._step_s) as session:
+                # A stop that has used its time up still learns that nobody listens.
+                with Session(self.control(), self._step_s) as session:
                     if not asked:
                         session.call("quit")
                         asked = True
-            except NotRunning:
-                return True
+            except (NotRunning, Failed):
+                return True  # or there is no such node on this host
             except Unusable as error:
                 note(str(error))
             if self._told.left_s <= STEP_S:

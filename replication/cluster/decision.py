@@ -74,6 +74,8 @@ class Seen:
     """Of the promotion that the register has."""
     register_disputed: str | None = None
     """The cluster node that has gone on as well, and whose promotion was not before that one."""
+    register_alone: bool = False
+    """That one was promoted without the other node, and has not been in sync with it since."""
     serial: int = 0
     """Of this node's own last promotion; known only where it counts: if both have gone on."""
 
@@ -108,6 +110,11 @@ class Seen:
         )
 
     @property
+    def left_out(self) -> bool:
+        """Whether a copy has just what the register's owner had when that was promoted without it."""
+        return not self.owner and self.register_alone and not self.register_here and self.relation == "same"
+
+    @property
     def split(self) -> str | None:
         """Why a person has to say whose writes are to be thrown away."""
         return self.stale if self.relation in ("diverged", "unrelated") else None
@@ -137,6 +144,8 @@ def _unfit(seen: Seen, max_age_s: float | None) -> str | None:
         return f"{seen.register_host} was promoted since, and may have gone on from what is here"
     if seen.owner:
         return seen.reason if seen.may_run is False and seen.code not in _GUEST_WAITS else None
+    if seen.left_out:
+        return f"{seen.register_host} was promoted without this node, and may have gone on from what is here"
     if seen.score <= 0:
         return "it does not run, or has no valid checkpoint"
     if seen.score == _NEW:
@@ -171,6 +180,11 @@ def disputes(seen: Seen) -> bool:
         and not seen.register_here
         and 0 < seen.register_serial <= seen.serial
     )
+
+
+def goes_alone(seen: Seen) -> bool:
+    """Whether a node that is promoted has what another one may have as well, which is not there to get the rest."""
+    return seen.lineage.get("shared") is True and not seen.in_sync
 
 
 def outranks(seen: Seen) -> bool:
@@ -229,6 +243,11 @@ def goes_on(seen: Seen, gone: bool) -> bool:
     """Whether a guest that stands still until somebody knows of the other node may go on: that one is `gone`, or was
     fenced, and nothing is known of its having gone on."""
     return seen.owner and seen.code == _SUSPENDED and seen.stale is None and seen.outdated is None and gone
+
+
+def goes_on_later(seen: Seen, gone: bool) -> bool:
+    """Whether a guest that runs is to run on when the loss of the link to a node that is `gone` is noticed."""
+    return seen.owner and seen.code is None and seen.stale is None and seen.outdated is None and gone
 
 
 def hands_over(seen: Seen, here: str, to_promote: frozenset[str], told: bool) -> bool:

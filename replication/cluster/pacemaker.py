@@ -37,6 +37,9 @@ class Register:
     """Of its promotion; 0: it was none that had one."""
     disputed: str | None = None
     """The host that has gone on as well, and was not promoted before this one: a person decides."""
+    alone: bool = False
+    """It was promoted without the other one, which may have just this lineage, and has not been in sync with it since:
+    the lineage moves with the guest's first write, and that is here only with the next monitor."""
 
     def to_text(self) -> str:
         more: dict[str, Any] = {"serial": self.serial} if self.serial else {}
@@ -44,6 +47,8 @@ class Register:
             more["kept"] = True
         if self.disputed is not None:
             more["disputed"] = self.disputed
+        if self.alone:
+            more["alone"] = True
         return json.dumps({"host": self.host, "lineage": self.lineage, **more}, separators=(",", ":"))
 
     @classmethod
@@ -53,7 +58,8 @@ class Register:
         serial, disputed = found.get("serial", 0), found.get("disputed")
         if not is_serial(serial) or not (disputed is None or isinstance(disputed, str)):
             raise ValueError("serial or disputed cannot be read")
-        return cls(str(found["host"]), dict(found["lineage"]), found.get("kept") is True, serial, disputed)
+        kept, alone = found.get("kept") is True, found.get("alone") is True
+        return cls(str(found["host"]), dict(found["lineage"]), kept, serial, disputed, alone)
 
 
 class Pacemaker:

@@ -47,26 +47,31 @@ class Telling:
         register, known = self._asking.register, self._asking.serials.read()
         serial = max(known.next, 1 + (register.serial if register is not None else 0))
         try:
-            self._pacemaker.enter(Register(self._told.here, seen.lineage, serial=serial))
+            self._pacemaker.enter(
+                Register(self._told.here, seen.lineage, serial=serial, alone=decision.goes_alone(seen))
+            )
         except ClusterError as error:
             raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
         # In this order: a node with a number that the register does not have would dispute what comes after.
         self._asking.serials.promoted(serial)
 
-    def follow(self, seen: Seen, promoted: bool) -> None:
-        """The register follows the lineage of the owner. `promoted`: it runs, and so can die."""
+    def follow(self, seen: Seen, promoted: bool) -> bool:
+        """The register follows the lineage of the owner; whether it does. `promoted`: it runs, and so can die."""
         if self._asking.unread:
-            return  # somebody may have been promoted since
+            return False  # somebody may have been promoted since
         register = self._asking.register
         mine = seen.lineage.get("current")
-        entered = register is not None and (register.host, register.lineage.get("current")) == (self._told.here, mine)
-        if entered and not (register is not None and register.kept and promoted):
-            return
-        if register is not None and register.host == self._told.here:
-            entry = replace(register, lineage=seen.lineage, kept=False)
-        else:
-            entry = Register(self._told.here, seen.lineage, serial=self._asking.serials.read().promoted)
-        self._enter(entry)
+        if register is None or register.host != self._told.here:
+            serial = self._asking.serials.read().promoted
+            return self._enter(Register(self._told.here, seen.lineage, serial=serial))
+        moved = register.lineage.get("current") != mine
+        entry = replace(
+            register,
+            lineage=seen.lineage if moved else register.lineage,
+            kept=register.kept and not (promoted or moved),
+            alone=register.alone and not (moved or seen.in_sync),
+        )
+        return entry == register or self._enter(entry)
 
     def settle(self, seen: Seen) -> Seen:
         """Raise a dispute with the owner that the register names, or end one; what is so then. The node is not
@@ -92,11 +97,13 @@ class Telling:
         if register is not None and register.serial:
             self._asking.serials.saw(register.serial)
 
-    def _enter(self, register: Register) -> None:
+    def _enter(self, register: Register) -> bool:
         try:
             self._pacemaker.enter(register)
         except ClusterError as error:
             note(str(error))
+            return False
+        return True
 
     def keep(self, seen: Seen) -> None:
         """The register says that this host, which was promoted last, has its disks still. Without that the next
@@ -104,6 +111,7 @@ class Telling:
         try:
             register = self._pacemaker.register()
             if register is not None and register.host == self._told.here:
-                self._pacemaker.enter(replace(register, lineage=seen.lineage, kept=True))
+                alone = register.alone and not seen.in_sync
+                self._pacemaker.enter(replace(register, lineage=seen.lineage, kept=True, alone=alone))
         except ClusterError as error:
             note(f"that the disks are kept here is not in the cluster's configuration: {error}")

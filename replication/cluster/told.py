@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from replication.replctl import nodes
@@ -20,6 +20,10 @@ _TIMEOUT_MS = 20_000
 """Where the cluster says nothing: what a monitor usually has."""
 
 _SERVICES = ("auto", "systemd", "process")
+_TRUE = ("true", "yes", "1", "on", "y")
+_AT_MOST_ONE = (("promoted_max", "master_max"), ("promoted_node_max", "master_node_max"), ("clone_node_max",))
+CLONE = ("notify", *(names[0].replace("_", "-") for names in _AT_MOST_ONE))
+"""The clone's options that may be wrong."""
 _SPARE = 0.15
 """Of the time that the cluster gives: what an action keeps for its own end."""
 
@@ -55,7 +59,8 @@ class Told:
     to_promote: frozenset[str]
     """Where it is about to be."""
     wrong: Mapping[str, str] = field(default_factory=dict)
-    """Of each parameter that cannot be used: why. A monitor or a stop that failed by it would end in fencing."""
+    """Of each parameter, or option of the clone, that cannot be used: why. A monitor or a stop that failed by it would
+    end in fencing."""
 
     @property
     def left_s(self) -> float:
@@ -87,6 +92,7 @@ def read(environment: Mapping[str, str]) -> Told:
         wrong["node"] = f"node={node} is not the NAME of a node" if node else "the parameter node is missing: the NAME"
     if service not in _SERVICES:
         wrong["service"] = f"service={service} should be one of {', '.join(_SERVICES)}"
+    wrong.update(_of_clone(meta))
     if (max_age_s := _seconds(age)) is None:
         wrong["max_age"] = f"max_age={age} is not a number of seconds"
     return Told(
@@ -106,6 +112,19 @@ def read(environment: Mapping[str, str]) -> Told:
         to_promote=hosts("promote"),
         wrong=wrong,
     )
+
+
+def _of_clone(meta: Callable[[str], str]) -> dict[str, str]:
+    """What of the clone's options, as far as they are told, is not for this agent."""
+    wrong = {}
+    if (notify := meta("notify")) and notify.lower() not in _TRUE:
+        wrong["notify"] = f"notify={notify}: the clone needs notify=true, else nobody is known to be gone"
+    for name, *older in _AT_MOST_ONE:
+        value = next(filter(None, map(meta, (name, *older))), "")
+        if value not in ("", "1"):
+            option = name.replace("_", "-")
+            wrong[option] = f"{option}={value}: one host owns the disks, and each host has one node"
+    return wrong
 
 
 def _milliseconds(text: str) -> int:

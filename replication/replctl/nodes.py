@@ -61,10 +61,15 @@ def known(name: str) -> Path:
     return path
 
 
+def usual_control(name: str) -> str:
+    """The path of the control socket of a node whose file says nothing of it."""
+    return os.path.join(os.environ.get(RUN_VARIABLE) or RUN, name, "control.sock")
+
+
 def control_of(name: str) -> str:
     """The path of the node's control socket; Unusable if there is no such node."""
     path = known(name)
-    usual = os.path.join(os.environ.get(RUN_VARIABLE) or RUN, name, "control.sock")
+    usual = usual_control(name)
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

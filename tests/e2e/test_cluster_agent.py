@@ -355,6 +355,13 @@ def test_a_file_that_is_wrong(hosts: Hosts) -> None:
     path.write_text(text.replace('role = "auto"', 'mode = "secondary"'))
     code, said = a.act("validate-all")
     assert (code, 'role = "auto"' in said) == (Code.CONFIGURED, True)
+    code, said = a.act("start")
+    assert (code, 'role = "auto"' in said) == (Code.INSTALLED, True)
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("peer")))
+    for action, code in (("validate-all", Code.CONFIGURED), ("start", Code.INSTALLED)):
+        found, said = a.act(action)
+        assert (found, "peer is missing" in said) == (code, True)
+    assert a.act("monitor")[0] == Code.NOT_RUNNING
     path.write_text(text.replace("checkpoint-interval", "checkpoint-inteval"))
     assert a.act("validate-all")[0] == Code.CONFIGURED
     code, said = a.act("start")

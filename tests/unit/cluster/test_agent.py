@@ -5,13 +5,14 @@ tests/e2e/test_cluster_agent.py are real."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
 from replication.client.qmp import Refused
-from replication.client.session import NotRunning, Unanswered
+from replication.client.session import NotRunning, Unanswered, Unusable
 from replication.cluster import asking
 from replication.cluster.agent import Agent
 from replication.cluster.codes import Code, Failed
@@ -92,6 +93,8 @@ class Cluster(Pacemaker):
     register_text = ""
     score: str | None = None
     fails = False
+    refuses = False
+    """It says what is in the register, and takes nothing."""
 
     def _run(self, *command: str) -> str:
         if self.fails:
@@ -101,6 +104,8 @@ class Cluster(Pacemaker):
             kind.score = None if "--delete" in command else command[-1].removeprefix("--update=")
         elif "--query" in command:
             return kind.register_text
+        elif self.refuses:
+            raise ClusterError("no quorum")
         else:
             kind.register_text = command[-1]
         return ""
@@ -113,6 +118,9 @@ class Host:
         self.node = Node()
         self.folder = folder
         self.cluster: type[Cluster] = type("Cluster", (Cluster,), {})
+        self.deadline = 0.0
+        self.until: set[float] = set()
+        """When the conversations with the node end."""
 
     def registered(self, host: str, lineage: dict[str, Any], **more: Any) -> None:
         self.cluster.register_text = json.dumps({"host": host, "lineage": lineage, **more})
@@ -147,6 +155,8 @@ class Host:
             meta = not name[0].isupper()
             environment[f"OCF_RESKEY_CRM_meta_{name}" if meta else f"OCF_RESKEY_{name.lower()}"] = value
         found = read(environment)
+        self.deadline = found.deadline
+        self.until.clear()
         try:
             return Agent(found, self.cluster(found), Runner(self.node)).actions[action]()
         except Failed as error:
@@ -166,7 +176,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setenv("NBDKIT_REPLICATION_CONFIG_DIR", str(tmp_path / "etc"))
 
     class Session:
-        def __init__(self, _path: str, _timeout_s: float) -> None:
+        def __init__(self, _path: str, _timeout_s: float, until: float = math.inf) -> None:
+            found.until.add(until)
             if not found.node.runs:
                 raise NotRunning("nobody listens")
 
@@ -247,14 +258,10 @@ def test_a_hand_over_that_is_not_answered_in_time_is_no_success(host: Host) -> N
     assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
 
 
-def test_an_owner_whose_last_checkpoint_fails_stays_one(host: Host) -> None:
+def test_an_owner_hands_over_only_without_loss(host: Host) -> None:
     """The link may be lost between the look at it and the hand-over."""
-    host.node.fails["replication-checkpoint"] = Refused("the link is lost")
     assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
-    assert host.node.role["role"] == "primary"
-    host.node.fails.clear()
-    assert host.act("demote", **BOTH, notify_promote_uname="b") == Code.OK
-    assert [command for command, _ in host.node.done] == ["replication-checkpoint", "replication-set-role"]
+    assert host.node.done == [("replication-set-role", {"role": "secondary", "lossless": True})]
 
 
 @pytest.mark.parametrize("error", [Unanswered("late"), Refused("no")])
@@ -356,7 +363,7 @@ def test_an_owner_that_was_passed_over_is_not_promoted_before_it_has_met_the_oth
 def test_a_guest_that_stands_still_later_goes_on_with_a_monitor_if_the_other_node_is_gone(host: Host) -> None:
     """The word that it is gone is said once: the loss of the link may be noticed later, and the node start again."""
     held = {"role": "primary", "score": 10000, "may-run": False, "code": "suspended", "reason": "no link"}
-    free, resumed = host.node.role, ("replication-resume-io", {})
+    free, resumed = host.node.role, ("replication-resume-io", {"fenced": True})
     event = {"notify_type": "post", "notify_operation": "stop"}
     host.registered("a", G1)
     host.act("promote", **BOTH)
@@ -365,12 +372,14 @@ def test_a_guest_that_stands_still_later_goes_on_with_a_monitor_if_the_other_nod
     assert resumed not in host.node.done, "the other one is there"
     host.node.role = free
     host.act("notify", **event, **ALONE)
+    assert host.node.done.count(resumed) == 1, "it may notice only later"
+    host.node.done.clear()
     host.node.role = held
     host.node.fails["replication-resume-io"] = Refused("no")
     assert host.act("monitor") == Code.PROMOTED
     host.node.fails.clear()
     host.cluster.fails = True
-    assert host.act("monitor") == Code.PROMOTED
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
     assert resumed not in host.node.done, "a cluster that does not answer knows nothing"
     host.cluster.fails = False
     assert host.act("monitor") == Code.PROMOTED
@@ -494,3 +503,163 @@ def test_a_copy_is_no_candidate_while_its_owners_are_in_dispute(host: Host) -> N
     assert host.act("monitor") == Code.DEGRADED
     assert host.act("promote", **ALONE) == Code.GENERIC
     assert host.register["disputed"] == "c"
+
+
+@pytest.mark.parametrize(
+    "option", [{"notify": "false"}, {"promoted_max": "2"}, {"master_max": "2"}, {"clone_node_max": "2"}]
+)
+def test_a_clone_that_could_have_two_owners_is_not_started(host: Host, option: dict[str, str]) -> None:
+    assert host.act("validate-all", **option) == Code.CONFIGURED
+    assert host.act("start", **option) == Code.CONFIGURED
+    assert host.act("monitor", **option) == Code.DEGRADED
+    host.marked()
+    assert host.act("monitor", **option) == Code.PROMOTED, "no guest is stopped for it"
+    assert host.act("demote", **option, **BOTH) == Code.OK
+    assert host.act("stop", **option) == Code.OK
+
+
+def test_what_cannot_be_entered_shows_in_the_status(host: Host) -> None:
+    host.marked()
+    host.registered("a", G1)
+    host.cluster.refuses = True
+    assert host.act("monitor") == Code.PROMOTED, "there is nothing to enter"
+    host.node.status["lineage"] = G2
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    host.cluster.refuses = False
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.register["lineage"] == G2
+
+
+def test_a_start_that_is_repeated_leaves_the_guest_where_it_runs(host: Host) -> None:
+    mark = host.marked()
+    host.node.relation = "older"
+    host.registered("a", G1)
+    assert host.act("start") == Code.OK
+    assert mark.exists()
+    assert host.node.done == []
+    host.node.runs = False
+    assert host.act("start") == Code.OK
+    assert not mark.exists(), "its process had ended"
+
+
+def test_a_node_whose_file_has_gone_is_there_as_long_as_it_runs(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_name: str) -> str:
+        raise Unusable("there is no such node")
+
+    socket = host.folder / "control.sock"
+    monkeypatch.setattr(asking.nodes, "control_of", gone)
+    monkeypatch.setattr(asking.nodes, "usual_control", lambda _name: str(socket))
+    assert host.act("monitor") == Code.GENERIC, "its process is there, and cannot be asked"
+    mark = host.marked()
+    assert host.act("monitor") == Code.FAILED_PROMOTED
+    socket.touch()
+    assert host.act("monitor") == Code.PROMOTED
+    mark.unlink()
+    assert host.act("monitor") == Code.OK
+    assert host.act("stop") == Code.OK
+    assert not host.node.runs
+    socket.unlink()
+    assert host.act("monitor") == Code.INSTALLED
+    assert host.act("stop") == Code.OK
+
+
+@pytest.mark.parametrize("action", ["monitor", "promote", "demote", "notify", "start"])
+def test_no_conversation_outlasts_its_action(host: Host, action: str) -> None:
+    host.act(action, **BOTH, notify_type="post", notify_operation="start")
+    assert host.until == {host.deadline}
+
+
+def test_an_owner_that_is_not_promoted_hands_over_before_another_one_is(host: Host) -> None:
+    """The pair is in sync only since the demotion, or the cluster prefers the other host."""
+    event = {"notify_type": "pre", "notify_operation": "promote", **BOTH}
+    mark = host.marked()
+    host.act("notify", **event, notify_promote_uname="b")
+    mark.unlink()
+    host.act("notify", **event, notify_promote_uname="a")
+    host.node.status["link"] = {"state": "lost"}
+    host.act("notify", **event, notify_promote_uname="b")
+    host.node.status["link"] = {"state": "in-sync"}
+    host.node.fails["replication-set-role"] = Refused("no")
+    assert host.act("notify", **event, notify_promote_uname="b") == Code.OK
+    host.node.fails["replication-set-role"] = Unanswered("late")
+    assert host.act("notify", **event, notify_promote_uname="b") == Code.OK
+    assert host.node.done == []
+    host.node.fails.clear()
+    assert host.act("notify", **event, notify_promote_uname="b") == Code.OK
+    assert host.node.done == [("replication-set-role", {"role": "secondary", "lossless": True})]
+    assert host.act("notify", **event, notify_promote_uname="b") == Code.OK
+    assert len(host.node.done) == 1, "it is a copy"
+
+
+@pytest.mark.parametrize("action", ["notify", "promote"])
+def test_the_node_learns_that_the_other_one_is_gone_before_it_notices(host: Host, action: str) -> None:
+    host.registered("a", G1)
+    host.marked()
+    event = {"notify_type": "post", "notify_operation": "stop"} if action == "notify" else {}
+    said = ("replication-resume-io", {"fenced": True})
+    host.act(action, **event, **BOTH)
+    assert said not in host.node.done
+    host.node.fails["replication-resume-io"] = Refused("no")
+    assert host.act(action, **event, **ALONE) == Code.OK
+    host.node.fails.clear()
+    assert host.act(action, **event, **ALONE) == Code.OK
+    assert host.node.done.count(said) == 1
+    host.node.status["outdated-reason"] = {"reason": "b went on"}
+    host.act("notify", notify_type="post", notify_operation="stop", **ALONE)
+    assert host.node.done.count(said) == 1, "it is not known to be gone before it went on"
+
+
+SHARED = {**G1, "shared": True}
+
+
+def test_a_copy_is_left_out_until_its_owner_that_was_promoted_without_it_is_in_sync_with_it(host: Host) -> None:
+    """Else two losses of power within a monitor's interval have the one promoted that lacks the last writes."""
+    host.node.status.update(lineage=SHARED, link={"state": "connecting"})
+    host.act("promote", **BOTH)
+    assert host.register == {"host": "a", "lineage": SHARED, "alone": True}
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.register["alone"]
+    host.node.status["link"] = {"state": "in-sync"}
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.register == {"host": "a", "lineage": SHARED}
+    # The other one's view.
+    host.act("stop")
+    host.node.runs = True
+    host.node.is_copy()
+    host.node.lossless = True
+    host.registered("b", G1, alone=True)
+    host.act("monitor")
+    assert host.cluster.score == "-INFINITY"
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    host.node.relation = "newer"
+    assert host.act("promote", **ALONE) == Code.OK, "it has got the rest since"
+
+
+@pytest.mark.parametrize("action", ["demote", "stop", "notify"])
+def test_each_look_at_a_pair_that_is_in_sync_ends_that(host: Host, action: str) -> None:
+    host.marked()
+    host.registered("a", SHARED, alone=True)
+    host.node.status["lineage"] = SHARED
+    host.act(action, **BOTH, notify_promote_uname="b", notify_type="post", notify_operation="promote")
+    assert "alone" not in host.register
+
+
+def test_a_promotion_with_a_generation_of_its_own_leaves_nobody_out(host: Host) -> None:
+    for lineage, link in (({**G1, "shared": False}, "lost"), (SHARED, "in-sync")):
+        host.node.status.update(lineage=lineage, link={"state": link})
+        host.act("promote", **BOTH)
+        assert "alone" not in host.register
+    host.registered("a", SHARED, alone=True)
+    host.node.status.update(lineage=G2, link={"state": "lost"})
+    host.act("monitor")
+    assert host.register == {"host": "a", "lineage": G2}, "it has moved, which everybody sees"
+
+
+def test_a_failover_is_no_longer_one_when_a_primary_is_heard_that_is_not_known_to_be_gone(host: Host) -> None:
+    host.node.is_copy()
+    for active, condition in ((ALONE, {}), (BOTH, {"no-primary": True})):
+        host.node.done.clear()
+        host.node.is_copy()
+        host.registered("b" if active is ALONE else "a", G1)
+        assert host.act("promote", **active) == Code.OK
+        assert host.node.done[0] == ("replication-stop", {"failover": True, "max-age": 60.0, **condition})

@@ -147,6 +147,13 @@ def test_whose_guest_goes_on(changes: dict[str, str], gone: bool, expected: bool
     assert decision.goes_on(replace(held, **changes), gone) is expected  # type: ignore[arg-type]
 
 
+def test_whose_guest_is_not_to_stop_later() -> None:
+    assert decision.goes_on_later(SOUND, gone=True)
+    assert not decision.goes_on_later(SOUND, gone=False)
+    for changes in ({"code": "outdated"}, {"outdated": "b went on"}, {"relation": "older"}, {"role": "secondary"}):
+        assert not decision.goes_on_later(replace(SOUND, **changes), gone=True)  # type: ignore[arg-type]
+
+
 def test_who_is_alone() -> None:
     assert decision.others_are_gone("a", frozenset({"a"}))
     assert not decision.others_are_gone("a", frozenset({"a", "b"}))
@@ -274,3 +281,14 @@ def test_what_a_person_decides_in_a_dispute() -> None:
     assert not decision.concedes(replace(named, register_here=False), "a")
     assert decision.must_go(replace(SOUND, register_here=True, register_disputed="b")) is None
     assert decision.keeps(replace(SOUND, register_here=True, register_disputed="b"))
+
+
+@pytest.mark.parametrize("relation", ["same", "newer", None])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("here", [False, True])
+def test_who_is_left_out(relation: str | None, alone: bool, here: bool) -> None:
+    copy = replace(
+        COPY, relation=relation, register_host="a" if here else "b", register_here=here, register_alone=alone
+    )
+    assert (decision.score(copy, LIMIT_S) is None) is (relation == "same" and alone and not here)
+    assert decision.score(replace(SOUND, relation=relation, register_alone=alone), LIMIT_S) == decision.OWNER

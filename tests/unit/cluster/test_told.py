@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from replication.cluster.told import read
+from replication.cluster.told import CLONE, read
 
 META = "OCF_RESKEY_CRM_meta_"
 
@@ -79,3 +79,21 @@ def test_a_parameter_that_cannot_be_used_is_noted(name: str, value: str, left: s
 
 def test_seconds_may_have_their_unit() -> None:
     assert read({"OCF_RESKEY_max_age": "90s"}).max_age_s == 90
+
+
+@pytest.mark.parametrize(
+    ("meta", "wrong"),
+    [
+        ({}, set()),
+        ({"notify": "true", "promoted_max": "1", "promoted_node_max": "1", "clone_node_max": "1"}, set()),
+        ({"notify": "Yes", "master_max": "1", "master_node_max": "1"}, set()),
+        ({"notify": "false"}, {"notify"}),
+        ({"promoted_max": "2", "master_max": "2"}, {"promoted-max"}),
+        ({"master_node_max": "2"}, {"promoted-node-max"}),
+        ({"clone_node_max": "0"}, {"clone-node-max"}),
+    ],
+)
+def test_options_of_the_clone_by_which_two_could_own_the_disks(meta: dict[str, str], wrong: set[str]) -> None:
+    told = read({"OCF_RESKEY_node": "vm1", **{META + name: value for name, value in meta.items()}})
+    assert set(told.wrong) == wrong
+    assert wrong <= set(CLONE)
