@@ -77,7 +77,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         pacemaker.py            the score and the register, by the cluster's tools
         process.py              starts and ends the node
         mark.py                 that the node is promoted
-        serials.py              the numbers of promotions, in the state folder
+        serials.py              which promotions this host knows of
         codes.py                how an action ends
         told.py                 what the cluster says to the agent
         metadata.py             what the agent says of itself

@@ -17,7 +17,7 @@ last, and the lineage of its disks.
 What always holds:
 
 * A node is promoted only if nothing of what the register's owner had is known to be missing on it.
-* The register judges only what it can know of: by the numbers of promotions (`serials.py`) a node tells an entry that
+* The register judges only what it knew of: by the ids of promotions (`serials.py`) a node tells an entry that
   was there before its own promotion, and has come back.
 * Every action ends before the time that the cluster gives it; what a node or a tool does not answer in time is an
   error.

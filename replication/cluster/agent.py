@@ -39,6 +39,10 @@ _SETTLE_S = 8.0
 """Longest wait of a start for a node that does not know yet whether another one went on."""
 _IN_SYNC_S = 30.0
 """Longest wait of a hand-over for a pair that is about to be in sync: the guest stands still meanwhile."""
+_SPARE_S = 5.0
+"""Of a start: what is left when it gives up saying to the cluster what somebody has to decide."""
+
+
 _PASSING = ("busy", "storage", "has-primary", "not-lossless", "leased")
 """Codes of refusals that end by themselves: another change of role, a storage that hangs, a primary that was heard of a
 moment ago, one that is back: then it is looked at anew; and a lease that is not over yet."""
@@ -75,6 +79,7 @@ class Agent:
         self._process = process
         self._mark = Mark(told.folder, told.node)
         self._node = Asking(told, pacemaker, process)
+        self._node.promoted = self._mark.there
         self._cluster = Telling(told, pacemaker, self._node)
         self.actions: dict[str, Callable[[], Code]] = {
             "start": self.start,
@@ -129,6 +134,10 @@ class Agent:
             self._cluster.publish(None)
             raise Failed(Code.FAILED_PROMOTED, f"it was promoted, and must not be: {why}")
         if self._told.repeated:
+            if decision.disputes(seen) and not decision.outranks(seen):
+                seen = self._cluster.settle(seen)
+                self._cluster.publish(decision.OWNER)
+                return ended(Code.DEGRADED_PROMOTED, str(seen.dispute))
             if decision.outranks(seen):
                 note(f"the cluster's register names {seen.register_host}, which was promoted before this node")
             if decision.stays_closed(seen):
@@ -191,12 +200,15 @@ class Agent:
         while True:
             seen = self._give_way(seen, news=True)
             unsure = seen.owner and (seen.may_run is None or decision.gives_up(seen, news=True) is not None)
-            if not unsure or time.monotonic() > until:
+            if not (unsure or self._node.unread) or time.monotonic() > until:
                 break
             time.sleep(STEP_S)
             seen = self._node.look()
         self._cluster.seen()
         seen = self._cluster.settle(seen)
+        while decision.disputes(seen) and seen.register_disputed != self._told.here and self._told.left_s > _SPARE_S:
+            time.sleep(STEP_S)  # else another one is promoted that does not know
+            seen = self._cluster.settle(self._node.look())
         self._cluster.score(seen)
         return Code.OK
 
@@ -245,6 +257,8 @@ class Agent:
                     raise Failed(Code.GENERIC, f"promotion is refused: {error}") from error
             time.sleep(STEP_S)
         seen = self._node.look()
+        if seen.dispute is not None:  # raised since
+            raise Failed(Code.GENERIC, f"promotion is refused: {seen.dispute}")
         # Before the guest writes: whoever is behind has to know it.
         self._cluster.promoted(seen)
         gone = decision.others_are_gone(self._told.here, self._told.active)

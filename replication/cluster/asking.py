@@ -45,8 +45,10 @@ class Asking:
         self.serials = Serials(told)
         self.register: Register | None = None
         """As the last look has found it."""
+        self.promoted = False
+        """The node is, as its mark says."""
         self.unread = False
-        """The register could not be read: somebody may have been promoted since."""
+        """The last look could not read the register: somebody may have been promoted since."""
 
     def usable(self, *names: str) -> None:
         """Failed if one of these parameters is wrong."""
@@ -89,6 +91,7 @@ class Asking:
             if not seen.owner:
                 with suppress(Refused):  # it has never had a primary
                     seen = replace(seen, lossless=session.call("query-failover").get("lossless") is True)
+            self.unread = False
             try:
                 register = self._pacemaker.register()
             except ClusterError as error:
@@ -105,18 +108,31 @@ class Asking:
                 register_host=register.host,
                 register_kept=register.kept,
                 register_here=here,
-                register_serial=register.serial,
                 register_disputed=register.disputed,
                 register_alone=register.alone,
             )
             if here:
                 return seen  # what it had entered, and has lost with its power, nobody else went on from
-            with suppress(Refused):  # what is in the register is no lineage that this version reads
+            try:
                 relation = session.call("replication-compare", lineage=register.lineage).get("relation")
                 seen = replace(seen, relation=relation if isinstance(relation, str) else None)
-        if seen.owner and seen.relation == "diverged":  # at other times a storage that hangs is nothing to wait for
-            seen = replace(seen, serial=self.serials.read().promoted)
+            except Refused:  # it is no lineage that this version reads; none stands for one that is not known
+                seen = replace(seen, relation=decision.UNREADABLE if register.lineage else None)
+            if seen.owner and seen.relation == "diverged":
+                seen = self._weigh(seen, register)
         return seen
+
+    def _weigh(self, seen: Seen, register: Register) -> Seen:
+        """Whether the register can judge a node that has gone on as well. Beside one that runs promoted it does: of two
+        owners that meet one would stop the other's guest."""
+        running = register.host in self._told.promoted | self._told.to_promote or self._told.active is None
+        if running and not self.promoted and register.disputed != self._told.here:
+            return seen
+        own, theirs = self.serials.read(), register.promotion
+        if own is None:
+            return replace(seen, unknown_to_register=bool(theirs.id))
+        unknown = bool(own.id and theirs.id) and not theirs.knows(own.id)
+        return replace(seen, unknown_to_register=unknown, knew_register=own.knows(theirs.id))
 
     def look_patiently(self) -> Seen:
         """As `look`, but a node that is being started again is waited for. NotRunning only if there is no process."""
@@ -184,6 +200,7 @@ def _seen(role: dict[str, Any], status: dict[str, Any]) -> Seen:
         link=str(link.get("state")),
         checkpoint_age_s=checkpoint.get("age"),
         outdated=str(outdated.get("reason")) if outdated else None,
+        outdated_by_hand=outdated.get("code") == "demoted",
         obstacle=role.get("peer-obstacle"),
         lineage=status.get("lineage") or {},
     )

@@ -17,6 +17,8 @@ _IN_STEP_MIN = 501
 _NEW = 10
 """The node's own score of one that never had a primary."""
 
+UNREADABLE = "unreadable"
+"""A relation that cannot be told, although the register has a lineage."""
 _STALE = ("older", "diverged", "unrelated")
 """Relations to the register's owner: that one went on from something that is not here."""
 
@@ -70,14 +72,17 @@ class Seen:
     """That is this one."""
     register_kept: bool = False
     """That one was stopped in good order, with its disks."""
-    register_serial: int = 0
-    """Of the promotion that the register has."""
     register_disputed: str | None = None
     """The cluster node that has gone on as well, and whose promotion was not before that one."""
     register_alone: bool = False
     """That one was promoted without the other node, and has not been in sync with it since."""
-    serial: int = 0
-    """Of this node's own last promotion; known only where it counts: if both have gone on."""
+    unknown_to_register: bool = False
+    """This node was promoted, and the register's owner did not know of that. Found out only where it counts: both have
+    gone on, and that one does not run promoted now."""
+    knew_register: bool = False
+    """And this node's promotion knew of that one's."""
+    outdated_by_hand: bool = False
+    """It is outdated because somebody has made it a secondary."""
 
     @property
     def owner(self) -> bool:
@@ -132,6 +137,8 @@ class Seen:
 def obstacle(seen: Seen, max_age_s: float | None) -> str | None:
     """Why this node must not be promoted now, as far as it can be told without the others; None: it may. `max_age_s`: 0
     is any age, None one that is not known."""
+    if seen.relation == UNREADABLE:
+        return f"what {seen.register_host} has cannot be compared with what is here, by this version"
     return seen.dispute or _unfit(seen, max_age_s)
 
 
@@ -171,15 +178,9 @@ def score(seen: Seen, max_age_s: float | None) -> int | None:
 
 
 def disputes(seen: Seen) -> bool:
-    """Whether an owner has gone on as well as the one in the register, and was promoted as late, or later: the register
-    is that of a part of the cluster which did not know of it, and says nothing against what is here."""
-    return (
-        seen.owner
-        and seen.outdated is None
-        and seen.relation == "diverged"
-        and not seen.register_here
-        and 0 < seen.register_serial <= seen.serial
-    )
+    """Whether an owner has gone on as well as the one in the register, which did not know of its promotion: that is the
+    register of another part of the cluster, and says nothing against what is here."""
+    return seen.owner and seen.relation == "diverged" and not seen.register_here and seen.unknown_to_register
 
 
 def goes_alone(seen: Seen) -> bool:
@@ -189,23 +190,29 @@ def goes_alone(seen: Seen) -> bool:
 
 def outranks(seen: Seen) -> bool:
     """Whether that was promoted before this one, for certain."""
-    return disputes(seen) and seen.serial > seen.register_serial
+    return disputes(seen) and seen.outdated is None and seen.knew_register
 
 
 def must_go(seen: Seen) -> str | None:
     """Why a node that is promoted must not be; None: it stays. What a person has to decide stops nobody's guest."""
-    return None if outranks(seen) else _unfit(seen, 0)
+    return None if disputes(seen) and seen.outdated is None else _unfit(seen, 0)
 
 
 def ends_dispute(seen: Seen, here: str) -> bool:
     """Whether the dispute that this host has raised is over: a person has demoted it, or the register has another
     entry."""
-    return seen.register_disputed == here and (not seen.owner or seen.relation not in (None, "diverged"))
+    return seen.register_disputed == here and (_given_up(seen) or seen.relation not in (None, "diverged"))
 
 
 def concedes(seen: Seen, here: str) -> bool:
     """Whether a person has demoted the host in the register, so that the one that has disputed it counts."""
-    return seen.register_here and seen.register_disputed not in (None, here) and not seen.owner
+    return seen.register_here and seen.register_disputed not in (None, here) and _given_up(seen)
+
+
+def _given_up(seen: Seen) -> bool:
+    """Whether a person has made it a secondary, or it has got the content of another owner since; not what the two have
+    told each other."""
+    return not seen.owner and (seen.outdated_by_hand or seen.outdated is None)
 
 
 def gives_up(seen: Seen, news: bool) -> str | None:
@@ -216,10 +223,10 @@ def gives_up(seen: Seen, news: bool) -> str | None:
     """
     if not seen.owner:
         return None
+    if seen.dispute is not None:
+        return None  # whatever the two have told each other, a person decides
     if seen.outdated is not None:
         return seen.outdated
-    if disputes(seen):
-        return None
     return seen.stale if news and seen.relation in ("older", "diverged") else None
 
 

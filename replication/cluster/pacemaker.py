@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .serials import is_serial
+from .serials import Known, read_known, to_json
 from .told import Told
 
 _SET = "nbdkit-replication"
@@ -33,8 +33,8 @@ class Register:
     lineage: dict[str, Any]
     kept: bool = False
     """It was stopped in good order and has not handed over: its host is not gone, it only does not run there."""
-    serial: int = 0
-    """Of its promotion; 0: it was none that had one."""
+    promotion: Known = field(default_factory=Known)
+    """Which one that was, and those that it knew of."""
     disputed: str | None = None
     """The host that has gone on as well, and was not promoted before this one: a person decides."""
     alone: bool = False
@@ -42,7 +42,7 @@ class Register:
     the lineage moves with the guest's first write, and that is here only with the next monitor."""
 
     def to_text(self) -> str:
-        more: dict[str, Any] = {"serial": self.serial} if self.serial else {}
+        more: dict[str, Any] = to_json(self.promotion)
         if self.kept:
             more["kept"] = True
         if self.disputed is not None:
@@ -55,11 +55,11 @@ class Register:
     def from_text(cls, text: str) -> Register:
         """ValueError, KeyError or TypeError for what `to_text` has not written."""
         found = json.loads(text)
-        serial, disputed = found.get("serial", 0), found.get("disputed")
-        if not is_serial(serial) or not (disputed is None or isinstance(disputed, str)):
-            raise ValueError("serial or disputed cannot be read")
+        disputed = found.get("disputed")
+        if not (disputed is None or isinstance(disputed, str)):
+            raise ValueError("disputed cannot be read")
         kept, alone = found.get("kept") is True, found.get("alone") is True
-        return cls(str(found["host"]), dict(found["lineage"]), kept, serial, disputed, alone)
+        return cls(str(found["host"]), dict(found["lineage"]), kept, read_known(found), disputed, alone)
 
 
 class Pacemaker:

@@ -11,6 +11,7 @@ from .asking import Asking
 from .codes import Code, Failed, note
 from .decision import Seen
 from .pacemaker import ClusterError, Pacemaker, Register
+from .serials import Known
 from .told import Told
 
 
@@ -44,16 +45,16 @@ class Telling:
         """This host is the owner from now on. Failed."""
         if not self._told.clustered:
             return
-        register, known = self._asking.register, self._asking.serials.read()
-        serial = max(known.next, 1 + (register.serial if register is not None else 0))
+        register = self._asking.register
+        known = self._asking.serials.read() or Known()
+        promotion = known.next(Known() if register is None else register.promotion)
+        alone = decision.goes_alone(seen)
         try:
-            self._pacemaker.enter(
-                Register(self._told.here, seen.lineage, serial=serial, alone=decision.goes_alone(seen))
-            )
+            self._pacemaker.enter(Register(self._told.here, seen.lineage, promotion=promotion, alone=alone))
         except ClusterError as error:
             raise Failed(Code.GENERIC, f"the cluster does not take down who owns the disks: {error}") from error
-        # In this order: a node with a number that the register does not have would dispute what comes after.
-        self._asking.serials.promoted(serial)
+        # In this order: a node with a promotion that the register does not have would dispute what comes after.
+        self._asking.serials.write(promotion)
 
     def follow(self, seen: Seen, promoted: bool) -> bool:
         """The register follows the lineage of the owner; whether it does. `promoted`: it runs, and so can die."""
@@ -62,8 +63,8 @@ class Telling:
         register = self._asking.register
         mine = seen.lineage.get("current")
         if register is None or register.host != self._told.here:
-            serial = self._asking.serials.read().promoted
-            return self._enter(Register(self._told.here, seen.lineage, serial=serial))
+            own = self._asking.serials.read() or Known()
+            return self._enter(Register(self._told.here, seen.lineage, promotion=replace(own, seen=0)))
         moved = register.lineage.get("current") != mine
         entry = replace(
             register,
@@ -74,28 +75,27 @@ class Telling:
         return entry == register or self._enter(entry)
 
     def settle(self, seen: Seen) -> Seen:
-        """Raise a dispute with the owner that the register names, or end one; what is so then. The node is not
-        promoted."""
+        """Raise a dispute with the owner that the register names, or end one; what is so then."""
         register, here = self._asking.register, self._told.here
         if register is None or self._asking.unread:
             return seen
         if decision.disputes(seen):
-            if register.disputed != here:
-                self._enter(replace(register, disputed=here))
+            if register.disputed != here and self._enter(replace(register, disputed=here)):
+                return replace(seen, register_disputed=here)
         elif decision.ends_dispute(seen, here):
             self._enter(replace(register, disputed=None))
             return replace(seen, register_disputed=None)
         elif decision.concedes(seen, here):
             # What that one has stands here with its promotion.
-            self._enter(Register(str(register.disputed), {}, serial=register.serial))
+            self._enter(Register(str(register.disputed), {}, promotion=register.promotion))
             return replace(seen, register_host=register.disputed, register_here=False, register_disputed=None)
         return seen
 
     def seen(self) -> None:
-        """The state folder keeps the number that the register has."""
+        """This host keeps the number that the register has."""
         register = self._asking.register
-        if register is not None and register.serial:
-            self._asking.serials.saw(register.serial)
+        if register is not None and register.promotion.serial:
+            self._asking.serials.saw(register.promotion.serial)
 
     def _enter(self, register: Register) -> bool:
         try:

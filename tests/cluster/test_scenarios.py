@@ -181,6 +181,31 @@ def test_a_stale_owner_that_reaches_nobody_is_never_promoted(site: Make) -> None
     good(it)
 
 
+def test_a_configuration_that_does_not_know_the_last_promotion(site: Make) -> None:
+    """A person lets the older owner start alone, and its configuration is the newer one when the other one joins:
+    its guest goes on, and the other one's promotion is not taken for one that was before."""
+    it = begun(site)
+    old, new = it.whole()
+    it.switch.stays_off.update((old.name, new.name))
+    old.power_off()
+    it.wait_promoted(new)
+    new.power_off()
+    old.power_on()
+    it.wait(lambda: old.run("crm_mon", "-1").returncode == 0, "the cluster's part is there")
+    old.told("corosync-cmapctl", "-s", "quorum.cancel_wait_for_all", "u8", "1")
+    it.wait_promoted(old)
+    began = len(it.journal.begins())
+    it.cut(PAIR_NETWORK)  # else the two nodes themselves tell each other first
+    new.power_on()
+    it.wait(lambda: it.runs(new), "the other one's node runs")
+    it.wait(lambda: "split brain" in new.run("crm_mon", "-1").stdout, "a person has to look at it")
+    it.idle(8)
+    assert it.promoted() is old
+    assert it.journal.writes(old.name)
+    assert len(it.journal.begins()) == began
+    assert it.score(new) is None
+
+
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 

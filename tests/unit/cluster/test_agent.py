@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from replication.cluster import asking
 from replication.cluster.agent import Agent
 from replication.cluster.codes import Code, Failed
 from replication.cluster.pacemaker import ClusterError, Pacemaker
+from replication.cluster.serials import Known, read_known
 from replication.cluster.told import read
 
 G1 = {"current": "g1", "ancestors": []}
@@ -127,20 +129,29 @@ class Host:
 
     @property
     def register(self) -> dict[str, Any]:
-        """Without the serial number."""
+        """Without what tells promotions apart."""
         found: dict[str, Any] = json.loads(self.cluster.register_text)
-        return {name: value for name, value in found.items() if name != "serial"}
+        return {name: value for name, value in found.items() if name not in ("serial", "id", "past")}
 
     @property
-    def serial(self) -> int | None:
+    def promotion(self) -> Known:
         """Of the register."""
-        found: dict[str, Any] = json.loads(self.cluster.register_text)
-        return found.get("serial")
+        return read_known(json.loads(self.cluster.register_text))
 
-    def knows(self, promoted: int, seen: int = 0) -> None:
-        """As the state folder has it."""
-        path = self.folder / "state/vm1/cluster.json"
-        path.write_text(json.dumps({"disk": {"promoted": promoted, "seen": seen}}))
+    @property
+    def serial(self) -> int:
+        """Its number."""
+        return self.promotion.serial
+
+    @property
+    def kept(self) -> Path:
+        """The host's own file."""
+        return self.folder / "state-cluster/vm1.json"
+
+    def knows(self, **promotion: Any) -> None:
+        """What is in it."""
+        self.kept.parent.mkdir(exist_ok=True)
+        self.kept.write_text(json.dumps({"disk": promotion}))
 
     def act(self, action: str, **told: str) -> int:
         environment = {
@@ -171,7 +182,6 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     found = Host(tmp_path)
-    (tmp_path / "state/vm1").mkdir(parents=True)
     monkeypatch.setenv("NBDKIT_REPLICATION_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("NBDKIT_REPLICATION_CONFIG_DIR", str(tmp_path / "etc"))
 
@@ -420,76 +430,179 @@ def test_the_number_stays_while_the_lineage_moves(host: Host) -> None:
     assert (host.register["kept"], host.serial) == (True, 1)
 
 
-def test_what_a_killed_write_of_the_number_has_left_is_no_harm(host: Host) -> None:
-    for text in ("", "{}", "[1]", '{"disk": {"promoted": -1}}', '{"disk": 3}', '{"other": {"promoted": 7}}'):
-        (host.folder / "state/vm1/cluster.json").write_text(text)
+def test_a_file_that_cannot_be_used_keeps_nobody_from_being_promoted(host: Host) -> None:
+    """As with a file system that is full: the guest goes on."""
+    for text in ("", "{}", "[1]", '{"disk": {"serial": -1}}', '{"disk": 3}', '{"disk": {"id": "x"}}', "[" * 9999):
+        host.knows()
+        host.kept.write_text(text)
         assert host.act("promote", **BOTH) == Code.OK
         host.cluster.register_text = ""
+    host.knows(serial=1 << 62)
     assert host.act("promote", **BOTH) == Code.OK
-    assert host.serial == 2
+    assert host.serial == 1 << 62
+    host.kept.unlink()
+    host.kept.parent.rmdir()
+    host.kept.parent.touch()
+    assert host.act("promote", **BOTH) == Code.OK
+    assert (host.folder / "nbdkit-replication-vm1.promoted").exists()
 
 
-def test_a_promotion_whose_number_cannot_be_kept_fails(host: Host) -> None:
-    (host.folder / "state/vm1").rmdir()
-    assert host.act("promote", **BOTH) == Code.GENERIC
-    assert not (host.folder / "nbdkit-replication-vm1.promoted").exists()
+def test_the_file_is_never_followed_elsewhere(host: Host) -> None:
+    host.knows()
+    host.kept.unlink()
+    victim = host.folder / "victim"
+    victim.write_text("mine")
+    for link in (host.kept, host.kept.with_suffix(".new")):
+        link.symlink_to(victim)
+    assert host.act("promote", **BOTH) == Code.OK
+    assert victim.read_text() == "mine"
+    assert not host.kept.is_symlink()
+    host.kept.unlink()
+    os.mkfifo(host.kept)
+    assert host.act("promote", **BOTH) == Code.OK
+
+
+A4, A5, B4, B5 = ("a" * 15 + "4", "a" * 15 + "5", "b" * 15 + "4", "b" * 15 + "5")
+STARTS = {"notify_active_uname": "b", "notify_start_uname": "a", "notify_promoted_uname": " "}
+
+
+def diverged(host: Host, own: dict[str, Any], register: dict[str, Any]) -> None:
+    host.node.role = {"role": "primary", "score": 10000, "may-run": True, "reason": ""}
+    host.node.status["lineage"], host.node.relation = G2, "diverged"
+    host.node.done.clear()
+    host.knows(**own)
+    host.registered("b", G1, **register)
 
 
 def test_a_promoted_node_enters_itself_over_a_promotion_that_was_before_its_own(host: Host) -> None:
     """Two parts of the cluster have met, and the configuration of the one that knew less has survived."""
     host.marked()
-    host.node.status["lineage"], host.node.relation = G2, "diverged"
-    host.knows(promoted=3)
-    host.registered("b", G1, serial=2)
+    own = {"serial": 2, "id": A5, "past": [B4]}
+    diverged(host, own, {"serial": 9, "id": B4})
     assert host.act("monitor") == Code.PROMOTED
-    assert (host.register, host.serial) == ({"host": "a", "lineage": G2}, 3)
-    host.registered("b", G1, serial=3)
+    assert (host.register, host.promotion) == ({"host": "a", "lineage": G2}, Known(2, A5, (B4,)))
+    # Neither knew of the other: a person decides, and no guest is stopped for that.
+    diverged(host, own, {"serial": 9, "id": B5, "past": [B4]})
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    assert (host.register, host.promotion.id) == ({"host": "b", "lineage": G1, "disputed": "a"}, B5)
+    # The other one has taken over from here.
+    diverged(host, own, {"serial": 1, "id": B5, "past": [A5]})
     assert host.act("monitor") == Code.FAILED_PROMOTED
-    assert host.register["host"] == "b"
 
 
-@pytest.mark.parametrize("serial", [2, 3])
-def test_an_owner_that_was_promoted_as_late_does_not_give_way_and_nobody_is_promoted(host: Host, serial: int) -> None:
-    host.node.status["lineage"], host.node.relation = G2, "diverged"
-    host.knows(promoted=3)
-    host.registered("b", G1, serial=serial)
-    assert host.act("start") == Code.OK
+@pytest.mark.parametrize(
+    ("own", "register"),
+    [
+        ({"serial": 5, "id": A5, "past": [B4]}, {"serial": 4, "id": B4}),
+        ({"serial": 5, "id": A5, "past": [B4]}, {"serial": 5, "id": B5, "past": [B4]}),
+        ({"serial": 5, "id": A5, "past": [B4]}, {"serial": 7, "id": B5, "past": [B4]}),
+        (None, {"serial": 7, "id": B5, "past": [B4]}),
+    ],
+    ids=["the register's is before", "neither knew", "neither knew, and it counts more", "it cannot be read"],
+)
+def test_an_owner_that_the_register_does_not_know_of_does_not_give_way_and_nobody_is_promoted(
+    host: Host, own: dict[str, Any] | None, register: dict[str, Any]
+) -> None:
+    diverged(host, own or {}, register)
+    if own is None:
+        host.kept.write_text("{")
+    assert host.act("start", **STARTS) == Code.OK
     assert host.act("notify", notify_type="post", notify_operation="promote", **BOTH) == Code.OK
     assert (host.node.role["role"], host.node.done, host.cluster.score) == ("primary", [], "-INFINITY")
-    assert (host.register, host.serial) == ({"host": "b", "lineage": G1, "disputed": "a"}, serial)
+    assert host.register == {"host": "b", "lineage": G1, "disputed": "a"}
     assert host.act("monitor") == Code.DEGRADED
     assert host.act("promote", **ALONE) == Code.GENERIC
+    # What the two tell each other decides nothing.
+    host.node.status["outdated-reason"] = {"reason": "b went on", "code": "peer-promoted"}
+    assert host.act("monitor") == Code.DEGRADED
+    assert host.node.done == []
     # A person has demoted it.
     host.node.is_copy()
+    host.node.status["outdated-reason"] = {"reason": "demoted", "code": "demoted"}
     assert host.act("monitor") == Code.DEGRADED, "split brain still"
-    assert (host.register, host.serial) == ({"host": "b", "lineage": G1}, serial)
+    assert host.register == {"host": "b", "lineage": G1}
 
 
-def test_one_that_was_promoted_before_the_registers_gives_way(host: Host) -> None:
-    host.node.status["lineage"], host.node.relation = G2, "diverged"
-    host.knows(promoted=3)
-    for other in ({"serial": 4}, {}):
-        host.node.role["role"] = "primary"
-        host.registered("b", G1, **other)
-        assert host.act("start") == Code.OK
+@pytest.mark.parametrize(
+    "register", [{"serial": 6, "id": B5, "past": [A5]}, {"serial": 5, "id": A5}, {}], ids=["knew", "the same", "old"]
+)
+def test_one_from_which_the_registers_went_on_knowingly_gives_way(host: Host, register: dict[str, Any]) -> None:
+    diverged(host, {"serial": 5, "id": A5, "past": [B4]}, register)
+    assert host.act("start", **STARTS) == Code.OK
+    assert host.node.role["role"] == "secondary"
+    assert "disputed" not in host.register
+
+
+def test_beside_one_that_runs_promoted_a_node_gives_way_whatever_it_was(host: Host) -> None:
+    """Else the two owners would meet, and the guest that runs would be stopped."""
+    own, register = {"serial": 5, "id": A5, "past": [B4]}, {"serial": 5, "id": B5, "past": [B4]}
+    for lists in (
+        {"notify_promoted_uname": "b"},
+        {"notify_active_uname": "b", "notify_promote_uname": "b"},
+        {},
+    ):
+        diverged(host, own, register)
+        assert host.act("start", **lists) == Code.OK
         assert host.node.role["role"] == "secondary"
         assert "disputed" not in host.register
 
 
+@pytest.mark.parametrize("trouble", ["fails", "refuses"])
+def test_a_dispute_is_in_the_register_when_a_start_ends(
+    host: Host, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """The cluster's tools fail for a moment, when everything starts at once."""
+    diverged(host, {"serial": 5, "id": A5}, {"serial": 4, "id": B4})
+    setattr(host.cluster, trouble, True)
+    monkeypatch.setattr(asking.time, "sleep", lambda _seconds: setattr(host.cluster, trouble, False))
+    assert host.act("start", **STARTS) == Code.OK
+    assert host.register["disputed"] == "a"
+
+
+def test_a_dispute_that_is_raised_during_a_promotion_ends_it(host: Host) -> None:
+    host.registered("a", G1, serial=4, id=A4)
+    former = host.node.call
+
+    def call(command: str, **arguments: Any) -> Any:
+        if command == "replication-set-role":
+            host.registered("a", G1, serial=4, id=A4, disputed="b")
+        return former(command, **arguments)
+
+    host.node.call = call  # type: ignore[method-assign]
+    assert host.act("promote", **BOTH) == Code.GENERIC
+    assert host.register["disputed"] == "b"
+
+
+def test_what_cannot_be_compared_is_not_promoted(host: Host) -> None:
+    host.registered("b", G1)
+    host.node.fails["replication-compare"] = Refused("unknown members")
+    host.act("monitor")
+    assert host.cluster.score == "-INFINITY"
+    assert host.act("promote", **ALONE) == Code.GENERIC
+    host.marked()
+    assert host.act("monitor") == Code.PROMOTED, "no guest is stopped for it"
+    host.registered("b", {})
+    assert host.act("promote", **ALONE) == Code.OK
+
+
 def test_the_registers_host_is_no_candidate_while_it_is_disputed_and_concedes_when_it_is_demoted(host: Host) -> None:
-    host.knows(promoted=3)
-    host.registered("a", G1, serial=3, disputed="b")
+    host.registered("a", G1, serial=3, id=A4, disputed="b")
     assert host.act("monitor") == Code.DEGRADED
     assert (host.cluster.score, host.node.role["role"]) == ("-INFINITY", "primary")
     assert host.act("promote", **ALONE) == Code.GENERIC
     host.node.is_copy()
+    host.node.status["outdated-reason"] = {"reason": "b went on", "code": "peer-promoted"}
     host.act("monitor")
-    assert (host.register, host.serial) == ({"host": "b", "lineage": {}}, 3)
+    assert host.register["disputed"] == "b", "no person has said so"
+    host.node.status["outdated-reason"] = {"reason": "demoted", "code": "demoted"}
+    host.act("monitor")
+    assert (host.register, host.promotion.id) == ({"host": "b", "lineage": {}}, A4)
 
 
 def test_a_guest_that_runs_is_not_stopped_by_a_dispute(host: Host) -> None:
     host.marked()
-    host.registered("a", G1, serial=3, disputed="b")
+    host.registered("a", G1, serial=3, id=A4, disputed="b")
     assert host.act("monitor") == Code.DEGRADED_PROMOTED
     host.node.status["lineage"] = G2
     assert host.act("monitor") == Code.DEGRADED_PROMOTED

@@ -236,32 +236,32 @@ def test_where_the_disks_are_still_owned(host: str | None, active: frozenset[str
 
 
 @pytest.mark.parametrize("relation", ["same", "newer", "older", "diverged", "unrelated", "unknown", None])
-@pytest.mark.parametrize(("own", "register"), [(0, 0), (0, 2), (2, 0), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("unknown", "knew"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("here", [False, True])
 @pytest.mark.parametrize("role", ["primary", "secondary"])
 @pytest.mark.parametrize("outdated", [None, "b went on"])
 def test_every_way_in_which_two_promotions_can_meet(
-    relation: str | None, own: int, register: int, here: bool, role: str, outdated: str | None
+    relation: str | None, unknown: bool, knew: bool, here: bool, role: str, outdated: str | None
 ) -> None:
-    """The register is doubted only by an owner that has gone on as well and has a number that is as high."""
+    """The register is doubted only by an owner that has gone on as well and of whose promotion it did not know."""
     seen = replace(
         SOUND if role == "primary" else COPY,
         relation=relation,
         register_host="a" if here else "b",
         register_here=here,
-        register_serial=register,
-        serial=own,
+        unknown_to_register=unknown,
+        knew_register=knew,
         outdated=outdated,
     )
-    doubts = role == "primary" and relation == "diverged" and outdated is None and not here and own >= register > 0
+    doubts = role == "primary" and relation == "diverged" and not here and unknown
     assert decision.disputes(seen) is doubts
-    assert decision.outranks(seen) is (doubts and own > register)
+    assert decision.outranks(seen) is (doubts and knew and outdated is None)
     if doubts:
         assert decision.gives_up(seen, news=True) is None
         assert decision.score(seen, LIMIT_S) is None
         assert "both gone on" in str(decision.obstacle(seen, 0))
-        assert (decision.must_go(seen) is None) is (own > register)
-    elif role == "primary" and relation in ("older", "diverged") and outdated is None:
+        assert (decision.must_go(seen) is None) is (outdated is None)
+    elif role == "primary" and (relation in ("older", "diverged") or outdated is not None):
         assert decision.gives_up(seen, news=True) is not None
         assert decision.must_go(seen) is not None
 
@@ -269,6 +269,8 @@ def test_every_way_in_which_two_promotions_can_meet(
 def test_what_a_person_decides_in_a_dispute() -> None:
     loser = replace(COPY, register_host="b", register_disputed="a", relation="diverged")
     assert decision.ends_dispute(loser, "a")
+    assert decision.ends_dispute(replace(loser, outdated="demoted", outdated_by_hand=True), "a")
+    assert not decision.ends_dispute(replace(loser, outdated="b went on"), "a"), "no person has said so"
     assert not decision.ends_dispute(loser, "c"), "only who has raised it ends it"
     owner = replace(SOUND, register_host="b", register_disputed="a", relation="diverged")
     assert not decision.ends_dispute(owner, "a")
@@ -276,6 +278,7 @@ def test_what_a_person_decides_in_a_dispute() -> None:
     assert decision.ends_dispute(replace(owner, relation="newer"), "a"), "another one was promoted since"
     named = replace(COPY, register_host="a", register_here=True, register_disputed="b")
     assert decision.concedes(named, "a")
+    assert not decision.concedes(replace(named, outdated="b went on"), "a")
     assert not decision.concedes(replace(named, register_disputed=None), "a")
     assert not decision.concedes(replace(named, role="primary"), "a")
     assert not decision.concedes(replace(named, register_here=False), "a")
