@@ -138,7 +138,7 @@ class Epochs:
         try:
             self._end_passing(agreement)
             self._end_stream()
-        except (CommandError, GateStuck):
+        except (CommandError, GateStuck, PeerError):  # the last: it has refused, and stays this node's secondary
             agreement.parting = False
             raise
         except BaseException as error:
