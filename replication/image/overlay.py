@@ -483,7 +483,8 @@ class Overlay:
             self._mapped.file.own_blocks()
             if not self._in_place:
                 for page in self.dirty_pages():
-                    self._mapped.file.keep(page * _PAGE, self._page(page))
+                    with self._words:  # else what is marked meanwhile would be overwritten in the file
+                        self._mapped.file.keep(page * _PAGE, self._page(page))
         except OSError as error:
             raise DiskError.from_os(f"writing the allocation bits of {self.path}", error) from error
 

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from replication.image import qcow2
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Held, Overlay
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER
+from waiting import CHANCE_S, DEADLINE_S
 
 CLUSTERS = 600
 SIZE = CLUSTERS * CLUSTER - BLOCK - 512
@@ -343,6 +345,32 @@ def in_file(overlay: Overlay) -> bytes:
     """The words as the next process finds them."""
     content = Path(overlay.path).read_bytes()[overlay.layout.table_offset :]
     return content[: overlay.layout.table_length]
+
+
+def test_what_is_marked_while_the_words_are_checked_is_in_the_file(
+    shared: Overlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    check     reads the page ........................ writes it
+    write                     marks a block of it (waits)
+    """
+    shared.mark(0, 1, Held.DATA)
+    read = shared._page
+    marking = threading.Thread(target=shared.mark, args=(5, 6, Held.DATA))
+
+    def interrupted(page: int) -> bytes:
+        words = read(page)
+        marking.start()
+        marking.join(CHANCE_S)
+        return words
+
+    monkeypatch.setattr(shared, "_page", interrupted)
+    shared.check()
+    monkeypatch.undo()
+    marking.join(DEADLINE_S)
+    words = np.frombuffer(in_file(shared), np.uint64)
+    assert words[1] == shared._all[1]
+    assert shared.holds_all(5, 6)
 
 
 def test_bits_for_which_there_is_no_room_are_an_error_of_their_layer_and_are_not_set(
