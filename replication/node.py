@@ -312,6 +312,12 @@ class Node:
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
         return saved
 
+    @property
+    def _handed_over(self) -> bool:
+        """Whether this node owns the disks as their former owner has left them, in good order."""
+        record = self._record
+        return is_owner(record.mode, record.stage) and record.stage is Stage.DONE and record.left_well
+
     def _tell_followers(self, was_owner: bool) -> None:
         """Guests whose requests follow the owner learn who that is. The gate is closed."""
         record = self._record
@@ -320,7 +326,7 @@ class Node:
             return
         if not owner:
             self.passing.turn("the node was made a secondary")
-        elif record.stage is Stage.DONE and record.left_well:
+        elif self._handed_over:
             self.passing.turn(None)  # all that the former owner has answered is here
         else:
             self.passing.turn("the disk went back to the last checkpoint when this node took it over")
@@ -854,7 +860,7 @@ class Node:
             "lineage": self._ancestry.lineage.to_json(),
             "guest-suspended": None if standing is None else standing["reason"],
             "guest-suspended-reason": standing,
-            **({} if self.passing is None else {"passing": self.passing.query()}),
+            **({} if self.passing is None else {"passing": self.passing.query() | {"handed-over": self._handed_over}}),
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
             "longest-stall": self.gate.latency.longest(STALL_S),

@@ -155,6 +155,11 @@ TABLE = [
         "switchover --live, done: the disk has moved, and the former primary is stopped, or a secondary",
         "e2e/test_follow_owner.py::test_a_switch_over_that_was_cut_off_is_finished_by_a_second_one",
     ),
+    (
+        "by a move with --live that was cut off; nothing has changed",
+        "switchover --live, both done: compare only reads",
+        "e2e/test_follow_owner.py::test_what_is_over_is_no_move_to_finish_when_both_have_gone_on",
+    ),
     ("emptying the overlays: {}; try again", "failover with force", LATER),
     ("requests are in flight: {}; try again", "failover without a thread", LATER),
     ("try again in stage done", "start, failover", LATER),

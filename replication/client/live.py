@@ -38,10 +38,22 @@ class LiveMove:
         self.waited_s = 0.0
         """How long the guest's requests were held."""
         passing = self._passing
-        if not self._move.over and passing is not None and not passing.get("guests"):
+        if self._move.over:
+            self._check_over(passing or {})
+        elif passing is not None and not passing.get("guests"):
             raise Refused(
                 f"no guest is attached to {self.secondary}, the secondary: migrate it there first, or stop it and "
                 "switch over without --live"
+            )
+
+    def _check_over(self, passing: dict[str, Any]) -> None:
+        """What is over may have been another one, or a failover, and both may have gone on since."""
+        lineage = self._move.before.get("lineage")
+        answer = self._sides[self.secondary].call("replication-compare", lineage=lineage)
+        if not passing.get("handed-over") or answer.get("relation") not in ("same", "newer") or self._move.lacking:
+            raise Refused(
+                f"both own a disk, and {self.secondary} has not got its own from {self.primary} by a move with --live "
+                "that was cut off; nothing has changed. `replctl compare` says which of the two is newer"
             )
 
     @property

@@ -50,7 +50,7 @@ class Move:
         if self.halfway:
             if self.before.get("generation") != states[self.secondary].get("generation"):
                 raise Refused("the two are not a pair any more: what they hold has become different")
-            if _lacking(self.before):
+            if self.lacking:
                 raise Refused(
                     f"{self.primary}, the primary, is stopped, and its guest has written since: stop the guest and "
                     f"type `replctl start{self._to_secondary}` there, then repeat the switch-over"
@@ -61,6 +61,11 @@ class Move:
                 raise Refused(f"replication is not running on {name}: its stage is {human_value(state.get('stage'))}")
             if state.get("error") is not None:
                 raise Refused(f"{name} has an error: {human_error(state['error'])}")
+
+    @property
+    def lacking(self) -> bool:
+        """Whether the primary has had something before the move that its secondary had not."""
+        return _lacking(self.before)
 
     @property
     def _to_secondary(self) -> str:

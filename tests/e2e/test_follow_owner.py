@@ -50,6 +50,7 @@ def test_a_guest_on_the_secondary_uses_the_owners_disk(twins: Twins) -> None:
     status = twins.b.status()
     assert status["disks"][0]["active-bytes"] == 0, "nothing was written here"
     idle = {"owner-heard": True, "obstacle": None, "guests": 1, "held": False, "in-flight": 0, "waiting": 0}
+    idle["handed-over"] = False
     assert status["passing"] == idle
     answer = twins.b.execute("query-role")
     assert (answer["role"], answer["may-run"], answer["code"]) == ("secondary", None, "passes-on")
@@ -281,6 +282,26 @@ def test_a_switch_over_that_was_cut_off_is_finished_by_a_second_one(twins: Twins
     twins.joined(b)
     for node in (a, b):
         assert node.disks[0].read_bytes() == image
+
+
+@pytest.mark.parametrize("how", ["failed over", "written to"])
+def test_what_is_over_is_no_move_to_finish_when_both_have_gone_on(twins: Twins, how: str) -> None:
+    """Another switch-over, or a failover, has made B an owner; A has what B lacks, and would lose it."""
+    a, b = twins.a, twins.b
+    guest = a.connect(GUEST)
+    guest.pwrite(b"0" * 512, 0)
+    if how == "failed over":
+        b.failover()
+        b.wait_stage("done")
+        a.execute("replication-stop")
+    else:
+        a.execute("replication-stop")
+        b.execute("replication-stop")
+        guest.pwrite(b"1" * 512, 0)
+    before = [node.execute("query-role")["role"] for node in (a, b)]
+    done = replctl("--state", a.state, "switchover", "--live", "--yes", "--peer", b.control_path)
+    assert (done.returncode, "both own a disk" in done.stderr) == (1, True), done
+    assert [node.execute("query-role")["role"] for node in (a, b)] == before
 
 
 def test_what_is_passed_on_stands_still_with_the_owners_guest(twins: Twins) -> None:
