@@ -26,12 +26,16 @@ EXIT_S = 60.0
 
 
 class Watchdog:
-    """Of one process of pytest; a plugin for it."""
+    """Of one process of pytest; a plugin for it. One thread for all its tests: some count threads."""
 
     def __init__(self, kill_s: float = KILL_S, exit_s: float = EXIT_S) -> None:
         self._kill_s = kill_s
         self._exit_s = exit_s
-        self._ended = threading.Event()
+        self._changed = threading.Condition()
+        # The test that is watched, and its limit in seconds; another number for each.
+        self._watched: tuple[int, str, float] | None = None
+        self._number = 0
+        self._thread: threading.Thread | None = None
         # The test whose processes were killed.
         self._killed: str | None = None
         # pytest replaces the standard one while a test runs.
@@ -40,17 +44,21 @@ class Watchdog:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> Any:
         """pytest-timeout watches this test from now on."""
-        self._ended.set()
-        self._ended = threading.Event()
-        threading.Thread(
-            target=self._watch, args=(self._ended, settings.timeout, item.nodeid), name="hangs", daemon=True
-        ).start()
+        with self._changed:
+            self._number += 1
+            self._watched = self._number, item.nodeid, settings.timeout
+            self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hangs", daemon=True)
+            self._thread.start()
         yield
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_timeout_cancel_timer(self) -> Any:
         """The test is over."""
-        self._ended.set()
+        with self._changed:
+            self._watched = None
+            self._changed.notify()
         yield
 
     @pytest.hookimpl(hookwrapper=True)
@@ -61,17 +69,28 @@ class Watchdog:
         if self._killed == item.nodeid and report.passed:
             report.outcome, report.longrepr = "failed", "it had to be ended: its processes were killed after its limit"
 
-    def _watch(self, ended: threading.Event, limit_s: float, name: str) -> None:
-        if ended.wait(limit_s + self._kill_s):
-            return
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._watched is not None)
+                watched = self._watched
+            if watched is not None and not self._over(watched, watched[2] + self._kill_s):
+                self._end(watched)
+
+    def _over(self, watched: tuple[int, str, float], within_s: float) -> bool:
+        """Whether that test is over within so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._watched != watched, within_s)
+
+    def _end(self, watched: tuple[int, str, float]) -> None:
+        name = watched[1]
         self._killed = name
         killed = kill_descendants()
         self._say(f"{name} hangs: killed its processes {killed}")
-        if ended.wait(self._exit_s):
-            return
-        self._say(f"{name} hangs, with no process left: pytest ends")
-        faulthandler.dump_traceback(self._stderr)
-        os._exit(70)
+        if not self._over(watched, self._exit_s):
+            self._say(f"{name} hangs, with no process left: pytest ends")
+            faulthandler.dump_traceback(self._stderr)
+            os._exit(70)
 
     def _say(self, text: str) -> None:
         print(text, file=self._stderr, flush=True)
