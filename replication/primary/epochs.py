@@ -190,9 +190,7 @@ class Epochs:
             try:
                 left_s = max(_LEAVE_MIN_S, deadline - time.monotonic())
                 answer = agreement.peer.call("query-failover", {}, left_s)
-                # An older one does not say.
-                if not isinstance(answer, dict) or answer.get("lossless", True) is not True:
-                    raise CommandError(f"the secondary would lose something: {_why(answer)}")
+                check_takes_over(answer)
             except BaseException:
                 self._link.broken(agreement, DiskError("the secondary was not handed over to"))
                 raise
@@ -320,6 +318,15 @@ class Epochs:
             epoch.timer.cancel()
         for disk, entry in zip(self._disks, epoch.entries, strict=True):
             disk.forwarder.let_go(entry)
+
+
+def check_takes_over(answer: object) -> None:
+    """CommandError unless the secondary answers query-failover so that it takes over, and all that was sent. One of an
+    earlier version does not say, and goes back to its last checkpoint."""
+    if not isinstance(answer, dict) or answer.get("lossless") is not True:
+        raise CommandError(f"the secondary would lose something: {_why(answer)}")
+    if answer.get("allowed") is not True:
+        raise CommandError(f"the secondary would not take over: {_why(answer)}")
 
 
 def _why(answer: object) -> str:
