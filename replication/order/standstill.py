@@ -6,6 +6,7 @@ Invariants
 * Waiting ends when the node says so, or when the process ends: `end` is called before anybody waits for requests.
 * Without a standstill a request pays one look at `on`, a write two.
 * A write that was inside when the standstill began is not answered before it is over, or fails, although it was done.
+  So is a read, with a lease: what a slow disk answers after its end is what another guest may have changed since.
 * With a lease each request looks at the clock itself: no thread has to come in time, and a process that stood still for
   a while serves nothing afterwards that it must not.
 * A request that has waited never reaches another role's face (`turn_away`), nor a disk that another guest may use since
@@ -42,9 +43,11 @@ class Standstill:
         self._changed = threading.Condition(threading.Lock())
         self.on = False
         """Whether writes and flushes wait or fail, or may (`stands` says it), also those that were done, and not
-        answered yet. Read without the lock, as the next two."""
+        answered yet. Read without the lock, as the next three."""
         self.reads_on = False
         """Whether reads do, or may."""
+        self.leased = False
+        """Whether there is a lease, so that reads which were done, and not answered yet, wait as well."""
         self._begun = self._writes_only = False
         # When the lease ends, None without one.
         self._leased_until: float | None = None
@@ -97,7 +100,7 @@ class Standstill:
             self._show_locked()
 
     def _show_locked(self) -> None:
-        leased = self._leased_until is not None
+        self.leased = leased = self._leased_until is not None
         self.on = leased or self._begun
         self.reads_on = leased or (self._begun and not self._writes_only)
         if self.waiting:

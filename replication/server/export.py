@@ -66,6 +66,8 @@ class Export:
             if self._still.reads_on:
                 self._stand(reads=True)
             self._faces[self._name].read(buffer, offset)
+            if self._still.leased:
+                self._stand(reads=True)
         finally:
             self._gate.leave(course)
 
@@ -125,6 +127,8 @@ class Export:
             if self._still.reads_on:
                 self._stand(reads=True)
             found = self._faces[self._name].extents(offset, length, 1 if one else EXTENTS_MAX)
+            if self._still.leased:
+                self._stand(reads=True)
         return within(found, offset, length)
 
     def _stand(self, reads: bool = False) -> None:

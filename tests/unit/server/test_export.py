@@ -47,6 +47,7 @@ class Node:
         self.asked.append((self.gate.passed, *what))
 
     def extents(self, offset: int, length: int, count: int) -> list[Extent]:
+        self.note("extents")
         return [Extent(offset, count, False, False)]
 
 
@@ -169,6 +170,28 @@ def test_what_stood_still_is_not_done_for_another_role_or_another_guest(what: st
     else:
         REQUESTS[what](export)  # of another guest's time
     assert node.gate.idle
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_what_a_slow_disk_answers_after_the_lease_is_not_answered(what: str) -> None:
+    """Another guest may have changed since what was read."""
+    node, now = Node(), 0.0
+    still, note = Standstill(lambda: now), node.note
+    node.admission.still = still
+    still.lease(10.0)
+
+    def slow(*what: Any) -> None:
+        nonlocal now
+        note(*what)
+        now = max(now, 11.0)
+
+    node.note = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(REQUESTS[what], Export(node, "disk"))  # type: ignore[arg-type]
+        wait_until(lambda: still.waiting or request.done(), "its answer is held")
+        assert not request.done()
+        still.lease(20.0)
+        request.result(DEADLINE_S)
 
 
 @pytest.mark.parametrize("writes_only", [True, False])
