@@ -110,10 +110,12 @@ class Admission:
         found = self.still.standing
         return None if found is None else {"code": found[0], "reason": found[1]}
 
-    def begin(self, restarted: bool, of_pair: bool, kept_back: bool = False) -> None:
+    def begin(self, restarted: bool, of_pair: bool, kept_back: bool = False, left: bool = False) -> None:
         """The node is there. `restarted`: as a primary whose replication ran; `of_pair`: which has had a secondary.
-        `kept_back`: its guest stood still in a demotion that a former process has begun, and not ended."""
+        `kept_back`: its guest stood still in a demotion that a former process has begun, and not ended. `left`: that
+        has ended in good order, and may have said good-bye."""
         with self._lock:
+            self._left = restarted and left
             patient = kept_back or (restarted and of_pair)
             self._waits_for_peer = patient and self._options.wfc_timeout_s is not None
             self._cut_off = (restarted or kept_back) and self._options.fencing is Fencing.SUSPEND_IO
@@ -255,14 +257,20 @@ class Admission:
 
     def renew(self) -> float:
         """The cluster, which has the last word on who fails over, knows that this primary is to go on; for how many
-        seconds. CommandError where there is no lease."""
+        seconds. CommandError where there is no lease, or its secondary may wait for none: it has heard a good-bye."""
         lease_s = self._options.lease_s
-        if lease_s is None or not (self._ownership().forwards or self._lease_kept):
-            raise CommandError(
-                "There is no lease to renew: it is of a primary that runs, with the key lease",
-                reason=Reason.WRONG_STAGE,
-            )
         with self._changing():
+            if lease_s is None or not self._ownership().forwards:
+                raise CommandError(
+                    "There is no lease to renew: it is of a primary that runs, with the key lease",
+                    reason=Reason.WRONG_STAGE,
+                )
+            if self._left:
+                raise CommandError(
+                    "There is no lease to renew: this primary has said good-bye to its secondary, which may fail over "
+                    "at any time, and has not reached it since",
+                    reason=Reason.WRONG_STAGE,
+                )
             self._leased_until = max(self._leased_until, self._clock() + lease_s)
         return lease_s
 

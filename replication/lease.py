@@ -50,6 +50,8 @@ class Tenure:
         self._kept_until_s = 0.0
         self.era = 0
         """How often the disks were taken, or were about to be."""
+        # They are being taken: decided, and not done.
+        self._taken = False
 
     def heard(self, era: int, paired: bool) -> None:
         """Somebody has asked something, on a connection that was begun in that era, and is about to be answered.
@@ -61,10 +63,25 @@ class Tenure:
                 self._heard_s = self._clock()
 
     def extend(self) -> None:
-        """A primary was accepted, which may count from a question of just before; or the cluster has renewed its
-        lease."""
+        """A primary was accepted, which may count from a question of just before."""
         with self._lock:
             self._heard_s = self._clock()
+
+    def renew(self, era: int) -> float:
+        """The cluster is about to renew the lease of the primary: this node waits for as long, in seconds. `era`: as it
+        was when the caller found this node a secondary. CommandError, with nothing changed, if it may not wait."""
+        with self._lock:
+            if self._taken or era != self.era:
+                raise CommandError("No lease is renewed: this node is about to own its disks", reason=Reason.BUSY)
+            lease_s = self._lease_s()
+            if lease_s is None:
+                raise CommandError(
+                    "There is no lease to renew: the primary has none, or it has left in good order, and this node may "
+                    "fail over at any time",
+                    reason=Reason.WRONG_STAGE,
+                )
+            self._heard_s = self._clock()
+            return lease_s
 
     @property
     def left_s(self) -> float:
@@ -88,6 +105,7 @@ class Tenure:
             if left_s > 0 and not force:
                 raise CommandError(self.refusal(left_s), reason=Reason.LEASED)
             self.era += 1
+            self._taken = True
         try:
             yield
         except BaseException:
@@ -95,6 +113,9 @@ class Tenure:
                 with self._lock:
                     self.era -= 1  # who has asked meanwhile comes again by itself
             raise
+        finally:
+            with self._lock:
+                self._taken = False
 
     @contextmanager
     def replacing(self) -> Iterator[None]:

@@ -131,7 +131,7 @@ class Node:
         self._note_process()
         state.reserve(self._record)
         restarted = self._ownership().forwards
-        self.admission.begin(restarted, self._record.partner is not None, self._record.kept_back)
+        self.admission.begin(restarted, self._record.partner is not None, self._record.kept_back, self._was_clean)
 
     def _setting(self, side: Callable[[], Side]) -> Setting:
         """What a side works with; `side()` is that side, when it enters a stage."""
@@ -675,8 +675,6 @@ class Node:
             self._ledger.tidy()
             token = secondary.pairing.pair(channel, node, lineage, disks, timeout_s)
             self._note_lease(lease_s)  # before the primary hears that it is one
-            channel.paired = True
-            self.tenure.extend()
             try:
                 self._state.count_from(epoch)
             except StateError as error:  # with a checkpoint it can be, the number comes along
@@ -734,7 +732,13 @@ class Node:
             # Before the command lock: a failover does not wait for it, and the session is looked at again afterwards.
             self.before_resync({"verdict": verdict, "peer": pairing.primary or "", "stage": self.stage.value})
         with self._commanding():
-            self._secondary().pairing.sync(token, verdict, generation, marked, history)
+            pairing = self._secondary().pairing
+            session = pairing.check_token(token)
+            pairing.sync(token, verdict, generation, marked, history)
+            # Not before: one that is refused on the way, and comes again for ever, keeps no failover away. Nor after
+            # the answer: the primary counts from what it asked last.
+            session.channel.paired = True
+            self.tenure.extend()
 
     def pair_discard(self, token: str) -> None:
         """replication-pair-discard: a person at the primary gives up the last checkpoint."""
@@ -784,6 +788,8 @@ class Node:
                 if not isinstance(self.side, SecondarySide):
                     self._end_stage(haste, conditions)
                     return
+                if failover:
+                    self.side.check_unleased(force, conditions)
                 with self.tenure.taking(force or early, lambda: self.stage is Stage.RUNNING):
                     self._end_stage(haste, conditions)
                 self._opens()
@@ -1060,12 +1066,9 @@ class Node:
 
     def renew(self) -> float:
         """replication-renew: for how many seconds the primary may go on, as the cluster says to either node."""
+        era = self.tenure.era  # before: whoever takes the disks after this look changes it
         if isinstance(self.side, SecondarySide) and self.stage is Stage.RUNNING:
-            lease_s = self._record.lease_s
-            if lease_s is None:
-                raise CommandError("There is no lease to renew: the primary has none", reason=Reason.WRONG_STAGE)
-            self.tenure.extend()
-            return lease_s
+            return self.tenure.renew(era)
         return self.admission.renew()
 
     def heard(self, channel: Channel) -> None:

@@ -424,6 +424,7 @@ URGENT = (
     "replication-get-error",
     "replication-compare",
     "replication-outdate",
+    "replication-renew",
 )
 """Commands that must get through whoever else is connected; so must a failover and a promotion (`is_urgent`)."""
 

@@ -566,11 +566,26 @@ class SecondarySide(Side):
         self._backup.conclude(None)
         self._reclaimer.wake()
 
+    def check_unleased(self, force: bool, conditions: Conditions | None) -> None:
+        """What refuses a failover, but for the lease of the primary: who is told of that alone, and says force, must
+        not go over something else. CommandError."""
+        if conditions is not None and self.check_failover(conditions):
+            self._check_complete()
+            self._check_current()
+        else:
+            self._check_force(force)
+
+    def _check_force(self, force: bool) -> None:
+        inconsistent, outdated = self._set.record.inconsistent, self._set.record.outdated
+        if inconsistent is not None and not force:
+            raise CommandError(f"Failover is refused: {forceful(inconsistent)}", reason=Reason.NO_CHECKPOINT)
+        if outdated is not None and not force:
+            raise CommandError(refusal("Failover", outdated), reason=Reason.OUTDATED)
+
     def fail_over(self, haste: Haste) -> None:
+        self._check_force(haste.force)
         record = self._set.record
         outdated = record.outdated
-        if outdated is not None and record.inconsistent is None and not haste.force:
-            raise CommandError(refusal("Failover", outdated), reason=Reason.OUTDATED)
         if haste.force:
             record.outdated = None  # what is here counts from now on
         try:

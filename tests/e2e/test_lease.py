@@ -12,7 +12,7 @@ import pytest
 
 from content import MIB
 from lab import Lab
-from nodes import Pair, Server, code_of, disk_name, drained
+from nodes import Pair, Server, code_of, disk_name, drained, refused
 from standing import completed, stands
 from waiting import wait_until
 
@@ -144,3 +144,61 @@ def test_by_force_the_secondary_does_not_wait_and_its_former_primary_hears_no_mo
     assert suspended(pair.primary) is None, "somebody has said that it goes on, and nothing was heard since"
     pair.primary.restart()
     assert suspended(pair.primary)
+
+
+def test_nothing_is_renewed_from_a_good_bye_until_the_nodes_have_met_again(leased: tuple[Pair, Clock, Clock]) -> None:
+    """The secondary may fail over at any time, so the cluster must not let the primary go on."""
+    pair, _, _ = leased
+    primary, secondary = pair.primary, pair.secondary
+    primary.terminate()
+    assert code_of(secondary, "replication-renew") == "wrong-stage"
+    secondary.kill()
+    primary.start()
+    assert code_of(primary, "replication-renew") == "wrong-stage"
+    assert "lease" in str(suspended(primary))
+    secondary.start()
+    wait_until(lambda: suspended(primary) is None, "they have met again")
+    for node in (secondary, primary):
+        assert node.execute("replication-renew") == {"seconds": LEASE_S}
+
+
+def test_what_else_speaks_against_a_failover_is_said_before_the_lease(leased: tuple[Pair, Clock, Clock]) -> None:
+    """Who reads only of the lease, and knows that the primary is dead, would go over it by force."""
+    secondary = leased[0].secondary
+    assert code_of(secondary, "replication-stop", failover=True) == "leased"
+    assert code_of(secondary, "replication-stop", failover=True, lossless=True) == "not-lossless"
+    assert code_of(secondary, "replication-stop", failover=True, **{"no-primary": True}) == "has-primary"
+    secondary.execute("replication-outdate")
+    assert code_of(secondary, "replication-stop", failover=True) == "outdated"
+
+
+def test_half_a_copy_is_not_taken_for_the_sake_of_a_lease(lab: Lab) -> None:
+    arguments = ["resync-rate=64K", f"lease={LEASE_S:g}"]
+    pair = lab.pair([4 * MIB], contents=[b"x" * 4 * MIB], primary_arguments=arguments)
+    pair.secondary.start_replication()
+    pair.primary.execute("replication-start", sync="full")
+    wait_until(lambda: pair.secondary.status()["link"]["state"] == "synchronizing", "the copy has begun")
+    pair.primary.kill()
+    wait_until(lambda: pair.secondary.status()["link"]["primary"] is None, "the loss is noticed")
+    assert pair.secondary.execute("query-failover")["code"] == "no-checkpoint"
+    assert code_of(pair.secondary, "replication-stop", failover=True) == "no-checkpoint"
+    assert code_of(pair.secondary, "replication-set-role", role="primary") == "no-checkpoint"
+
+
+def test_a_primary_whose_resync_is_refused_again_and_again_keeps_no_failover_away(lab: Lab) -> None:
+    handler, config = lab.folder / "handler", lab.folder / "handlers.toml"
+    handler.write_text("#!/bin/sh\nexit 4\n")
+    handler.chmod(0o755)
+    config.write_text(f'[[handler]]\nevent = "before-resync-target"\ncommand = "{handler}"\ntimeout = 20\n')
+    clock = Clock(lab.folder / "clock")
+    pair = lab.pair(
+        primary_arguments=[f"lease={LEASE_S:g}"],
+        secondary_arguments=[f"config={config}"],
+        secondary_options={"extra_environment": clock.environment},
+    )
+    pair.secondary.start_replication()
+    assert "refuses the resync" in refused(pair.primary, "replication-start", {"sync": "full"})
+    assert pair.secondary.execute("query-failover")["code"] == "leased"
+    clock.advance(2 * LEASE_S)
+    assert "refuses the resync" in refused(pair.primary, "replication-start", {"sync": "full"})
+    assert pair.secondary.execute("query-failover")["allowed"]

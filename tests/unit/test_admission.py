@@ -326,8 +326,9 @@ def test_the_lease_of_one_that_is_being_demoted_ends_with_its_good_bye() -> None
         assert case.stands == "lease"
         assert case.admission.keeps_back
     assert case.stands == "lease", "it could not be made a secondary"
-    assert case.admission.renew() == 10.0
-    assert case.stands is None, "the cluster knows better"
+    with pytest.raises(CommandError, match="no lease to renew"):
+        case.admission.renew()
+    assert case.stands == "lease", "the secondary waits for nothing"
     case.admission.stopped()
     case.clock_s = 1e6
     assert case.stands is None, "somebody has stopped it"
@@ -350,6 +351,9 @@ def test_a_good_bye_ends_the_lease_until_the_next_agreement() -> None:
     assert case.stands == "lease"
     case.admission.heard(1001.0)
     assert case.stands == "lease", "an answer that was under way"
+    with pytest.raises(CommandError, match="said good-bye"):
+        case.admission.renew()
+    assert case.stands == "lease", "a cluster that knows nothing of the good-bye"
     case.admission.stay()
     case.admission.heard(1002.0)
     assert case.stands is None, "it has not taken the good-bye"
@@ -357,6 +361,7 @@ def test_a_good_bye_ends_the_lease_until_the_next_agreement() -> None:
     case.admission.linked(0)
     case.admission.heard(1003.0)
     assert case.stands is None
+    assert case.admission.renew() == 10.0
 
 
 def test_who_knows_that_the_other_one_is_fenced_need_not_wait_for_the_end_of_the_lease() -> None:

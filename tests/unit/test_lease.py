@@ -96,8 +96,42 @@ def test_force_and_a_primary_without_a_lease_do_not_wait() -> None:
 def test_the_cluster_renews() -> None:
     case = Case()
     case.now += WAIT_S
-    case.tenure.extend()
+    assert case.tenure.renew(case.tenure.era) == LEASE_S
     assert case.tenure.left_s == pytest.approx(WAIT_S)
+
+
+def _refused(case: Case, era: int, reason: Reason) -> None:
+    left_s = case.tenure.left_s
+    with pytest.raises(CommandError) as refused:
+        case.tenure.renew(era)
+    assert (refused.value.reason, case.tenure.left_s) == (reason, left_s)
+
+
+def test_nothing_is_renewed_from_the_decision_to_take_the_disks_on() -> None:
+    """The cluster would let the primary go on next, beside the guest of this node."""
+    case = Case()
+    case.now += WAIT_S
+    era = case.tenure.era
+
+    def fail() -> None:
+        for seen in (era, case.tenure.era):
+            _refused(case, seen, Reason.BUSY)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), case.tenure.taking(False, _failed):
+        fail()
+    assert case.tenure.renew(era) == LEASE_S, "it has failed"
+    case.now += WAIT_S
+    with case.tenure.taking(False, _failed):
+        pass
+    _refused(case, era, Reason.BUSY)  # who has found a secondary before
+
+
+def test_nothing_is_renewed_that_is_not_waited_for() -> None:
+    """The primary has left in good order, or has no lease: a failover comes at any time."""
+    case = Case()
+    case.lease_s = None
+    _refused(case, case.tenure.era, Reason.WRONG_STAGE)
 
 
 def test_who_is_no_primary_keeps_nobody_waiting() -> None:

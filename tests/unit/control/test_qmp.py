@@ -585,6 +585,7 @@ def test_client_too_many_gets_urgent_answers_only_and_a_free_place_can_be_taken(
                 ("xen-set-replication", {"enable": False, "primary": False, "failover": True}),
                 ("replication-set-role", {"role": "primary"}),
                 ("replication-outdate", {}),
+                ("replication-renew", {}),
                 ("quit", {}),
             ):
                 assert reserved.call(name, **arguments) == {"return": arguments}
