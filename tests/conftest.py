@@ -24,9 +24,13 @@ from wire import Wire
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes, or its invention, says how busy the machine is. Whether a test hangs is pytest's timeout to
-# tell.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes, or its invention, says how busy the machine is, and how many of the first ones are too
+# large or do not fit is chance. Whether a test hangs is pytest's timeout to tell.
+settings.register_profile(
+    "unhurried",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
 settings.load_profile("unhurried")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -358,9 +358,7 @@ class Histories(RuleBasedStateMachine):
         assert seen(self.stack) == self.top
 
 
-Histories.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow]
-)
+Histories.TestCase.settings = settings(max_examples=25, stateful_step_count=14)
 TestHistories = Histories.TestCase
 
 

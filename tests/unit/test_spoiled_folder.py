@@ -108,16 +108,28 @@ def left(
             node = host.start()
             reach(node, mode, stage)
             # Copied while it is at work, so nothing has ended well; the next one comes to such a copy.
-            shutil.copytree(host.folder, folder / ("older" if name == "this" else name))
+            copy_at_work(host, folder / ("older" if name == "this" else name))
             host.end()
         again = Host(folder / "now.at-work", mode)
         shutil.copytree(folder / "older", again.folder)
         move(again.folder, folder / "host" / "this")
         again.folder = folder / "host" / "this"
         again.start()
-        shutil.copytree(again.folder, folder / "now")
+        copy_at_work(again, folder / "now")
         again.end()
     return folder, mode, stage
+
+
+def copy_at_work(host: Host, target: Path) -> None:
+    """As a kill would leave it: without a save between the copies of two files."""
+    for _ in range(20):
+        assert host.state._file is not None
+        serial = host.state._file.serial
+        shutil.copytree(host.folder, target)
+        if host.state._file.serial == serial:
+            return
+        shutil.rmtree(target)
+    pytest.fail("it saves all the time")
 
 
 def move(source: Path, target: Path) -> None:
