@@ -232,6 +232,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     disk/                       a disk in a file or behind NBD
         open.py                 opening a disk by path or URI
         file.py endpoint.py     a disk in a file, behind NBD
+        requests.py             what an NBD server is asked
         face.py                 what every disk can do
         unflushed.py            what of a disk a flush has not covered yet
         connection.py           one libnbd handle with deadlines

@@ -48,7 +48,8 @@ from typing import Any, Protocol
 
 import nbd
 
-from replication.disk.connection import CHUNK, Completion, Connection
+from replication.disk import requests
+from replication.disk.connection import CHUNK, Connection
 from replication.disk.face import EXTENTS_MAX, Extent
 from replication.errors import CommandError, DiskError, Elsewhere
 from replication.options import OWNER_EXPORT, Options
@@ -70,7 +71,6 @@ _ANSWER_S = 3600.0
 has gone is known from the link."""
 
 _LOOK_S = 0.1
-_EXTENT_CHUNK = 1 << 30
 
 OWNERS_DISK = "the owner's disk, boot "
 """How the export describes itself; the boot of the owner's host follows."""
@@ -325,20 +325,20 @@ class Passer:
         """Fill the buffer."""
         for start in range(0, len(buffer), CHUNK):
             part = buffer[start : start + CHUNK]
-            connection.wait(connection.issue(partial(_pread, part, offset + start), 0, None, len(part)))
+            connection.wait(connection.issue(partial(requests.pread, part, offset + start), 0, None, len(part)))
 
     def write(self, connection: Connection, data: memoryview, offset: int, fua: bool) -> None:
         """Write."""
         flags = nbd.CMD_FLAG_FUA if fua else 0
         for start in range(0, len(data), CHUNK):
             part = data[start : start + CHUNK]
-            connection.wait(connection.issue(partial(_pwrite, part, offset + start, flags), len(part)))
+            connection.wait(connection.issue(partial(requests.pwrite, part, offset + start, flags), len(part)))
         self._note(fua)
 
     def zero(self, connection: Connection, offset: int, length: int, may_trim: bool, fua: bool) -> None:
         """Make a range read as zeroes."""
         flags = (0 if may_trim else nbd.CMD_FLAG_NO_HOLE) | (nbd.CMD_FLAG_FUA if fua else 0)
-        connection.wait(connection.issue(partial(_zero, length, offset, flags), 0))
+        connection.wait(connection.issue(partial(requests.zero, length, offset, flags), 0))
         self._note(fua)
 
     def _note(self, stable: bool) -> None:
@@ -355,46 +355,16 @@ class Passer:
                 self._flushed = covered
         if lost:
             raise DiskError(f"disk '{self._name}': the owner's host was started anew, and unflushed writes may be gone")
-        connection.wait(connection.issue(_flush, 0))
+        connection.wait(connection.issue(requests.flush, 0))
         with self._changed:
             self._flushed = max(self._flushed, covered)
 
     @staticmethod
     def extents(connection: Connection, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         """What is known of the content."""
-        found: list[Extent] = []
-
-        def got(context: str, at: int, entries: list[int], _error: object) -> int:
-            if context == "base:allocation":
-                for size, flags in zip(entries[::2], entries[1::2], strict=True):
-                    inside = min(size, offset + length - at)
-                    if inside > 0 and len(found) < count:
-                        found.append(Extent(at, inside, bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)))
-                        at += inside
-            return 0
-
-        if connection.can_extents:
-            asked, only = min(length, _EXTENT_CHUNK), nbd.CMD_FLAG_REQ_ONE if count == 1 else 0
-            connection.wait(
-                connection.issue(lambda handle, done: handle.aio_block_status(asked, offset, got, done, only), 0)
-            )
-        return found or [Extent(offset, length, False, False)]
-
-
-def _pread(part: memoryview, offset: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pread(part, offset, done)
-
-
-def _pwrite(part: memoryview, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pwrite(part, offset, done, flags)
-
-
-def _zero(length: int, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_zero(length, offset, done, flags)
-
-
-def _flush(handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_flush(done)
+        if not connection.can_extents:
+            return [Extent(offset, length, False, False)]
+        return requests.extents(offset, length, count, lambda issue: connection.wait(connection.issue(issue, 0)))
 
 
 class Passage:

@@ -26,7 +26,8 @@ from functools import partial
 
 import nbd
 
-from replication.disk.connection import CHUNK, Completion, Connection, Issue
+from replication.disk import requests
+from replication.disk.connection import CHUNK, Connection, Issue
 from replication.disk.face import EXTENTS_MAX, ZEROES, Disk, Extent
 from replication.disk.fence import Fence
 from replication.disk.files import Buffer
@@ -46,7 +47,6 @@ FENCES_MAX = 4
 """Connections at most that were given up and may still change something."""
 _ZERO_CHUNK = 1 << 30
 _GATHER_MAX = 256 << 10
-_EXTENT_CHUNK = 1 << 30
 
 
 class NbdDisk(Disk):
@@ -98,7 +98,7 @@ class NbdDisk(Disk):
             return
         for start in range(0, len(buffer), CHUNK):
             part = buffer[start : start + CHUNK] if len(buffer) > CHUNK else buffer
-            self._run(partial(_pread, part, offset + start), 0, len(part))
+            self._run(partial(requests.pread, part, offset + start), 0, len(part))
 
     def write(self, pieces: Sequence[Buffer], offset: int, fua: bool = False) -> None:
         length = sum(map(len, pieces))
@@ -123,7 +123,7 @@ class NbdDisk(Disk):
         try:
             for start in range(offset, offset + length, _ZERO_CHUNK):
                 count = min(_ZERO_CHUNK, offset + length - start)
-                self._run(partial(_zero, count, start, flags), change=(start, count))
+                self._run(partial(requests.zero, count, start, flags), change=(start, count))
         finally:
             self._account.end(number)
         if fua:
@@ -134,7 +134,7 @@ class NbdDisk(Disk):
 
     def _flush(self) -> None:
         if self._connected().can_flush:
-            self._run(lambda handle, done: handle.aio_flush(done))
+            self._run(requests.flush)
 
     def look(self) -> None:
         connection = self._connection
@@ -155,22 +155,7 @@ class NbdDisk(Disk):
     def extents(self, offset: int, length: int, count: int = EXTENTS_MAX) -> list[Extent]:
         if not self._connected().can_extents or self._slack(offset, length) != (0, 0):
             return [Extent(offset, length, False, False)]
-        found: list[Extent] = []
-
-        def got(context: str, at: int, entries: list[int], _error: object) -> int:
-            if context == "base:allocation":
-                for size, flags in zip(entries[::2], entries[1::2], strict=True):
-                    inside = min(size, offset + length - at)
-                    if inside > 0 and len(found) < count:
-                        zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
-                        found.append(Extent(at, inside, zero, hole))
-                        at += inside
-            return 0
-
-        asked = min(length, _EXTENT_CHUNK)
-        only = nbd.CMD_FLAG_REQ_ONE if count == 1 else 0
-        self._run(lambda handle, done: handle.aio_block_status(asked, offset, got, done, only))
-        return found or [Extent(offset, length, False, False)]
+        return requests.extents(offset, length, count, self._run)
 
     def reachable(self) -> bool:
         # Asked of the server, because an idle connection does not notice that it has gone; twice, because the first
@@ -269,7 +254,9 @@ class NbdDisk(Disk):
     def _write_parts(self, view: memoryview, offset: int, flags: int) -> None:
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
-            self._run(partial(_pwrite, part, offset + start, flags), len(part), change=(offset + start, len(part)))
+            self._run(
+                partial(requests.pwrite, part, offset + start, flags), len(part), change=(offset + start, len(part))
+            )
 
     def _slack(self, offset: int, length: int) -> tuple[int, int]:
         """Bytes missing before and after a range to whole server blocks; the disk's end counts as an edge."""
@@ -297,15 +284,3 @@ class NbdDisk(Disk):
             self._write_aligned(whole, start, fua)
         finally:
             self._edges.release(held)
-
-
-def _pread(part: memoryview, offset: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pread(part, offset, done)
-
-
-def _pwrite(part: memoryview, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pwrite(part, offset, done, flags)
-
-
-def _zero(count: int, offset: int, flags: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_zero(count, offset, done, flags)

@@ -25,9 +25,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import nbd
-
-from replication.disk.connection import Completion, Connection, ExportRefused, Request
+from replication.disk import requests
+from replication.disk.connection import Connection, ExportRefused, Request
 from replication.errors import DiskError, ReplicationError
 from replication.log import log_defect
 from replication.options import CONTROL_EXPORT
@@ -217,7 +216,7 @@ class Peer:
         return number
 
     def _issue_locked(self, data: bytes, call: _Call | None) -> None:
-        request = self._connection.issue(partial(_pwrite, data), len(data))
+        request = self._connection.issue(partial(requests.pwrite, data, 0, 0), len(data))
         self._writes.append((request, call))
 
     # -- the thread ----------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ class Peer:
         """One read, and what it brought; False if it is time for a pause. DiskError when the link is of no more use."""
         begun, asked = time.monotonic(), boot_clock_s()
         buffer = bytearray(READ_BYTES)
-        issue = partial(_pread, buffer, 0 if listening else AT_ONCE)
+        issue = partial(requests.pread, buffer, 0 if listening else AT_ONCE)
         self._connection.wait(self._connection.issue(issue, 0))
         self.last_heard, self.asked = time.monotonic(), asked
         self.heard(asked)
@@ -372,16 +371,8 @@ class Peer:
         return not self._thread.is_alive()
 
 
-def _pread(buffer: bytearray, offset: int, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pread(buffer, offset, done)
-
-
 def forgotten(_asked: float) -> None:
     """Nobody wants to know."""
-
-
-def _pwrite(data: bytes, handle: nbd.NBD, done: Completion) -> None:
-    handle.aio_pwrite(data, 0, done)
 
 
 def _reason(code: object) -> Reason | None:
