@@ -448,12 +448,17 @@ class PrimarySide(Side):
         agreement = self._link.agreement
         if self._set.record.stage is not Stage.RUNNING or agreement is None or agreement.parting:
             return None
-        if agreement.token != token or not token or all(own.name != disk for own in self.disks):
+        if agreement.token != token or not token:
             return None
-        return self._guest_export(next(own for own in self.disks if own.name == disk))
+        for own in self.disks:
+            if own.name == disk:
+                kept = self._kept_export(own)
+                return disk if kept is None else kept
+        return None
 
-    def _guest_export(self, disk: PrimaryDisk) -> str:
-        return disk.top_id if self._set.record.promoted and disk.top_id is not None else disk.name
+    def _kept_export(self, disk: PrimaryDisk) -> str | None:
+        """Over which the guest of a promoted secondary goes on; None of another primary."""
+        return disk.top_id if self._set.record.promoted else None
 
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""
@@ -690,9 +695,10 @@ class PrimarySide(Side):
         for disk in self.disks:
             what = GUEST_DISK if disk.local is not None else GUEST_WRITES
             face = Face(what, partial(self.size_of, disk), disk.read, disk.write, disk.zero, disk.flush, disk.extents)
-            if self._set.record.promoted and disk.top_id is not None:
-                # The guest goes on over the export that it has. The other one stays closed: the old primary knows it.
-                shown[disk.top_id] = face
+            kept = self._kept_export(disk)
+            if kept is not None:
+                # The other one stays closed: the old primary knows it.
+                shown[kept] = face
                 shown[disk.name] = closed_face(disk.name, disk.size)
             else:
                 shown[disk.name] = face
@@ -700,7 +706,7 @@ class PrimarySide(Side):
 
     @property
     def default(self) -> str:
-        return "" if self._set.record.promoted and self.disks[0].top_id is not None else self.disks[0].name
+        return self.disks[0].name if self._kept_export(self.disks[0]) is None else ""
 
     def settle(self) -> None:
         for disk in self.disks:
