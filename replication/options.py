@@ -426,10 +426,14 @@ def _text(path: str, key: str, value: object) -> str:
     raise ConfigError(f"{path}: the value of {key} must be a string, a number, true or false")
 
 
-def _set_autostart(options: Options, value: str) -> None:
+def _boolean(key: str, value: str) -> bool:
     if value.lower() not in _BOOLEANS:
-        raise ConfigError(f"autostart={value} should be true or false")
-    options.autostart = _BOOLEANS[value.lower()]
+        raise ConfigError(f"{key}={value} should be true or false")
+    return _BOOLEANS[value.lower()]
+
+
+def _set_autostart(options: Options, value: str) -> None:
+    options.autostart = _boolean("autostart", value)
 
 
 def _set_protocol(options: Options, value: str) -> None:
@@ -588,9 +592,7 @@ def _set_guest_face(options: Options, value: str) -> None:
 
 
 def _set_follow_owner(options: Options, value: str) -> None:
-    if value.lower() not in _BOOLEANS:
-        raise ConfigError(f"follow-owner={value} should be true or false")
-    options.follow_owner = _BOOLEANS[value.lower()]
+    options.follow_owner = _boolean("follow-owner", value)
 
 
 def _set_secondary(options: Options, value: str) -> None:

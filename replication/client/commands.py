@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .live import LIVE_TEXT, LiveMove
@@ -250,7 +250,7 @@ def switchover(client: Session, options: argparse.Namespace) -> None:
     with Session(options.peer, options.timeout) as peer:
         sides = {"this side": client, "the peer": peer}
         states = {name: side.call("query-replication") for name, side in sides.items()}
-        move = Move(sides, states, say=lambda text: None if options.json else print(text))
+        move = Move(sides, states, _steps(options))
         if not move.over:
             if not options.yes:
                 confirm(options, SWITCHOVER_TEXT, "switch-over")
@@ -259,13 +259,17 @@ def switchover(client: Session, options: argparse.Namespace) -> None:
     tell(options, f"switched over: {owner}", owner="this-side" if move.secondary == "this side" else "peer")
 
 
+def _steps(options: argparse.Namespace) -> Callable[[str], None]:
+    """Takes a line for each step that is done: for people, when it is."""
+    return lambda text: None if options.json else print(text, flush=True)
+
+
 def _switch_over_live(client: Session, options: argparse.Namespace) -> None:
     if not options.yes:
         confirm(options, LIVE_TEXT, "switch-over")
     here = "this side"
     with client.again(options.timeout) as mine, Session(options.peer, options.timeout) as peer:
-        say = lambda text: None if options.json else print(text, flush=True)  # noqa: E731
-        move = LiveMove({here: mine, "the peer": peer}, options.within, say)
+        move = LiveMove({here: mine, "the peer": peer}, options.within, _steps(options))
         move.run()
         move.turn(options.timeout)
     owner = "this-side" if move.secondary == here else "peer"

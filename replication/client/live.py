@@ -33,14 +33,15 @@ class LiveMove:
     def __init__(self, sides: dict[str, Session], within_s: float, say: Callable[[str], None]) -> None:
         """Refused unless the disk can be moved, and a guest is there to go on."""
         self._sides, self._within_s, self._say = sides, within_s, say
-        self._move = Move(sides, self._ask(), say)
+        states = self._ask()
+        self._move = Move(sides, states, say)
         self.primary, self.secondary = self._move.primary, self._move.secondary
         self.waited_s = 0.0
         """How long the guest's requests were held."""
-        passing = self._passing
+        passing = states[self.secondary].get("passing")
         if self._move.over:
-            self._check_over(passing or {})
-        elif passing is not None and not passing.get("guests"):
+            self._check_over(passing if isinstance(passing, dict) else {})
+        elif isinstance(passing, dict) and not passing.get("guests"):
             raise Refused(
                 f"no guest is attached to {self.secondary}, the secondary: migrate it there first, or stop it and "
                 "switch over without --live"
@@ -55,11 +56,6 @@ class LiveMove:
                 f"both own a disk, and {self.secondary} has not got its own from {self.primary} by a move with --live "
                 "that was cut off; nothing has changed. `replctl compare` says which of the two is newer"
             )
-
-    @property
-    def _passing(self) -> dict[str, Any] | None:
-        found = self._sides[self.secondary].call("query-replication").get("passing")
-        return found if isinstance(found, dict) else None
 
     def _ask(self) -> dict[str, dict[str, Any]]:
         return {name: side.call("query-replication") for name, side in self._sides.items()}
