@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import nbd
 
-from nodes import Server
+from nodes import Pair, Server, disk_name
 from waiting import wait_until
 
 
@@ -32,3 +32,15 @@ def completed(handle: nbd.NBD, *cookies: int) -> None:
         return not left
 
     wait_until(over, "the guest's requests are answered")
+
+
+def restarted_alone(pair: Pair) -> tuple[nbd.NBD, int]:
+    """The primary, killed and started without its secondary; a guest of it, and the cookie of its write, which stands
+    still."""
+    pair.secondary.kill()
+    pair.primary.kill()
+    pair.primary.start()
+    guest = pair.primary.connect(disk_name(0))
+    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 0)
+    stands(pair.primary, guest, write)
+    return guest, write

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from subprocess import CompletedProcess
 
 import nbd
 import pytest
@@ -143,13 +144,26 @@ class Guest:
         return bytes(image)
 
 
+def move(here: Server, peer: Server, *more: str) -> CompletedProcess[str]:
+    """`replctl switchover --live`, given at one of the two."""
+    command = ("switchover", "--live", "--within", "60", "--yes", *more, "--peer", peer.control_path)
+    return replctl("--state", here.state, *command)
+
+
+def check_goes_on(guest: Guest, twins: Twins, owner: Server) -> None:
+    """It writes still, and both disks have in the end what it has written."""
+    guest.wait_more()
+    image = guest.finish()
+    twins.joined(owner)
+    for node in (twins.a, twins.b):
+        assert node.disks[0].read_bytes() == image
+
+
 def test_the_disk_moves_under_a_guest_that_goes_on_and_back(lab: Lab, twins: Twins) -> None:
     a, b = twins.a, twins.b
     guest = Guest(b)
     guest.wait_more()
-    done = replctl(
-        "--state", a.state, "switchover", "--live", "--within", "60", "--yes", "--json", "--peer", b.control_path
-    )
+    done = move(a, b, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["owner"], answer["done"]) == ("peer", True)
@@ -158,20 +172,16 @@ def test_the_disk_moves_under_a_guest_that_goes_on_and_back(lab: Lab, twins: Twi
         twins.joined(b)
     assert (b.status()["mode"], a.status()["mode"]) == ("primary", "secondary")
     assert b.status()["disks"][0]["totals"]["written"] > 0, "it is served where it runs"
-    again = replctl("--state", b.state, "switchover", "--live", "--within", "60", "--yes", "--peer", a.control_path)
+    again = move(b, a)
     assert (again.returncode, "no guest is attached" in again.stderr) == (1, True)
     # The way back begins with the migration, here: a guest that goes on over the other socket.
     image = guest.finish()
     assert whole(b.connect(GUEST)) == image
     guest = Guest(a, guest.answered)
     guest.wait_more()
-    done = replctl("--state", a.state, "switchover", "--live", "--within", "60", "--yes", "--peer", b.control_path)
+    done = move(a, b)
     assert done.returncode == 0, done.stderr
-    guest.wait_more()
-    image = guest.finish()
-    twins.joined(a)
-    for node in (a, b):
-        assert node.disks[0].read_bytes() == image
+    check_goes_on(guest, twins, a)
 
 
 def test_a_guest_that_writes_on_the_owners_host_is_no_guest_to_move(twins: Twins) -> None:
@@ -179,7 +189,7 @@ def test_a_guest_that_writes_on_the_owners_host_is_no_guest_to_move(twins: Twins
     a, b = twins.a, twins.b
     here, there = Guest(a), b.connect(GUEST)
     here.wait_more()
-    done = replctl("--state", a.state, "switchover", "--live", "--within", "60", "--yes", "--peer", b.control_path)
+    done = move(a, b)
     assert (done.returncode, "the guest still writes" in done.stderr) == (1, True), done.stderr
     assert "nothing has changed" in done.stderr
     here.wait_more()
@@ -275,13 +285,9 @@ def test_a_switch_over_that_was_cut_off_is_finished_by_a_second_one(twins: Twins
     else:
         # Its request waits, and nobody owns the disk.
         wait_until(lambda: b.status()["passing"]["waiting"], "the guest waits", DEADLINE_S)
-    done = replctl("--state", a.state, "switchover", "--live", "--within", "60", "--yes", "--peer", b.control_path)
+    done = move(a, b)
     assert done.returncode == 0, done.stderr
-    guest.wait_more()
-    image = guest.finish()
-    twins.joined(b)
-    for node in (a, b):
-        assert node.disks[0].read_bytes() == image
+    check_goes_on(guest, twins, b)
 
 
 @pytest.mark.parametrize("how", ["failed over", "written to"])

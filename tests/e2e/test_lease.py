@@ -13,7 +13,7 @@ import pytest
 from content import MIB
 from lab import Lab
 from nodes import Pair, Server, code_of, disk_name, drained, refused
-from standing import completed, stands
+from standing import completed, restarted_alone, stands
 from waiting import wait_until
 
 LEASE_S = 1000.0
@@ -96,12 +96,7 @@ def test_the_guest_is_served_while_the_secondary_or_the_cluster_is_heard_of(leas
 
 def test_a_primary_that_starts_again_has_no_lease_yet(leased: tuple[Pair, Clock, Clock]) -> None:
     pair, _, _ = leased
-    pair.secondary.kill()
-    pair.primary.kill()
-    pair.primary.start()
-    guest = pair.primary.connect(disk_name(0))
-    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"4" * 512), 0)
-    stands(pair.primary, guest, write)
+    guest, write = restarted_alone(pair)
     pair.primary.execute("replication-resume-io")
     completed(guest, write)
     assert code_of(pair.primary, "replication-start", force=True) == "wrong-stage", "its guest is served"

@@ -17,7 +17,7 @@ from content import MIB
 from lab import Lab
 from nbdprocess import stop_still
 from nodes import Pair, Primary, Secondary, Server, code_of, disk_name, drained, nbd_refusal, refused, top_id
-from standing import completed, stands
+from standing import completed, restarted_alone, stands
 from twins import Twins
 from waiting import DEADLINE_S, wait_until
 
@@ -495,12 +495,7 @@ def test_a_write_that_waits_for_the_secondary_is_not_answered_without_it(lab: La
 
 def test_a_stop_ends_the_wait_for_fencing_and_a_restart_does_not(lab: Lab) -> None:
     pair = fenced(lab)
-    pair.secondary.kill()
-    pair.primary.kill()
-    pair.primary.start()
-    guest = pair.primary.connect(disk_name(0))
-    write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 0)
-    stands(pair.primary, guest, write)
+    guest, write = restarted_alone(pair)
     pair.primary.execute("replication-stop")
     completed(guest, write)
     pair.primary.kill()
