@@ -221,6 +221,7 @@ def _get_ready() -> None:
         cleanup,
         None if reloader is None else reloader.reload,
         _let_go_of_guest,
+        node.gate.newcomers_held,
     )
     commands = Commands(node, Process.disconnector.end)
     Process.commands = commands

@@ -149,6 +149,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         later.py                the user that nbdkit becomes
         hangup.py               a client that dies must not end the process (Debian 12 only)
         disconnect.py           ending the process although clients are connected
+        asleep.py               whether nbdkit's threads sleep
         placement.py            on which core the threads run
         export.py               export name -> Face
         presence.py             whether a client is there still

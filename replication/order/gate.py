@@ -2,7 +2,8 @@
 """The gate: many requests inside at a time, or one command alone.
 
 Invariants
-* While `closed()` is held nobody is inside, and nobody enters until it is left.
+* While `closed()` is held nobody is inside, and nobody enters until it is left. While `newcomers_held()` is, nobody
+  enters either.
 * Closing keeps newcomers out at once, so a stream of requests cannot starve a checkpoint.
 * A command that cannot get the requests out in time opens the gate again and fails; nothing has changed. So does one
   that still waits for them when a failover comes (urgency.py).
@@ -181,6 +182,21 @@ class Gate:
         finally:
             with self._lock:
                 self._open_locked()
+
+    @contextmanager
+    def newcomers_held(self, wait_s: float) -> Iterator[None]:
+        """Keep newcomers waiting, while who is inside goes on. A command that has closed the gate does the same; it is
+        given `wait_s` seconds to open it again, and then this is no more than that."""
+        with self._lock:
+            held = self._changed.wait_for(lambda: not self._shut, wait_s)
+            if held:
+                self._shut, self._why = True, STOP
+        try:
+            yield
+        finally:
+            if held:
+                with self._lock:
+                    self._open_locked()
 
     def _open_locked(self) -> None:
         self._shut = False

@@ -6,23 +6,32 @@ memory plugin): a guest that stays attached, or a primary linked to this seconda
 process hears the signal as well, and closes the receiving half of the clients' connections: requests in flight are
 answered, then nbdkit's threads see the end of the stream and go.
 
-Only then is nbdkit told. From that instant on it answers every request that it still reads with ESHUTDOWN (its
-protocol.c), and that is an I/O error to a guest which would have waited for a connection that is lost: QEMU's
-reconnect-delay. A client that comes meanwhile, such as that guest at once, waits in `open` (`admit`): nbdkit reads no
-request of it afterwards.
+What nbdkit has read and not begun with it answers with ESHUTDOWN from two moments on (its protocol.c): when it is told
+to end, and when another thread of the connection has seen the end of the stream. That is an I/O error to a guest which
+would have waited for a connection that is lost: QEMU's reconnect-delay. So
+
+* the connections are closed while requests that begin are held at their first step (`holding`), and only when
+  nbdkit's threads sleep: then each is held, or works for its request, or waits for the next one, and none has read one
+  that it has not begun with;
+* what clients have sent beyond that, which no thread has read, is taken away: they have lost their connection with it;
+* nbdkit is told when they have gone. A client that comes meanwhile, such as that guest at once, waits in `open`
+  (`admit`): nbdkit reads no request of it afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from replication.log import LOG, debug, log, surviving
 from replication.order.worker import NO_THREAD
+from replication.server.asleep import fell_asleep
 from replication.server.clients import sockets
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -33,6 +42,14 @@ _LEAVING_S = 2.0
 answered nevertheless, and nbdkit would wait for them as well: so this is no time lost of END_S. On a machine that does
 other things (128 threads of eight clients at a load of 17) one second was not always enough for them to see the end of
 the stream. What a primary cannot send in what is left is in its change map."""
+
+_QUIET_S = 0.5
+"""How long nbdkit's threads may take until they sleep. Where they do not (a disk that is so fast that nobody waits for
+it, a machine that does other things), clients are sent away all the same, and a request may be refused."""
+
+_DRAIN = 256 << 10
+_DRAINS_MAX = 1024
+"""Bytes of one step of taking away what was not read, and how many there may be: more than a socket holds."""
 
 _LOOK_S = 0.01
 
@@ -55,18 +72,21 @@ class Disconnector:
         unended: Callable[[], bool],
         cleanup: Callable[[], None],
         reload: Callable[[], None] | None = None,
-        leaving: Callable[[], None] | None = None,
+        leaving: Callable[[], None] = lambda: None,
+        holding: Callable[[float], AbstractContextManager[None]] = lambda wait_s: nullcontext(),
     ) -> None:
         """`shutdown` tells nbdkit to end; the clients of `control_path` are not NBD clients. `unended()` is asked
         while nbdkit is ending: True when no request is in flight and nbdkit would wait in vain; then the process is
         ended from here, after `cleanup`. With `reload()`, SIGHUP calls that, in a thread, and ends nothing. `leaving()`
-        is called again and again while clients are being sent away: to have requests end that would wait on."""
+        is called again and again while clients are being sent away: to have requests end that would wait on. While
+        `holding(seconds)` is held, requests that begin wait; `seconds`: how long it may take to get it."""
         self._shutdown = shutdown
         self._control_path = control_path
         self._unended = unended
         self._cleanup = cleanup
         self._reload = reload
         self._leaving = leaving
+        self._holding = holding
         self.ending = False
         """Whether the process has been told to end: a client that goes has not gone by itself."""
         # nbdkit reads no more requests.
@@ -142,18 +162,26 @@ class Disconnector:
     def _have_clients_leave(self) -> None:
         """Disconnect the clients and wait until all that are served have gone, up to _LEAVING_S seconds."""
         deadline = time.monotonic() + _LEAVING_S
-        while True:
-            if self._leaving is not None:
-                self._leaving()
-            self._let_go_of_clients()
-            if not self._served or time.monotonic() >= deadline:
-                return
+        with self._holding(_QUIET_S):
+            self._leaving()
+            connections = list(self._clients())
+            self._let_go_of(connections, drained=fell_asleep(_QUIET_S))
+        while self._served and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
+            self._leaving()
+            self._let_go_of_clients()
 
     def _let_go_of_clients(self, how: int = socket.SHUT_RD) -> None:
-        for connection in self._clients():
+        self._let_go_of(self._clients(), how)
+
+    @staticmethod
+    def _let_go_of(connections: Iterable[socket.socket], how: int = socket.SHUT_RD, drained: bool = False) -> None:
+        """`drained`: no thread of nbdkit is about to read, and what none has read is taken away."""
+        for connection in connections:
             try:
                 connection.shutdown(how)
+                if drained:
+                    _drain(connection)
             except OSError as error:
                 log(f"a client had gone before it was disconnected: {error.strerror}")
             finally:
@@ -187,6 +215,14 @@ class Disconnector:
 
 def _ignore(number: int, frame: object) -> None:
     """The wake-up descriptor has told the thread."""
+
+
+def _drain(connection: socket.socket) -> None:
+    """OSError."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(_DRAINS_MAX):
+            if not connection.recv(_DRAIN, socket.MSG_DONTWAIT):
+                return
 
 
 def _address(found: socket.socket) -> object:

@@ -114,8 +114,9 @@ class Busy:
 @pytest.mark.parametrize("how", ["quit", signal.SIGTERM], ids=str)
 @pytest.mark.parametrize("export", ["top0", "disk0"])
 def test_no_request_is_refused_because_the_process_ends(lab: Lab, how: signal.Signals | str, export: str) -> None:
-    """nbdkit answers with ESHUTDOWN what it reads when it has been told to end: an I/O error, which a guest with
-    `reconnect-delay` does not expect of a restart. With so many at it, one of them is always about to ask."""
+    """nbdkit answers with ESHUTDOWN what it reads when it has been told to end, and what it had just read when it sees
+    the end of the stream: an I/O error, which a guest with `reconnect-delay` does not expect of a restart. With so many
+    at it, one of them is always about to ask."""
     server = lab.secondary()
     server.start_replication()
     guests = [Busy(server.uri(export)) for _ in range(BUSY)]

@@ -367,3 +367,35 @@ def test_a_request_that_a_command_keeps_waiting_for_too_long_fails_and_has_left(
     assert gate.latency.longest() is not None, "what has failed is counted, too"
     with gate.closed(DEADLINE_S):
         pass
+
+
+# -- newcomers alone are kept out --------------------------------------------------------------------------------
+
+
+def test_newcomers_are_held_while_who_is_inside_goes_on(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    first, late = Guest(gate), Guest(gate)
+    ended = pool.submit(first.run)
+    assert first.inside.wait(DEADLINE_S)
+    with gate.newcomers_held(DEADLINE_S):
+        pool.submit(late.run)
+        assert not late.inside.wait(0.05)
+        with pytest.raises(GateStuck, match="another command"), gate.closed(0.0):
+            pass
+        first.leave.set()
+        ended.result(DEADLINE_S)
+    assert late.inside.wait(DEADLINE_S)
+    late.leave.set()
+    with gate.closed(DEADLINE_S):
+        pass
+
+
+def test_newcomers_are_held_by_a_command_that_does_not_end_in_time(pool: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    late = Guest(gate)
+    with gate.closed():
+        with gate.newcomers_held(0.01):
+            pool.submit(late.run)
+        assert not late.inside.wait(0.05)  # the gate is the command's to open
+    assert late.inside.wait(DEADLINE_S)
+    late.leave.set()

@@ -25,7 +25,7 @@ import time
 from replication.server import disconnect
 def say(*words):
     print(*words, flush=True)
-def disconnector(unended=lambda: False, control_path=None, leaving=None):
+def disconnector(unended=lambda: False, control_path=None, leaving=lambda: None):
     return disconnect.Disconnector(
         lambda: say("shutdown"), control_path, unended, lambda: say("cleanup"), None, leaving
     )
@@ -228,6 +228,52 @@ wait_long()
         "shutdown",
         "admitted False",
     ]
+
+
+def test_requests_that_begin_are_held_while_clients_are_let_go_and_what_nobody_has_read_is_taken_away(
+    tmp_path: Path,
+) -> None:
+    """Else nbdkit reads it, sees the end of the stream, and refuses what it has just read."""
+    done = run(
+        """
+import contextlib
+disconnect._QUIET_S = disconnect._LEAVING_S = disconnect._GRACE_S = disconnect.END_S = 15.0
+listener = listen("nbd")
+client, served = connect("nbd", listener)
+client.sendall(b"a request")
+@contextlib.contextmanager
+def holding(wait_s):
+    say("held")
+    yield
+    say("read", served.recv(9))
+it = disconnect.Disconnector(lambda: (say("shutdown"), os._exit(0)), None, lambda: True, lambda: None, holding=holding)
+it.start()
+send()
+wait_long()
+""",
+        folder=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["held", "read b''", "shutdown"]
+
+
+def test_while_a_thread_of_nbdkit_may_be_about_to_read_nothing_is_taken_from_it(tmp_path: Path) -> None:
+    """It could have read half a request."""
+    done = run(
+        """
+disconnect._LEAVING_S = disconnect._GRACE_S = 0.0
+disconnect.fell_asleep = lambda wait_s: False
+listener = listen("nbd")
+client, served = connect("nbd", listener)
+client.sendall(b"a request")
+it = disconnect.Disconnector(lambda: (say("read", served.recv(9)), os._exit(0)), None, lambda: True, lambda: None)
+it.start()
+send()
+wait_long()
+""",
+        folder=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read b'a request'\n", "")
 
 
 def test_requests_that_would_wait_on_are_ended_while_clients_leave(tmp_path: Path) -> None:
