@@ -90,7 +90,7 @@ class Node:
         self._hub = hub
         self.admission = Admission(options, self._ownership, told=self._tell_standing)
         """When the guest is served."""
-        self.passing = Passing(options, lambda: self.side.session) if options.follow_owner else None
+        self.passing = Passing(options, lambda: self.side.session, self._has_left) if options.follow_owner else None
         """Where it is served, with follow-owner=true."""
         self.tenure = Tenure(self._lease_of_primary)
         self._promotion = Promotion(self)
@@ -311,6 +311,10 @@ class Node:
             self.admission.review()
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
         return saved
+
+    def _has_left(self) -> bool:
+        """Whether this secondary's last primary has left in good order."""
+        return self._record.left_well
 
     @property
     def _handed_over(self) -> bool:

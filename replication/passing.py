@@ -31,8 +31,10 @@ answered. The former attempt cannot come after that, over something newer:
                             connection that was open then fail for good
 
 Every wait ends: for an owner after PATIENCE_S, for another thread that connects and for connecting after CONNECT_S, for
-requests of a former connection after ENDING_S, a hold when its time is over. What the owner has may take as long as the
-owner's own guest would wait (it may stand still), as long as this node hears the owner: `look`.
+requests of a former connection after ENDING_S, a hold when its time is over. Two end only with the guest or the
+process, as that of a guest that stands still does: where the last owner has left in good order all that the guest was
+answered for is here, and somebody is to say who goes on with it; and what the owner has may take as long as the owner's
+own guest would wait, as long as this node hears the owner (`look`).
 
 Locks: Passing._changed and Passage._changed (m), below all but EventHub's.
 """
@@ -101,9 +103,11 @@ class Patience:
 class Passing:
     """Of one node. Every method may be called by any thread."""
 
-    def __init__(self, options: Options, session: Callable[[], str | None]) -> None:
-        """`session()`: the token of the primary that this secondary has, and hears; None if it has none, or is none."""
+    def __init__(self, options: Options, session: Callable[[], str | None], left_well: Callable[[], bool]) -> None:
+        """`session()`: the token of the primary that this secondary has, and hears; None if it has none, or is none.
+        `left_well()`: whether the last one has left in good order, and none has come since."""
         self._session = session
+        self._left_well = left_well
         self._changed = threading.Condition(threading.Lock())
         self._exports: set[Follower] = set()
         self._held_until = 0.0
@@ -159,7 +163,8 @@ class Passing:
             held = time.monotonic() < self._held_until
             if held or passer is None or token is None:
                 self._wait_locked()
-                patience.spend(0.0 if held else time.monotonic() - begun, "this node is in no pair now")
+                free = held or self._left_well()
+                patience.spend(0.0 if free else time.monotonic() - begun, "this node is in no pair now")
                 return False
             self._in_flight += 1
         why = ""
@@ -245,6 +250,7 @@ class Passing:
         with self._changed:
             return {
                 "owner-heard": there,
+                "owner-left": self._left_well(),
                 "obstacle": self._obstacle,
                 "guests": len(self._exports),
                 "held": time.monotonic() < self._held_until,

@@ -7,8 +7,8 @@ the primary (follow-owner=true).
     let go      the guest's requests are served where it is
     turned      the former primary is made the secondary of the new one, for which nobody waits
 
-Until "let go" it takes `--within` seconds at most, after which the guest goes on whatever happens: the hold ends by
-itself. Its requests go to whoever owns the disk then, so no harm comes of that.
+The hold ends by itself after `--within` seconds. Then the requests go to whoever owns the disk, so no harm comes of
+that; half-way nobody does, and they wait until somebody does, because the primary has left in good order.
 """
 
 from __future__ import annotations

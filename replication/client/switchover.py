@@ -8,6 +8,8 @@
 Whatever breaks between two steps (a refusal, an answer that does not come, Ctrl-C), the nodes are asked anew where they
 stand. Half-way is taken back: the primary is started again. It finds out over the link itself whether the secondary is
 its secondary still, so this is right also when the secondary's answer has got lost, or can be had from nobody here.
+A stop that is late is waited for before the stages are believed; where that is in vain, nobody is told that nothing has
+changed.
 What cannot even be taken back is said, with what to type. A second run goes on from half-way.
 """
 
@@ -23,6 +25,9 @@ from .values import human_error, human_value
 
 RECOVERY_S = 10.0
 """Longest wait for an answer while what broke is taken back."""
+
+LATE_S = 60.0
+"""Longest wait for the late answer to a stop, which may wait for another command, and for requests at work."""
 
 _OWNER = "nobody's secondary"
 """In a primary's error: its secondary has stopped, as planned or by failover."""
@@ -84,14 +89,14 @@ class Move:
             except Refused as error:
                 self._take_back(str(error))
             except (Unusable, KeyboardInterrupt) as error:
-                self._recover(error)
+                self._recover(error, self.primary)
             self._say("stopped: the primary forwards no more")
         try:
             self._sessions[self.secondary].call("replication-stop")
         except Refused as error:
             self._take_back(str(error))
         except (Unusable, KeyboardInterrupt) as error:
-            self._recover(error)
+            self._recover(error, self.secondary)
 
     def _check_still(self, after: dict[str, Any]) -> None:
         if _written(after) != _written(self.before) or _lacking(after):
@@ -99,14 +104,20 @@ class Move:
 
     # -- taking back ---------------------------------------------------------------------------------------
 
-    def _recover(self, error: BaseException) -> None:
-        """An answer has got lost. Returns when the disk was moved all the same."""
+    def _recover(self, error: BaseException, stopping: str) -> None:
+        """The answer of that node has got lost, or is late. Returns when the disk was moved all the same."""
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is short, and not to be left half done
         try:
+            ended = self._has_ended(stopping, RECOVERY_S if isinstance(error, KeyboardInterrupt) else LATE_S)
             if self._stage_of(self.secondary) == "done":
                 return
             stage = self._stage_of(self.primary)
+            if stage == "running" and not ended:
+                raise Refused(
+                    f"{why}; {self.primary}, the primary, replicates as before, but {stopping} may stop yet. "
+                    "Repeat the switch-over when it answers"
+                )
             if stage == "running":
                 raise Refused(f"{why}; nothing has changed, the primary replicates as before")
             if stage is None:
@@ -114,12 +125,23 @@ class Move:
                     f"{why}; {self.primary}, the primary, does not answer: it may be stopped. Repeat the switch-over "
                     f"when it answers, or type `replctl start{self._to_secondary}` there to go back"
                 )
-            self._take_back(why)
+            self._take_back(why, certain=ended or stopping != self.secondary)
         finally:
             signal.signal(signal.SIGINT, former)
 
-    def _take_back(self, why: str) -> None:
-        """Start the primary again, if it was stopped. Returns when the secondary has become the owner."""
+    def _has_ended(self, name: str, within_s: float) -> bool:
+        """Whether what a node was told to do is over: it has answered by now, whatever it says."""
+        try:
+            self._sessions[name].overdue(within_s)
+        except Refused:
+            return True
+        except Unusable:
+            return False
+        return True
+
+    def _take_back(self, why: str, certain: bool = True) -> None:
+        """Start the primary again, if it was stopped. Returns when the secondary has become the owner. `certain`: it
+        does not do so later."""
         if self._stage_of(self.primary) == "running":  # it has refused to stop
             raise Refused(f"{why}; nothing has changed, the primary replicates as before")
         try:
@@ -135,6 +157,11 @@ class Move:
             raise self._stuck(
                 f"{why}; and the primary, which is stopped now, cannot be started again: {error}"
             ) from None
+        if not certain:
+            raise Refused(
+                f"{why}; the primary replicates again, but {self.secondary}, the secondary, may stop yet, and own the "
+                "disk then. Repeat the switch-over when it answers"
+            )
         if self.halfway:
             raise Refused(f"{why}; the primary replicates again, as before the switch-over that was cut off")
         raise Refused(f"{why}; nothing has changed, the primary replicates again")

@@ -51,7 +51,7 @@ def test_a_guest_on_the_secondary_uses_the_owners_disk(twins: Twins) -> None:
     status = twins.b.status()
     assert status["disks"][0]["active-bytes"] == 0, "nothing was written here"
     idle = {"owner-heard": True, "obstacle": None, "guests": 1, "held": False, "in-flight": 0, "waiting": 0}
-    idle["handed-over"] = False
+    idle |= {"handed-over": False, "owner-left": False}
     assert status["passing"] == idle
     answer = twins.b.execute("query-role")
     assert (answer["role"], answer["may-run"], answer["code"]) == ("secondary", None, "passes-on")
@@ -233,6 +233,7 @@ def test_a_guest_goes_on_where_an_owner_has_left_in_good_order(twins: Twins) -> 
     a.terminate()
     write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 512)
     wait_until(lambda: b.status()["passing"]["waiting"], "the guest waits", DEADLINE_S)
+    assert b.status()["passing"]["owner-left"], "however long it takes"
     b.execute("replication-set-role", role="primary")
     completed(guest, write)
     assert b.status()["stage"] == "done"

@@ -48,6 +48,7 @@ class Owner:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.token: str | None = "first"
+        self.left_well = False
         self.connections: list[Connection] = []
         self.next: Callable[[], Connection] = Connection
         parser = OptionParser()
@@ -55,7 +56,7 @@ class Owner:
         for key, value in given.items():
             parser.add(key, value)
         monkeypatch.setattr(Passing, "_connect", self.connect)
-        self.passing = Passing(parser.finish(), lambda: self.token)
+        self.passing = Passing(parser.finish(), lambda: self.token, lambda: self.left_well)
 
     def connect(self, *_arguments: object) -> Any:
         self.connections.append(self.next())
@@ -145,6 +146,17 @@ def test_without_an_owner_a_request_fails_in_the_end(owner: Owner, monkeypatch: 
     owner.token = None
     with pytest.raises(DiskError, match=r"no owner for 0\.3 s: this node is in no pair"):
         owner.insist(write)
+
+
+def test_an_owner_that_has_left_in_good_order_is_waited_for_without_end(owner: Owner) -> None:
+    """A switch-over was cut off half-way, perhaps: nothing is lost, and somebody goes on with it."""
+    owner.token, owner.left_well, patience = None, True, Patience()
+    assert not owner.run(write, patience)
+    assert patience.left_s == passing.PATIENCE_S
+    assert owner.passing.query()["owner-left"]
+    owner.left_well = False  # one has come since
+    assert not owner.run(write, patience)
+    assert patience.left_s < passing.PATIENCE_S
 
 
 def test_the_time_for_which_an_owner_has_it_does_not_count(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
