@@ -111,7 +111,8 @@ class Passing:
         self._changed = threading.Condition(threading.Lock())
         self._exports: set[Follower] = set()
         self._held_until = 0.0
-        self._in_flight = 0
+        # What the owner has, by request: who passes it on, and whether its guest has gone.
+        self._in_flight: dict[object, tuple[Passer, Callable[[], bool]]] = {}
         self._waiting = 0
         self._ended = False
         self._obstacle: str | None = None
@@ -129,7 +130,8 @@ class Passing:
     # -- a guest's connection ------------------------------------------------------------------------------
 
     def attend(self, export: Follower) -> None:
-        """A guest has come."""
+        """A guest has come: what the owner has of one that has gone must not be done after what this one asks for."""
+        self._look_for_gone()
         with self._changed:
             self._exports.add(export)
 
@@ -153,7 +155,7 @@ class Passing:
     ) -> bool:
         """Have the owner do a request; False when that was not to be had, and this node may own the disks by now.
         `gone()`: whether the guest has. DiskError: it has failed."""
-        passer, token = self._passers.get(export), self._session()
+        passer, token, mine = self._passers.get(export), self._session(), object()
         if patience.waited and gone():
             raise DiskError("a request that has waited for an owner, of a guest that has gone", errno.ESHUTDOWN)
         begun = time.monotonic()
@@ -166,7 +168,7 @@ class Passing:
                 free = held or self._left_well()
                 patience.spend(0.0 if free else time.monotonic() - begun, "this node is in no pair now")
                 return False
-            self._in_flight += 1
+            self._in_flight[mine] = (passer, gone)
         why = ""
         try:
             connection = passer.connected(token)
@@ -184,7 +186,7 @@ class Passing:
             self._obstacle = why = str(error)
         finally:
             with self._changed:
-                self._in_flight -= 1
+                del self._in_flight[mine]
                 self._changed.notify_all()
         with self._changed:
             self._wait_locked()
@@ -210,7 +212,7 @@ class Passing:
     def busy(self) -> bool:
         """Whether the owner has a request."""
         with self._changed:
-            return self._in_flight > 0
+            return bool(self._in_flight)
 
     def hold(self, timeout_s: float) -> None:
         """Pass nothing on for so long, or until `release`; what the owner has is waited for. CommandError, and nothing
@@ -231,10 +233,21 @@ class Passing:
             self._changed.notify_all()
 
     def look(self) -> None:
-        """Called twice a second: give up connections to a node that is not this one's primary any more."""
+        """Called twice a second: give up connections to a node that is not this one's primary any more, and those that
+        have brought over what a guest asked for that has gone."""
         token = self._session()
         for passer in self._passers.values():
             passer.check(token)
+        self._look_for_gone()
+
+    def _look_for_gone(self) -> None:
+        """It may stand still there, and be done when that is over, beside what another guest does then. The requests of
+        others are done again."""
+        with self._changed:
+            at_owner = set(self._in_flight.values())
+        for passer, gone in at_owner:
+            if gone():
+                passer.give_up("a guest has gone of which the owner has a request")
 
     def end(self) -> None:
         """The process ends: what waits fails."""
@@ -254,7 +267,7 @@ class Passing:
                 "obstacle": self._obstacle,
                 "guests": len(self._exports),
                 "held": time.monotonic() < self._held_until,
-                "in-flight": self._in_flight,
+                "in-flight": len(self._in_flight),
                 "waiting": self._waiting,
             }
 
@@ -323,6 +336,13 @@ class Passer:
             found = None if self._token == token else self._connection
         if found is not None and not found.dead:
             found.fail("the owner of the disk is not this node's primary any more")
+
+    def give_up(self, cause: str) -> None:
+        """Whatever has been asked for over the connection fails there, or was done."""
+        with self._changed:
+            found = self._connection
+        if found is not None and not found.dead:
+            found.fail(cause)
 
     # -- requests ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -322,6 +324,35 @@ def test_what_is_passed_on_stands_still_with_the_owners_guest(twins: Twins) -> N
     a.execute("replication-resume-io")
     completed(guest, write)
     assert a.disks[0].read_bytes()[:512] == b"2" * 512
+
+
+WRITER = """
+import sys, nbd
+guest = nbd.NBD()
+guest.connect_uri(sys.argv[1])
+write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"1" * 512), 0)
+guest.poll(0)
+print("sent", flush=True)
+while True:
+    guest.poll(-1)
+"""
+
+
+def test_what_stands_still_of_a_guest_that_has_gone_is_not_done_after_that(twins: Twins) -> None:
+    """Another one may use the disk by then."""
+    a, b = twins.a, twins.b
+    a.execute("replication-outdate", reason="the cluster has promoted c")
+    with subprocess.Popen([sys.executable, "-c", WRITER, b.uri(GUEST)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"sent\n"
+        wait_until(lambda: b.status()["passing"]["in-flight"] == 1, "the owner has it", DEADLINE_S)
+        writer.kill()
+    wait_until(lambda: b.status()["passing"]["in-flight"] == 0, "it is given up", DEADLINE_S)
+    heir = b.connect(GUEST)
+    write = heir.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 512)
+    a.execute("replication-resume-io")
+    completed(heir, write)
+    assert bytes(heir.pread(1024, 0)) == bytes(512) + b"2" * 512
 
 
 def test_a_guest_that_waits_for_an_owner_does_not_keep_the_process(twins: Twins) -> None:

@@ -184,6 +184,42 @@ def test_what_a_guest_asked_for_that_has_gone_is_not_passed_on(owner: Owner) -> 
     assert not owner.connections
 
 
+@pytest.mark.parametrize("how", ["look", "another guest"])
+def test_what_the_owner_has_of_a_guest_that_has_gone_is_given_up(owner: Owner, how: str) -> None:
+    """It stands still there. What another guest has there is done again."""
+    gone, sent = threading.Event(), threading.Semaphore(0)
+
+    def answer() -> None:
+        sent.release()
+        wait_until(lambda: owner.connections[0].dead, "the connection is given up")
+        raise DiskError("lost", errno.ENOTCONN)
+
+    owner.next = lambda: Connection(answer=answer)
+    with ThreadPoolExecutor(2) as pool:
+        mine = pool.submit(owner.passing.run, "guest", write, Patience(), gone.is_set)
+        others = pool.submit(owner.insist, write)
+        for _ in range(2):
+            assert sent.acquire(timeout=DEADLINE_S)
+        owner.passing.look()
+        assert not owner.connections[0].dead
+        owner.next = Connection
+        gone.set()
+        if how == "look":
+            owner.passing.look()
+        else:
+            owner.passing.attend(Attending())
+        assert not mine.result(DEADLINE_S)
+        others.result(DEADLINE_S)
+    assert len(owner.connections) == 2
+
+
+class Attending:
+    """A guest's connection."""
+
+    def end(self, why: str) -> None:
+        raise AssertionError(why)
+
+
 def test_the_end_of_the_process_ends_what_waits(owner: Owner) -> None:
     owner.token = None
     with ThreadPoolExecutor(1) as pool:
