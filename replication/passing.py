@@ -178,7 +178,9 @@ class Passing:
             except DiskError as error:
                 if not (connection.dead or error.errno in (errno.ESHUTDOWN, errno.ENOTCONN)):
                     raise
-                begun, why = time.monotonic(), str(error)
+                begun, self._obstacle, why = time.monotonic(), str(error), str(error)
+                # It is of another session, perhaps, or another one has taken its place: no request is served over it.
+                connection.fail(why)
             else:
                 self._obstacle = None
                 return True

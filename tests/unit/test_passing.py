@@ -119,6 +119,17 @@ def test_what_nobody_has_done_is_no_failure(owner: Owner, number: int) -> None:
     assert not owner.run(write)
 
 
+def test_a_connection_over_which_nothing_is_done_is_given_up(owner: Owner) -> None:
+    """At the owner another one has taken its place."""
+    owner.next = lambda: Connection(answer=refuse(errno.ESHUTDOWN))
+    assert not owner.run(write)
+    assert "says no" in owner.passing.query()["obstacle"]
+    owner.next = Connection
+    assert owner.run(write)
+    assert [connection.dead for connection in owner.connections] == [True, False]
+    assert owner.passing.query()["obstacle"] is None
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_what_the_owner_could_not_do_is_one(owner: Owner, number: int) -> None:
     owner.next = lambda: Connection(answer=refuse(number))
