@@ -1082,9 +1082,13 @@ class Node:
 
     def suspend_io(self, timeout_s: float) -> None:
         """replication-suspend-io: the requests of this secondary's guest are not passed on for so long, or until it is
-        resumed. Without waiting for a command."""
+        resumed; 0 ends that, and nothing else for which a guest may stand still, whoever owns the disks now. Without
+        waiting for a command."""
         if self.passing is None:
             raise CommandError("Only a node with follow-owner=true passes requests on", reason=Reason.WRONG_MODE)
+        if not timeout_s:
+            self.passing.release()
+            return
         if is_owner(self._record.mode, self._record.stage):
             raise CommandError("This node owns its disks: nothing is passed on", reason=Reason.WRONG_STAGE)
         self.passing.hold(timeout_s)

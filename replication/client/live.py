@@ -73,7 +73,8 @@ class LiveMove:
                 Move(self._sides, self._ask(), self._say).run()
             finally:
                 with contextlib.suppress(Refused, Unusable), self._sides[self.secondary].again(RECOVERY_S) as secondary:
-                    secondary.call("replication-resume-io")
+                    # Not as somebody who lets the guest go on: the node may have a reason of its own by now.
+                    secondary.call("replication-suspend-io", timeout=0)
                 self.waited_s = time.monotonic() - begun
             self._say(f"moved: the guest goes on after {self.waited_s:.2f} s")
 

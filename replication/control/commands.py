@@ -63,7 +63,7 @@ class Replicated(Protocol):
 
     def suspend_io(self, timeout_s: float) -> None:
         """Do not pass on what the guest of this secondary asks for, for so many seconds at most; answered when the
-        owner has answered what it had been passed."""
+        owner has answered what it had been passed. 0: go on, as far as it is this that holds it."""
 
     def resume_io(self, fenced: bool = False) -> None:
         """Let a guest go on that stands still; `fenced`: also one that would do so for fencing before the next
@@ -297,8 +297,8 @@ class Commands:
 
     def _suspend_io(self, arguments: Mapping[str, Any]) -> Any:
         timeout_s = arguments["timeout"]
-        if not 0 < timeout_s <= SUSPEND_MAX_S:
-            raise CommandError(f"Parameter 'timeout' expects seconds above 0, {SUSPEND_MAX_S:g} at most")
+        if not 0 <= timeout_s <= SUSPEND_MAX_S:
+            raise CommandError(f"Parameter 'timeout' expects seconds, 0 at least and {SUSPEND_MAX_S:g} at most")
         self._node.suspend_io(float(timeout_s))
         return {}
 

@@ -90,6 +90,18 @@ def test_a_hold_ends_by_itself_and_by_a_word(twins: Twins) -> None:
     assert not b.status()["passing"]["held"]
 
 
+def test_the_end_of_a_hold_ends_no_other_standstill(twins: Twins) -> None:
+    """The disk has moved meanwhile, and the cluster says that yet another node went on."""
+    a, b = twins.a, twins.b
+    b.execute("replication-suspend-io", timeout=60)
+    a.execute("replication-stop")
+    b.execute("replication-stop")
+    b.execute("replication-outdate", reason="the cluster has promoted c")
+    b.execute("replication-suspend-io", timeout=0)
+    status = b.status()
+    assert (status["passing"]["held"], status["guest-suspended-reason"]["code"]) == (False, "outdated")
+
+
 def test_without_the_key_nothing_is_passed_on(lab: Lab) -> None:
     twins = Twins(lab)
     assert code_of(twins.b, "replication-suspend-io", timeout=1) == "wrong-mode"

@@ -224,6 +224,7 @@ SET = "xen-set-replication"
         ("replication-set-role", {"role": "secondary"}, [("set_role", False, None, False, False)], {}),
         ("replication-set-role", {"role": "secondary", "lossless": True}, [("set_role", False, None, False, True)], {}),
         ("replication-suspend-io", {"timeout": 5}, [("suspend_io", 5.0)], {}),
+        ("replication-suspend-io", {"timeout": 0}, [("suspend_io", 0.0)], {}),
         ("replication-resume-io", None, [("resume_io", False)], {}),
         ("replication-resume-io", {"fenced": True}, [("resume_io", True)], {}),
         ("replication-renew", None, [("renew",)], {"seconds": 10.0}),
