@@ -220,6 +220,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
         verified.py             what the last comparison of the disks has found
+        guests.py               whose disk is another one than they have used
         tested.py               what the last test of a failover has found
         resultfile.py           a small file with such a result
         keeper.py               who writes the record: one write at a time, and in time or not at all
@@ -285,8 +286,8 @@ A thread takes these only downwards, and holds none of the locks marked (m) acro
     8. Budget._lock (m), Overlay._words (m), ChangeMap._lock (m), FaultLatch._lock (m), Connection._lock (m),
        Buffers._lock (m), JobList._lock (m), Account._lock (m), the two of a Commit (m), and Rehearsals._lock (m),
        above Frozen._state (m) and Allowance._lock (m)
-    9. Admission._lock (m), and below it Standstill._changed (m); Tenure._lock (m); Passing._changed (m),
-       Passer._changed (m) and Passage._changed (m), each with nothing below it
+    9. Admission._lock (m), and below it Standstill._changed (m); Tenure._lock (m); Guests._lock (m);
+       Passing._changed (m), Passer._changed (m) and Passage._changed (m), each with nothing below it
     10. EventHub._lock (m), and below it ControlExport._changed (m)
 
 Reads take no range lock. What decides for each pair that can meet on one block stands in

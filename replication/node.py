@@ -37,6 +37,7 @@ from replication.promotion import Promotion
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
+from replication.record.guests import Guests, of_this_boot
 from replication.record.ledger import Ledger, settled
 from replication.record.lineage import Lineage, compare
 from replication.record.outdated import Outdated
@@ -129,6 +130,8 @@ class Node:
         # A good end that the next process must not take for this one's.
         self._was_clean = self._record.clean
         self._note_process()
+        self.guests = Guests(self._record, self._save)
+        """Who may attach to a guest's export, with follow-owner=true."""
         state.reserve(self._record)
         restarted = self._ownership().forwards
         self.admission.begin(restarted, self._record.partner is not None, self._record.kept_back, self._was_clean)
@@ -193,6 +196,9 @@ class Node:
 
     def _note_process(self) -> None:
         """From here on the record is this process's."""
+        record, same_boot = self._record, self._record.boot == boot_id()
+        record.guests = of_this_boot(record.guests, same_boot)
+        record.guests_over = of_this_boot(record.guests_over, same_boot)
         self._record.boot = boot_id()
         self._record.durability = self._options.durability.value
         self._record.clean = False
@@ -284,16 +290,20 @@ class Node:
         record.stage, record.mode, record.promoted = stage, side.mode, record.promoted or side.mode is not record.mode
         # With the stage: from a stop that nobody has demoted, the next process lets the guest go on.
         record.kept_back = stage is Stage.DONE and self.admission.keeps_back
+        was_owner = is_owner(self.side.mode, self._stage)  # the record is another one's already, in a demotion
+        goes_back = not was_owner and is_owner(record.mode, stage) and not self._handed_over
+        guests = self.guests.end() if goes_back else None
         saved = True
         try:
             self._save(haste)
         except StateError as error:
             if haste is None or not haste.force:
                 record.stage, record.mode, record.promoted, record.kept_back = former
+                if guests is not None:
+                    self.guests.take_back(guests)
                 raise
             log(f"stage {stage.value} is not saved yet, and the end of this process would undo it (force): {error}")
             saved = False
-        was_owner = is_owner(self.side.mode, self._stage)  # the record is another one's already, in a demotion
         self._stage = stage
         side.show_stage(stage)
         if side is not self.side:
@@ -311,6 +321,11 @@ class Node:
             self.admission.review()
         self._hub.emit("REPLICATION_STAGE_CHANGE", mode=record.mode.value, from_=former[0].value, to=stage.value)
         return saved
+
+    def _query_passing(self) -> dict[str, Any]:
+        assert self.passing is not None
+        over = len(self._record.guests_over)
+        return {**self.passing.query(), "guests-over": over, "handed-over": self._handed_over}
 
     def _has_left(self) -> bool:
         """Whether this secondary's last primary has left in good order."""
@@ -531,7 +546,7 @@ class Node:
             with self.gate.closed(why=ROLE_CHANGE):
                 self.faces.update(former.faces())
             raise CommandError(f"cannot become a secondary: the disks could not be flushed within {ROLE_S:.0f} s")
-        record.take(kept.as_secondary())
+        self.guests.replace(kept, lambda: record.take(kept.as_secondary()))
         side = SecondarySide(self._setting(lambda: side))
         try:
             side.open()
@@ -543,7 +558,8 @@ class Node:
         except Exception as error:  # whatever it is, the guest's face must come back
             if not isinstance(error, ReplicationError):
                 log_defect(error)
-            record.take(kept)
+            self.guests.take_back((kept.guests, kept.guests_over))
+            self.guests.replace(kept, lambda: record.take(kept))
             take_back()
             try:
                 self._restore(kind)
@@ -870,7 +886,7 @@ class Node:
             "lineage": self._ancestry.lineage.to_json(),
             "guest-suspended": None if standing is None else standing["reason"],
             "guest-suspended-reason": standing,
-            **({} if self.passing is None else {"passing": self.passing.query() | {"handed-over": self._handed_over}}),
+            **({} if self.passing is None else {"passing": self._query_passing()}),
             "in-sync-until": None if self.side.in_sync else self._state.in_sync_until,
             "guest-stalls": self.gate.latency.waited(),
             "longest-stall": self.gate.latency.longest(STALL_S),
@@ -1067,6 +1083,8 @@ class Node:
             self.passing.release()
         self.admission.resume(fenced)
         self._forget_kept_back()
+        if not fenced and self.guests.forgive():  # a manager that has fenced the other node says nothing of guests here
+            self._save_later()  # a kill before that: they are kept out again
 
     def renew(self) -> float:
         """replication-renew: for how many seconds the primary may go on, as the cluster says to either node."""

@@ -160,6 +160,11 @@ TABLE = [
         "switchover --live, both done: compare only reads",
         "e2e/test_follow_owner.py::test_what_is_over_is_no_move_to_finish_when_both_have_gone_on",
     ),
+    (
+        "end it and start it anew, or let it in with `replctl resume-io`",
+        "follow-owner, a guest whose disk was rolled back, or whose node was demoted, attaches again",
+        "e2e/test_follow_owner.py::test_a_failover_ends_the_guest_whose_disk_goes_back",
+    ),
     ("emptying the overlays: {}; try again", "failover with force", LATER),
     ("requests are in flight: {}; try again", "failover without a thread", LATER),
     ("try again in stage done", "start, failover", LATER),

@@ -57,6 +57,7 @@ from replication.record.binding import Binding, Doubts
 from replication.record.boot import boot_clock_s, boot_id
 from replication.record.changes import MISSING, ChangeMap
 from replication.record.grainfile import GrainFile
+from replication.record.guests import together
 from replication.record.keeper import Keeper
 from replication.record.lineage import Lineage, check_id, new_id
 from replication.record.outdated import DEMOTED_TEXT, Outdated
@@ -189,6 +190,9 @@ class Record:
     """A failover by force has ended a copy that a primary was sending here: that primary has what this node lacks."""
     sought: str | None = None
     """Whom an owner looks for, to make it its secondary: a URI, or, if empty, the one that the command line names."""
+    guests: list[str] = field(default_factory=list)
+    """Who was attached to the disks as they are, and whose disk is another one now (guests.py)."""
+    guests_over: list[str] = field(default_factory=list)
     identity: str = ""
     """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
     opens: int = 0
@@ -223,6 +227,8 @@ class Record:
             left_well=False,
             kept_back=False,
             lease_s=None,
+            guests=[],
+            guests_over=together(self.guests_over, self.guests),
         )
 
     def take(self, other: Record) -> None:
@@ -272,6 +278,9 @@ class Record:
             Outdated.from_json(record.outdated)
         if not isinstance(record.overruled, list):
             raise TypeError("overruled is a list")
+        for guests in (record.guests, record.guests_over):
+            if not isinstance(guests, list) or not all(isinstance(guest, str) for guest in guests):
+                raise TypeError("guests and guests_over are lists of names")
         for code in record.overruled:
             Reason(code)
         json.dumps(record.to_json(), allow_nan=False)  # what is shown as JSON may not be what JSON cannot say

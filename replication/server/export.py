@@ -27,6 +27,7 @@ from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.order.standstill import GONE, NEVER
 from replication.passing import OWNERS_DISK, Passage, Passer, Passing, Patience
 from replication.record.boot import boot_id
+from replication.record.state import StateError
 from replication.secondary.disk import ended_face
 from replication.server.clients import Client
 from replication.side import Face
@@ -427,13 +428,28 @@ class Exports:
         if token is None:
             passing = self._node.passing if wanted in self._of_guests else None
             if passing is not None:
-                export: Export = FollowingExport(self._node, wanted, passing)
-            else:
-                export = Export(self._node, wanted, of_guest=wanted in self._of_guests)
+                return self._following(wanted, passing, client, gone)
+            export = Export(self._node, wanted, of_guest=wanted in self._of_guests)
             export.gone = gone
             return export
         kind = DigestExport if name.startswith(f"{DIGEST_EXPORT}:") else DataExport
         return kind(self._node, wanted, token)
+
+    def _following(self, name: str, passing: Passing, client: Client, gone: Callable[[], bool]) -> Export:
+        """For a guest that has used no other disk than this one. Refusal, DiskError."""
+        guests, credentials = self._node.guests, client.credentials
+        try:
+            guest = guests.note(None if credentials is None else credentials.pid)
+        except StateError as error:
+            raise DiskError(f"a guest is not let in that cannot be noted: {error}") from error
+        export = FollowingExport(self._node, name, passing)
+        export.gone = gone
+        try:
+            guests.check(guest)  # again: from here on it learns by itself that its disk has become another one
+        except BaseException:
+            export.close()
+            raise
+        return export
 
     def _passed(self, name: str, client: Client, gone: Callable[[], bool]) -> Export:
         """What the secondary of this owner opens, for a guest there. Refusal, DiskError."""

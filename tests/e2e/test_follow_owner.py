@@ -53,7 +53,7 @@ def test_a_guest_on_the_secondary_uses_the_owners_disk(twins: Twins) -> None:
     status = twins.b.status()
     assert status["disks"][0]["active-bytes"] == 0, "nothing was written here"
     idle = {"owner-heard": True, "obstacle": None, "guests": 1, "held": False, "in-flight": 0, "waiting": 0}
-    idle |= {"handed-over": False, "owner-left": False}
+    idle |= {"handed-over": False, "owner-left": False, "guests-over": 0}
     assert status["passing"] == idle
     answer = twins.b.execute("query-role")
     assert (answer["role"], answer["may-run"], answer["code"]) == ("secondary", None, "passes-on")
@@ -254,6 +254,27 @@ def test_a_guest_goes_on_where_an_owner_has_left_in_good_order(twins: Twins) -> 
     assert b.disks[0].read_bytes()[:1024] == b"1" * 512 + b"2" * 512
 
 
+READER = """
+import sys, nbd
+guest = nbd.NBD()
+guest.connect_uri(sys.argv[1])
+sys.stdout.buffer.write(guest.pread(int(sys.argv[2]), 0))
+"""
+
+
+def content_for_another(server: Server, length: int) -> bytes:
+    """What a guest reads that has not been there before."""
+    command = [sys.executable, "-c", READER, server.uri(GUEST), str(length)]
+    return subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout
+
+
+def refused_guest(server: Server) -> None:
+    """This process has used another disk."""
+    with pytest.raises(nbd.Error):
+        server.connect(GUEST)
+    assert "this guest has used a disk that is another one now" in server.stderr()
+
+
 def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
     """What it was answered for after the checkpoint is gone: it must not go on as if it were there."""
     a, b = twins.a, twins.b
@@ -266,6 +287,18 @@ def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
     for request in (lambda: guest.pwrite(b"3" * 512, 512), lambda: guest.pread(512, 0), guest.flush):
         with nbd_refusal(errno.EIO):
             request()
+    # It connects by itself, over the next process as well; another one is let in, and so is it by a word.
+    refused_guest(b)
+    assert content_for_another(b, 1024) == b"1" * 512 + bytes(512)
+    b.wait_stage("done")
+    b.kill()
+    b.start()
+    refused_guest(b)
+    assert b.status()["passing"]["guests-over"] == 1
+    assert content_for_another(b, 1024) == b"1" * 512 + bytes(512)
+    b.execute("replication-resume-io", fenced=True)
+    refused_guest(b)
+    b.execute("replication-resume-io")
     heir = b.connect(GUEST)
     assert bytes(heir.pread(1024, 0)) == b"1" * 512 + bytes(512)
     heir.pwrite(b"4" * 512, 0)
@@ -282,6 +315,13 @@ def test_a_guest_of_an_owner_is_not_passed_on_when_that_is_made_a_secondary(twin
     twins.joined(b)
     with nbd_refusal(errno.EIO):
         guest.pwrite(b"2" * 512, 0)
+    for _ in range(2):
+        refused_guest(a)
+        assert content_for_another(a, 512) == b"1" * 512
+        a.kill()
+        a.start()
+        twins.joined(b)
+    a.execute("replication-resume-io")
     heir = a.connect(GUEST)
     assert bytes(heir.pread(512, 0)) == b"1" * 512
     heir.pwrite(b"3" * 512, 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -500,6 +501,29 @@ def test_a_guest_that_stood_when_its_node_was_stopped_to_be_demoted_stands_after
     wait_until(lambda: not loaded(host).kept_back, "that is saved")
     host.end()
     assert not host.start(**fencing).admission.still.on
+
+
+def test_who_has_used_the_disk_is_over_with_the_stage(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed before it has told them leaves one that does not let them in."""
+    node = host.start(follow_owner=True)
+    node.start(None, None, "auto")
+    node.guests.note(os.getpid())
+    refusing = StateError("no room")
+
+    def refuse(_haste: object = None) -> None:
+        raise refusing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "_save", refuse)
+        with pytest.raises(CommandError, match="no room"):
+            node.stop(failover=True)
+    assert (loaded(host).guests_over, len(node._record.guests)) == ([], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "_tell_followers", lambda _was_owner: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            node.stop(failover=True)
+    record = loaded(host)
+    assert (record.stage, record.guests, len(record.guests_over)) == (Stage.FAILOVER, [], 1)
 
 
 def loaded(host: Host) -> Record:

@@ -49,6 +49,8 @@ FULL = Record(
     left_well=True,
     received=True,
     sought="nbd://peer",
+    guests=["4711.12"],
+    guests_over=["?"],
 )
 FIELDS = sorted(field.name for field in dataclasses.fields(Record))
 FAULT_FIELDS = sorted(field.name for field in dataclasses.fields(Fault))
