@@ -130,7 +130,7 @@ class Node:
         # A good end that the next process must not take for this one's.
         self._was_clean = self._record.clean
         self._note_process()
-        self.guests = Guests(self._record, self._save)
+        self.guests = Guests(self._record, self._keep_soon)
         """Who may attach to a guest's export, with follow-owner=true."""
         state.reserve(self._record)
         restarted = self._ownership().forwards
@@ -349,6 +349,8 @@ class Node:
             self.passing.turn(None)  # all that the former owner has answered is here
         else:
             self.passing.turn("the disk went back to the last checkpoint when this node took it over")
+        # After that: a failover does not always have the gate closed, and no former guest is to find what is here now.
+        self.faces.update(self.side.faces())
 
     def _save(self, haste: Haste | None = None) -> None:
         """Make the record last. StateError when it does not within SAVE_S, or when a failover has come first, or
@@ -374,6 +376,10 @@ class Node:
     def _keep_fault(self) -> None:
         """The fault is latched all the same, and there is nobody to give an error to: until the record can be saved,
         only a restart would forget what it says."""
+        self._keep_soon()
+
+    def _keep_soon(self) -> None:
+        """Save, for a while at once, and else later."""
         try:
             self._save(Haste(time.monotonic() + LATCH_S))
         except StateError as error:

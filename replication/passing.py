@@ -5,8 +5,8 @@ A guest attaches to the socket of its own host, whoever owns the disks. While th
 as without the option. While it does not, the request is passed on to the owner, over one connection for each disk.
 
 Who owns which fact
-    this node owns them     its stage, which a request looks at inside the gate: the guest face of a secondary does
-                            nothing and raises Elsewhere
+    this node owns them     what is behind the export, which a request looks up inside the gate: that of a secondary
+                            does nothing and raises Elsewhere
     the peer owns them      the peer alone, for each request, inside its own gate (PassedExport): it is a primary that
                             runs, and the request names the session that it has with this node now
     which session that is   the pairing. This node has accepted that primary by its lineage, and hears it. Nobody else

@@ -6,7 +6,8 @@ on: its memory is of another disk, or another guest runs by now. Its connection 
 itself, perhaps to the next process. So the record knows who was there, and, with the stage by which they are over, that
 they are.
 
-    noted       whoever opens a guest's export, before it is served. Saved, if it is new
+    noted       whoever opens a guest's export, before it is served. Saved, if it is new, and later where the storage
+                does not answer: a failover by force is for that, and somebody is to use the disk then
     over        with a stage that makes the disk another one (`end`), or a former owner's record as a secondary's
                 (Record.as_secondary): all that are noted
     let in      a word: replication-resume-io (`forgive`)
@@ -97,26 +98,24 @@ class Guests:
     """Of one node. Every method may be called by any thread."""
 
     def __init__(self, record: Noted, save: Callable[[], None]) -> None:
+        """`save()` makes the record last, soon where it cannot at once."""
         self._record = record
         self._save = save
         # Protects the two lists of the record. Never held across I/O (but a look at /proc).
         self._lock = threading.Lock()
-        self._saved = set(record.guests)
 
     def note(self, pid: int | None) -> str:
         """A client wants a guest's export; how it is named. `check` is to follow once it would learn of the end.
-        Refusal if its disk is another one now; StateError when it cannot be noted."""
+        Refusal if its disk is another one now."""
         guest = guest_of(pid)
         self.check(guest)
         record = self._record
         with self._lock:
-            if guest in self._saved and guest in record.guests:
-                return guest
-            record.guests = together(record.guests, [guest])
-        self._save()
-        with self._lock:
-            # What is not in the record's list any more is over, or there are more than it has room for.
-            self._saved = {known for known in (*self._saved, guest) if known in record.guests}
+            known = guest in record.guests
+            if not known:
+                record.guests = together(record.guests, [guest])
+        if not known:
+            self._save()
         return guest
 
     def check(self, guest: str) -> None:

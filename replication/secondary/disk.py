@@ -73,8 +73,6 @@ class SecondaryDisk:
         """Whether who writes to the target face now is not the primary that this node knows."""
         self.strange = False
         """Whether somebody who is not the primary has written here since that was paired last."""
-        self.follows = False
-        """Whether a guest's requests are passed on while another node owns the disk (passing.py)."""
         self.accepts_writes = True
         """False once copy-before-write has ended for good."""
         self.backup_failed: Callable[[LayerError], None] = _nobody
@@ -280,8 +278,6 @@ class SecondaryDisk:
         """The stack while the overlays count; None once the disk alone does."""
         if self.stage is _DONE:
             return None
-        if self.follows and self.stage in (_NONE, _RUNNING):
-            raise Elsewhere(f"another node owns disk '{self.name}'")
         if self.stage is _NONE or self.stack is None:
             raise DiskError(
                 f"disk '{self.name}' has no content for the guest yet: replication is not running", errno.EIO
@@ -496,6 +492,11 @@ def closed_face(name: str, size: int) -> Face:
 def changing_face(name: str, size: int) -> Face:
     """Any face of a disk while its process takes another role."""
     return _refusing(CHANGING_FACE, size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+
+
+def elsewhere_face(name: str, size: int) -> Face:
+    """A guest's face while another node owns the disk, and is passed on what the guest asks for (passing.py)."""
+    return _refusing(GUEST_FACE, size, lambda: Elsewhere(f"another node owns disk '{name}'"))
 
 
 def ended_face(size: int, why: str) -> Face:

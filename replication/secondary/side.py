@@ -31,7 +31,7 @@ from replication.record.lineage import new_id
 from replication.record.outdated import refusal
 from replication.record.state import StateError
 from replication.secondary.backup import RUNNING, Backup
-from replication.secondary.disk import SecondaryDisk
+from replication.secondary.disk import SecondaryDisk, elsewhere_face
 from replication.secondary.failover import Failover, forceful
 from replication.secondary.fill import FillWatch
 from replication.secondary.hindrance import Hindrance
@@ -186,7 +186,6 @@ class SecondarySide(Side):
                 secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
                 # With what a former process was offered goes what somebody else may have written to it since.
                 secondary_disk.strange = record.offered is not None
-                secondary_disk.follows = self._set.options.follow_owner
                 self.disks.append(secondary_disk)
             self._targets = frozenset(sizes)
         except BaseException:
@@ -1005,9 +1004,12 @@ class SecondarySide(Side):
 
     def faces(self) -> dict[str, Face]:
         shown = {}
+        elsewhere = self._set.options.follow_owner and self._set.record.stage in (Stage.NONE, Stage.RUNNING)
         for disk in self.disks:
             shown[disk.name] = disk.target_face()
-            shown.setdefault(disk.top_id, disk.guest_face())
+            # Not by the stage of the disk: a failover does not wait for requests that hang, and is followed at once.
+            guest = elsewhere_face(disk.top_id, disk.size) if elsewhere else disk.guest_face()
+            shown.setdefault(disk.top_id, guest)
         return shown
 
     def tests(self) -> dict[str, Face]:

@@ -27,7 +27,6 @@ from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.order.standstill import GONE, NEVER
 from replication.passing import OWNERS_DISK, Passage, Passer, Passing, Patience
 from replication.record.boot import boot_id
-from replication.record.state import StateError
 from replication.secondary.disk import ended_face
 from replication.server.clients import Client
 from replication.side import Face
@@ -438,10 +437,7 @@ class Exports:
     def _following(self, name: str, passing: Passing, client: Client, gone: Callable[[], bool]) -> Export:
         """For a guest that has used no other disk than this one. Refusal, DiskError."""
         guests, credentials = self._node.guests, client.credentials
-        try:
-            guest = guests.note(None if credentials is None else credentials.pid)
-        except StateError as error:
-            raise DiskError(f"a guest is not let in that cannot be noted: {error}") from error
+        guest = guests.note(None if credentials is None else credentials.pid)
         export = FollowingExport(self._node, name, passing)
         export.gone = gone
         try:

@@ -305,6 +305,30 @@ def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
     assert bytes(heir.pread(512, 0)) == b"4" * 512
 
 
+def test_a_failover_that_nothing_can_be_saved_of_serves_the_next_guest_at_once(lab: Lab) -> None:
+    """And ends the former one: the state folder hangs, so the disk counts as in stage running for a while."""
+    points = lab.pause_points()
+    twins = Twins(lab, "follow-owner=true", environment=points.environment)
+    a, b = twins.a, twins.b
+    a.execute("replication-set-role", role="primary")
+    twins.joined(a)
+    guest = b.connect(GUEST)
+    guest.pwrite(b"1" * 512, 0)
+    a.execute("replication-checkpoint")
+    guest.pwrite(b"2" * 512, 0)
+    a.kill()
+    points.arm("record.sync")
+    b.execute("replication-stop", failover=True, force=True)
+    assert json.loads((b.state / "state.json").read_text())["stage"] == "running"
+    with nbd_refusal(errno.EIO):
+        guest.pread(512, 0)
+    assert content_for_another(b, 1024) == b"1" * 512 + bytes(512)
+    refused_guest(b)
+    points.release("record.sync")
+    b.wait_stage("done")
+    assert content_for_another(b, 1024) == b"1" * 512 + bytes(512)
+
+
 def test_a_guest_of_an_owner_is_not_passed_on_when_that_is_made_a_secondary(twins: Twins) -> None:
     """Perhaps the other one lacks what it has written, and another guest runs there."""
     a, b = twins.a, twins.b

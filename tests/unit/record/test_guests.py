@@ -11,7 +11,7 @@ import pytest
 
 from replication.errors import Refusal
 from replication.record.guests import EVERYBODY, NOBODY, Guests, guest_of, lives, of_this_boot, same, together
-from replication.record.state import Record, StateError
+from replication.record.state import Record
 from replication.stage import Mode
 
 
@@ -21,13 +21,10 @@ class Saving:
     def __init__(self) -> None:
         self.record = Record(Mode.SECONDARY)
         self.saved: list[list[str]] = []
-        self.fails = False
         self.meanwhile: Callable[[], object] = lambda: None
         self.guests = Guests(self.record, self.save)
 
     def save(self) -> None:
-        if self.fails:
-            raise StateError("no room")
         self.saved.append(list(self.record.guests))
         self.meanwhile()
 
@@ -107,16 +104,6 @@ def test_what_comes_to_nothing_ends_nobody(saving: Saving) -> None:
     guests.note(None)
     guests.take_back(former)
     assert (saving.record.guests, saving.record.guests_over) == (sorted([name, NOBODY]), [])
-
-
-def test_who_could_not_be_noted_is_not_let_in_by_a_second_attempt(saving: Saving) -> None:
-    saving.fails = True
-    for _ in range(2):
-        with pytest.raises(StateError):
-            saving.guests.note(os.getpid())
-    saving.fails = False
-    saving.guests.note(os.getpid())
-    assert len(saving.saved) == 1
 
 
 def test_a_guest_that_comes_while_all_are_ended_is_over(saving: Saving) -> None:
