@@ -143,6 +143,8 @@ class Passing:
     def turn(self, why: str | None) -> None:
         """Another node owns the disks from now on, or this one does. The gate is closed. `why`: the disk is not the one
         any more that guests have used until now."""
+        for passer in self._passers.values():
+            passer.forget()
         with self._changed:
             if why is not None:
                 for export in self._exports:
@@ -329,6 +331,8 @@ class Passer:
         fresh.timeout_s = _ANSWER_S
         with self._changed:
             former, self._boot = self._boot, fresh.description
+            if not former:
+                self._answered = self._flushed = 0
             self._lost |= former not in ("", self._boot) and self._answered > self._flushed
         return fresh
 
@@ -338,6 +342,12 @@ class Passer:
             found = None if self._token == token else self._connection
         if found is not None and not found.dead:
             found.fail("the owner of the disk is not this node's primary any more")
+
+    def forget(self) -> None:
+        """Another node owns the disk from now on, or this one does. What the last owner has answered is the guest's no
+        more, or, after a stop in good order, has been flushed here with the disk."""
+        with self._changed:
+            self._boot, self._lost = "", False
 
     def give_up(self, cause: str) -> None:
         """Whatever has been asked for over the connection fails there, or was done."""

@@ -292,6 +292,16 @@ def test_a_process_of_the_same_boot_has_lost_nothing(owner: Owner) -> None:
     assert owner.run(flush)
 
 
+def test_what_an_owner_had_unflushed_is_forgotten_with_its_ownership(owner: Owner) -> None:
+    """The disk has been here meanwhile, and is flushed."""
+    assert owner.run(write)
+    owner.passing.turn(None)
+    owner.next, owner.token = lambda: Connection(boot="2"), "second"
+    assert owner.run(flush)
+    owner.next, owner.token = lambda: Connection(boot="3"), "third"
+    assert owner.run(flush), "nothing was written in the boot before"
+
+
 # -- on the owner ----------------------------------------------------------------------------------------------
 
 
