@@ -109,6 +109,7 @@ class Node:
         refuses that. It may take its time, without a lock."""
         self._closing = threading.Event()
         self._looks = Ticker("disks", LOOK_S, self._look_at_disks)
+        self._owner_looks = Ticker("owner", LOOK_S, self._look_at_owner) if self.passing is not None else None
         self._clocks = Clocks(self._checkpoint_when_ready, self._checkpoint_age, lambda: self._state.epoch, hub)
         self._autostarter = Worker("autostart", self._autostart)
         self._autostart_failure = ""
@@ -210,6 +211,8 @@ class Node:
         self.side.launch()
         self._clocks.set(self._options.checkpoint_interval_s, self._options.checkpoint_age_limit_s)
         self._looks.start()
+        if self._owner_looks is not None:
+            self._owner_looks.start()
         self.admission.launch()
         if self._options.autostart and self.stage is Stage.DONE:
             log("autostart=true starts nothing in stage done: a person says who owns the disks now")
@@ -245,6 +248,8 @@ class Node:
         self._autostarter.stop(0.0)
         self._clocks.stop()
         self._looks.stop(STOP_S)
+        if self._owner_looks is not None:
+            self._owner_looks.stop(STOP_S)
         good = self.side.close()
         self._state.close(good)
 
@@ -261,10 +266,16 @@ class Node:
         try:
             self._state.note_sync(self.side.in_sync)
             self.side.look()
-            if self.passing is not None:
-                self.passing.look()
         except Exception as error:  # noqa: BLE001 (a role change closes the disks meanwhile; the next look is soon)
             log(f"looking at the disks: {error}")
+
+    def _look_at_owner(self) -> None:
+        """By a thread of its own: a disk that hangs does not keep the loss of the owner from being seen."""
+        assert self.passing is not None
+        try:
+            self.passing.look()
+        except Exception as error:  # noqa: BLE001 (the session changes meanwhile; the next look is soon)
+            log(f"looking at the owner of the disks: {error}")
 
     def traffic(self) -> tuple[int, int]:
         """Requests and bytes served so far; for placement.py, so roughly."""

@@ -70,7 +70,11 @@ DRAIN_S = 10.0
 
 _ANSWER_S = 3600.0
 """A request may take so long before its connection counts as dead: the owner's guest may stand still. That the owner
-has gone is known from the link."""
+has gone is known from the link. That this connection alone is cut, by a firewall that has forgotten it, say, is known
+from the kernels: the owner's is asked for signs of life while it owes nothing, and else owes an acknowledgement."""
+
+SILENT_S = 5.0
+"""Longest wait for that."""
 
 _LOOK_S = 0.1
 
@@ -289,6 +293,8 @@ class Passer:
         self._connecting = False
         self._connection: Connection | None = None
         self._token: str | None = None
+        # Since when that owes an acknowledgement, as far as was seen; only who looks touches it.
+        self._owing: tuple[Connection, float] | None = None
         self._boot = ""
         # How many changes the owner has answered, and how many of them a flush covers: what its host has not flushed
         # goes with its boot.
@@ -328,7 +334,7 @@ class Passer:
         if not fresh.description.startswith(OWNERS_DISK) or fresh.read_only:
             fresh.close()
             raise Elsewhere(f"what answers at {fresh.uri} is no owner of disk '{self._name}'")
-        fresh.timeout_s = _ANSWER_S
+        fresh.wait_for_answers(_ANSWER_S)
         with self._changed:
             former, self._boot = self._boot, fresh.description
             if not former:
@@ -337,11 +343,27 @@ class Passer:
         return fresh
 
     def check(self, token: str | None) -> None:
-        """Give the connection up unless it belongs to that session."""
+        """Give the connection up unless it belongs to that session, and nothing is to be heard of it for too long."""
         with self._changed:
-            found = None if self._token == token else self._connection
-        if found is not None and not found.dead:
+            found, strange = self._connection, self._token != token
+        if found is None or found.dead:
+            self._owing = None
+        elif strange:
             found.fail("the owner of the disk is not this node's primary any more")
+        else:
+            self._check_silence(found)
+
+    def _check_silence(self, connection: Connection) -> None:
+        silent_s, now = connection.owing_s, time.monotonic()
+        if silent_s is None:
+            self._owing = None
+            return
+        former = self._owing
+        # What was heard since the last look makes it a new debt.
+        begun = max(former[1], now - silent_s) if former is not None and former[0] is connection else now
+        self._owing = (connection, begun)
+        if now - begun > SILENT_S:
+            connection.fail(f"the owner's host has acknowledged nothing for {now - begun:.0f} s")
 
     def forget(self) -> None:
         """Another node owns the disk from now on, or this one does. What the last owner has answered is the guest's no

@@ -25,8 +25,8 @@ class Connection:
         self.description = f"{OWNERS_DISK}{boot}"
         self.read_only = False
         self.uri = "nbd://owner"
-        self.timeout_s = 0.0
         self.dead = False
+        self.owing_s: float | None = None
         self.answer = answer
 
     def issue(self, *_request: object) -> None:
@@ -35,6 +35,9 @@ class Connection:
 
     def wait(self, _request: object) -> None:
         self.answer()
+
+    def wait_for_answers(self, _seconds: float) -> None:
+        pass
 
     def fail(self, _cause: str) -> None:
         self.dead = True
@@ -111,6 +114,30 @@ def test_a_connection_of_a_session_that_is_over_is_given_up(owner: Owner) -> Non
     owner.passing.look()
     assert owner.connections[0].dead
     assert not owner.run(write)
+
+
+def test_a_connection_whose_other_end_acknowledges_nothing_is_given_up(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall has forgotten it, say: the link is another one. What is owed after a long silence is not owed long."""
+    clock = [1000.0]
+    assert owner.run(write)
+    connection = owner.connections[0]
+    monkeypatch.setattr(passing.time, "monotonic", lambda: clock[0])
+
+    def look(after_s: float, owing_s: float | None) -> bool:
+        clock[0] += after_s
+        connection.owing_s = owing_s
+        owner.passing.look()
+        return connection.dead
+
+    assert not look(0.0, 900.0)
+    assert not look(0.5, None), "it has answered"
+    assert not look(100.0, 99.0)
+    assert not look(passing.SILENT_S, 99.0 + passing.SILENT_S)
+    assert not look(1.0, 0.5), "it has answered that"
+    assert not look(passing.SILENT_S - 0.6, passing.SILENT_S - 0.1)
+    assert look(0.5, passing.SILENT_S + 0.4)
 
 
 @pytest.mark.parametrize("number", [errno.ESHUTDOWN, errno.ENOTCONN])

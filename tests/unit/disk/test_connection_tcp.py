@@ -193,6 +193,16 @@ def test_the_kernel_gives_a_silent_peer_up_when_the_timeout_is_over(
     connection.timeout_s = 1.0  # after `close`, it is only a number
 
 
+def test_the_time_for_answers_leaves_the_kernel_its_own(plain: EndpointWithTwoDoors) -> None:
+    with connected(plain.tcp_uri("nbd"), 7.0) as connection:
+        before = kernel_deadlines(connection)
+        connection.wait_for_answers(3600.0)
+        assert (connection.timeout_s, kernel_deadlines(connection)) == (3600.0, before)
+        write(connection, b"x")
+        wait_until(lambda: connection.owing_s is None, "all is acknowledged")
+    assert connection.owing_s is None
+
+
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 
