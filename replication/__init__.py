@@ -196,6 +196,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         reclaim.py              giving back stale overlay space
     side.py                     what the two modes have in common for the node
     passing.py                  a guest's requests, passed on to the owner of the disks
+    acquaintance.py             how a secondary and its owner show each other who they are
     digests.py                  digests of a secondary's disk, read like data
     admission.py                when the guest is served, and when it stands still
     lease.py                    how long the primary of a secondary may serve its guest still

@@ -27,7 +27,7 @@ DIGEST_EXPORT = ".data-digests"
 """`.data-digests:TOKEN:NAME`: the same for a primary that knows of digests (digests.py)."""
 
 OWNER_EXPORT = ".owner"
-"""`.owner:TOKEN:NAME` is the disk NAME of a primary, for the secondary that has given it the token (passing.py)."""
+"""`.owner:PROOF:NAME` is the disk NAME of a primary, for its secondary (acquaintance.py)."""
 
 QUEUE_LIMIT = 64 << 20
 """Bytes of guest data waiting for the secondary. More rides out longer hiccups of the link without making the

@@ -10,7 +10,8 @@ Who owns which fact
     the peer owns them      the peer alone, for each request, inside its own gate (PassedExport): it is a primary that
                             runs, and the request names the session that it has with this node now
     which session that is   the pairing. This node has accepted that primary by its lineage, and hears it. Nobody else
-                            knows the token, which is in the name of the export that is opened (.owner:TOKEN:NAME)
+                            knows the token, which each shows the other that it has (acquaintance.py): in the name of
+                            the export that is opened (.owner:PROOF:NAME), and in what that says of itself
 
 So nothing is passed on by belief, nor in a circle: what was passed on is served from the owner's own disk or refused.
 
@@ -50,6 +51,7 @@ from typing import Any, Protocol
 
 import nbd
 
+from replication.acquaintance import boot_of, question
 from replication.disk import requests
 from replication.disk.connection import CHUNK, Connection
 from replication.disk.face import EXTENTS_MAX, Extent
@@ -77,9 +79,6 @@ SILENT_S = 5.0
 """Longest wait for that."""
 
 _LOOK_S = 0.1
-
-OWNERS_DISK = "the owner's disk, boot "
-"""How the export describes itself; the boot of the owner's host follows."""
 
 
 class Follower(Protocol):
@@ -129,7 +128,7 @@ class Passing:
 
     @staticmethod
     def _connect(uri: str, options: Options, name: str, token: str) -> Connection:
-        return Connection(uri, f"{OWNER_EXPORT}:{token}:{name}", CONNECT_S, options.tls)
+        return Connection(uri, f"{OWNER_EXPORT}:{question(token)}:{name}", CONNECT_S, options.tls)
 
     # -- a guest's connection ------------------------------------------------------------------------------
 
@@ -329,14 +328,15 @@ class Passer:
     def _open(self, token: str) -> Connection:
         try:
             fresh = self._connect(token)
-        except DiskError as error:
-            raise Elsewhere(str(error)) from error
-        if not fresh.description.startswith(OWNERS_DISK) or fresh.read_only:
+        except DiskError as error:  # which may name the export
+            raise Elsewhere(str(error).replace(question(token), "...")) from error
+        boot = boot_of(fresh.description, token)
+        if boot is None or fresh.read_only:
             fresh.close()
             raise Elsewhere(f"what answers at {fresh.uri} is no owner of disk '{self._name}'")
         fresh.wait_for_answers(_ANSWER_S)
         with self._changed:
-            former, self._boot = self._boot, fresh.description
+            former, self._boot = self._boot, boot
             if not former:
                 self._answered = self._flushed = 0
             self._lost |= former not in ("", self._boot) and self._answered > self._flushed

@@ -211,10 +211,14 @@ class Side(ABC):
         """On a secondary, the token of its session with the owner of the disks, if it has one now."""
         return None
 
-    def owned_by(self, token: str, disk: str) -> str | None:
-        """On a primary that runs, and whose session with its secondary is that one: the guest's export of the disk.
-        Asked inside the gate, so it is that for the whole of a request."""
+    def owned_by(self, asked: str, disk: str) -> str | None:
+        """On a primary that runs, and whose secondary asks so in this session (acquaintance.py): the guest's export of
+        the disk. Asked inside the gate, so it is that for the whole of a request."""
         return None
+
+    def answer_to(self, asked: str) -> str:
+        """What shows who asks so that this is that primary; empty if it is not."""
+        return ""
 
     @abstractmethod
     def query_failover(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from replication.acquaintance import answer, asks
 from replication.disk.face import Disk
 from replication.disk.open import open_disk
 from replication.disk.unflushed import GRAIN
@@ -35,6 +36,7 @@ from replication.primary.verify import Verify
 from replication.primary.watch import Watch
 from replication.reason import Reason
 from replication.record.binding import Doubts
+from replication.record.boot import boot_id
 from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
@@ -444,17 +446,21 @@ class PrimarySide(Side):
         """replication-verify-cancel."""
         self._verify.cancel()
 
-    def owned_by(self, token: str, disk: str) -> str | None:
+    def owned_by(self, asked: str, disk: str) -> str | None:
         agreement = self._link.agreement
         if self._set.record.stage is not Stage.RUNNING or agreement is None or agreement.parting:
             return None
-        if agreement.token != token or not token:
+        if not asks(asked, agreement.token):
             return None
         for own in self.disks:
             if own.name == disk:
                 kept = self._kept_export(own)
                 return disk if kept is None else kept
         return None
+
+    def answer_to(self, asked: str) -> str:
+        agreement = self._link.agreement
+        return answer(agreement.token, boot_id()) if agreement is not None and asks(asked, agreement.token) else ""
 
     def _kept_export(self, disk: PrimaryDisk) -> str | None:
         """Over which the guest of a promoted secondary goes on; None of another primary."""

@@ -25,8 +25,7 @@ from replication.node import Node
 from replication.options import CONTROL_EXPORT, DIGEST_EXPORT, OWNER_EXPORT, Options
 from replication.order.latency import BATCH, FLUSH, READ, WRITE, ZERO
 from replication.order.standstill import GONE, NEVER
-from replication.passing import OWNERS_DISK, Passage, Passer, Passing, Patience
-from replication.record.boot import boot_id
+from replication.passing import Passage, Passer, Passing, Patience
 from replication.secondary.disk import ended_face
 from replication.server.clients import Client
 from replication.side import Face
@@ -231,11 +230,11 @@ class PassedExport(Export):
     and whether this one owns the disk, is asked for each request, inside the gate."""
 
     def __init__(self, node: Node, name: str, session: tuple[str, str], passage: Passage) -> None:
-        """`session`: its token, and the name that the disk has in the pair."""
+        """`session`: what is asked in it, and the name that the disk has in the pair."""
         super().__init__(node, name)
         self._session = session
         self._passage = passage
-        self.description = f"{OWNERS_DISK}{boot_id()}"
+        self.description = node.side.answer_to(session[0])
         face = node.faces[name]
         self._faces = {
             name: Face(
@@ -258,8 +257,8 @@ class PassedExport(Export):
         """DiskError with ESHUTDOWN when nothing was done, because it is not for this node to do."""
         self._passage.begin(self)
         try:
-            token, disk = self._session
-            if self._node.side.owned_by(token, disk) != self._name:
+            asked, disk = self._session
+            if self._node.side.owned_by(asked, disk) != self._name:
                 raise DiskError(
                     f"disk '{disk}' is not this node's, or not for that secondary any more", errno.ESHUTDOWN
                 )
@@ -450,11 +449,11 @@ class Exports:
     def _passed(self, name: str, client: Client, gone: Callable[[], bool]) -> Export:
         """What the secondary of this owner opens, for a guest there. Refusal, DiskError."""
         self._check_identity("primary-identity", self._options.primary_identity, OWNER_EXPORT, client)
-        token, _, disk = name[len(OWNER_EXPORT) + 1 :].partition(":")
-        export = self._node.side.owned_by(token, disk) if self._options.follow_owner else None
+        asked, _, disk = name[len(OWNER_EXPORT) + 1 :].partition(":")
+        export = self._node.side.owned_by(asked, disk) if self._options.follow_owner else None
         if export is None or disk not in self._passages:
             raise Refusal("there is nothing to pass on: this node is not the owner that is meant", errno.EPERM)
-        passed = PassedExport(self._node, export, (token, disk), self._passages[disk])
+        passed = PassedExport(self._node, export, (asked, disk), self._passages[disk])
         passed.gone = gone
         self._passages[disk].take_over(passed)
         return passed

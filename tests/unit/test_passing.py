@@ -7,14 +7,17 @@ import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
 from replication import passing
+from replication.acquaintance import answer, asks, boot_of, question
 from replication.errors import CommandError, DiskError, Elsewhere
-from replication.options import OptionParser
-from replication.passing import OWNERS_DISK, Passage, Passer, Passing, Patience
+from replication.options import OptionParser, Options
+from replication.passing import Passage, Passer, Passing, Patience
+from replication.stage import Mode
 from waiting import DEADLINE_S, wait_until
 
 
@@ -22,7 +25,8 @@ class Connection:
     """As much of one as a passer needs. `answer` is called for each request, after it was sent."""
 
     def __init__(self, boot: str = "1", answer: Callable[[], None] = lambda: None) -> None:
-        self.description = f"{OWNERS_DISK}{boot}"
+        self.boot = boot
+        self.description = ""
         self.read_only = False
         self.uri = "nbd://owner"
         self.dead = False
@@ -61,9 +65,11 @@ class Owner:
         monkeypatch.setattr(Passing, "_connect", self.connect)
         self.passing = Passing(parser.finish(), lambda: self.token, lambda: self.left_well)
 
-    def connect(self, *_arguments: object) -> Any:
-        self.connections.append(self.next())
-        return self.connections[-1]
+    def connect(self, _uri: str, _options: object, _name: str, token: str) -> Any:
+        made = self.next()
+        made.description = made.description or answer(token, made.boot)
+        self.connections.append(made)
+        return made
 
     def run(self, request: Callable[[Passer, Any], None], patience: Patience | None = None, gone: bool = False) -> bool:
         return self.passing.run("guest", request, patience or Patience(), lambda: gone)
@@ -165,10 +171,43 @@ def test_what_the_owner_could_not_do_is_one(owner: Owner, number: int) -> None:
     assert raised.value.errno == number
 
 
-def test_who_serves_something_else_is_no_owner(owner: Owner) -> None:
+def test_each_shows_the_other_that_it_has_the_token() -> None:
+    token = "9b" * 16
+    assert asks(question(token), token)
+    assert boot_of(answer(token, "a, b"), token) == "a, b"
+    assert token not in question(token) + answer(token, "1")
+    for name in ("", token, question("other"), "\udcff"):
+        assert not asks(name, token)
+        assert boot_of(name, token) is None
+    assert not asks(question(""), "")
+    assert boot_of(answer("other", "1"), token) is None
+    assert boot_of(answer(token, "1").replace("boot 1", "boot 2"), token) is None
+
+
+def test_what_is_asked_for_is_in_no_text(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    class Refusing:
+        def __init__(self, uri: str, export: str, *_more: object) -> None:
+            names.append(export)
+            raise DiskError(f"the server at {uri} refuses the export '{export}': Operation not permitted")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(passing, "Connection", Refusing)
+    connect = partial(Passing._connect, "nbd://b", Options(Mode.SECONDARY, [], "/s", None), "disk")
+    monkeypatch.setattr(owner.passing._passers["guest"], "_connect", connect)
+    assert not owner.passing.run("guest", write, Patience(), lambda: False)
+    obstacle = owner.passing.query()["obstacle"]
+    assert "refuses the export '.owner:...:" in obstacle
+    assert question("first") not in obstacle
+    assert question("first") in names[0]
+
+
+@pytest.mark.parametrize("what", ["the guest's disk", answer("another session", "1")])
+def test_who_serves_something_else_is_no_owner(owner: Owner, what: str) -> None:
     def other() -> Connection:
         found = Connection()
-        found.description = "the guest's disk"
+        found.description = what
         return found
 
     owner.next = other
