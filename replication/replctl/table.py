@@ -445,9 +445,10 @@ TABLE: tuple[Row, ...] = (
         "as libvirt's hook: exit with code 1 before a guest starts that may not run on its node now",
         (
             argument("guest", metavar="GUEST", help="the name of the domain, whose XML is on stdin"),
-            argument("operation", metavar="OPERATION", help="what libvirt does; prepare is looked at"),
+            argument("operation", metavar="OPERATION", help="what libvirt does; prepare and migrate are looked at"),
             argument("more", metavar="ARGUMENT", nargs="*", help="what else libvirt gives"),
             flag("--allow-unknown", "let the guest start also where it cannot be told"),
+            flag("--allow-migration", "let one in that comes by live migration, to a secondary: follow-owner=true"),
         ),
         on=On.HOST,
         timeout_s=SOON_S,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from waiting import DEADLINE_S
 
 OWNER = {"role": "primary", "score": 10000, "may-run": True}
 SECONDARY = {"role": "secondary", "may-run": False, "code": "is-secondary", "reason": "it is a secondary"}
+FOLLOWS = {"role": "secondary", "may-run": None, "code": "passes-on", "reason": "it passes requests on"}
 UNSURE = {"role": "primary", "may-run": None, "code": "peer-unknown", "reason": "the other may have gone on"}
 DOMAIN = """\
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -101,6 +103,39 @@ def test_where_it_cannot_be_told(host: Host) -> None:
     assert host.starts("--allow-unknown", disk=host.socket("a"))[0] == 1
     host.nodes["a"].die()
     assert host.starts(disk=host.socket("a"))[0] == 1
+
+
+def test_a_secondary_that_passes_requests_on_lets_one_in_that_is_migrated_and_none_that_starts(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBDKIT_REPLICATION_RUN_DIR", str(host.folder))
+    host.nodes["a"].answers["query-role"] = FOLLOWS
+    disk, allowing = host.socket("a"), ("--allow-migration", "--allow-unknown")
+
+    def prepared(*options: str) -> int:
+        return host.starts(*options, disk=disk)[0]
+
+    def migrated(*options: str) -> None:
+        assert host.starts(*options, disk=disk, operation="migrate") == (0, "")
+
+    assert prepared() == prepared(*allowing) == 1, "it starts"
+    migrated("--allow-unknown")
+    assert prepared(*allowing) == 1, "nobody has noted that"
+    migrated("--allow-migration")
+    assert prepared("--allow-migration") == 0
+    assert prepared("--allow-migration") == 1, "once"
+    migrated("--allow-migration")
+    assert prepared("--allow-unknown") == 1
+    migrated("--allow-migration")
+    (mark,) = host.folder.glob(".migrating-*")
+    os.utime(mark, (1000, 1000))
+    assert prepared("--allow-migration") == 1, "it was long ago"
+    host.nodes["a"].answers["query-role"] = SECONDARY
+    migrated("--allow-migration")
+    assert prepared("--allow-migration") == 1
+    host.nodes["a"].answers["query-role"] = UNSURE
+    migrated("--allow-migration")
+    assert prepared("--allow-migration") == 1
 
 
 @pytest.mark.parametrize("operation", ["start", "started", "stopped", "release", "migrate", "restore", "reconnect"])
