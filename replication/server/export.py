@@ -12,7 +12,8 @@ looked at again when it goes on.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from replication import digests
 from replication.batch import SPACE, unpack
@@ -247,6 +248,38 @@ class PassedExport(Export):
                 self._extents_of_owner,
             )
         }
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        with self._as_owner():
+            super().read(buffer, offset)
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> None:
+        with self._as_owner():
+            super().write(data, offset, fua)
+
+    def zero(self, offset: int, length: int, may_trim: bool, fua: bool) -> None:
+        with self._as_owner():
+            super().zero(offset, length, may_trim, fua)
+
+    def flush(self) -> None:
+        with self._as_owner():
+            super().flush()
+
+    def extents(self, offset: int, length: int, one: bool = False) -> list[Extent]:
+        with self._as_owner():
+            return super().extents(offset, length, one)
+
+    @contextmanager
+    def _as_owner(self) -> Iterator[None]:
+        """What fails when this node is that no more is nobody's failure: it was turned away, say, because the role has
+        changed. Whoever owns the disk by now does it (again)."""
+        try:
+            yield
+        except DiskError as error:
+            asked, disk = self._session
+            if error.errno != errno.ESHUTDOWN and self._node.side.owned_by(asked, disk) is None:
+                raise DiskError(f"this node does not own the disk any more: {error}", errno.ESHUTDOWN) from error
+            raise
 
     def _extents_of_owner(self, offset: int, length: int, count: int) -> list[Extent]:
         found: list[Extent] = []

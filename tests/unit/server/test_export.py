@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from replication.disk.face import Extent
 from replication.errors import DiskError
 from replication.order.gate import Gate
 from replication.order.standstill import Standstill
-from replication.server.export import ZERO_MAX, Export, within
+from replication.passing import Passage
+from replication.server.export import ZERO_MAX, Export, PassedExport, within
 from replication.side import Face
 from waiting import DEADLINE_S, wait_until
 
@@ -192,6 +194,25 @@ def test_what_a_slow_disk_answers_after_the_lease_is_not_answered(what: str) -> 
         assert not request.done()
         still.lease(20.0)
         request.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+@pytest.mark.parametrize("owner", ["disk", None], ids=["owner", "no-owner"])
+def test_what_is_passed_on_fails_only_where_the_disk_is_owned(what: str, owner: str | None) -> None:
+    """Whoever has passed it on asks the next owner, if there is another one by now."""
+    node = Node()
+    still = node.admission.still
+    node.side.owned_by.return_value = owner
+    export = PassedExport(node, "disk", ("proof", "disk0"), Passage())  # type: ignore[arg-type]
+    still.begin("because", fails=False)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(REQUESTS[what], export)
+        wait_until(lambda: still.waiting, "it stands still")
+        still.turn_away("the node has been made a secondary")
+        with pytest.raises(DiskError, match="made a secondary") as raised:
+            request.result(DEADLINE_S)
+    assert raised.value.errno == (errno.EIO if owner else errno.ESHUTDOWN)
+    assert node.asked == []
 
 
 @pytest.mark.parametrize("writes_only", [True, False])
