@@ -322,6 +322,7 @@ NO_ADVICE = (
     "Copy-before-write has ended with that",
     "start replication",
     "let the guest start also where",
+    "let one in that comes by live migration",
     "stop replication as planned",
     "make the node the owner of its disks",
     "let a guest go on that stands still",
