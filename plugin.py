@@ -349,12 +349,18 @@ def open(readonly: bool) -> Handle:
         nbdkit.debug(f"export {name!r}: {client.details}")
         debug(f"export {name!r}: {client.details}")
         socket = Process.presence.note(client)
-        return Handle(Process.exports.open(name, client, partial(Process.presence.gone, socket)), socket)
+        return Handle(Process.exports.open(name, client, partial(_has_gone, socket)), socket)
     except BaseException:
         Process.presence.forget(socket)
         if served:
             Process.disconnector.left()
         raise
+
+
+def _has_gone(socket: int | None) -> bool:
+    """Whether the client has, by itself: a process that ends closes the receiving half of each (disconnect.py), and
+    that looks the same."""
+    return not Process.disconnector.ending and Process.presence.gone(socket)
 
 
 def close(h: Handle) -> None:

@@ -302,7 +302,8 @@ class Node:
         # With the stage: from a stop that nobody has demoted, the next process lets the guest go on.
         record.kept_back = stage is Stage.DONE and self.admission.keeps_back
         was_owner = is_owner(self.side.mode, self._stage)  # the record is another one's already, in a demotion
-        goes_back = not was_owner and is_owner(record.mode, stage) and not self._handed_over
+        takes_over = not was_owner and is_owner(record.mode, stage)
+        goes_back = takes_over and not self._handed_over and (stage is not Stage.FAILOVER or side.goes_back)
         guests = self.guests.end() if goes_back else None
         saved = True
         try:
@@ -322,7 +323,7 @@ class Node:
             self.faces.clear()
             self.faces.update(side.faces())
             side.configure()  # what was changed while it was not the node's yet
-        self._tell_followers(was_owner)
+        self._tell_followers(was_owner, goes_back)
         if stage is Stage.DONE:
             self.admission.stopped()
             if self.admission.keeps_back and not record.kept_back:  # the link was lost while that was saved
@@ -348,7 +349,7 @@ class Node:
         record = self._record
         return is_owner(record.mode, record.stage) and record.stage is Stage.DONE and record.left_well
 
-    def _tell_followers(self, was_owner: bool) -> None:
+    def _tell_followers(self, was_owner: bool, goes_back: bool) -> None:
         """Guests whose requests follow the owner learn who that is. The gate is closed."""
         record = self._record
         owner = is_owner(record.mode, record.stage)
@@ -356,10 +357,10 @@ class Node:
             return
         if not owner:
             self.passing.turn("the node was made a secondary")
-        elif self._handed_over:
-            self.passing.turn(None)  # all that the former owner has answered is here
-        else:
+        elif goes_back:
             self.passing.turn("the disk went back to the last checkpoint when this node took it over")
+        else:
+            self.passing.turn(None)  # all that the former owner has answered is here
         # After that: a failover does not always have the gate closed, and no former guest is to find what is here now.
         self.faces.update(self.side.faces())
 
@@ -1096,11 +1097,16 @@ class Node:
     def resume_io(self, fenced: bool = False) -> None:
         """replication-resume-io: a person, or a manager that has `fenced` the other node, lets the guest go on. Without
         waiting for a command."""
+        stood = self.admission.still.why is not None
         if self.passing is not None:
             self.passing.release()
         self.admission.resume(fenced)
         self._forget_kept_back()
-        if not fenced and self.guests.forgive():  # a manager that has fenced the other node says nothing of guests here
+        if fenced or stood:
+            return  # whoever says that has looked at the other node, not at who was attached here
+        count = self.guests.forgive()
+        if count:
+            log(f"{count} guests are let in again whose disk has become another one")
             self._save_later()  # a kill before that: they are kept out again
 
     def renew(self) -> float:

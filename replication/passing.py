@@ -177,6 +177,8 @@ class Passing:
         why = ""
         try:
             connection = passer.connected(token)
+            if time.monotonic() - begun > _LOOK_S and gone():
+                raise DiskError("a request that has waited for the owner, of a guest that has gone", errno.ESHUTDOWN)
             begun = time.monotonic()
             try:
                 request(passer, connection)

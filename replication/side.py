@@ -124,6 +124,8 @@ class Side(ABC):
     """
 
     mode: Mode
+    goes_back = True
+    """Of a failover that is being entered: whether something is lost by it that the guest was answered for."""
 
     @abstractmethod
     def __init__(self, setting: Setting) -> None: ...

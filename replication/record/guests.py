@@ -10,12 +10,13 @@ they are.
                 does not answer: a failover by force is for that, and somebody is to use the disk then
     over        with a stage that makes the disk another one (`end`), or a former owner's record as a secondary's
                 (Record.as_secondary): all that are noted
-    let in      a word: replication-resume-io (`forgive`)
+    let in      a word: replication-resume-io, unless it ends a standstill (`forgive`)
 
 A client on the Unix socket is known by its process: the number, and where /proc shows it, when it was started
 (systemd's ProtectProc=invisible shows none of other users: then a new process with the number of a former one needs the
 word). One over TCP, or of another PID namespace, is nobody in particular: once such a one is over, so are all like it,
-until the word. In another boot there are no processes of this one.
+until the word. That it has closed its connection says nothing: it may have been cut, and come back. In another boot
+there are no processes of this one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from replication.errors import Refusal
 NOBODY = "?"
 """A client that cannot be told from others."""
 
+LOCAL = "local"
+"""One of this host, such as one in a container."""
+
 EVERYBODY = "*"
 """In place of more guests than the record has room for."""
 
@@ -38,9 +42,12 @@ _MAX = 32
 
 
 def guest_of(pid: int | None) -> str:
-    """How the record names a client, by the process at the other end of its Unix socket; None: it has none."""
-    if pid is None or pid <= 0:
+    """How the record names a client, by the process at the other end of its Unix socket; None: it has none. 0: the
+    process has no number here."""
+    if pid is None:
         return NOBODY
+    if pid <= 0:
+        return LOCAL
     since = _since(pid)
     return f"{pid}" if since is None else f"{pid}.{since}"
 
@@ -147,8 +154,8 @@ class Guests:
             kept.guests = self._record.guests
             take()
 
-    def forgive(self) -> bool:
-        """Somebody lets them in again; whether there was one."""
+    def forgive(self) -> int:
+        """Somebody lets them in again; how many there were."""
         with self._lock:
-            found, self._record.guests_over = bool(self._record.guests_over), []
+            found, self._record.guests_over = len(self._record.guests_over), []
         return found

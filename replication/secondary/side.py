@@ -639,9 +639,23 @@ class SecondarySide(Side):
 
     def _enter_failover(self, haste: Haste) -> bool:
         # Before the lineage forgets it. True whether this comes to be or not: the copy has begun.
-        self._set.record.received |= bool(self._set.ancestry.lineage.incoming)
+        record = self._set.record
+        record.received |= bool(self._set.ancestry.lineage.incoming)
+        left_well = record.left_well
+        if self._set.options.follow_owner:
+            self.goes_back = self._draining or record.inconsistent is not None or self._loses()
+            # What its primary has left may not be what is here from now on (Node._handed_over).
+            record.left_well = left_well and not self.goes_back
         take_back = self._set.ancestry.note(lambda lineage: lineage.diverged(new_id()))
-        return self._enter(Stage.FAILOVER, None, take_back, haste)
+        try:
+            return self._enter(Stage.FAILOVER, None, take_back, haste)
+        except BaseException:
+            record.left_well = left_well
+            raise
+
+    def _loses(self) -> bool:
+        outlook = self.outlook
+        return not outlook.lossless or outlook.by_stop
 
     def _fail_over_without(self, inconsistent: str, haste: Haste) -> None:
         """Without a checkpoint: the disks are taken as they are. What the guest sees from then on is another content,

@@ -240,17 +240,22 @@ def test_a_guest_goes_on_with_the_disk_of_a_secondary_that_is_stopped(twins: Twi
     assert b.disks[0].read_bytes() == image
 
 
-def test_a_guest_goes_on_where_an_owner_has_left_in_good_order(twins: Twins) -> None:
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["after-a-checkpoint", "idle-since"])
+def test_a_guest_goes_on_where_an_owner_has_left_in_good_order(twins: Twins, checkpoint: bool) -> None:
+    """Whether it takes a planned stop to keep all of it, or the last checkpoint has it."""
     a, b = twins.a, twins.b
     guest = b.connect(GUEST)
     guest.pwrite(b"1" * 512, 0)
+    if checkpoint:
+        a.execute("replication-checkpoint")
     a.terminate()
     write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 512)
     wait_until(lambda: b.status()["passing"]["waiting"], "the guest waits", DEADLINE_S)
     assert b.status()["passing"]["owner-left"], "however long it takes"
     b.execute("replication-set-role", role="primary")
     completed(guest, write)
-    assert b.status()["stage"] == "done"
+    b.wait_stage("done")
+    assert b.status()["passing"]["guests-over"] == 0
     assert b.disks[0].read_bytes()[:1024] == b"1" * 512 + b"2" * 512
 
 
@@ -298,6 +303,9 @@ def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
     assert content_for_another(b, 1024) == b"1" * 512 + bytes(512)
     b.execute("replication-resume-io", fenced=True)
     refused_guest(b)
+    b.execute("replication-outdate", reason="the cluster has promoted c")
+    b.execute("replication-resume-io")
+    refused_guest(b)  # what was said ends the standstill, and nothing else
     b.execute("replication-resume-io")
     heir = b.connect(GUEST)
     assert bytes(heir.pread(1024, 0)) == b"1" * 512 + bytes(512)
@@ -352,6 +360,21 @@ def test_a_guest_of_an_owner_is_not_passed_on_when_that_is_made_a_secondary(twin
     assert b.disks[0].read_bytes()[:512] == b"3" * 512
 
 
+def test_a_switch_over_that_was_cut_off_is_taken_back(twins: Twins) -> None:
+    """By the word that docs/operating/live-migration.md has for it."""
+    a, b = twins.a, twins.b
+    guest = Guest(b)
+    guest.wait_more()
+    b.execute("replication-suspend-io", timeout=60)
+    a.execute("replication-checkpoint")
+    a.execute("replication-stop")
+    b.execute("replication-suspend-io", timeout=0)
+    wait_until(lambda: b.status()["passing"]["waiting"], "the guest waits", DEADLINE_S)
+    done = replctl("--state", a.state, "promote", "--yes")
+    assert done.returncode == 0, done.stderr
+    check_goes_on(guest, twins, a)
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["before the secondary stopped", "after it"])
 def test_a_switch_over_that_was_cut_off_is_finished_by_a_second_one(twins: Twins, moved: bool) -> None:
     a, b = twins.a, twins.b
@@ -369,7 +392,7 @@ def test_a_switch_over_that_was_cut_off_is_finished_by_a_second_one(twins: Twins
     check_goes_on(guest, twins, b)
 
 
-@pytest.mark.parametrize("how", ["failed over", "written to"])
+@pytest.mark.parametrize("how", ["failed over", "went back", "written to"])
 def test_what_is_over_is_no_move_to_finish_when_both_have_gone_on(twins: Twins, how: str) -> None:
     """Another switch-over, or a failover, has made B an owner; A has what B lacks, and would lose it."""
     a, b = twins.a, twins.b
@@ -379,6 +402,10 @@ def test_what_is_over_is_no_move_to_finish_when_both_have_gone_on(twins: Twins, 
         b.failover()
         b.wait_stage("done")
         a.execute("replication-stop")
+    elif how == "went back":
+        a.execute("replication-stop")
+        b.failover()
+        b.wait_stage("done")
     else:
         a.execute("replication-stop")
         b.execute("replication-stop")
@@ -429,6 +456,28 @@ def test_what_stands_still_of_a_guest_that_has_gone_is_not_done_after_that(twins
     a.execute("replication-resume-io")
     completed(heir, write)
     assert bytes(heir.pread(1024, 0)) == bytes(512) + b"2" * 512
+
+
+def test_what_the_owner_has_when_a_secondary_is_ended_gets_no_error(twins: Twins) -> None:
+    """A guest whose connection is lost asks again; one that gets an error has lost its disk."""
+    a, b = twins.a, twins.b
+    guest = b.connect(GUEST)
+    guest.pwrite(b"1" * 512, 0)
+    a.execute("replication-outdate", reason="the cluster has promoted c")
+    writes = [guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 512 * number) for number in range(6)]
+    wait_until(lambda: b.status()["passing"]["in-flight"] == len(writes), "the owner has them", DEADLINE_S)
+    os.kill(b.pid, signal.SIGTERM)
+
+    def over() -> bool:
+        with suppress(nbd.Error):
+            guest.poll(100)
+        return not guest.aio_in_flight()
+
+    wait_until(over, "its connection is lost", DEADLINE_S)
+    for write in writes:
+        with nbd_refusal(errno.ENOTCONN):
+            guest.aio_command_completed(write)
+    b.terminate()
 
 
 def test_a_guest_that_waits_for_an_owner_does_not_keep_the_process(twins: Twins) -> None:

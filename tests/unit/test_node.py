@@ -519,7 +519,7 @@ def test_who_has_used_the_disk_is_over_with_the_stage(host: Host, monkeypatch: p
             node.stop(failover=True)
     assert (loaded(host).guests_over, len(node._record.guests)) == ([], 1)
     with monkeypatch.context() as patch:
-        patch.setattr(node, "_tell_followers", lambda _was_owner: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(node, "_tell_followers", lambda *_what: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             node.stop(failover=True)
     record = loaded(host)

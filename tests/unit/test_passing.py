@@ -261,6 +261,23 @@ def test_what_a_guest_asked_for_that_has_gone_is_not_passed_on(owner: Owner) -> 
     assert not owner.connections
 
 
+def test_what_a_guest_asked_for_that_has_gone_while_the_owner_was_connected_to_is_not_passed_on(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another guest is there by then, perhaps, whose requests go over that connection."""
+    clock = [0.0]
+    monkeypatch.setattr(passing.time, "monotonic", lambda: clock[0])
+
+    def slow() -> Connection:
+        clock[0] += 1
+        return Connection(answer=lambda: pytest.fail("it was passed on"))
+
+    owner.next = slow
+    with pytest.raises(DiskError, match="has gone"):
+        owner.run(write, gone=True)
+    assert not owner.passing.busy
+
+
 @pytest.mark.parametrize("how", ["look", "another guest"])
 def test_what_the_owner_has_of_a_guest_that_has_gone_is_given_up(owner: Owner, how: str) -> None:
     """It stands still there. What another guest has there is done again."""

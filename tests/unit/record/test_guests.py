@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from replication.errors import Refusal
-from replication.record.guests import EVERYBODY, NOBODY, Guests, guest_of, lives, of_this_boot, same, together
+from replication.record.guests import EVERYBODY, LOCAL, NOBODY, Guests, guest_of, lives, of_this_boot, same, together
 from replication.record.state import Record
 from replication.stage import Mode
 
@@ -65,9 +65,10 @@ def test_a_process_is_there_until_it_has_ended() -> None:
 
 
 def test_who_cannot_be_told() -> None:
-    assert guest_of(None) == guest_of(0) == NOBODY
+    assert (guest_of(None), guest_of(0)) == (NOBODY, LOCAL)
     assert lives(NOBODY)
-    assert of_this_boot(["1.1", NOBODY, EVERYBODY], False) == [NOBODY, EVERYBODY]
+    assert lives(LOCAL)
+    assert of_this_boot(["1.1", NOBODY, LOCAL, EVERYBODY], False) == [NOBODY, EVERYBODY]
     assert of_this_boot(["1.1", NOBODY], True) == ["1.1", NOBODY]
 
 
@@ -91,7 +92,7 @@ def test_whoever_was_noted_is_over_until_a_word(saving: Saving) -> None:
     guests.end()
     with pytest.raises(Refusal):
         guests.note(None)
-    assert guests.forgive()
+    assert guests.forgive() == 2
     guests.note(mine)
     guests.note(None)
     assert not guests.forgive()
