@@ -149,7 +149,7 @@ test-libvirt: ## Run a guest by Debian's libvirt on either host, with a failover
 # In a root of its own, so that the cluster's daemons and packages stay out of this machine.
 test-cluster: ## Run two hosts with Debian's Pacemaker and corosync, and break them (ROUNDS=, SEED=; TESTS=; RELEASE=)
 	@scripts/setup debian
-	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' scripts/setup test vm cluster
+	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' scripts/setup test vm libvirt cluster
 	@scripts/debian '$(or $(RELEASE),$(shell . /etc/os-release && echo $$VERSION_CODENAME))' env ROUNDS='$(ROUNDS)' SEED='$(SEED)' \
 	    .venv/bin/python -m pytest -q -s --durations=5 -o faulthandler_timeout=0 $(or $(TESTS),$(if $(ROUNDS),tests/cluster/test_rounds.py,tests/cluster))
 

@@ -49,6 +49,7 @@ echo $? >"$ended"
 _NO_SYSTEMD = 127
 _ASK_SPARE_S = 3.0
 """Of a stop: what is kept to ask whether the unit has ended."""
+_AT_ONCE = "--job-mode=ignore-dependencies"
 _UNIT_STATES = ("active", "activating", "reloading", "deactivating")
 
 
@@ -139,7 +140,8 @@ class Unit:
         return code is None or (code != _NO_SYSTEMD and os.path.isdir(_SYSTEMD))
 
     def stop(self) -> bool:
-        self._systemctl("stop", self._socket, self._service, spare_s=_ASK_SPARE_S)
+        # While the host is shut down both wait for Pacemaker to end, which waits for this.
+        self._systemctl("stop", _AT_ONCE, self._socket, self._service, spare_s=_ASK_SPARE_S)
         return not self.alive()
 
     def reload(self) -> None:

@@ -24,7 +24,13 @@ mount --bind "$folder/srv" /srv
 mount --bind "$folder/log" /var/log
 mount --bind "$folder/etc" /etc/corosync
 mount --bind "$folder/etc" /etc/nbdkit-replication.d
-mkdir -p /var/lib/pacemaker/{cib,pengine,blackbox,cores} /var/log/{pacemaker,corosync}
+if [[ -d $folder/libvirt ]]; then
+    mkdir -p "$folder"/libvirt/{etc,lib,cache} /var/log/libvirt/qemu
+    mount --bind "$folder/libvirt/etc" /etc/libvirt
+    mount --bind "$folder/libvirt/lib" /var/lib/libvirt
+    mount --bind "$folder/libvirt/cache" /var/cache/libvirt
+fi
+mkdir -p /var/lib/pacemaker/{cib,pengine,blackbox,cores} /var/log/{pacemaker,corosync,crmsh,pcsd}
 chown -R hacluster:haclient /var/lib/pacemaker /var/log/pacemaker
 chmod 750 /var/lib/pacemaker/*
 mount -t tmpfs tmpfs /run
@@ -33,6 +39,13 @@ chown hacluster:haclient /run/crm
 
 export PCMK_logfile=/var/log/pacemaker/pacemaker.log PCMK_logpriority=info PCMK_ipc_type=shared-mem
 ulimit -l unlimited 2>/dev/null || true
+if [[ -d $folder/libvirt ]]; then
+    libvirtd >/var/log/libvirt/stderr 2>&1 &
+    for ((i = 0; i < 600; i++)); do
+        if virsh -q -c qemu:///system uri >/dev/null 2>&1; then break; fi
+        sleep 0.1
+    done
+fi
 if [[ ${3:-} == cluster ]]; then
     touch /run/host-up
     while :; do wait -n 2>/dev/null || sleep 0.2; done

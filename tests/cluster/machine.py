@@ -11,23 +11,16 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import FrameType
 
-from writer import NODE, Journal, watch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster.consoles import Hearing
+from cluster.writer import NODE, Journal
 
 PARAMETERS = (
     "console=ttyS0 quiet loglevel=1 panic=-1 no_timer_check nokaslr mitigations=off audit=0 vm.tag=1 vm.disks=1"
 )
-
-
-def writer_of(journal: str, number: int) -> str:
-    """The generation that was answered that record last, "-" if none was."""
-    lines = (line.split() for line in Path(journal).read_text().splitlines())
-    found = [words[3] for words in lines if words[1] == "ack" and int(words[4]) == number]
-    return found[-1] if found else "-"
 
 
 def main() -> None:
@@ -54,24 +47,10 @@ def main() -> None:
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, end)
-    acknowledged: list[tuple[float, int]] = []
+    hearing = Hearing(journal, path)
     assert machine.stdout is not None
     for line in machine.stdout:
-        who, _, said = line.strip().partition(" ")
-        word, _, rest = said.partition(" ")
-        if who != "vm:":
-            continue
-        if word == "mounted":
-            # The guest counts from 1, the journal from 0.
-            following = int(rest)
-            journal.say("begin", following, writer_of(path, following - 1) if following else "-")
-            threading.Thread(target=watch, args=(journal, acknowledged), daemon=True).start()
-        elif word == "record":
-            number = int(rest.split()[0]) - 1
-            acknowledged.append((time.time(), number))
-            journal.say("ack", number)
-        elif word == "error":
-            print(f"machine.py: {said}", file=sys.stderr, flush=True)
+        hearing.hear(line)
     sys.exit(1)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The power of two hosts, and the switch by which the cluster cuts it.
+"""The power of some hosts, and the switch by which the cluster cuts it.
 
 The switch is what a BMC or a PDU is: a socket outside of both hosts, which fence_switch asks. It can be dead.
 """
@@ -53,21 +53,9 @@ class Host:
         with self._changing:
             if self.on:
                 return
-            own = ["--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--propagation", "private"]
             with (self.folder / "console").open("ab") as console:
                 self._guard = subprocess.Popen(
-                    [
-                        "ip",
-                        "netns",
-                        "exec",
-                        self._network,
-                        "unshare",
-                        *own,
-                        HERE / "init.sh",
-                        self.name,
-                        self.folder,
-                        without,
-                    ],
+                    ["nsenter", f"--net=/run/netns/{self._network}", *map(str, self.command(without))],
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=console,
@@ -76,6 +64,16 @@ class Host:
             wait_until(lambda: self.init, f"{self.name} has power")
             if without:  # a command that comes next finds this host's folders
                 wait_until(lambda: self.run("test", "-e", "/run/host-up").returncode == 0, f"{self.name} is up")
+
+    def command(self, without: str) -> list[str | Path]:
+        """Of what gets to be the parent of its first process."""
+        own = ["--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--propagation", "private"]
+        return ["unshare", *own, HERE / "init.sh", self.name, self.folder, without]
+
+    def enter(self) -> list[str]:
+        """What is put before a command that is to run there."""
+        inside = ["--mount", "--pid", "--ipc", "--uts", "--net", "--root", "--wd"]
+        return ["nsenter", f"--target={self.init}", *inside]
 
     def power_off(self) -> None:
         """All its processes are gone, without a word, when this returns."""
@@ -90,9 +88,8 @@ class Host:
 
     def run(self, *command: str | Path, timeout_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
         """A command of its administrator."""
-        inside = ["--mount", "--pid", "--ipc", "--uts", "--net", "--root", "--wd"]
         return subprocess.run(
-            ["nsenter", f"--target={self.init}", *inside, *map(str, command)],
+            [*self.enter(), *map(str, command)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

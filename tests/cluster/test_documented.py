@@ -3,43 +3,21 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from checkout import REPOSITORY
-
-COMMAND_S = 120
+from cluster.virt import TOOLS, commands, run, typed
 
 
-def run(command: str, cib: Path) -> str:
-    done = subprocess.run(
-        ["sh", "-c", command],
-        env={**os.environ, "CIB_file": str(cib), "HOME": "/root"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@pytest.mark.parametrize(("heading", "tool"), [("The cluster, with crm", "crm"), ("The same with pcs", "pcs")])
-def test_the_commands_are_taken(installed: None, tmp_path: Path, heading: str, tool: str) -> None:
-    text = (REPOSITORY / "docs/cluster.md").read_text(encoding="utf-8")
-    block = re.search(rf"^## {heading}\n.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert block is not None
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_commands_are_taken(installed: None, tmp_path: Path, tool: str) -> None:
     cib = tmp_path / "cib.xml"
-    cib.write_text(run("cibadmin --empty", cib))
-    for line in block[1].replace("\\\n", " ").splitlines():
-        assert line.startswith(f"{tool} ")
-        run(line.replace("pcs ", f"pcs -f {cib} ", 1), cib)
+    lines, third = commands(tool), commands(tool, "A third host")
+    assert lines
+    assert third
+    typed(tool, [*lines, *third], cib)
     run(f"crm_verify --xml-file {cib}", cib)
     root = ET.parse(cib).getroot()
     [agent] = [each for each in root.iter("primitive") if each.get("provider") == "nbdkit"]
@@ -55,4 +33,6 @@ def test_the_commands_are_taken(installed: None, tmp_path: Path, heading: str, t
     )
     [order] = root.iter("rsc_order")
     assert (order.get("first"), order.get("first-action"), order.get("then")) == ("disk-clone", "promote", "vm")
-    assert {each.get("node") for each in root.iter("rsc_location")} == {"hosta", "hostb"}
+    assert {each.get("node") for each in root.iter("rsc_location")} == {"hosta", "hostb", "hostc"}
+    never = [each for each in root.iter("rsc_location") if each.get("resource-discovery") == "never"]
+    assert {each.get("rsc") for each in never} == {"disk-clone", "vm"}

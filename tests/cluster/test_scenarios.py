@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.site import CLUSTER_NETWORK, NODE, PAIR_NETWORK, REPLCTL, Site
+from cluster.configuration import NODE
+from cluster.site import CLUSTER_NETWORK, PAIR_NETWORK, REPLCTL, Site
 from guestimages import Images
 
 Make = Callable[..., Site]
@@ -84,6 +85,7 @@ def test_a_guest_in_qemu_goes_on_when_its_host_or_qemu_has_died(site: Make) -> N
         it.wait(lambda generation=generation: it.journal.safe(generation), "a checkpoint has what it wrote")
         began, now = len(it.journal.begins()), time.time()
         if what == "host":
+            it.switch.stays_off.add(owner.name)  # else it may be back before the other one is promoted
             owner.power_off()
         else:
             owner.told("pkill", "-9", "qemu-system-x86")
@@ -91,6 +93,7 @@ def test_a_guest_in_qemu_goes_on_when_its_host_or_qemu_has_died(site: Make) -> N
         first = it.wait(lambda now=now: it.journal.acknowledged(it.journal.begins()[-1].time), "it writes")[0]
         print(f"\n{what} dies: the first record after {first.time - now:.1f} s")
         assert first.host == (copy.name if what == "host" else owner.name)
+        owner.power_on()
     it.whole()
     good(it)
 

@@ -27,6 +27,7 @@ import time
 import nbd
 
 NODE = "vm1"
+CONTROL = f"/run/nbdkit-replication/{NODE}/control.sock"
 BLOCK = 4096
 PAUSE_S = 0.02
 LAZY_EACH = 50
@@ -37,9 +38,9 @@ CUT_SPARE_S = 0.1
 
 
 class Journal:
-    def __init__(self, path: str, generation: str) -> None:
+    def __init__(self, path: str, generation: str, host: str = "") -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._who = f"{socket.gethostname()} {generation}"
+        self._who = f"{host or socket.gethostname()} {generation}"
 
     def say(self, word: str, *more: object) -> None:
         line = " ".join(map(str, (f"{time.time():.3f}", word, self._who, *more)))
@@ -63,11 +64,11 @@ class Disk:
             self._nbd.flush()
 
 
-def checkpoint() -> dict[str, float] | None:
+def checkpoint(path: str = CONTROL) -> dict[str, float] | None:
     """The owner's last."""
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(5)
-        control.connect(f"/run/nbdkit-replication/{NODE}/control.sock")
+        control.connect(path)
         lines = control.makefile("rw")
         lines.readline()
         for command in ("qmp_capabilities", "query-replication"):
@@ -80,14 +81,16 @@ def checkpoint() -> dict[str, float] | None:
     return found["checkpoint"] if found["mode"] == "primary" and found["checkpoint"]["time"] else None
 
 
-def watch(journal: Journal, acknowledged: list[tuple[float, int]]) -> None:
-    """Tell what each checkpoint has. `acknowledged` grows meanwhile."""
+def watch(
+    journal: Journal, acknowledged: list[tuple[float, int]], path: str = CONTROL, ended: threading.Event | None = None
+) -> None:
+    """Tell what each checkpoint has, until the guest has `ended`. `acknowledged` grows meanwhile."""
     last = None
     begun = time.time()
-    while True:
-        time.sleep(LOOK_S)
+    ended = ended or threading.Event()
+    while not ended.wait(LOOK_S):
         try:
-            taken = checkpoint()
+            taken = checkpoint(path)
         except (OSError, ValueError, KeyError):
             continue
         if taken is None or taken["time"] == last or taken["time"] < begun:
