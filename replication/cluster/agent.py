@@ -256,11 +256,12 @@ class Agent:
                 if error.code not in _PASSING or self._told.left_s < 1:
                     raise Failed(Code.GENERIC, f"promotion is refused: {error}") from error
             time.sleep(STEP_S)
+        judged = self._node.register
         seen = self._node.look()
         if seen.dispute is not None:  # raised since
             raise Failed(Code.GENERIC, f"promotion is refused: {seen.dispute}")
         # Before the guest writes: whoever is behind has to know it.
-        self._cluster.promoted(seen)
+        self._cluster.promoted(seen, judged)
         gone = decision.others_are_gone(self._told.here, self._told.active)
         self._mark.put(gone)
         self._cluster.publish(decision.OWNER)

@@ -99,9 +99,10 @@ class Asking:
                     raise Failed(Code.GENERIC, f"who owned the disks last cannot be known: {error}") from error
                 note(str(error))
                 self.unread, register = True, None
+            if not self.unread:
+                self.register = register
             if register is None:
                 return seen
-            self.register = register
             here = register.host == self._told.here
             seen = replace(
                 seen,
@@ -120,7 +121,17 @@ class Asking:
                 seen = replace(seen, relation=decision.UNREADABLE if register.lineage else None)
             if seen.owner and seen.relation == "diverged":
                 seen = self._weigh(seen, register)
+            elif seen.owner and seen.passed_over:
+                seen = replace(seen, knew_register=self._came_after(register))
         return seen
+
+    def _came_after(self, register: Register) -> bool:
+        """Whether this node was promoted after that one, and knew of it: an older register has survived. That one does
+        not run promoted, as far as this call says."""
+        if not self.promoted and register.host in self._told.promoted | self._told.to_promote:
+            return False
+        own, theirs = self.serials.read(), register.promotion
+        return own is not None and own.id != theirs.id and own.knows(theirs.id)
 
     def _weigh(self, seen: Seen, register: Register) -> Seen:
         """Whether the register can judge a node that has gone on as well. Beside one that runs promoted it does: of two

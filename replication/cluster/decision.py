@@ -80,7 +80,7 @@ class Seen:
     """This node was promoted, and the register's owner did not know of that. Found out only where it counts: both have
     gone on, and that one does not run promoted now."""
     knew_register: bool = False
-    """And this node's promotion knew of that one's."""
+    """And this node's promotion knew of that one's. Found out as well where both have the same."""
     outdated_by_hand: bool = False
     """It is outdated because somebody has made it a secondary."""
 
@@ -109,10 +109,10 @@ class Seen:
     @property
     def passed_over(self) -> bool:
         """Whether the register names an owner that took over from here without loss. What that one has written since is
-        in the register only with its next monitor. A node that knows of the other one decides by what it knows."""
-        return (
-            self.register_host is not None and not self.register_here and self.relation == "same" and self.score < OWNER
-        )
+        in the register only with its next monitor. A node that knows of the other one decides by what it knows; and one
+        that has taken over from that one is not passed over: its own entry is lost."""
+        elsewhere = self.register_host is not None and not self.register_here
+        return elsewhere and self.relation == "same" and self.score < OWNER and not self.knew_register
 
     @property
     def left_out(self) -> bool:

@@ -4,6 +4,7 @@ logged where the next action says it again."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from . import decision
@@ -41,11 +42,16 @@ class Telling:
         except ClusterError as error:
             note(str(error))
 
-    def promoted(self, seen: Seen) -> None:
-        """This host is the owner from now on. Failed."""
+    def promoted(self, seen: Seen, judged: Register | None) -> None:
+        """This host is the owner from now on. Failed, also if the register says something else by now than when the
+        promotion was `judged`: somebody else was promoted, or has raised a dispute."""
         if not self._told.clustered:
             return
         register = self._asking.register
+        with suppress(ClusterError):  # what was read a moment ago counts; whether it takes anything shows next
+            register = self._pacemaker.register()
+        if _last(register) != _last(judged):
+            raise Failed(Code.GENERIC, "promotion is refused: the cluster's register has changed meanwhile")
         known = self._asking.serials.read() or Known()
         promotion = known.next(Known() if register is None else register.promotion)
         alone = decision.goes_alone(seen)
@@ -72,7 +78,14 @@ class Telling:
             kept=register.kept and not (promoted or moved),
             alone=register.alone and not (moved or seen.in_sync),
         )
-        return entry == register or self._enter(entry)
+        known = self._asking.serials.read() if promoted else None
+        if known is not None:
+            entry = replace(entry, promotion=_lifted(known, register.promotion))
+        if entry != register and not self._enter(entry):
+            return False
+        if known is not None and not known.id and not register.promotion.id:
+            self._asking.serials.write(entry.promotion)
+        return True
 
     def settle(self, seen: Seen) -> Seen:
         """Raise a dispute with the owner that the register names, or end one; what is so then."""
@@ -98,11 +111,21 @@ class Telling:
             self._asking.serials.saw(register.promotion.serial)
 
     def _enter(self, register: Register) -> bool:
+        """Whether the register has it. Not if it has changed since the last look, from which this follows: the next one
+        says anew what does. (Pacemaker's tool does not compare: what is left is the time of one call.) What an entry of
+        this host says of its disks nobody else writes."""
+        former = self._asking.register
         try:
+            found = self._pacemaker.register()
+            own = found is not None and found.host == self._told.here and _last(found) == _last(former)
+            if found != former and not own:
+                note("the cluster's register has changed meanwhile, and is looked at anew")
+                return False
             self._pacemaker.enter(register)
         except ClusterError as error:
             note(str(error))
             return False
+        self._asking.register = register
         return True
 
     def keep(self, seen: Seen) -> None:
@@ -115,3 +138,17 @@ class Telling:
                 self._pacemaker.enter(replace(register, lineage=seen.lineage, kept=True, alone=alone))
         except ClusterError as error:
             note(f"that the disks are kept here is not in the cluster's configuration: {error}")
+
+
+def _last(register: Register | None) -> tuple[str, str, str | None] | None:
+    """Which promotion was the last one, and who disputes it."""
+    return None if register is None else (register.host, register.promotion.id, register.disputed)
+
+
+def _lifted(own: Known, register: Known) -> Known:
+    """What the register of a node that is promoted is to say of that promotion: an entry of before may have come back,
+    or is of an agent that gave no ids, by which nobody could be judged."""
+    if not own.id and not register.id:
+        return own.next(register)
+    behind = own.id != register.id and (own.knows(register.id) or not register.id)
+    return replace(own, seen=0) if behind else register

@@ -574,6 +574,123 @@ def test_a_dispute_that_is_raised_during_a_promotion_ends_it(host: Host) -> None
     assert host.register["disputed"] == "b"
 
 
+class Meanwhile(Cluster):
+    """Whose register becomes another one after so many times that it was read."""
+
+    reads, then = 0, ""
+
+    def _run(self, *command: str) -> str:
+        kind, found = type(self), super()._run(*command)
+        if "--query" in command:
+            kind.reads -= 1
+            if kind.reads == 0:
+                kind.register_text = kind.then
+        return found
+
+
+def changes(host: Host, reads: int, name: str, lineage: dict[str, Any], **more: Any) -> None:
+    kept = host.cluster.register_text
+    host.cluster = type("Cluster", (Meanwhile,), {"reads": reads, "score": host.cluster.score})
+    host.registered(name, lineage, **more)
+    host.cluster.then, host.cluster.register_text = host.cluster.register_text, kept  # type: ignore[attr-defined]
+
+
+def test_a_promotion_writes_over_nothing_that_has_come_since_it_was_judged(host: Host) -> None:
+    """Not even after the last look at the node."""
+    for more in ({"disputed": "b"}, {"id": A5}):
+        host.registered("a", G1, serial=4, id=A4)
+        changes(host, 2, "a", G1, **{"serial": 4, "id": A4} | more)
+        assert host.act("promote", **BOTH) == Code.GENERIC
+        assert host.register.get("disputed") == more.get("disputed")
+        assert host.promotion.id == more.get("id", A4)
+    host.registered("a", G1, serial=4, id=A4)
+    changes(host, 2, "a", G2, serial=4, id=A4, kept=True)
+    assert host.act("promote", **BOTH) == Code.OK, "that is the same promotion"
+
+
+def test_a_dispute_is_with_the_promotion_that_was_looked_at(host: Host) -> None:
+    """Another one, which has come in between, is judged anew."""
+    own, theirs = {"serial": 5, "id": A5}, {"serial": 4, "id": B4}
+    diverged(host, own, theirs)
+    changes(host, 1, "b", G1, serial=6, id=B5, past=[B4, A5])
+    host.act("monitor")
+    assert (host.register, host.promotion.id) == ({"host": "b", "lineage": G1}, B5)
+    # A promoted one does not write over it either.
+    host.marked()
+    diverged(host, {**own, "past": [B4]}, theirs)
+    changes(host, 1, "b", G1, serial=6, id=B5, past=[B4, A5])
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    assert host.promotion.id == B5
+
+
+def test_an_entry_of_ones_own_is_followed_although_it_is_another_one_by_now(host: Host) -> None:
+    host.marked()
+    host.registered("a", G1, serial=4, id=A4)
+    host.node.status["lineage"] = G2
+    changes(host, 1, "a", {"current": "g0"}, serial=4, id=A4)
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.register == {"host": "a", "lineage": G2}
+    changes(host, 1, "a", G1, serial=4, id=A4, disputed="b")
+    host.node.status["lineage"] = G1
+    assert host.act("monitor") == Code.DEGRADED_PROMOTED
+    assert host.register["disputed"] == "b"
+
+
+def test_a_start_disputes_again_what_has_changed_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking.time, "sleep", lambda _seconds: None)
+    diverged(host, {"serial": 5, "id": A5}, {"serial": 4, "id": B4})
+    changes(host, 1, "b", G2, serial=4, id=B4)
+    assert host.act("start", **STARTS) == Code.OK
+    assert host.register == {"host": "b", "lineage": G2, "disputed": "a"}
+
+
+def test_the_register_of_a_promoted_node_has_its_last_promotion(host: Host) -> None:
+    """An entry of before has come back, or one of an agent that gave no ids."""
+    host.marked()
+    for entry in ({"serial": 3, "id": A4}, {"serial": 3}, {}):
+        host.knows(serial=5, id=A5, past=[A4])
+        host.registered("a", G1, **entry)
+        assert host.act("monitor") == Code.PROMOTED
+        assert host.promotion == Known(5, A5, (A4,))
+    host.registered("a", G1, serial=9, id=B5)
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.promotion.id == B5, "this node knows of none that was after it"
+    host.kept.unlink()
+    host.registered("a", G1)
+    assert host.act("monitor") == Code.PROMOTED
+    given = host.promotion
+    assert (given.serial, len(given.id)) == (1, 16)
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.promotion == given, "once"
+    assert host.act("promote", **BOTH) == Code.OK
+    assert host.promotion.knows(given.id)
+    host.kept.write_text("{")
+    host.registered("a", G1)
+    assert host.act("monitor") == Code.PROMOTED
+    assert host.promotion == Known(), "whether there was one cannot be told"
+
+
+def test_an_owner_that_took_over_from_the_registers_is_not_passed_over_by_it(host: Host) -> None:
+    """Its own entry went with the power, or with the other part of the cluster; it had written nothing yet."""
+    host.node.role = {**host.node.role, "score": 5000, "may-run": None}
+    host.registered("b", G1, serial=5, id=B5, past=[A4])
+    host.knows(serial=4, id=A4)
+    assert host.act("monitor") == Code.OK
+    assert host.cluster.score == "-INFINITY", "that one has gone on since"
+    host.knows(serial=6, id=A5, past=[B5, A4])
+    assert host.act("monitor", notify_promoted_uname="b") == Code.OK
+    assert host.cluster.score == "-INFINITY", "it runs"
+    assert host.act("monitor") == Code.OK
+    assert host.cluster.score == "5000"
+    host.marked()
+    assert host.act("monitor") == Code.PROMOTED
+    assert (host.register, host.promotion.id) == ({"host": "a", "lineage": G1}, A5)
+    (host.folder / "nbdkit-replication-vm1.promoted").unlink()
+    host.registered("b", G1, serial=6, id=A5)  # what it had was given to that one
+    assert host.act("monitor") == Code.OK
+    assert host.cluster.score == "-INFINITY"
+
+
 def test_what_cannot_be_compared_is_not_promoted(host: Host) -> None:
     host.registered("b", G1)
     host.node.fails["replication-compare"] = Refused("unknown members")
@@ -633,7 +750,7 @@ def test_a_clone_that_could_have_two_owners_is_not_started(host: Host, option: d
 
 def test_what_cannot_be_entered_shows_in_the_status(host: Host) -> None:
     host.marked()
-    host.registered("a", G1)
+    host.registered("a", G1, serial=4, id=A4)
     host.cluster.refuses = True
     assert host.act("monitor") == Code.PROMOTED, "there is nothing to enter"
     host.node.status["lineage"] = G2
