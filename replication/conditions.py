@@ -23,7 +23,7 @@ class Conditions:
     no_primary: bool = False
     """No primary is heard of. Not so without being asked: QEMU's failover comes when whoever gives it says so."""
     early: bool = False
-    """Not a condition: also while a lease lasts (lease.py)."""
+    """Not a condition: also while a lease lasts (lease.py), because whoever says so has fenced the other node."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class Tenure:
         """Why a failover is refused."""
         return (
             f"Failover is refused: the lease of the primary, which was heard of lately, may last for {left_s:.1f} s "
-            "still, and so long it serves its guest; try again then, or use force if it is known to be dead"
+            "still, and so long it serves its guest; try again then, or say that it is fenced (fenced, --fenced) if it "
+            "is known to be dead"
         )
 
     @contextmanager

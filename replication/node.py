@@ -1103,7 +1103,9 @@ class Node:
             self._record.kept_back = False
             self._save_later()
 
-    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
+    def set_role(
+        self, primary: bool, peer: str | None, force: bool, lossless: bool = False, fenced: bool = False
+    ) -> None:
         """replication-set-role."""
         if primary:
             if lossless:
@@ -1114,9 +1116,11 @@ class Node:
                     peer = absolute(peer, self._options.folder)
                 except ConfigError as error:
                     raise CommandError(f"Parameter 'peer': {error}") from error
-            self._promotion.to_primary(peer, force)
+            self._promotion.to_primary(peer, force, fenced)
         elif peer is not None or force:
             raise CommandError("Parameters 'peer' and 'force' are for role 'primary'")
+        elif fenced:
+            raise CommandError("Parameter 'fenced' is for role 'primary'")
         else:
             self._promotion.to_secondary(lossless)
 

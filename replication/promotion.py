@@ -56,6 +56,7 @@ class Commanded(Protocol):
     def insist(self) -> None: ...
     def go_on_alone(self) -> None: ...
     def check_demotable(self) -> None: ...
+    def resume_io(self, fenced: bool = False) -> None: ...
     def checkpoint(self) -> Any: ...
     def primary_is_there(self) -> str | None: ...
     def keeps_all(self) -> bool: ...
@@ -109,23 +110,27 @@ class Promotion:
 
     # -- to primary ----------------------------------------------------------------------------------------
 
-    def to_primary(self, peer: str | None, force: bool) -> None:
-        """Own the disks, and look for the peer. CommandError says what stands in the way."""
+    def to_primary(self, peer: str | None, force: bool, fenced: bool = False) -> None:
+        """Own the disks, and look for the peer. CommandError says what stands in the way. `fenced`: the peer is, so
+        nothing waits for it: no lease, and no guest that stands still until somebody says this."""
         with self._alone(PROMOTE_S):
             node = self._node
             sought = None if peer is None and node.peer is None else peer or ""
             if sought is not None and not self._replicates:
                 self._seeker.start(AGAIN_MIN_S)  # there is no owner without the thread that it needs
-            if is_owner(node.mode, node.stage):
+            owner = is_owner(node.mode, node.stage)
+            if owner:
                 self._stay(force)
             else:
                 node.seek(sought, save=False)  # together with the stage
                 try:
-                    self._take_over(force)
+                    self._take_over(force, fenced)
                 except BaseException:
                     node.seek(None, save=False)
                     raise
             node.admission.promoted()
+            if owner and fenced:
+                node.resume_io(fenced=True)
             if not self._replicates:
                 self._look_for(sought)
 
@@ -144,7 +149,7 @@ class Promotion:
             raise CommandError(f"Promotion is refused: this node is outdated ({outdated})", reason=Reason.OUTDATED)
         return outdated is not None
 
-    def _take_over(self, force: bool) -> None:
+    def _take_over(self, force: bool, fenced: bool) -> None:
         node = self._node
         self._check_outdated(force)
         connected = node.primary_is_there()
@@ -154,7 +159,7 @@ class Promotion:
                 reason=Reason.HAS_PRIMARY,
             )
         if node.stage is not Stage.NONE:
-            self._own(force)
+            self._own(force, fenced)
             return
         lacking = node.lacking()
         if lacking is not None and not force:
@@ -166,21 +171,21 @@ class Promotion:
             )
         node.start_pair(None, None, "auto")
         try:
-            self._own(force)
+            self._own(force, fenced)
         except CommandError as error:
             raise CommandError(
                 f"{error}. Replication has been started: this secondary runs now", reason=error.reason
             ) from error
 
-    def _own(self, force: bool) -> None:
+    def _own(self, force: bool, fenced: bool) -> None:
         """A secondary that runs ends that, with as much as can be kept."""
         node = self._node
         if not node.keeps_all():
             # Again, at that instant: a primary may have come since it was looked for.
-            node.stop(True, force, None if force else Conditions(no_primary=True))
+            node.stop(True, force, None if force else Conditions(no_primary=True, early=fenced))
             return
         try:
-            node.stop(True, conditions=Conditions(lossless=True, early=force))
+            node.stop(True, conditions=Conditions(lossless=True, early=force or fenced))
         except CommandError as error:
             if not force:
                 raise

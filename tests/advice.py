@@ -115,7 +115,7 @@ TABLE = [
         "e2e/test_roles.py::test_demote_outdates_and_force_takes_what_is_there",
     ),
     (
-        "try again then, or use force if it is known to be dead",
+        "try again then, or say that it is fenced (fenced, --fenced) if it is known to be dead",
         "failover or stop while the lease of the primary lasts",
         "e2e/test_lease.py::test_the_secondary_takes_the_disks_when_the_lease_is_over",
     ),

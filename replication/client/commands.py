@@ -168,6 +168,11 @@ def forced(options: argparse.Namespace) -> dict[str, bool]:
     return {"force": True} if options.force else {}
 
 
+def fenced(options: argparse.Namespace) -> dict[str, bool]:
+    """The argument `fenced`, if it was given."""
+    return {"fenced": True} if options.fenced else {}
+
+
 def confirm(options: argparse.Namespace, text: str, what: str) -> None:
     """Ask the person; raises Unusable unless the answer is yes."""
     if options.json:
@@ -229,7 +234,8 @@ def failover(client: Session, options: argparse.Namespace) -> None:
     if answer.get("stage") in ("failover", "done"):
         tell(options, "nothing to do", done=False, preflight=answer)
         return
-    if not answer.get("allowed") and not (options.force and answer.get("force")):
+    unleased = options.fenced and answer.get("code") == "leased"  # which is the last refusal: there is no other one
+    if not answer.get("allowed") and not unleased and not (options.force and answer.get("force")):
         raise Refused(str(answer.get("reason", "failover is not allowed")), code=answer.get("code"))
     check_conditions(answer, conditions)
     if options.check:
@@ -238,7 +244,7 @@ def failover(client: Session, options: argparse.Namespace) -> None:
         return
     if not options.yes:
         confirm(options, FAILOVER_TEXT, "failover")
-    client.call("replication-stop", failover=True, **forced(options), **conditions)
+    client.call("replication-stop", failover=True, **forced(options), **fenced(options), **conditions)
     tell(options, "failed over; `replctl jobs --watch` shows the commit", preflight=answer)
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from .commands import confirm, forced, tell
+from .commands import confirm, fenced, forced, tell
 from .qmp import Refused
 from .session import Session, Unreachable, Unusable
 from .values import human_value, printable
@@ -47,7 +47,7 @@ def promote(client: Session, options: argparse.Namespace) -> None:
     if not options.yes:
         confirm(options, PROMOTE_TEXT, "promotion")
     peer = {"peer": options.peer} if options.peer else {}
-    client.call("replication-set-role", role="primary", **peer, **forced(options))
+    client.call("replication-set-role", role="primary", **peer, **forced(options), **fenced(options))
     tell(options, "this node owns its disks; it looks for its peer in the background, if it knows where that is")
 
 
@@ -124,7 +124,7 @@ def outdate(client: Session, options: argparse.Namespace) -> None:
 
 def resume_io(client: Session, options: argparse.Namespace) -> None:
     """Let the guest go on."""
-    client.call("replication-resume-io", **({"fenced": True} if options.fenced else {}))
+    client.call("replication-resume-io", **fenced(options))
     tell(options, "the guest goes on")
 
 

@@ -241,6 +241,7 @@ class Agent:
         """The node owns its disks, and the guest may run."""
         if self._told.clustered and self._told.active is None:
             note("the clone has no notify=true: whether the last owner is still there cannot be known")
+        leased = False
         while True:
             seen = self._node.look(certain=True)
             why = decision.obstacle(seen, self._told.max_age_s)
@@ -249,12 +250,13 @@ class Agent:
                 raise Failed(Code.GENERIC, f"promotion is refused: {why}")
             try:
                 if not seen.owner:
-                    self._take_over(seen)
+                    self._take_over(seen, leased)
                 self._node.do("replication-set-role", role="primary")
                 break
             except Refused as error:
                 if error.code not in _PASSING or self._told.left_s < 1:
                     raise Failed(Code.GENERIC, f"promotion is refused: {error}") from error
+                leased = error.code == "leased"
             time.sleep(STEP_S)
         judged = self._node.register
         seen = self._node.look()
@@ -281,13 +283,16 @@ class Agent:
         except (Refused, Unusable) as error:
             note(f"that the other node is gone cannot be said to this one: {error}")
 
-    def _take_over(self, seen: Seen) -> None:
+    def _take_over(self, seen: Seen, leased: bool) -> None:
         """With everything, if that is here; else from the last checkpoint. Each is asked for as such: what was so a
-        moment ago may not be any more."""
+        moment ago may not be any more. `leased`: it was refused for the lease of an owner, which ends with that one."""
+        gone = decision.is_gone(seen, self._told.here, self._told.active)
+        # Not before: a node of another version does not know the word.
+        fenced = {"fenced": True} if leased and gone else {}
         if self._node.do("query-failover").get("lossless") is True:
-            self._node.do("replication-stop", failover=True, lossless=True)
+            self._node.do("replication-stop", failover=True, lossless=True, **fenced)
             return
-        if seen.link in _CONNECTED and not decision.is_gone(seen, self._told.here, self._told.active):
+        if seen.link in _CONNECTED and not gone:
             raise Refused("the primary is connected", code="has-primary")
         host = decision.lives_elsewhere(seen, self._told.here, self._told.active)
         if host is not None:
@@ -299,9 +304,9 @@ class Agent:
         if (max_age_s := self._told.max_age_s) is None:
             raise Failed(Code.GENERIC, f"promotion is refused: {self._told.wrong['max_age']}")
         conditions: dict[str, Any] = {"max-age": max_age_s} if max_age_s else {}
-        if not decision.is_gone(seen, self._told.here, self._told.active):
+        if not gone:
             conditions["no-primary"] = True  # it may have been heard of since that look
-        self._node.do("replication-stop", failover=True, **conditions)
+        self._node.do("replication-stop", failover=True, **conditions, **fenced)
 
     def demote(self) -> Code:
         """The guest does not run here any more."""

@@ -57,9 +57,12 @@ class Replicated(Protocol):
         """Stop replication, as planned or by failover; `force`: although there is no valid checkpoint, or the node is
         outdated; `conditions`: of a failover, without `force`."""
 
-    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
+    def set_role(
+        self, primary: bool, peer: str | None, force: bool, lossless: bool = False, fenced: bool = False
+    ) -> None:
         """Bring the node to a role; nothing if it has it. `peer`: the URI of the other node; `force`: although the node
-        is outdated, or its primary is connected; `lossless`: only if the other one has everything."""
+        is outdated, or its primary is connected; `lossless`: only if the other one has everything; `fenced`: the other
+        one is, so no lease of it lasts."""
 
     def suspend_io(self, timeout_s: float) -> None:
         """Do not pass on what the guest of this secondary asks for, for so many seconds at most; answered when the
@@ -257,6 +260,8 @@ class Commands:
         conditions = _conditions(arguments)
         if force and not failover:
             raise CommandError("Parameter 'force' is only for failover")
+        if force and conditions == Conditions(early=True):
+            conditions = None  # force waits for no lease either
         if conditions is None:
             self._node.stop(failover, force)
         elif not failover or force:
@@ -290,8 +295,9 @@ class Commands:
 
     def _set_role(self, arguments: Mapping[str, Any]) -> Any:
         primary = arguments["role"] == PRIMARY
+        fenced = {"fenced": True} if arguments.get("fenced") else {}
         self._node.set_role(
-            primary, arguments.get("peer"), arguments.get("force", False), arguments.get("lossless", False)
+            primary, arguments.get("peer"), arguments.get("force", False), arguments.get("lossless", False), **fenced
         )
         return {}
 
@@ -381,6 +387,7 @@ class Commands:
                 "only-in-sync": Argument("boolean"),
                 "lossless": Argument("boolean"),
                 "no-primary": Argument("boolean"),
+                "fenced": Argument("boolean"),
             },
         ),
         "replication-set-role": Command(
@@ -390,6 +397,7 @@ class Commands:
                 "peer": Argument("string"),
                 "force": Argument("boolean"),
                 "lossless": Argument("boolean"),
+                "fenced": Argument("boolean"),
             },
         ),
         "replication-suspend-io": Command(_suspend_io, {"timeout": Argument("number", required=True)}),
@@ -444,7 +452,7 @@ def _conditions(arguments: Mapping[str, Any]) -> Conditions | None:
     max_age_s = arguments.get("max-age")
     if max_age_s is not None and not 0 <= max_age_s < math.inf:
         raise CommandError("Parameter 'max-age' expects seconds")
-    asked = (arguments.get(name, False) for name in ("only-in-sync", "lossless", "no-primary"))
+    asked = (arguments.get(name, False) for name in ("only-in-sync", "lossless", "no-primary", "fenced"))
     conditions = Conditions(max_age_s, *asked)
     return None if conditions == Conditions() else conditions
 

@@ -295,6 +295,7 @@ TABLE: tuple[Row, ...] = (
         (
             argument("--peer", metavar="URI", help="NBD URI of the other node (default: the key peer)"),
             flag("--force", "do it although the node is outdated, or its primary is connected"),
+            flag("--fenced", "the other node is fenced: wait for no lease of it"),
             YES,
         ),
         asks=_unless_yes,
@@ -323,6 +324,7 @@ TABLE: tuple[Row, ...] = (
             flag("--only-in-sync", "only if the node was in sync when the primary was last heard of"),
             flag("--lossless", "only if the primary left in good order; keep all that it has written"),
             flag("--no-primary", "only if no primary is connected and heard of"),
+            flag("--fenced", "the other node is fenced: wait for no lease of it"),
         ),
         asks=lambda options: not options.yes and not options.check,
     ),

@@ -5,16 +5,18 @@ itself."""
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import nbd
 import pytest
 
+from checkout import REPOSITORY
 from content import MIB
 from lab import Lab
 from nodes import Pair, Server, code_of, disk_name, drained, refused
 from standing import completed, restarted_alone, stands
-from waiting import wait_until
+from waiting import DEADLINE_S, wait_until
 
 LEASE_S = 1000.0
 CLOCK = """
@@ -197,3 +199,59 @@ def test_a_primary_whose_resync_is_refused_again_and_again_keeps_no_failover_awa
     clock.advance(2 * LEASE_S)
     assert "refuses the resync" in refused(pair.primary, "replication-start", {"sync": "full"})
     assert pair.secondary.execute("query-failover")["allowed"]
+
+
+# -- who has fenced the primary -------------------------------------------------------------------------------------
+
+
+def test_who_has_fenced_the_primary_waits_for_no_lease_and_the_conditions_hold(
+    leased: tuple[Pair, Clock, Clock],
+) -> None:
+    secondary = leased[0].secondary
+    leased[0].primary.kill()
+    wait_until(lambda: secondary.execute("query-failover")["primary"] is None, "the loss is noticed")
+    assert code_of(secondary, "replication-stop", failover=True, **{"max-age": 3600}) == "leased"
+    assert code_of(secondary, "replication-stop", failover=True, fenced=True, **{"max-age": 0}) == "too-old"
+    assert code_of(secondary, "replication-stop", failover=True, fenced=True, lossless=True) == "not-lossless"
+    assert replctl(secondary, "failover", "--check") != 0
+    assert replctl(secondary, "failover", "--check", "--fenced", "--max-age", "0.001") != 0
+    assert replctl(secondary, "failover", "--check", "--fenced") == 0
+    assert secondary.status()["stage"] == "running"
+    assert replctl(secondary, "failover", "--yes", "--fenced", "--max-age", "3600", "--no-primary") == 0
+    secondary.wait_stage("done")
+    assert replctl(secondary, "failover", "--yes", "--fenced") == 0, "it is done"
+
+
+def test_a_promotion_with_that_word_goes_over_the_lease_and_over_nothing_else(
+    leased: tuple[Pair, Clock, Clock],
+) -> None:
+    pair, _, _ = leased
+    a, b = pair.primary, pair.secondary
+    assert code_of(b, "replication-set-role", role="primary", fenced=True) == "has-primary", "it was not fenced well"
+    a.kill()
+    wait_until(lambda: b.execute("query-failover")["primary"] is None, "the loss is noticed")
+    assert code_of(b, "replication-set-role", role="primary") == "leased"
+    b.execute("replication-outdate")
+    assert code_of(b, "replication-set-role", role="primary", fenced=True) == "outdated"
+    assert b.execute("query-role")["role"] == "secondary"
+
+
+def test_promote_with_that_word_takes_the_disks_or_lets_an_owner_go_on(leased: tuple[Pair, Clock, Clock]) -> None:
+    pair, _, _ = leased
+    guest, write = restarted_alone(pair)
+    assert replctl(pair.primary, "promote", "--yes") == 0
+    stands(pair.primary, guest, write)
+    assert replctl(pair.primary, "promote", "--yes", "--fenced") == 0
+    completed(guest, write)
+    pair.primary.kill()
+    pair.secondary.start()
+    assert code_of(pair.secondary, "replication-set-role", role="primary") == "leased", "counted from its start"
+    for _ in range(2):
+        assert replctl(pair.secondary, "promote", "--yes", "--fenced") == 0
+        pair.secondary.wait_stage("done")
+
+
+def replctl(server: Server, *words: str) -> int:
+    """Its exit code."""
+    command = [REPOSITORY / "scripts/replctl", "--state", server.state, *words]
+    return subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False).returncode

@@ -108,6 +108,9 @@ class FakeNode:
     def go_on_alone(self) -> None:
         self._call("alone")
 
+    def resume_io(self, fenced: bool = False) -> None:
+        self._call("resume", fenced)
+
     def check_demotable(self) -> None:
         pass
 
@@ -366,3 +369,20 @@ def test_nobody_has_what_an_owner_has_that_is_not_in_sync(
     with pytest.raises(CommandError, match="Demotion is refused") as refused:
         promotion.to_secondary(lossless=True)
     assert (refused.value.reason, node.calls) == (Reason.NOT_LOSSLESS, [])
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_who_has_fenced_the_peer_goes_over_its_lease_alone(node: FakeNode, lossless: bool) -> None:
+    node.lossless = lossless
+    Promotion(node).to_primary(None, False, fenced=True)
+    condition = Conditions(lossless=True, early=True) if lossless else Conditions(no_primary=True, early=True)
+    assert node.calls == [("stop", True, False, condition)]
+    Promotion(node).to_primary(None, False, fenced=True)
+    assert node.calls[1:] == [("resume", True)], "an owner's guest goes on"
+
+
+def test_an_outdated_owner_is_not_let_go_on_by_that(node: FakeNode) -> None:
+    node.stage, node.outdated_reason = Stage.DONE, "another one has gone on"
+    with pytest.raises(CommandError) as raised:
+        Promotion(node).to_primary(None, False, fenced=True)
+    assert (raised.value.reason, node.calls) == (Reason.OUTDATED, [])

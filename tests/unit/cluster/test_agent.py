@@ -893,3 +893,26 @@ def test_a_failover_is_no_longer_one_when_a_primary_is_heard_that_is_not_known_t
         host.registered("b" if active is ALONE else "a", G1)
         assert host.act("promote", **active) == Code.OK
         assert host.node.done[0] == ("replication-stop", {"failover": True, "max-age": 60.0, **condition})
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_an_owner_that_is_gone_has_no_lease_any_more(
+    host: Host, monkeypatch: pytest.MonkeyPatch, lossless: bool
+) -> None:
+    """The word is said only where it is asked for: a node of another version does not know it."""
+    asked: list[bool] = []
+    call = Node.call
+
+    def leased(node: Node, command: str, **arguments: Any) -> Any:
+        if command == "replication-stop":
+            asked.append("fenced" in arguments)
+            if not asked[-1]:
+                raise Refused("it may serve its guest still", code="leased")
+        return call(node, command, **arguments)
+
+    monkeypatch.setattr(Node, "call", leased)
+    host.node.lossless = lossless
+    host.node.is_copy()
+    host.registered("b", G1)
+    assert host.act("promote", **ALONE) == Code.OK
+    assert asked == [False, True]

@@ -100,8 +100,10 @@ class Node:
         self._record("query_failover")
         return {"allowed": True, "force": False}
 
-    def set_role(self, primary: bool, peer: str | None, force: bool, lossless: bool = False) -> None:
-        self._record("set_role", primary, peer, force, lossless)
+    def set_role(
+        self, primary: bool, peer: str | None, force: bool, lossless: bool = False, fenced: bool = False
+    ) -> None:
+        self._record("set_role", primary, peer, force, lossless, *([True] if fenced else []))
 
     def suspend_io(self, timeout_s: float) -> None:
         self._record("suspend_io", timeout_s)
@@ -214,6 +216,19 @@ SET = "xen-set-replication"
             {},
         ),
         ("replication-stop", {"failover": True, "lossless": False}, [("stop", True, False)], {}),
+        (
+            "replication-stop",
+            {"failover": True, "max-age": 2, "fenced": True},
+            [("stop", True, False, Conditions(2, early=True))],
+            {},
+        ),
+        ("replication-stop", {"failover": True, "fenced": True, "force": True}, [("stop", True, True)], {}),
+        (
+            "replication-set-role",
+            {"role": "primary", "fenced": True},
+            [("set_role", True, None, False, False, True)],
+            {},
+        ),
         ("replication-outdate", {"reason": "fenced"}, [("outdate", "fenced")], {}),
         (
             "replication-set-role",
@@ -285,6 +300,7 @@ BOTH = {"enable": True, "primary": True}
         ("replication-stop", {"failover": False, "force": True}, "Parameter 'force' is only for failover"),
         ("replication-stop", {"failover": True, "max-age": -1}, "Parameter 'max-age' expects seconds"),
         ("replication-stop", {"max-age": 1}, "Conditions are only for failover without 'force'"),
+        ("replication-stop", {"fenced": True}, "Conditions are only for failover without 'force'"),
         (
             "replication-stop",
             {"failover": True, "force": True, "lossless": True},

@@ -70,6 +70,7 @@ def completed(folder: Path, line: str) -> list[str]:
             "replctl web1 failover --",
             [
                 "--check",
+                "--fenced",
                 "--force",
                 "--help",
                 "--json",
