@@ -14,6 +14,8 @@ OWNER, UNSURE_OWNER, IN_STEP, BEHIND = 10000, 5000, 1000, 100
 
 _IN_STEP_MIN = 501
 """The node's own score of a secondary that is in step, at least (replication/role.py)."""
+_OWNER_THERE = ("synchronizing", "in-sync")
+"""The link of a copy whose owner runs."""
 _NEW = 10
 """The node's own score of one that never had a primary."""
 
@@ -175,6 +177,12 @@ def score(seen: Seen, max_age_s: float | None) -> int | None:
     if seen.owner:
         return OWNER if seen.score >= OWNER else UNSURE_OWNER
     return IN_STEP if seen.score >= _IN_STEP_MIN else BEHIND
+
+
+def waits_for_first(seen: Seen) -> bool:
+    """Whether nobody was ever promoted, and the owner that a person has made is there: that one is the candidate, with
+    its next monitor, and a copy is none before."""
+    return seen.register_host is None and not seen.owner and seen.link in _OWNER_THERE
 
 
 def disputes(seen: Seen) -> bool:

@@ -33,7 +33,8 @@ class Telling:
 
     def score(self, seen: Seen) -> None:
         """Publish the one that follows."""
-        self.publish(decision.score(seen, self._told.max_age_s))
+        waits = not self._asking.unread and decision.waits_for_first(seen)
+        self.publish(None if waits else decision.score(seen, self._told.max_age_s))
 
     def forget(self) -> None:
         """The resource does not run here."""

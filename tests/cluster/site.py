@@ -95,12 +95,12 @@ class Site:
     # -- the hosts -----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Both are on, the first owner is made, the guest runs there, and the pair is in sync."""
+        """All are on, the first owner is made on node-a, the guest runs there, and the pair is in sync."""
         for host in self.all:
             host.power_on()
         self.wait(lambda: all(self.runs(host) for host in self.hosts), "both nodes run", CHANGE_S)
         self.a.told(REPLCTL, NODE, "promote", "--yes")
-        self.whole()
+        assert self.whole()[0] is self.a, self.report()
 
     def other(self, host: Host) -> Host:
         """Its peer."""

@@ -253,6 +253,18 @@ def test_a_copy_that_has_everything_is_promoted_whatever_its_age(host: Host) -> 
     assert host.act("promote", **BOTH) == Code.OK
 
 
+@pytest.mark.parametrize("link", ["synchronizing", "in-sync"])
+def test_a_copy_is_no_candidate_before_the_first_owner_was_promoted(host: Host, link: str) -> None:
+    """Else it may be promoted before the owner, which a person has made, has said what it is."""
+    host.node.is_copy()
+    host.node.status["link"] = {"state": link}
+    host.act("monitor")
+    assert host.cluster.score == "-INFINITY"
+    host.registered("b", G1)
+    host.act("monitor")
+    assert host.cluster.score == "1000"
+
+
 def test_without_notify_nobody_is_known_to_be_gone(host: Host) -> None:
     host.node.is_copy()
     host.registered("b", G1)
