@@ -41,7 +41,7 @@ role = "auto"
 peer = "nbd+unix:///disk0?socket={peer}"
 autostart = true
 checkpoint-interval = 0.2
-timeout = 1
+timeout = 30
 
 [disk.disk0]
 disk = "{disk}"
@@ -109,6 +109,12 @@ class ClusterHost:
     def register(self) -> Path:
         """What the cluster keeps of the last owner."""
         return self._cluster / "register"
+
+    def impatient(self) -> None:
+        """From its next start on the node takes a peer that stands still for lost after a few seconds. In other tests
+        none does, and a busy machine is no reason to lose a link."""
+        path = self.folder / f"etc/{NODE}.toml"
+        path.write_text(path.read_text().replace("timeout = 30", "timeout = 3"))
 
     def cut_off(self) -> None:
         """From its next start on the node does not reach the other one."""

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, settings
 from hangs import Watchdog
 from lab import Lab
 from mounts import SharingFolder, SmallFolder
-from replication import log
+from replication import log, node
 from replication.disk import files
+from waiting import DEADLINE_S
 from wire import Wire
 
 # A script's background job ignores SIGINT, and so would all that the tests start, and interrupt.
@@ -74,6 +75,13 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 def _log(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test has logged does not count for the next."""
     monkeypatch.setattr(log, "LOG", log.Log(lambda text: print(text, file=sys.stderr, flush=True)))
+
+
+@pytest.fixture(autouse=True)
+def _patient_failovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nodes in this process: one that is to be answered within two seconds is refused where the tests beside this
+    one keep the disk busy. (Those of other processes are tried again: qmp.py.)"""
+    monkeypatch.setattr(node, "FAILOVER_S", DEADLINE_S)
 
 
 @pytest.fixture

@@ -121,7 +121,10 @@ def nbdkit_command(socket_path: Path) -> list[str]:
 
 def _stands_still(pid: int) -> bool:
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    try:
+        return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # one of them has just come to its end
 
 
 def stop_still(server: NbdProcess) -> None:

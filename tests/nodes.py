@@ -309,6 +309,15 @@ def in_sync(server: Server) -> None:
     wait_until(lambda: server.status()["link"]["state"] == "in-sync", f"{server.name} is in sync")
 
 
+def error_kept(folder: Path) -> bool:
+    """Whether the record in a state folder has an error. It is shown a moment before: a node that is killed in between
+    forgets the error, and not what it says of the disks, which other files keep."""
+    try:
+        return json.loads((folder / "state.json").read_bytes())["fault"] is not None
+    except ValueError:  # it is just being overwritten
+        return False
+
+
 @contextlib.contextmanager
 def nbd_refusal(number: int) -> Iterator[None]:
     """The body must end with an nbd.Error of errno `number`."""

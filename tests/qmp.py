@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,14 @@ from replication.client import lines
 from replication.client.qmp import Qmp as Client
 from replication.client.qmp import Refused
 from waiting import DEADLINE_S, Stuck, wait_until
+
+SLOW = re.compile(
+    "(its storage takes|no answer within|has not answered an earlier write yet)"
+    ".*[Tt]ry again when the storage of the state folder answers"
+)
+"""With this a failover is refused that could not be saved within a second and a half: it has changed nothing."""
+
+_AGAIN_S = 0.1
 
 
 class QmpError(Exception):
@@ -47,6 +56,10 @@ class Qmp:
 
     Events that arrive meanwhile are kept in `events`, oldest first.
     """
+
+    patient = True
+    """A failover that the storage is too slow for is tried again, as its refusal says: what other tests write beside
+    this one keeps a disk busy for seconds."""
 
     def __init__(
         self, path: str | os.PathLike[str] | socket.socket, timeout_s: float = DEADLINE_S, negotiate: bool = True
@@ -108,11 +121,15 @@ class Qmp:
         Arguments may be a mapping, keywords (`_` stands for `-`), or both.
         """
         values = {**(arguments or {}), **{key.replace("_", "-"): value for key, value in more.items()}}
-        try:
-            with _raw(f"an answer to {command}"):
-                return self._client.execute(command, values, self._deadline(timeout_s))
-        except Refused as error:
-            raise QmpError(error.desc, error.error_class, error.code) from None
+        deadline = self._deadline(timeout_s)
+        while True:
+            try:
+                with _raw(f"an answer to {command}"):
+                    return self._client.execute(command, values, self._deadline(timeout_s))
+            except Refused as error:
+                if not self.patient or not SLOW.search(error.desc) or time.monotonic() > deadline:
+                    raise QmpError(error.desc, error.error_class, error.code) from None
+            time.sleep(_AGAIN_S)
 
     def wait_event(
         self,

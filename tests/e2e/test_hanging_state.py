@@ -17,7 +17,7 @@ import pytest
 from content import MIB, pattern
 from lab import Lab
 from nodes import nbd_refusal
-from qmp import QmpError
+from qmp import Qmp, QmpError
 from replication.node import FAILOVER_S, URGENT_S
 from waiting import DEADLINE_S, wait_until
 
@@ -30,6 +30,12 @@ BUSY_S = 4.0
 BLOCK = 4096
 BEFORE = pattern(1, MIB)
 FIRST, SECOND, GUESTS = pattern(2, BLOCK), pattern(3, BLOCK), pattern(4, BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is what is looked for here."""
+    monkeypatch.setattr(Qmp, "patient", False)
 
 
 class StateBench:
@@ -108,6 +114,20 @@ def test_a_state_folder_that_hangs_refuses_a_failover_which_changes_nothing(lab:
     bench.guest.pwrite(GUESTS, 4 * BLOCK)
     bench.points.release("record.sync")
     wait_until(bench.fails_over, "the earlier write of the record is over")
+    bench.finish()
+
+
+def test_who_tries_again_as_the_refusal_says_gets_through(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the other tests do (qmp.py): the storage is slow once."""
+    monkeypatch.setattr(Qmp, "patient", True)
+    bench = StateBench(lab)
+    bench.points.arm("record.sync")
+    failover = bench.execute("replication-stop", {"failover": True})
+    bench.points.wait_hit("record.sync")
+    with pytest.raises(TimeoutError):
+        failover.result(ANSWER_S)
+    bench.points.release("record.sync")
+    failover.result(DEADLINE_S)
     bench.finish()
 
 

@@ -7,7 +7,6 @@ Kills happen at pause points (replication/order/pause.py), so each test says bet
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from content import KIB, MIB, changed, make_raw, pattern, qemu_img, whole
 from endpoints import DelayedEndpoint
 from lab import Lab
-from nodes import Pair, Primary, Secondary, Server, drained
+from nodes import Pair, Primary, Secondary, Server, drained, error_kept
 from pausepoints import PausePoints
 from qmp import QmpError
 from waiting import wait_until
@@ -569,15 +568,6 @@ def test_a_primary_started_before_its_secondary_is_there_serves_its_guest_and_sa
 
 
 # -- latched errors ----------------------------------------------------------------------------------------------
-
-
-def error_kept(folder: Path) -> bool:
-    """Whether the record in a state folder has an error. It is shown a moment before: a node that is killed in between
-    forgets the error, and not what it says of the disks, which other files keep."""
-    try:
-        return json.loads((folder / "state.json").read_bytes())["fault"] is not None
-    except ValueError:  # it is just being overwritten
-        return False
 
 
 @TERM_AND_KILL

@@ -26,7 +26,7 @@ import pytest
 from content import KIB, MIB, changed, make_raw, pattern
 from lab import Lab
 from nbdprocess import NbdProcess, silent
-from nodes import Primary, Secondary, Server, disk_name, drained, nbd_refusal, top_id
+from nodes import Primary, Secondary, Server, disk_name, drained, error_kept, nbd_refusal, top_id
 from pausepoints import PausePoints
 from qmp import QmpError
 from waiting import DEADLINE_S, wait_until
@@ -691,6 +691,7 @@ def test_the_old_primary_goes_on_alone_and_cannot_write_a_byte_into_the_promoted
     b.failover()
     setup.old_writes.pwrite(pattern(1, GRAIN), 0)  # its guest is answered all the same
     wait_until(lambda: a.status()["error"], "the old primary knows")
+    wait_until(lambda: error_kept(lab.folder / "a.state"), "and has kept it")
     points.release("query.begun")
     c = new_secondary(lab)
     become_primary(b, c.uri())

@@ -230,7 +230,8 @@ def test_an_old_primary_that_learns_of_it_knows_it_after_a_restart(lab: Lab) -> 
     pair.secondary.execute("replication-demote")
     pair.secondary.execute("replication-discard")
     wait_until(lambda: pair.primary.status()["outdated-reason"] is None, "accepted as the primary", DEADLINE_S)
-    assert role(pair.primary)["may-run"] is True
+    # A moment later its guest goes on, too.
+    wait_until(lambda: role(pair.primary)["may-run"] is True, "its guest may run")
 
 
 def test_a_node_is_told(lab: Lab) -> None:
@@ -599,7 +600,7 @@ def test_a_promoted_node_says_why_it_has_no_secondary_yet(lab: Lab) -> None:
     assert a.status()["stage"] == "done"
     b.start()
     twins.joined(a)
-    assert role(a)["peer-obstacle"] is None
+    wait_until(lambda: role(a)["peer-obstacle"] is None, "whoever looks for it has seen that it is there")
 
 
 def test_a_promoted_node_that_is_restarted_goes_on_looking_for_its_peer(lab: Lab) -> None:
@@ -614,7 +615,7 @@ def test_a_promoted_node_that_is_restarted_goes_on_looking_for_its_peer(lab: Lab
         wait_until(lambda: role(a)["peer-obstacle"], "it has tried")
     b.start()
     twins.joined(a)
-    assert role(a)["peer-obstacle"] is None
+    wait_until(lambda: role(a)["peer-obstacle"] is None, "whoever looks for it has seen that it is there")
 
 
 def test_a_primary_by_its_command_line_stays_one(lab: Lab) -> None:

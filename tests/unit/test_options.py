@@ -545,7 +545,15 @@ def test_any_secondary_uri_gives_options_or_one_config_error(rest: str, disks: i
     assert options.secondary == f"nbd://{rest}"
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+    ],
+)
 @given(
     content=st.binary(max_size=80)
     | st.lists(

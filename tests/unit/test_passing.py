@@ -388,6 +388,13 @@ def test_what_an_owner_had_unflushed_is_forgotten_with_its_ownership(owner: Owne
 # -- on the owner ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests may take their time to end."""
+    monkeypatch.setattr(passing, "ENDING_S", DEADLINE_S)
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_connection_takes_the_place_of_another_when_its_requests_have_ended() -> None:
     passage, first, second = Passage(), object(), object()
     passage.take_over(first)
@@ -404,6 +411,7 @@ def test_a_connection_takes_the_place_of_another_when_its_requests_have_ended() 
     passage.end(second)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_third_connection_waits_for_requests_of_the_first() -> None:
     """The second one has none, and may have gone while it waited."""
     passage, first, second, third = Passage(), object(), object(), object()

@@ -204,8 +204,8 @@ def test_a_freeze_that_is_not_answered_in_time_thaws(agent: FakeAgent) -> None:
 
 def test_an_agent_that_answers_nothing_freezes_nothing(agent: FakeAgent) -> None:
     agent.answers["guest-sync"] = None
-    with pytest.raises(Unusable, match=r"has not answered guest-sync within 0\.1 s"):
-        Agent(str(agent.path), 0.1)
+    with pytest.raises(Unusable, match=rf"has not answered guest-sync within {SOON_S} s"):
+        Agent(str(agent.path), SOON_S)
     assert agent.did == []
 
 
@@ -235,7 +235,7 @@ def test_an_agent_that_has_gone_while_the_guest_is_frozen_is_waited_for(agent: F
 
 
 def test_an_agent_that_has_gone_for_good_is_said_loudly(agent: FakeAgent) -> None:
-    asked = Agent(str(agent.path), 0.1)
+    asked = Agent(str(agent.path), 2 * SOON_S)
     text = "may still be frozen: thaw them with guest-fsfreeze-thaw"
     with pytest.raises(Unusable, match=text), asked.frozen():
         agent.close()

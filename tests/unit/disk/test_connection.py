@@ -253,4 +253,4 @@ def test_connections_leave_no_descriptors(lab: Lab) -> None:
                 connection.fail("on purpose")
         with pytest.raises(DiskError):
             Connection(f"nbd+unix:///?socket={server.socket_path}.nobody", None, DEADLINE_S)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

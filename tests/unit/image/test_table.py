@@ -223,7 +223,7 @@ def test_on_a_full_file_system_no_copy_is_made_that_counts(
         broken.setattr(files, "write_all", full)
         with pytest.raises(ConfigError, match=r"cannot make .*x\.live: No space left on device"), image.power():
             pass
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     image.put_into_image(3, SECOND)
     with image.power() as table:
         assert table.words[2 * 3 + 1] == SECOND, "of the copy that was given up nothing is used"

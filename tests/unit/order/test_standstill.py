@@ -93,7 +93,7 @@ def test_a_new_reason_is_waited_for_as_well() -> None:
     still.begin("one", fails=False)
     request = Request(still)
     still.begin("another", fails=False)
-    assert still.waiting == 1
+    wait_until(lambda: still.waiting == 1, "it has looked, and waits again")
     still.over()
     assert request.ended() is None
 
