@@ -33,7 +33,7 @@ from waiting import DEADLINE_S, wait_until
 
 GRAIN = 64 * KIB
 SIZE = 2 * MIB
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 """`timeout` of a promoted primary, where a test has to wait for it."""
 
 

@@ -16,6 +16,7 @@ import pytest
 from replication.server import presence
 from replication.server.abilities import Credentials
 from replication.server.clients import Client
+from replication.server.clients import sockets as all_sockets
 from replication.server.presence import Presence
 
 HERE = Client("a client on the Unix socket", True, credentials=Credentials(os.getpid(), os.getuid(), os.getgid()))
@@ -41,6 +42,24 @@ class Server:
         client.connect(self._listener.getsockname())
         served = self._stack.enter_context(self._listener.accept()[0])
         return client, os.fstat(served.fileno()).st_ino
+
+
+@pytest.fixture(autouse=True)
+def _only_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another test has left open in this process may be on a Unix socket, too, and of this process."""
+    others = set()
+    for found in all_sockets():
+        with found:
+            others.add(os.fstat(found.fileno()).st_ino)
+
+    def sockets() -> Iterator[socket.socket]:
+        for found in all_sockets():
+            if os.fstat(found.fileno()).st_ino in others:
+                found.close()
+            else:
+                yield found
+
+    monkeypatch.setattr(presence, "sockets", sockets)
 
 
 @pytest.fixture
