@@ -290,7 +290,8 @@ def refused_guest(server: Server) -> None:
     """This process has used another disk."""
     with pytest.raises(nbd.Error):
         server.connect(GUEST)
-    assert "this guest has used a disk that is another one now" in server.stderr()
+    why = "this guest has used a disk that is another one now"
+    wait_until(lambda: why in server.stderr(), "nbdkit says why", DEADLINE_S)
 
 
 def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
@@ -329,10 +330,8 @@ def test_a_failover_ends_the_guest_whose_disk_goes_back(twins: Twins) -> None:
 def test_a_failover_that_nothing_can_be_saved_of_serves_the_next_guest_at_once(lab: Lab) -> None:
     """And ends the former one: the state folder hangs, so the disk counts as in stage running for a while."""
     points = lab.pause_points()
-    twins = Twins(lab, "follow-owner=true", environment=points.environment)
+    twins = owned_by_a(lab, environment=points.environment)
     a, b = twins.a, twins.b
-    a.execute("replication-set-role", role="primary")
-    twins.joined(a)
     guest = b.connect(GUEST)
     guest.pwrite(b"1" * 512, 0)
     a.execute("replication-checkpoint")
