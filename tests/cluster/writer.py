@@ -69,11 +69,10 @@ def checkpoint(path: str = CONTROL) -> dict[str, float] | None:
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(5)
         control.connect(path)
-        lines = control.makefile("rw")
+        lines = control.makefile()
         lines.readline()
         for command in ("qmp_capabilities", "query-replication"):
-            lines.write(json.dumps({"execute": command}) + "\n")
-            lines.flush()
+            control.sendall(json.dumps({"execute": command}).encode() + b"\n")
             answer = {}
             while "return" not in answer:
                 answer = json.loads(lines.readline())
