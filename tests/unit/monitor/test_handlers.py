@@ -165,7 +165,7 @@ def test_a_guest_that_stands_still_is_told_once() -> None:
 def test_a_split_brain_is_told_of_an_owner_without_a_link_and_once() -> None:
     """It has been met by the other node's link."""
     node, why = Situations(), {"code": "split-brain", "reason": "both", "time": 1.0}
-    assert node.of_look(sight(**{"split-brain": None})) == []
+    assert node.of_look(sight("disconnected", **{"split-brain": None})) == []
     (found,) = node.of_event(event("REPLICATION_SPLIT_BRAIN", code="split-brain", reason="both"))
     assert (found.event, found.values["reason"]) == ("split-brain", "both")
     assert node.of_look(sight("disconnected", **{"split-brain": why})) == []
