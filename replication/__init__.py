@@ -164,7 +164,6 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     node.py                     stage, start/checkpoint/get_error/stop; what outlives the process
     promotion.py                from any state to a role
     role.py                     who owns the disks, as far as a node knows, and how good an owner it would be
-    rivals.py                   which other nodes have gone on, as this one has met them
     primary/                    the primary's half of the pair
         schedule.py             automatic checkpoints, and the warning when the last one gets old
         side.py                 all disks of a process as a primary, also one that was a secondary
@@ -230,7 +229,6 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         binding.py              what binds the files of a state folder together
         changes.py              the change map
         grainfile.py            a file of one byte a grain, with a seal
-        encounter.py            what a node concludes from another one's lineage
         outdated.py             that another node went on
         lineage.py              who has what: generations, and what two nodes that meet may do
         boot.py                 the boot of the host

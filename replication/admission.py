@@ -358,8 +358,7 @@ class Admission:
             self._stand_locked(Reason.NOT_PROMOTED, _CLOSED, fails=True)
         elif ownership.owner and self._hearing and choice is not _CONTINUE:
             # In front of the next one: nothing fails before that is saved, and so is certain.
-            saying, why = "somebody is saying that this node is outdated", ownership.outdated
-            self._stand_locked(Reason.OUTDATED, saying if why is None else f"this node is outdated ({why})")
+            self._stand_locked(Reason.OUTDATED, "somebody is saying that this node is outdated")
         elif ownership.owner and ownership.outdated is not None and not self._resumed and choice is not _CONTINUE:
             fails = choice is OnOutdated.IO_ERROR
             self._stand_locked(Reason.OUTDATED, f"this node is outdated ({ownership.outdated})", fails=fails)

@@ -37,13 +37,11 @@ from replication.promotion import Promotion
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
 from replication.record.boot import boot_id
-from replication.record.encounter import Encounter
 from replication.record.guests import Guests, of_this_boot
 from replication.record.ledger import Ledger, settled
 from replication.record.lineage import Lineage, compare
 from replication.record.outdated import Outdated
 from replication.record.state import Record, StateError, StateFolder
-from replication.rivals import Rivals
 from replication.role import Standing, is_owner, judge
 from replication.secondary.disk import changing_face
 from replication.secondary.pairing import NOBODYS, Channel
@@ -78,9 +76,6 @@ SAVE_AGAIN_MIN_S, SAVE_AGAIN_MAX_S = 0.5, 10.0
 """Between two attempts to save a record that could not be saved, for which no command waits."""
 
 _AUTOSTART_RETRY_S = 1.0
-
-_OF_LINEAGE = (Reason.NOT_SECONDARY, Reason.PEER_NEWER, Reason.SPLIT_BRAIN, Reason.UNRELATED)
-"""Why another node is no primary of this one, by what the two are and descend from."""
 
 _OF_PEER = (Reason.PEER_PROMOTED.value, Reason.PEER_NEWER.value)
 """Why a node is outdated, as its peer has shown it, and can show that it is so no longer."""
@@ -126,7 +121,6 @@ class Node:
         self._distrust_early()
         self._ancestry = Ancestry(state, self._record, self._save)
         self._ledger = Ledger(self._record, self._ancestry, self._save)
-        self._rivals = Rivals(self._record, self._ancestry, hub, self._outdate, self._keep_learnt)
         kind = PrimarySide if self._record.mode is Mode.PRIMARY else SecondarySide
         self.side: Side = kind(self._setting(lambda: self.side))
         self.side.open()
@@ -158,7 +152,7 @@ class Node:
             lambda stage, haste=None: self._enter(side(), stage, haste),
             self._save,
             lambda: side().show_stage(self.stage),
-            self._rivals.met,
+            self._outdate,
             self._accepted,
             self.admission,
             self.tenure,
@@ -714,23 +708,6 @@ class Node:
         if node == self._record.node:
             # The command that asks has the lock which this one would wait for.
             raise CommandError("it is this very node, and no secondary")
-        try:
-            return self._pair(channel, node, lineage, disks, epoch, timeout_s, lease_s)
-        except CommandError as error:
-            if error.reason in _OF_LINEAGE:  # without the command lock: it may be saved
-                self._rivals.met(Encounter(Reason.PEER_NEWER, str(error), node, lineage, asked=True))
-            raise
-
-    def _pair(
-        self,
-        channel: Channel,
-        node: str,
-        lineage: Lineage,
-        disks: dict[str, int],
-        epoch: int,
-        timeout_s: float,
-        lease_s: float | None,
-    ) -> dict[str, Any]:
         with self._commanding(), self._introducing():
             secondary = self._secondary()
             self._ledger.tidy()
@@ -753,12 +730,12 @@ class Node:
 
     @contextmanager
     def _introducing(self) -> Iterator[None]:
-        """A refusal because of what this node is, or descends from, says both: who asks concludes from that whether
-        this one went on from what it has (record/encounter.py)."""
+        """A refusal because this is nobody's secondary says whose that is: only of its own secondary a primary
+        concludes that another one went on."""
         try:
             yield
         except CommandError as error:
-            if error.reason in _OF_LINEAGE:
+            if error.reason is Reason.NOT_SECONDARY:
                 error.data = {"node": self._record.node, "lineage": self._ancestry.lineage.to_json()}
             raise
 
@@ -788,17 +765,14 @@ class Node:
 
     def pair_sync(self, token: str, verdict: str, generation: str, marked: bool, history: tuple[str, ...]) -> None:
         """replication-pair-sync."""
-        with self._introducing():
-            pairing = self._secondary().pairing
+        pairing = self._secondary().pairing
         if pairing.begins_resync(token, verdict, marked):
             # Before the command lock: a failover does not wait for it, and the session is looked at again afterwards.
             self.before_resync({"verdict": verdict, "peer": pairing.primary or "", "stage": self.stage.value})
-        with self._commanding(), self._introducing():
+        with self._commanding():
             pairing = self._secondary().pairing
             session = pairing.check_token(token)
             pairing.sync(token, verdict, generation, marked, history)
-            if self._rivals.agreed():
-                self._keep_learnt()
             # Not before: one that is refused on the way, and comes again for ever, keeps no failover away. Nor after
             # the answer: the primary counts from what it asked last.
             session.channel.paired = True
@@ -939,7 +913,6 @@ class Node:
         outdated = self._record.outdated
         answer["outdated"] = outdated is not None or answer.get("outdated") is True
         answer["outdated-reason"] = outdated
-        answer["split-brain"] = self._record.split_brain
         return answer
 
     def outdate(self, text: str) -> None:
@@ -965,43 +938,29 @@ class Node:
             if self.admission.learnt(Reason.TOLD) or news:  # also a guest that somebody has let go on since
                 self._tell_outdated(told)
 
-    def _outdate(self, code: Reason, text: str, still: Callable[[], bool] = lambda: True) -> bool:
-        """As a thread of the link, or a start, has learnt, if `still()` says so when the guest stands: until then it
-        may have gone on from what was known. Whether it is so: it is all the same when it cannot be saved, which is
-        done later."""
+    def _outdate(self, code: Reason, text: str) -> None:
+        """As a thread of the link, or a start, has learnt. It is so all the same when it cannot be saved: it is saved
+        later."""
         learnt = Outdated(code, text, time.time()).to_json()
-        if code.value in self._record.overruled:
-            return True
-        if self._record.outdated is not None:
-            if self.admission.learnt(code, again=True):
+        with self._judging:
+            if code.value in self._record.overruled:
+                return
+            again = self._record.outdated is not None
+            if not again:
+                self._record.outdated = learnt
+        # Before it is saved: storage that takes its time is no reason to serve the guest meanwhile.
+        stops = self.admission.learnt(code, again)
+        if again:
+            if stops:
                 self._tell_outdated(learnt)
-            return True
-        pause("outdate.found")
-        with self.admission.hearing():
-            if not still():
-                return False
-            with self._judging:
-                if code.value in self._record.overruled:
-                    return True
-                again = self._record.outdated is not None  # somebody has said so meanwhile
-                if not again:
-                    self._record.outdated = learnt
-            # Before it is saved: storage that takes its time is no reason to serve the guest meanwhile.
-            self.admission.learnt(code, again)
-        if not again:
-            pause("outdate.learnt")
-            self._keep_learnt()
-            if self._record.outdated is not None:  # it may have ended meanwhile
-                self._tell_outdated(learnt)
-        return True
-
-    def _keep_learnt(self) -> None:
-        """What was learnt of another node is so, whether or not it can be saved now."""
+            return
         try:
             self._save()
         except StateError as error:
-            log(f"what was learnt of the other node is not saved yet: {error}")
+            log(f"that this node is outdated is not saved yet: {error}")
             self._save_later()
+        if self._record.outdated is not None:  # it may have ended meanwhile
+            self._tell_outdated(learnt)
 
     def _tell_outdated(self, outdated: Mapping[str, Any]) -> None:
         log(f"this node is outdated: {outdated['reason']}")
@@ -1078,23 +1037,20 @@ class Node:
         with self._commanding():
             record = self._record
             with self._judging:
-                former = (record.outdated, record.overruled, record.kept_back, record.split_brain)
-                self._rivals.overrule()
+                former = (record.outdated, record.overruled, record.kept_back)
                 if record.outdated is not None:
                     record.overruled = sorted({*record.overruled, record.outdated["code"]})
                 record.outdated, record.kept_back = None, False
             try:
                 self._save()
             except BaseException:
-                record.outdated, record.overruled, record.kept_back, record.split_brain = former
+                record.outdated, record.overruled, record.kept_back = former
                 raise
             self.admission.alone()
 
     def go_on_alone(self) -> None:
         """As `insist`, of a node that is not outdated. Without waiting for a command."""
         self.admission.alone()
-        if self._rivals.overrule():
-            self._save_later()
         self._forget_kept_back()
 
     def _forget_kept_back(self) -> None:
@@ -1130,13 +1086,17 @@ class Node:
         record = self._record
         with self._judging:
             over = record.outdated is not None and record.outdated["code"] in _OF_PEER
-            known = self._rivals.agreed() or over or bool(record.overruled)
+            known = over or bool(record.overruled)
             if over:
                 record.outdated = None
             record.overruled = []
         self.admission.accepted()
         if known:
-            self._keep_learnt()
+            try:
+                self._save()
+            except StateError as error:
+                log(f"that this node is outdated no longer is not saved yet: {error}")
+                self._save_later()
 
     def resume_io(self, fenced: bool = False) -> None:
         """replication-resume-io: a person, or a manager that has `fenced` the other node, lets the guest go on. Without
@@ -1205,7 +1165,6 @@ class Node:
                 in_step=self.side.in_step,
                 checkpoint_age_s=self._state.checkpoint["age"],
                 closed=self.admission.closed,
-                split=self._rivals.split if self._ownership().forwards else None,
                 suspended=None if standing is None else standing["reason"],
                 passes_on=self.side.session is not None and self.passing is not None,
             )

@@ -7,8 +7,7 @@ keeps a copy of them. A promoted secondary owns them, in whatever mode it is.
 The score is for a manager that compares nodes. Higher is better, and 0 is never to be promoted:
 
     10000           owns the disks, and nobody else can have gone on from them without being seen
-    5000            owns the disks, but has not met the other node since it was started, which may have gone on; or it
-                    has, and both have gone on
+    5000            owns the disks, but has not met the other node since it was started, which may have gone on
     501 to 1000     a secondary that is in step, or was when the link was lost: 1000 less the age of its checkpoint
     101 to 500      a secondary with a valid checkpoint that lacks something: 500 less the age
     10              a secondary that never had a primary
@@ -52,8 +51,6 @@ class Standing:
     checkpoint_age_s: float | None
     closed: str | None = None
     """Why guests cannot open their exports."""
-    split: str | None = None
-    """Why its secondary and this node have both gone on; of a primary that runs."""
     suspended: str | None = None
     """Why its guest stands still."""
     passes_on: bool = False
@@ -96,8 +93,6 @@ def judge(standing: Standing) -> Judgement:
         return Judgement(PRIMARY, score, False, Reason.NOT_PROMOTED, standing.closed)
     if standing.suspended is not None:
         return Judgement(PRIMARY, UNSURE_OWNER, False, Reason.SUSPENDED, standing.suspended)
-    if standing.split is not None:
-        return Judgement(PRIMARY, UNSURE_OWNER, None, Reason.SPLIT_BRAIN, standing.split)
     if standing.alone or standing.met:
         return Judgement(PRIMARY, OWNER, True)
     text = "the other node has the same content, may have gone on from it, and was not reached since this one started"

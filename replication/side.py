@@ -24,7 +24,6 @@ from replication.order.gate import Gate
 from replication.order.urgency import Haste
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
-from replication.record.encounter import Encounter
 from replication.record.ledger import Ledger
 from replication.record.state import Record, StateFolder
 from replication.stage import Mode, Stage
@@ -106,8 +105,8 @@ class Setting:
     """Make the record last; StateError."""
     show: Callable[[], None]
     """Show the stage to the disks anew, because something else in the record has changed. The gate is closed."""
-    met: Callable[[Encounter], None]
-    """This node has met one that is not its secondary."""
+    outdate: Callable[[Reason, str], None]
+    """This node has learnt that another one went on."""
     accepted: Callable[[], None]
     """A secondary takes this primary's writes: nobody has gone on from them."""
     admission: Admission

@@ -95,11 +95,6 @@ TABLE = [
     ("has not ended yet; try again", "a start", LATER),
     ("has not come back yet; try again", "a start", LATER),
     # -- discard
-    (
-        "before a person has decided whose writes are to be thrown away and has run `replctl discard` there",
-        "an owner, or a secondary, that has met another node; both have gone on",
-        "e2e/test_split_brain.py::test_a_split_brain_stops_neither_and_both_say_so_until_a_person_has_decided",
-    ),
     ("run discard on the node whose changes", "discard on a primary", LINEAGE),
     ("make it a secondary first", "discard on an owner; then lineage decides", LINEAGE),
     (

@@ -76,9 +76,6 @@ class Check:
         if answer.get("peer-consistent") is False and answer.get("stage") == "running":
             yield Finding(State.WARNING, "the secondary has no valid checkpoint until the next one is taken")
         owns = answer.get("mode") == "primary" or answer.get("stage") in ("failover", "failover-failed", "done")
-        split = answer.get("split-brain")
-        if isinstance(split, dict):
-            yield Finding(State.CRITICAL, str(split.get("reason", "split brain")))
         if answer.get("guest-suspended") and owns:
             yield Finding(_severity(answer), f"the guest stands still: {answer['guest-suspended']}")
         stage, link = answer.get("stage"), answer.get("link")

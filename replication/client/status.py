@@ -49,7 +49,6 @@ STATUS_LINES: dict[str, Callable[[object], str]] = {
     "tests": human_tests,
     "last-test": human_last_test,
     "outdated-reason": human_outdated,
-    "split-brain": human_outdated,
 }
 LEFT_OUT = ("disks", "guest-stalls")
 """What stands elsewhere: in the table, and in `replctl trace`."""

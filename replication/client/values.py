@@ -157,7 +157,7 @@ def human_last_test(outcome: object) -> str:
 
 
 def human_outdated(outdated: object) -> str:
-    """query-replication's `outdated-reason`, and its `split-brain`."""
+    """query-replication's `outdated-reason`."""
     if not isinstance(outdated, dict):
         return "-" if outdated is None else human_value(outdated)
     return f"since {human_time(outdated.get('time'))}: {printable(outdated.get('reason'))}"

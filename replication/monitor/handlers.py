@@ -88,8 +88,6 @@ class Situations:
                 return [_occasion("test-failed", data, reason="reason")]
             case "REPLICATION_GUEST":
                 return self._guest(data)
-            case "REPLICATION_SPLIT_BRAIN":
-                return self._stands("split-brain", True, data)
             case "MONITOR_NODE_UP":
                 return [_occasion("node-up", data)]
             case "MONITOR_NODE_DOWN":
@@ -102,8 +100,7 @@ class Situations:
             return []
         found = self._linked(sight.link)
         reason = members(sight.answer.get("link")).get("reason")
-        split = members(sight.answer.get("split-brain")).get("reason")
-        found += self._stands("split-brain", sight.split_brain, {"reason": split or reason})
+        found += self._stands("split-brain", sight.split_brain, {"reason": reason})
         outdated, why = sight.answer.get("outdated"), members(sight.answer.get("outdated-reason"))
         if why.get("code") == "demoted":
             outdated = False  # it was made a secondary: that another one goes on is no news

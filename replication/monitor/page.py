@@ -119,7 +119,6 @@ function verdict(node) {
   if (!node.up) return ["bad", `Does not answer: ${node.trouble || "unknown"}`];
   if (status.consistent === false) return ["bad", "No valid checkpoint"];
   if (status.stage === "failover-failed") return ["bad", "The commit has failed"];
-  if (status["split-brain"]) return ["bad", String(object(status["split-brain"]).reason || "Split brain")];
   if (status.error) return ["bad", String(object(status.error).desc || "A failure is latched")];
   if (status.stage === "none") return ["warn", "Replication is not started"];
   if (status.stage === "failover") return ["warn", "Failed over; the commit is at work"];

@@ -78,12 +78,9 @@ class Sight:
 
     @property
     def split_brain(self) -> bool | None:
-        """Whether both nodes have gone on by themselves, as the node has learnt it, or because the link is refused for
-        that: by a code where the node has one, otherwise by the words of the reason (record/lineage.py). None: it says
-        nothing of its link."""
+        """Whether the link is refused because both nodes have gone on by themselves: by a code where the node has one,
+        otherwise by the words of the reason (record/lineage.py). None: it says nothing of its link."""
         link = members(self.answer.get("link"))
-        if self.answer.get("split-brain"):
-            return True
         if not link:
             return None
         code, reason = text(link.get("code")) or "", text(link.get("reason")) or ""

@@ -12,6 +12,9 @@ from replication.reason import Reason
 from replication.record.lineage import OUTDATED, SPLIT_BRAIN, UNFINISHED, UNRELATED
 from replication.secondary.pairing import NOBODYS
 
+GONE_ON = (Reason.PEER_NEWER, Reason.NOT_SECONDARY)
+"""The other node owns its disks now, or has newer data than this one."""
+
 
 def _beginning(text: str) -> str:
     """What of a text names the matter; what follows says what to do."""

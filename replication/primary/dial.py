@@ -32,18 +32,7 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import Peer, PeerError
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
-from replication.record.encounter import Encounter
-from replication.record.lineage import (
-    OUTDATED,
-    SPLIT_BRAIN,
-    Lineage,
-    Relation,
-    Verdict,
-    check_id,
-    compare,
-    decide,
-    new_id,
-)
+from replication.record.lineage import OUTDATED, Lineage, Relation, Verdict, check_id, compare, decide, new_id
 from replication.record.state import StateError, check_epoch
 from replication.secondary.pairing import NOBODYS
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
@@ -80,11 +69,9 @@ class Noted(Enum):
 class Refusal(ReplicationError):
     """The other side, or what the two sides descend from, does not allow it: a person has to do something."""
 
-    def __init__(self, text: str, reason: Reason | None = None, met: Encounter | None = None) -> None:
-        """`met`: what the other node has shown of what it descends from."""
+    def __init__(self, text: str, reason: Reason | None = None) -> None:
         super().__init__(text)
         self.reason = reason
-        self.met = met
 
 
 @dataclass
@@ -199,29 +186,33 @@ class Dialler:
                 self._check(disk, connection, agreement.disk_size(connection))
         except PeerError as error:
             agreement.close()
-            raise self._refusal(uri, error, former) from error
+            stranger = None if former is None else self._stranger(error, former)
+            if stranger is not None:
+                raise Refusal(
+                    f"{uri} refuses: {error}; that is node {stranger}, which is not the secondary that it was",
+                    Reason.OTHER_NODE,
+                ) from error
+            raise Refusal(f"the secondary {uri} refuses: {error}", _told(error)) from error
         except BaseException:
             agreement.close()
             raise
         return agreement
 
-    def _refusal(self, uri: str, error: PeerError, former: str | None) -> Refusal:
-        """Of what answers at `uri`: with whom that is, and what it descends from. One that is nobody's secondary, nor
-        the `former` one, and has nothing of this node's content has not gone on: the URI leads elsewhere."""
-        reason, text = _told(error), f"the secondary {uri} refuses: {error}"
-        node, theirs = _introduced(error)
-        met = _encounter(reason, text, node, theirs)
-        if reason is not Reason.NOT_SECONDARY or theirs is None:
-            return Refusal(text, reason, met)
-        relation, _ = compare(self._ancestry.lineage, theirs)
-        if relation is Relation.DIVERGED:
-            return Refusal(f"{text}; {SPLIT_BRAIN}", Reason.SPLIT_BRAIN, met)
-        if former not in (None, node) and relation in (Relation.UNRELATED, Relation.UNKNOWN):
-            return Refusal(
-                f"{uri} refuses: {error}; that is node {node}, which is not the secondary that it was",
-                Reason.OTHER_NODE,
-            )
-        return Refusal(text, reason, met)
+    def _stranger(self, error: PeerError, former: str) -> str | None:
+        """Of a refusal because what answers is nobody's secondary: which node that is, if it is not the `former` one,
+        and has nothing of this node's content. So the URI leads elsewhere, and nobody has gone on. None also of an
+        older version, which does not say who it is."""
+        if _told(error) is not Reason.NOT_SECONDARY or not isinstance(error.data, dict):
+            return None
+        node, lineage = error.data.get("node"), error.data.get("lineage")
+        if not isinstance(node, str) or not isinstance(lineage, dict) or node == former:
+            return None
+        try:
+            check_id("node", node)
+            relation, _ = compare(self._ancestry.lineage, Lineage.from_json(lineage))
+        except (KeyError, TypeError, ValueError):
+            return None  # of another version: whoever it is, it may have gone on
+        return node if relation in (Relation.UNRELATED, Relation.UNKNOWN) else None
 
     def interrupt(self) -> None:
         """The process ends: whatever is under way fails soon, and touches nothing any more."""
@@ -270,15 +261,13 @@ class Dialler:
             agreement.digests = answer.get("digests") is True
             agreement.durable = answer["durability"] == Durability.POWER.value
             agreement.running = answer["stage"] == Stage.RUNNING.value
-            theirs = Lineage.from_json(answer["lineage"])
-            decision = decide(mine, theirs)
+            decision = decide(mine, Lineage.from_json(answer["lineage"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Refusal(f"the secondary {uri} is of another version: {error}") from error
         if former is not None and former != agreement.node:
             raise Refusal(f"what answers at {uri} is another secondary than it was: stop, then start with it")
         if decision.verdict is Verdict.REFUSED:
-            met = _encounter(decision.code, decision.reason, agreement.node, theirs)
-            raise Refusal(decision.reason, decision.code, met)
+            raise Refusal(decision.reason, decision.code)
         if sync in COMPARING and not agreement.digests:
             raise Refusal(
                 f"the secondary {uri} is of a version that tells no digests of its disk: sync={sync} needs them"
@@ -455,7 +444,7 @@ class Dialler:
                 with contextlib.suppress(StateError):
                     self._ancestry.become(lambda lineage: former if lineage == settled else lineage)
                     self.noted = before
-            raise self._refusal(agreement.uri, error, agreement.node) from error
+            raise Refusal(f"the secondary {agreement.uri} refuses: {error}", _told(error)) from error
 
     def tell_complete(self, agreement: Agreement) -> None:
         """Nothing is missing any more: the next checkpoint there is of this node's generation. DiskError, StateError or
@@ -492,32 +481,6 @@ class Dialler:
 def _told(error: PeerError) -> Reason | None:
     """Its reason; of a secondary of version 0.2, which gives no code, by its text."""
     return error.reason or {NOBODYS: Reason.NOT_SECONDARY, OUTDATED: Reason.PEER_NEWER}.get(str(error))
-
-
-_WENT_ON = {
-    Reason.NOT_SECONDARY: Reason.PEER_PROMOTED,
-    Reason.PEER_NEWER: Reason.PEER_NEWER,
-    Reason.SPLIT_BRAIN: Reason.PEER_NEWER,
-}
-"""Refusals by which this node may learn that the other one went on, with the code of that."""
-
-
-def _encounter(reason: Reason | None, text: str, node: str | None, theirs: Lineage | None) -> Encounter | None:
-    """With a node that has refused, None if that shows nothing of who has gone on."""
-    return Encounter(_WENT_ON[reason], text, node, theirs) if reason in _WENT_ON else None
-
-
-def _introduced(error: PeerError) -> tuple[str | None, Lineage | None]:
-    """The id and the lineage of who refuses. None of an older version, which does not say them: whoever it is, it may
-    have gone on."""
-    if not isinstance(error.data, dict):
-        return None, None
-    try:
-        node = error.data["node"]
-        check_id("node", node)
-        return node, Lineage.from_json(error.data["lineage"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None, None
 
 
 def _check_token(token: object) -> str:

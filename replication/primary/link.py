@@ -40,7 +40,6 @@ from replication.primary.disk import PrimaryDisk
 from replication.primary.peer import PeerError, forgotten
 from replication.reason import Reason
 from replication.record.ancestry import Ancestry
-from replication.record.encounter import Encounter, Finding
 from replication.record.state import StateError
 from replication.side import Setting
 
@@ -51,6 +50,11 @@ _IDLE_S = 3600.0
 
 _OFFER, _CHECKPOINT = "offer", "checkpoint"
 """Operations of the faults of a secondary that has everything, and cannot be told or takes no checkpoint."""
+
+
+_WENT_ON = {Reason.NOT_SECONDARY: Reason.PEER_PROMOTED, Reason.PEER_NEWER: Reason.PEER_NEWER}
+"""Refusals by which this node learns that the other one went on. Not split brain: that one is a secondary again, and
+which of the two counts a person says."""
 
 
 class LinkState(Enum):
@@ -96,9 +100,8 @@ class Link:
         # An attempt tells the secondary what it is going to be sent, or has, and the link is not up yet.
         self._settling = False
         self._reason: str | None = None
-        # The code of that, and what the other node has shown of having gone on.
+        # The code of that.
         self._code = Reason.LINK_LOST
-        self._met: Encounter | None = None
         # The reason that the log has, since the link was up last.
         self._told: str | None = None
         # Of the agreement: why the secondary takes no checkpoint, and why it was not told that it has everything.
@@ -130,12 +133,6 @@ class Link:
             return self._code
         reason = self.reason
         return None if reason is None else reason_by(reason, Reason.REFUSED)
-
-    @property
-    def gone_on(self) -> bool:
-        """Whether that is because the other node went on from what this one has (record/encounter.py)."""
-        met = self._met
-        return self._reason is not None and met is not None and met.find(self._ancestry.lineage) is Finding.OUTDATED
 
     @property
     def untold(self) -> bool:
@@ -306,8 +303,6 @@ class Link:
             self._agreement = None
             self._losing = True
             self._reason, self._code = str(error), reason_by(str(error), Reason.LINK_LOST)
-            # The next attempt asks what it descends from.
-            self._met = Encounter(Reason.PEER_PROMOTED, str(error)) if self._code is Reason.NOT_SECONDARY else None
         # Before the error: what clears it asks whether the forwarders are up.
         for disk in self._disks:
             disk.forwarder.abandon(str(error))
@@ -537,12 +532,11 @@ class Link:
 
     def _failed(self, error: ReplicationError, tell: bool) -> None:
         """An attempt has failed. The same reason is told once."""
-        met = error.met if isinstance(error, Refusal) else None
         with self._changed:
             if not self._wanted:
                 return
             # What was not to be told yet (`tell`) is still to be told when it goes on.
-            self._code, self._met = reason_of(error), met
+            self._code = reason_of(error)
             news = tell and (self._told != str(error) or self._state is not LinkState.LOST)
             self._reason = str(error)
             latched = False
@@ -553,7 +547,7 @@ class Link:
             log(f"no link to the secondary: {error}")
             self._told = str(error)
         # First: until then the guest goes on, and what is kept waits for the storage.
-        if met is not None:
-            self._set.met(met)
+        if isinstance(error, Refusal) and error.reason in _WENT_ON:
+            self._set.outdate(_WENT_ON[error.reason], str(error))
         if latched:
             self._set.faults.keep()

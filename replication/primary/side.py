@@ -24,6 +24,7 @@ from replication.order.latency import CHECKPOINT, START, STOP
 from replication.order.pause import pause
 from replication.order.urgency import Haste
 from replication.primary.backlog import Budget, Entry, Kind
+from replication.primary.cause import GONE_ON
 from replication.primary.dial import ANSWER_S, COMPARING, EVERYTHING, Agreement, Refusal
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking, Unknown
@@ -316,9 +317,9 @@ class PrimarySide(Side):
 
     def _learn(self, error: DiskError | Refusal) -> None:
         """A start that is refused because the other node's content comes from this one's proves that it has gone on.
-        One that owns its disks does not: the URI may be a wrong one. A split brain is one wherever it is met."""
-        if isinstance(error, Refusal) and error.met and error.reason in (Reason.PEER_NEWER, Reason.SPLIT_BRAIN):
-            self._set.met(error.met)
+        One that owns its disks does not: the URI may be a wrong one."""
+        if isinstance(error, Refusal) and error.reason is Reason.PEER_NEWER:
+            self._set.outdate(Reason.PEER_NEWER, str(error))
 
     @property
     def _noted(self) -> str:
@@ -646,7 +647,7 @@ class PrimarySide(Side):
         return {
             "consistent": True,
             **({"peer-consistent": False} if self._watch.peer_consistent is False else {}),
-            "outdated": self._link.gone_on,
+            "outdated": code in GONE_ON,
             "held-epoch": self._epochs.held,
             "peer-node": self._set.record.partner,
             "link": link if code is None else {**link, "code": code.value},

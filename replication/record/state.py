@@ -177,8 +177,6 @@ class Record:
     """What becomes true with the next checkpoint (ledger.py)."""
     outdated: dict[str, Any] | None = None
     """That another node went on from what this one has (outdated.py)."""
-    split_brain: dict[str, Any] | None = None
-    """That another node and this one have both gone on (encounter.py)."""
     overruled: list[str] = field(default_factory=list)
     """Codes of why it was outdated, of which a person has said since that what is here counts all the same: what the
     link learns again of that is nothing new."""
@@ -276,9 +274,8 @@ class Record:
                 Lineage.from_json(lineage)
         if record.promise is not None:
             Promise.from_json(record.promise)
-        for learnt in (record.outdated, record.split_brain):
-            if learnt is not None:
-                Outdated.from_json(learnt)
+        if record.outdated is not None:
+            Outdated.from_json(record.outdated)
         if not isinstance(record.overruled, list):
             raise TypeError("overruled is a list")
         for guests in (record.guests, record.guests_over):

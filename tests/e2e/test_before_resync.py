@@ -113,6 +113,6 @@ def test_a_failover_does_not_wait_for_the_answer_and_the_resync_does_not_begin_b
     wait_until(lambda: bench.handler.questions == ["full", "quick"], "the handler is at work")
     bench.secondary.failover()
     bench.handler.holding.unlink()
-    wait_until(lambda: bench.primary.status()["link"].get("code") == "split-brain", "the primary learns of it")
+    wait_until(lambda: bench.primary.status()["link"].get("code") == "not-secondary", "the primary learns of it")
     assert bench.content() == NEW, "the last checkpoint"
     assert bench.secondary.connect("top0").pread(MIB, 0) == NEW

@@ -73,7 +73,7 @@ def test_from_a_pair_to_a_failover(lab: Lab) -> None:
     pair.primary.execute("replication-stop")
     pair.secondary.start()
     assert relation(pair.secondary, pair.primary) == "diverged"
-    assert code_of(pair.primary, "replication-start", secondary=pair.secondary.uri()) == "split-brain"
+    assert code_of(pair.primary, "replication-start", secondary=pair.secondary.uri()) == "not-secondary"
 
 
 def test_the_moment_of_a_killed_process_is_its_last_checkpoint(lab: Lab) -> None:

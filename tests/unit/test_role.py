@@ -38,7 +38,6 @@ RESTARTED = replace(PRIMARY, met=False)
         (replace(PRIMARY, closed="x"), "primary", OWNER, False, Reason.NOT_PROMOTED),
         (replace(RESTARTED, closed="x"), "primary", UNSURE_OWNER, False, Reason.NOT_PROMOTED),
         (replace(PRIMARY, suspended="x"), "primary", UNSURE_OWNER, False, Reason.SUSPENDED),
-        (replace(PRIMARY, split="x"), "primary", UNSURE_OWNER, None, Reason.SPLIT_BRAIN),
         (SECONDARY, "secondary", IN_STEP, False, Reason.IS_SECONDARY),
         (replace(SECONDARY, checkpoint_age_s=7.9), "secondary", IN_STEP - 7, False, Reason.IS_SECONDARY),
         (replace(SECONDARY, in_step=False, checkpoint_age_s=None), "secondary", BEHIND, False, Reason.IS_SECONDARY),

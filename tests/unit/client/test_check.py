@@ -60,7 +60,6 @@ def test_a_healthy_node(node: FakeNode) -> None:
 @pytest.mark.parametrize(
     ("more", "state", "text"),
     [
-        ({"split-brain": {"code": "split-brain", "reason": "both", "time": 1.0}}, "CRITICAL", "both"),
         (
             {"guest-suspended": "this node is outdated (x)"},
             "CRITICAL",

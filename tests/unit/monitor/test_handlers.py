@@ -162,17 +162,6 @@ def test_a_guest_that_stands_still_is_told_once() -> None:
     assert told(node.of_look(sight())) == [], "an older version"
 
 
-def test_a_split_brain_is_told_of_an_owner_without_a_link_and_once() -> None:
-    """It has been met by the other node's link."""
-    node, why = Situations(), {"code": "split-brain", "reason": "both", "time": 1.0}
-    assert node.of_look(sight("disconnected", **{"split-brain": None})) == []
-    (found,) = node.of_event(event("REPLICATION_SPLIT_BRAIN", code="split-brain", reason="both"))
-    assert (found.event, found.values["reason"]) == ("split-brain", "both")
-    assert node.of_look(sight("disconnected", **{"split-brain": why})) == []
-    (found,) = Situations().of_look(sight("disconnected", "stopped", **{"split-brain": why}))
-    assert (found.event, found.values["reason"]) == ("split-brain", "both")
-
-
 def test_a_node_that_is_gone_says_nothing() -> None:
     gone = Sight("web", "/x", False, 0.0, 0.0, "gone", {"consistent": False, "stage": "running"})
     assert Situations().of_look(gone) == []
