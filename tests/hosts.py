@@ -7,8 +7,6 @@ Checkpoints     when the automatic checkpoints were cut, from the primary's even
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkout import REPOSITORY
+import commandline
 from content import qemu_img
 from guest import Guest, accelerator, nbd_node
 from guestimages import Images, copy_sparse
@@ -158,8 +156,7 @@ class Hosts:
 
 def replctl(server: Server, *arguments: str) -> str:
     """Run scripts/replctl on a host as its administrator does; what it prints. AssertionError if it fails."""
-    command = [sys.executable, str(REPOSITORY / "scripts/replctl"), "--control", str(server.control_path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    done = commandline.replctl("--control", server.control_path, *arguments)
     if done.returncode != 0:
         raise AssertionError(f"replctl {' '.join(arguments)}: exit {done.returncode}: {done.stderr}{done.stdout}")
     return done.stdout

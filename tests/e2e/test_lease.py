@@ -5,18 +5,17 @@ itself."""
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import nbd
 import pytest
 
-from checkout import REPOSITORY
+import commandline
 from content import MIB
 from lab import Lab
 from nodes import Pair, Server, code_of, disk_name, drained, refused
 from standing import completed, restarted_alone, stands
-from waiting import DEADLINE_S, wait_until
+from waiting import wait_until
 
 LEASE_S = 1000.0
 CLOCK = """
@@ -253,5 +252,4 @@ def test_promote_with_that_word_takes_the_disks_or_lets_an_owner_go_on(leased: t
 
 def replctl(server: Server, *words: str) -> int:
     """Its exit code."""
-    command = [REPOSITORY / "scripts/replctl", "--state", server.state, *words]
-    return subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False).returncode
+    return commandline.replctl("--state", server.state, *words).returncode

@@ -491,7 +491,8 @@ def test_a_test_is_run_by_replctl_from_beginning_to_end(lab: Lab) -> None:
 
 def test_a_failover_in_the_midst_of_a_run_leaves_no_result(lab: Lab) -> None:
     bench = Bench(lab)
-    failing = f"{sys.executable} {REPOSITORY / 'scripts/replctl'} --state {bench.server.state} failover --yes"
+    failover = f"{sys.executable} {REPOSITORY / 'scripts/replctl'} --state {bench.server.state} failover --yes"
+    failing = f"until {failover}; do sleep 0.1; done"  # as it says where the storage is slow
     done = replctl(bench.server, "test", "run", "--uri", bench.server.uri(), "--", "sh", "-c", failing)
     assert done.returncode == 1
     assert "the test has no result: the stage is failover" in done.stderr
