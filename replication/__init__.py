@@ -130,6 +130,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     client/                     the other end of a control socket: what replctl calls, nothing of the plugin
         roles.py                replctl's commands by which a manager decides
         verify.py               the comparison of the disks, begun and awaited
+        resize.py               disks that were grown
         quiesce.py              a checkpoint for which the guest's agent freezes its file systems
         commands.py             replctl's commands
         check.py                a node as Nagios sees it
@@ -167,6 +168,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     primary/                    the primary's half of the pair
         schedule.py             automatic checkpoints, and the warning when the last one gets old
         side.py                 all disks of a process as a primary, also one that was a secondary
+        growth.py               disks that grow, the secondary's first
         watch.py                what the secondary says of itself while the link is up
         epochs.py               the primary's checkpoints: cut, brought over, taken
         verify.py               the job that compares the disks of both nodes
@@ -184,6 +186,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         peer.py                 the primary's client of .control
     secondary/                  the secondary's half of the pair
         side.py                 all disks of a process as a secondary
+        growth.py               disks that grow while they are in use
         images.py               opening the overlays, and what a restart of the host has left of them
         backup.py               copy-before-write as a job, and what its failure means
         fill.py                 warns when the overlays' file system fills up
@@ -194,6 +197,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         rehearsals.py           tests of a failover
         disk.py                 the guest face and the target face
         reclaim.py              giving back stale overlay space
+    sizes.py                    which size of a disk that was grown counts
     side.py                     what the two modes have in common for the node
     passing.py                  a guest's requests, passed on to the owner of the disks
     acquaintance.py             how a secondary and its owner show each other who they are
@@ -218,6 +222,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
         qcow2.py                the qcow2 layout: creating, validating, mapping
     record/                     what is known of whose content, and outlives the process
         ledger.py               what becomes true with a checkpoint
+        growing.py              maps and sizes of disks that grow
         ancestry.py             this node's lineage, and how it outlives the process
         state.py                the state folder
         verified.py             what the last comparison of the disks has found

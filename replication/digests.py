@@ -8,7 +8,7 @@ which every unit of the disk has DIGEST_BYTES bytes. What is read there is made 
     behind that             the digests of its ranges of RANGE bytes, _RANGES bytes
     behind that             the digests of its grains of 64 KiB, _GRAINS bytes
 
-The areas have room for the largest disk there may be (dial.SIZE_MAX), so that the size of the export tells that of the
+The areas have room for the largest disk there may be (sizes.SIZE_MAX), so that the size of the export tells that of the
 disk. Ranges are compared, so 1 TiB costs the link 16 MiB; grains only where a range differs. The last unit of a disk
 may be short.
 

@@ -654,6 +654,12 @@ class Node:
         """replication-verify-cancel; without waiting for a command."""
         self._comparing().cancel_verify()
 
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        """replication-resize: what has become of each disk."""
+        with self._commanding():
+            self._state.check()  # what is saved in a file that was removed, the next process would not find
+            return self.side.resize(name, size)
+
     def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
         """replication-test-start."""
         return self._testing().start(name, timeout_s, self.faces)
@@ -777,6 +783,12 @@ class Node:
             # the answer: the primary counts from what it asked last.
             session.channel.paired = True
             self.tenure.extend()
+
+    def pair_resize(self, token: str, disks: dict[str, int], exact: bool) -> dict[str, Any]:
+        """replication-pair-resize: the secondary's disks grow first."""
+        with self._commanding():
+            self._state.check()
+            return dict(self._secondary().resize_for(token, disks, exact))
 
     def pair_discard(self, token: str) -> None:
         """replication-pair-discard: a person at the primary gives up the last checkpoint."""

@@ -196,6 +196,11 @@ class Side(ABC):
         """Give up what was written here, if a primary wants to overwrite it; `checkpoint`: the last checkpoint, for a
         resync that is at work."""
 
+    @abstractmethod
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        """Grow the disk `name`, or all of them, to `size`, or as far as what is below them allows; what has become of
+        each. CommandError."""
+
     def tests(self) -> dict[str, Face]:
         """The exports of tests of a failover, by name. Their requests do not pass the gate."""
         return {}
@@ -203,6 +208,16 @@ class Side(ABC):
     def face_of(self, export: str) -> tuple[str, str | None]:
         """Which face a client means that opens `export`, and the token that it has, if it has one."""
         return export, None
+
+    def size_named(self, face: str, token: str | None) -> int | None:
+        """What a primary with that token has named as the size of the disk, if it has: less than it is here while only
+        this node has grown."""
+        return None
+
+    def size_of_owner(self, export: str) -> int | None:
+        """Of a disk that has grown here, behind a guest's export: the size that its owner's may still have, None if
+        that is the same."""
+        return None
 
     @abstractmethod
     def admit(self, face: str, token: str | None) -> None:

@@ -94,6 +94,41 @@ TABLE = [
     ("control export cannot be opened: try again", "a start", LATER),
     ("has not ended yet; try again", "a start", LATER),
     ("has not come back yet; try again", "a start", LATER),
+    # -- growth
+    ("The secondary is not connected: it has to grow first", "resize without a link", LATER),
+    (
+        "cannot be told to grow: stop, grow both disks, then resize, then start",
+        "resize with a plain NBD server",
+        "sizes that differ are refused, and what is newer has the local disk (dial.py)",
+    ),
+    (
+        "Give the command again when it is there",
+        "resize, the link is lost meanwhile",
+        "e2e/test_resize.py::test_a_kill_costs_nothing_and_the_command_is_given_again",
+    ),
+    (
+        "what was added is not used before `replctl resize`",
+        "the log of a start with a grown disk",
+        "e2e/test_resize.py::test_a_node_that_starts_with_a_grown_disk_serves_the_former_size",
+    ),
+    (
+        "when the disks of both nodes were grown, `replctl NAME resize`",
+        "doctor, where the disk is larger than its state folder knows",
+        "e2e/test_resize.py::test_a_node_that_starts_with_a_grown_disk_serves_the_former_size",
+    ),
+    (
+        "which is of the present size: end it first",
+        "resize while a test runs",
+        "e2e/test_resize.py::test_what_is_refused_has_changed_nothing",
+    ),
+    (
+        "resize there, which grows both",
+        "resize of a secondary whose primary is connected",
+        "e2e/test_resize.py::test_what_is_refused_has_changed_nothing",
+    ),
+    ("What a former resize was making is not ready yet: try again", "resize after a failover that failed", LATER),
+    ("The former link has not ended yet: try again", "resize, a secondary that does not answer", LATER),
+    ("A disk has grown meanwhile: try again", "the start of a test during a resize", LATER),
     # -- discard
     ("run discard on the node whose changes", "discard on a primary", LINEAGE),
     ("make it a secondary first", "discard on an owner; then lineage decides", LINEAGE),
@@ -309,6 +344,7 @@ HARMLESS = (
     "use --control SOCKET",
     ", or use --json",
     "does not listen: use ListenStream=",
+    "Parameter 'size' is of one disk: give 'disk' as well",
 )
 """Advice about software, addresses, keys and command lines: nothing of it touches a disk or what is known of one."""
 
@@ -339,6 +375,7 @@ NO_ADVICE = (
     "give up the comparison that is under way",
     "bytes to compare in a second",
     "its name, from `replctl jobs`",
+    "use what disks have grown by",
 )
 """What only looks like it: names of commands, their help, and what is the case."""
 

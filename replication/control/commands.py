@@ -19,6 +19,7 @@ from replication.control.qmp import Answer, Argument
 from replication.errors import CommandError
 from replication.record.lineage import Lineage
 from replication.role import PRIMARY, ROLES
+from replication.sizes import SIZE_MAX
 from replication.stage import Mode
 
 RATE_MIN, RATE_MAX = 64 << 10, 1 << 40
@@ -96,6 +97,9 @@ class Replicated(Protocol):
 
     def cancel_verify(self) -> None:
         """Give that up."""
+
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        """Grow a disk, or all, as far as both nodes' disks allow, or to `size` bytes; what has become of each."""
 
     def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
         """Begin a test of a failover, which ends by itself after `timeout_s` seconds; what its exports are."""
@@ -228,6 +232,12 @@ class Commands:
     def _cancel_verify(self, _arguments: Mapping[str, Any]) -> Any:
         self._node.cancel_verify()
         return {}
+
+    def _resize(self, arguments: Mapping[str, Any]) -> Any:
+        size = arguments.get("size")
+        if size is not None and not 0 < size <= SIZE_MAX:
+            raise CommandError(f"Parameter 'size' expects 1 to {SIZE_MAX} bytes")
+        return {"disks": self._node.resize(arguments.get("disk"), size)}
 
     def _test_start(self, arguments: Mapping[str, Any]) -> Any:
         return self._node.start_test(arguments.get("name", "test"), _seconds(arguments, "timeout"))
@@ -364,6 +374,7 @@ class Commands:
         "replication-checkpoint": Command(_checkpoint, {"hold": Argument("boolean")}),
         "replication-checkpoint-commit": Command(_commit, {"epoch": Argument("integer", required=True)}),
         "replication-checkpoint-abort": Command(_abort, {"epoch": Argument("integer", required=True)}),
+        "replication-resize": Command(_resize, {"disk": Argument("string"), "size": Argument("integer")}),
         "replication-verify": Command(_verify, {"rate": Argument("integer"), "repair": Argument("boolean")}),
         "replication-verify-cancel": Command(_cancel_verify),
         "replication-test-start": Command(_test_start, {"name": Argument("string"), "timeout": Argument("number")}),

@@ -59,6 +59,9 @@ class Paired(Protocol):
     def pair_prepare(self, token: str) -> None:
         """A checkpoint is about to be taken."""
 
+    def pair_resize(self, token: str, disks: dict[str, int], exact: bool) -> dict[str, Any]:
+        """Disks grow to these sizes, as far as they can, or `exact`; what they have then."""
+
     def pair_discard(self, token: str) -> None:
         """The last checkpoint is given up."""
 
@@ -96,8 +99,7 @@ class PairCommands:
 
     def _pair(self, arguments: Mapping[str, Any]) -> Any:
         disks, timeout_s = arguments["disks"], arguments["timeout"]
-        if len(disks) > _DISKS_MAX or not all(type(size) is int and 0 <= size < 1 << 62 for size in disks.values()):
-            raise CommandError("Invalid parameter type for 'disks', expected: names and sizes")
+        _check_sizes(disks)
         if not 0.0 < timeout_s <= 3600.0:
             raise CommandError("Parameter 'timeout' expects seconds")
         _check_epoch(arguments["epoch"])
@@ -135,6 +137,10 @@ class PairCommands:
     def _prepare(self, arguments: Mapping[str, Any]) -> Any:
         self._node.pair_prepare(arguments["token"])
         return {}
+
+    def _resize(self, arguments: Mapping[str, Any]) -> Any:
+        _check_sizes(arguments["disks"])
+        return self._node.pair_resize(arguments["token"], arguments["disks"], arguments.get("exact", False))
 
     def _discard(self, arguments: Mapping[str, Any]) -> Any:
         self._node.pair_discard(arguments["token"])
@@ -181,6 +187,14 @@ class PairCommands:
             },
         ),
         "replication-pair-prepare": (_prepare, {"token": Argument("string", required=True)}),
+        "replication-pair-resize": (
+            _resize,
+            {
+                "token": Argument("string", required=True),
+                "disks": Argument("object", required=True),
+                "exact": Argument("boolean"),
+            },
+        ),
         "replication-pair-discard": (_discard, {"token": Argument("string", required=True)}),
         "replication-unpair": (_unpair, {"token": Argument("string", required=True)}),
         "replication-checkpoint": (
@@ -188,6 +202,11 @@ class PairCommands:
             {"token": Argument("string", required=True), "epoch": Argument("integer", required=True)},
         ),
     }
+
+
+def _check_sizes(disks: Mapping[str, object]) -> None:
+    if len(disks) > _DISKS_MAX or not all(type(size) is int and 0 <= size < 1 << 62 for size in disks.values()):
+        raise CommandError("Invalid parameter type for 'disks', expected: names and sizes")
 
 
 def _check_epoch(epoch: int) -> None:

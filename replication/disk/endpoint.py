@@ -64,6 +64,8 @@ class NbdDisk(Disk):
             raise ConfigError(f"disk '{name}': {uri} is served read-only")
         super().__init__(name, uri, connection.size)
         self._tls = tls
+        # Of the first connection: another process finds out that it was grown since.
+        self._room = connection.size
         self._block_size = connection.block_size
         connection.timeout_s = TIMEOUT_S
         connection.fenced = True
@@ -82,6 +84,9 @@ class NbdDisk(Disk):
     def watch(self, unflushed: Unflushed) -> None:
         super().watch(unflushed)
         self._account = unflushed
+
+    def room(self) -> int:
+        return self._room
 
     @property
     def outlives(self) -> bool:
@@ -225,7 +230,7 @@ class NbdDisk(Disk):
             # The lost connection is not closed here: other threads may still be fetching their errors from it.
             # It goes when the last of them lets go of it.
             fresh = Connection(self.location, None, CONNECT_S, self._tls)
-            if fresh.size != self.size or fresh.block_size != self._block_size or fresh.read_only:
+            if fresh.size != self._room or fresh.block_size != self._block_size or fresh.read_only:
                 fresh.close()
                 raise DiskError(f"{self.location} came back as a different disk")
             fresh.timeout_s = TIMEOUT_S
@@ -264,7 +269,7 @@ class NbdDisk(Disk):
         if unit == 1:
             return 0, 0
         stop = offset + length
-        return offset % unit, min(-stop % unit, self.size - stop)
+        return offset % unit, min(-stop % unit, self._room - stop)
 
     def _write_blocks(self, pieces: Sequence[Buffer], offset: int, length: int, fua: bool) -> None:
         """Write to a server with a minimum block size. The range lock keeps an aligned write from falling between

@@ -37,6 +37,7 @@ class Disk(ABC):
         self.name = name
         self.location = location
         self.size = size
+        """Bytes that are served, of those that there are (`room`)."""
         self.unflushed: Unflushed | None = None
         """What of it a flush has not covered yet; None where nobody wants to know (`watch`)."""
 
@@ -52,6 +53,11 @@ class Disk(ABC):
     def await_turn(self) -> None:
         """For who would fail for good with the next request: wait until a disk that was lost may be tried again."""
         return
+
+    def room(self) -> int:
+        """Bytes that there are below by now: more than `size` where the disk was grown and nobody has said yet that
+        this counts. DiskError."""
+        return self.size
 
     @property
     def outlives(self) -> bool:

@@ -170,6 +170,12 @@ class FileDisk(Disk):
             else:
                 return True
 
+    def room(self) -> int:
+        try:
+            return os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise DiskError.from_os(f"looking for the end of {self.location}", error) from error
+
     def check_there(self) -> None:
         """DiskError when the file was removed or replaced while in use: what it holds ends with the process."""
         try:

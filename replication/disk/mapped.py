@@ -119,6 +119,13 @@ class MappedFile:
         process."""
         files.check_there(self._fd, path)
 
+    def let_go(self) -> None:
+        """As `close`, where somebody may still look at it: the memory goes with the last who does."""
+        with contextlib.suppress(BufferError):
+            self.map.close()
+        os.close(self._fd)
+        self._fd = -1
+
     def close(self) -> None:
         """Unmap; BufferError while there is a view of the map."""
         self.map.close()

@@ -117,6 +117,19 @@ class Unflushed:
                     self._untold = DiskError("what a former process had written is lost; it may not have told that")
         self._states: npt.NDArray[np.uint8] = states
 
+    def grow(self, size: int, grains: mmap.mmap | None, keep: Keep | None) -> None:
+        """The disk has become larger, and the map goes on in `grains`; both as for a new one. No write is under way;
+        a flush may be."""
+        count = -(-size // GRAIN)
+        with self._lock:
+            fresh = mmap.mmap(-1, max(count, 1)) if grains is None else grains
+            fresh[: self._count] = self._bytes[: self._count]
+            self._pages.extend(bytes(-(-count // _PAGE) - len(self._pages)))
+            self._size, self._count, self._keep = size, count, keep
+            self._bytes = fresh
+            self._states = np.frombuffer(fresh, np.uint8)[:count]
+            self._keep_locked(0, count)
+
     # -- writes --------------------------------------------------------------------------------------------
 
     def begin(self, offset: int, length: int) -> int:

@@ -84,6 +84,10 @@ class Descent:
         self._written = bytearray()
         self._spoilt = bytearray()
 
+    def grow(self, size: int) -> None:
+        """The disk has `size` bytes. The gate is closed, and there is no commit."""
+        self._size = size
+
     def begin(self) -> None:
         """A commit is going to go over everything that is held. The gate is closed."""
         clusters = -(-self._size // CLUSTER)

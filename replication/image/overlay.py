@@ -19,6 +19,7 @@ below are made once in that order and no word is ever swapped.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -26,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ from replication.errors import ConfigError, DiskError
 from replication.image import qcow2
 from replication.image.layer import Layer, LayerError
 from replication.image.qcow2 import BLOCK, BLOCKS_PER_CLUSTER, CLUSTER, PAGE_CLUSTERS
-from replication.image.table import complete_in_image, image_table, live_path, live_table
+from replication.image.table import Table, complete_in_image, image_table, live_path, live_table, remove_live
 
 _PAGE = 4096
 
@@ -119,6 +120,15 @@ Words = list[tuple[int, bytes]]
 """Pages of words as they were at one moment: page number and content."""
 
 
+class _Larger(NamedTuple):
+    """An image that is about to take the place of one that has become too small."""
+
+    path: str
+    fd: int
+    layout: qcow2.Layout
+    mapped: Table
+
+
 class Overlay:
     """An open overlay. Offsets are bytes; ranges that change bits are whole blocks (the last one of the disk may
     be short)."""
@@ -144,6 +154,11 @@ class Overlay:
         self._fd = fd
         self._all = self._mapped.words
         self._in_place = self._mapped.file.in_place
+        # While the disk grows; and what was in use before it has grown, which another thread may still look at.
+        self._larger: _Larger | None = None
+        self._outgrown: list[tuple[int, Table]] = []
+        self.misplaced = False
+        """It has grown, and the next process does not find it under its name."""
         self._unkept: DiskError | None = None
         """Why the file may hold words that are no longer there: then nothing may be marked, until it is emptied."""
         self.relieve: Callable[[], bool] = _no_relief
@@ -166,11 +181,7 @@ class Overlay:
         self._whole = self._mapped.whole
         self.allocated_blocks = self.data_blocks = 0
         """The latter: those of them that take space in the data file; the others are known to be zeroes."""
-        for first, last in self._dirty_runs():
-            words = self._words_of(first, last)
-            words = words[words != 0]
-            self.allocated_blocks += _count_bits(words)
-            self.data_blocks += _count_bits(words & np.uint64(DATA_BITS))
+        self._count()
         self.watch_at = 0
         """The fill level is looked at when `data_blocks` gets here (fill.py)."""
         # Pages of words that the image does not have as they are here, with durability=power. What a former process
@@ -178,6 +189,14 @@ class Overlay:
         self._unpublished = bytearray(len(self._dirty))
         if power:
             self._find_unpublished()
+
+    def _count(self) -> None:
+        self.allocated_blocks = self.data_blocks = 0
+        for first, last in self._dirty_runs():
+            words = self._words_of(first, last)
+            words = words[words != 0]
+            self.allocated_blocks += _count_bits(words)
+            self.data_blocks += _count_bits(words & np.uint64(DATA_BITS))
 
     def _find_unpublished(self) -> None:
         known = bytes(here | there for here, there in zip(self._dirty, self.layout.pages.held, strict=True))
@@ -360,6 +379,7 @@ class Overlay:
     def empty(self) -> None:
         """Let go of all blocks. The caller has closed the gate. Time goes with the pages that hold bits, not with
         the data, which `reclaim` gives back afterwards."""
+        self._let_outgrown_go()
         with self._words:
             self._unkept = None
             for first, last in self._dirty_runs():
@@ -504,6 +524,127 @@ class Overlay:
             raise DiskError(f"{at} was removed or replaced while in use") from error
         self.data.check_there()
 
+    # -- growth --------------------------------------------------------------------------------------------
+
+    def prepare_growth(self, size: int) -> None:
+        """Make a larger image, for a disk of `size` bytes, beside this one, which stays what counts; `grow` or
+        `drop_growth` is to follow. Takes as long as qemu-img does. ConfigError, with nothing changed."""
+        path = self.path + qcow2.GROWN
+        self._let_outgrown_go()
+        try:
+            remove_live(path)
+            qcow2.create_larger(path, self.layout, "raw" if self.role == "hidden" else "qcow2", size)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                layout = qcow2.open_layout(fd, path)
+                mapped = (live_table if self.power else image_table)(fd, path, layout)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._larger = _Larger(path, fd, layout, mapped)
+            if self.data.room() < layout.size:
+                os.ftruncate(self.data.fileno(), layout.size)
+        except (OSError, DiskError) as error:
+            self.drop_growth()
+            raise ConfigError(f"cannot make {path}: {error}") from error
+        except BaseException:
+            self.drop_growth()
+            raise
+
+    def copy_words(self, ahead: bool = False) -> None:
+        """Have the larger image hold what this one does, on stable storage where that counts. The gate is closed; but
+        before that once `ahead`, while words are changed, which takes what is long: then only what has changed since is
+        left to be copied. DiskError."""
+        larger = self._larger
+        assert larger is not None
+        if self.power and not ahead:
+            self.settle()  # what the image says from the first moment on must be true
+        changed = ahead
+        try:
+            for page in self.dirty_pages():
+                changed |= self._copy_page(larger, page)
+            if changed and (ahead or self.power):
+                larger.mapped.flush()
+                files.fdatasync(larger.fd)
+        except OSError as error:
+            raise DiskError.from_os(f"writing the allocation bits of {larger.path}", error) from error
+
+    def _copy_page(self, larger: _Larger, page: int) -> bool:
+        """Whether there was anything to copy; OSError."""
+        first = page * PAGE_CLUSTERS
+        words = self._table[first : first + PAGE_CLUSTERS, 1].copy()
+        last, within = divmod(self.blocks, BLOCKS_PER_CLUSTER)
+        # What is marked behind the former end (QEMU does that) is of blocks that come to be only now.
+        if within and first <= last < first + PAGE_CLUSTERS:
+            words[last - first] &= np.uint64(DATA_MASK[0][within] | ZERO_MASK[0][within])
+        words[max(0, last + (within > 0) - first) :] = 0
+        mapped = larger.mapped
+        if mapped.held[page] and bool(np.array_equal(mapped.grid[first : first + PAGE_CLUSTERS, 1], words)):
+            return False
+        if self.power:
+            complete_in_image(larger.fd, larger.layout, page)
+        if not mapped.whole[page]:
+            mapped.complete(page)
+        rows = mapped.grid[first : first + PAGE_CLUSTERS].copy()
+        rows[:, 1] = words
+        content = rows.tobytes()
+        mapped.file.put(page * _PAGE, content)
+        mapped.held[page] = 1
+        if self.power and not files.write_all(larger.fd, content, larger.layout.table_offset + page * _PAGE):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return True
+
+    def grow(self) -> None:
+        """The larger image takes the place of this one. The gate is closed, and nothing has changed since `copy_words`.
+        DiskError: this process goes on in the larger one, and the next one may find the former."""
+        larger = self._larger
+        assert larger is not None
+        failure: OSError | None = None
+        try:
+            # The live copy goes first: it fits no other image than its own, and each of the two images has all words.
+            remove_live(self.path)
+            os.rename(larger.path, self.path)
+            files.sync_folder(self.path)
+            if self.power:
+                os.rename(live_path(larger.path), live_path(self.path))
+        except OSError as error:
+            failure = error
+        with self._words:
+            self._outgrown.append((self._fd, self._mapped))
+            dirty = bytearray(len(larger.mapped.held))
+            dirty[: len(self._dirty)] = self._dirty
+            self._fd, self.layout, self._mapped = larger.fd, larger.layout, larger.mapped
+            self._all, self._table = larger.mapped.words, larger.mapped.grid
+            self._in_place = larger.mapped.file.in_place
+            self._dirty, self._whole = dirty, larger.mapped.whole
+            self._unpublished = bytearray(len(dirty))
+            self._count()
+            self.watch_at = 0
+        self.data.size = larger.layout.size
+        self._larger = None
+        if failure is not None:
+            self.misplaced = True
+            raise DiskError.from_os(f"renaming {larger.path}", failure) from failure
+
+    def _let_outgrown_go(self) -> None:
+        """The files that were in use before it has grown, with their memory. Long after that: no thread looks at them
+        any more."""
+        outgrown, self._outgrown = self._outgrown, []
+        for fd, mapped in outgrown:
+            with contextlib.suppress(BufferError):
+                mapped.close()
+            os.close(fd)
+
+    def drop_growth(self) -> None:
+        """Nothing comes of it."""
+        larger, self._larger = self._larger, None
+        if larger is not None:
+            larger.mapped.close()
+            os.close(larger.fd)
+        for name in (self.path + qcow2.GROWN, live_path(self.path + qcow2.GROWN)):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
     # -- stable storage ------------------------------------------------------------------------------------
 
     def flush(self) -> None:
@@ -560,3 +701,4 @@ class Overlay:
         self._mapped.close()
         os.close(self._fd)
         self._fd = -1
+        self._let_outgrown_go()

@@ -110,11 +110,11 @@ def has_holes(table_length: int) -> bool:
     return table_length > FILLED_MAX
 
 
-def create_command(path: str, backing: str, backing_format: str, size: int) -> list[str]:
+def create_command(path: str, backing: str, backing_format: str, size: int, data: str | None = None) -> list[str]:
     """The command that makes an overlay as it has to be."""
     return [
         *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
-        *("-o", _OPTIONS + default_data_path(path).replace(",", ",,")),
+        *("-o", _OPTIONS + (default_data_path(path) if data is None else data).replace(",", ",,")),
         *("-b", backing, "-F", backing_format, path, str(image_size(size))),
     ]
 
@@ -131,6 +131,51 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
     # absolute because QEMU looks for a relative one in its working folder, not beside the image.
     command = create_command(path, backing, backing_format, size)
     command[-2] = temporary
+    try:
+        _make(command, path, temporary, size)
+        os.rename(temporary, path)
+        files.sync_folder(path)
+    except OSError as error:
+        raise ConfigError(f"cannot create {path}: {error.strerror}") from error
+    finally:
+        if not os.path.exists(path):
+            # Neither a half-made image nor its data file (which had no content before) stays behind. Where they cannot
+            # be removed they could not be made either, and what is said is why.
+            for name in (temporary, data):
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+
+
+def create_larger(path: str, layout: Layout, backing_format: str, size: int) -> None:
+    """Make an empty image of `size` bytes at `path`, with the backing file and the data file of the one that has that
+    layout, whose place it is going to take. ConfigError."""
+    data = layout.data_path
+    # qemu-img makes the data file anew, so it gets another one, with a name that is as long in the header.
+    scratch = data[:-1] + ("~" if data[-1:] != "~" else "#")
+    if os.path.lexists(scratch) and os.lstat(scratch).st_blocks:  # one without content is left from a kill
+        raise ConfigError(f"cannot create {path}: there is a file {scratch} already")
+    made = False
+    try:
+        assert layout.backing is not None
+        _make(create_command(path, layout.backing, backing_format, size, scratch), path, path, size)
+        with open(path, "r+b") as image:
+            header = image.read(CLUSTER)
+            name = scratch.encode()
+            if header.count(name) != 1:
+                raise ConfigError(f"cannot create {path}: qemu-img has not named its data file as told")
+            image.seek(header.index(name))
+            image.write(data.encode())
+        made = True
+    except OSError as error:
+        raise ConfigError(f"cannot create {path}: {error.strerror}") from error
+    finally:
+        for name in (scratch, *(() if made else (path,))):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
+def _make(command: list[str], path: str, temporary: str, size: int) -> None:
+    """Have qemu-img make an image of `size` bytes, which is to be `path`, at `temporary`. ConfigError, OSError."""
     sparse = has_holes(-(-size // _BYTES_PER_TABLE) * CLUSTER)
     if sparse:
         command = [part.replace(_PREALLOCATED, "preallocation=off,", 1) for part in command]
@@ -151,8 +196,6 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
         )
         if sparse:
             _add_tables(temporary)
-        os.rename(temporary, path)
-        files.sync_folder(path)
     except FileNotFoundError as error:
         raise ConfigError(f"cannot create {path}: qemu-img is not installed") from error
     except subprocess.CalledProcessError as error:
@@ -160,15 +203,6 @@ def create(path: str, backing: str, backing_format: str, size: int) -> None:
         raise ConfigError(f"cannot create {path}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"cannot create {path}: qemu-img took more than {_CREATE_S} s") from error
-    except OSError as error:
-        raise ConfigError(f"cannot create {path}: {error.strerror}") from error
-    finally:
-        if not os.path.exists(path):
-            # Neither a half-made image nor its data file (which had no content before) stays behind. Where they cannot
-            # be removed they could not be made either, and what is said is why.
-            for name in (temporary, data):
-                with contextlib.suppress(OSError):
-                    os.unlink(name)
 
 
 def _add_tables(path: str) -> None:
@@ -229,6 +263,10 @@ def first_words(page: int, size: int) -> npt.NDArray[np.uint64]:
     words = np.zeros(PAGE_CLUSTERS, ">u8")
     words[: len(clusters)] = clusters * np.uint64(CLUSTER) | np.uint64(_COPIED)
     return words.view(np.uint64)
+
+
+GROWN = ".grown"
+"""Ends the name of an image that is about to take the place of one that has become too small."""
 
 
 def remove(path: str) -> None:

@@ -68,7 +68,7 @@ from replication.image.buffers import Buffers
 from replication.image.descent import Descent
 from replication.image.layer import Layer, LayerError, Source, flush_secondary, on_layer
 from replication.image.overlay import DATA, DATA_MASK, ZERO, ZERO_MASK, Overlay
-from replication.image.qcow2 import BLOCK, CLUSTER
+from replication.image.qcow2 import BLOCK, CLUSTER, image_size
 from replication.image.room import Room
 from replication.image.syncgroup import SyncGroup
 from replication.image.target import COPY_CHUNK, TargetWrites
@@ -115,6 +115,8 @@ class Stack:
         self.target = TargetWrites(hidden, disk, self.below, lost, self.room, spare)
         self.descent = Descent(active, hidden, disk, self.top, self._read_overlay, spare)
         self._top_sync = SyncGroup(self._sync_top)
+        # The overlays of which a larger image is made.
+        self._growing: list[Overlay] = []
 
     def attend(self, latency: Latency) -> None:
         """Who is to know what requests wait for here."""
@@ -564,6 +566,56 @@ class Stack:
         else:
             self.active.data.flush()
         self.active.publish(above)
+
+    def prepare_growth(self, size: int) -> None:
+        """Make what the overlays need for a disk of `size` bytes. ConfigError, with nothing changed; else `grow` or
+        `drop_growth` is to follow."""
+        try:
+            for overlay in (self.active, self.hidden):
+                if overlay.layout.size < image_size(size):
+                    overlay.prepare_growth(size)
+                    self._growing.append(overlay)
+        except BaseException:
+            self.drop_growth()
+            raise
+
+    def copy_words(self, ahead: bool = False) -> None:
+        """Have the larger images hold what the overlays do. The gate is closed from here to `grow`; but for what takes
+        long, `ahead` of that. DiskError."""
+        if ahead and self.power:
+            self.flush_top()
+            self.target.settle_hidden()
+        for overlay in self._growing:
+            overlay.copy_words(ahead)
+
+    def grow(self, size: int) -> None:
+        """The disk has `size` bytes. What is held of it is the last checkpoint still, and behind the former end that is
+        what the disk has there now: from here on target writes preserve it. DiskError: for the next process the
+        overlays may be those of the former size."""
+        growing, self._growing = self._growing, []
+        self.size = size
+        self.target.grow(size)
+        self.descent.grow(size)
+        failure: DiskError | None = None
+        for overlay in growing:
+            try:
+                overlay.grow()
+            except DiskError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    @property
+    def fits(self) -> bool:
+        """Whether the overlays are as large as the disk: else the next process makes them so."""
+        overlays = (self.active, self.hidden)
+        return all(one.layout.size >= image_size(self.size) and not one.misplaced for one in overlays)
+
+    def drop_growth(self) -> None:
+        """Nothing comes of it."""
+        growing, self._growing = self._growing, []
+        for overlay in growing:
+            overlay.drop_growth()
 
     def close(self) -> None:
         """Let go of the overlays; the disk belongs to whoever opened it."""

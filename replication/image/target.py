@@ -53,6 +53,18 @@ class TargetWrites:
         self.preserving = True
         """Set by the node while the gate is closed: False while there is no checkpoint that could be preserved."""
 
+        self.preserved_to = disk.size
+        """Behind this byte of a disk that has grown there is nothing to be preserved: no checkpoint has had it."""
+
+    def grow(self, size: int) -> None:
+        """The disk has `size` bytes. The gate is closed."""
+        self._size = size
+
+    def settle_hidden(self) -> None:
+        """With durability=power: make stable what hidden preserves, as a write does. LayerError."""
+        with on_layer(Layer.HIDDEN, "sync", 0, 0):
+            self._hidden_sync.run()
+
     def write(self, data: memoryview, offset: int, fua: bool) -> None:
         """The primary's write: what it overwrites goes to hidden first."""
         self._overwrite(offset, len(data), self._write_disk, [data], offset, fua)
@@ -110,7 +122,13 @@ class TargetWrites:
         alone: list[int] = []
         try:
             if self.preserving:
-                self._preserve_all_stably(plan.spans)
+                end = self.preserved_to
+                spans = plan.spans
+                if end < self._size:
+                    end = -(-end // BLOCK) * BLOCK
+                    spans = [(start, min(stop, end)) for start, stop in spans if start < end]
+                if spans:
+                    self._preserve_all_stably(spans)
             if self._room.tests:
                 self._room.keep_disk(plan.spans)
         except DiskError:
@@ -167,7 +185,11 @@ class TargetWrites:
         """The same; `below` is held."""
         try:
             if self.preserving:
-                self._preserve_stably(offset, length)
+                end = self.preserved_to
+                if end >= self._size:
+                    self._preserve_stably(offset, length)
+                elif offset < end:
+                    self._preserve_stably(offset, min(length, -(-end // BLOCK) * BLOCK - offset))
             if self._room.tests:
                 self._room.keep_disk([(offset, offset + length)])
             pause("target-write.preserved")

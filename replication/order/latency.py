@@ -42,6 +42,7 @@ STOP: Final = "stop"
 FAILOVER: Final = "failover"
 ROLE_CHANGE: Final = "role-change"
 PAIRING: Final = "pairing"
+RESIZE: Final = "resize"
 TEST: Final = "test"
 STANDSTILL: Final = "standstill"
 OVERLAP: Final = "overlap"
@@ -60,6 +61,7 @@ REASONS = {
     FAILOVER: "a failover, or the end of its commit, had all requests wait",
     ROLE_CHANGE: "a change of this node's role had all requests wait",
     PAIRING: "an agreement with the primary had all requests wait",
+    RESIZE: "the growth of a disk had all requests wait",
     TEST: "the start of a test had all requests wait",
     STANDSTILL: "the guest of this node stands still: query-replication says why",
     OVERLAP: "another request was at work on the same blocks",

@@ -109,6 +109,7 @@ class Comparison:
         self._disk = disk
         # What is still to be looked at in this look; the first part as far as it is.
         self._parts = deque([(offset, disk.size)])
+        self._size = disk.size
         self._pace = pace
         self._obstacle = obstacle
         self._absence = absence
@@ -211,6 +212,9 @@ class Comparison:
 
     def _judge(self, question: Question) -> None:
         entry = question.entry
+        if self._disk.size != self._size:
+            # What is behind a disk, and what the last unit is, was asked in another size than it was answered in.
+            raise Ended(f"disk '{self._disk.name}' has grown meanwhile")
         if not entry.arrived:
             cause = f"the secondary answers: {os.strerror(entry.refusal)}" if entry.refusal else "the link was lost"
             self._look_again(entry.offset, entry.length, cause)

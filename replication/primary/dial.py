@@ -36,6 +36,7 @@ from replication.record.lineage import OUTDATED, Lineage, Relation, Verdict, che
 from replication.record.state import StateError, check_epoch
 from replication.secondary.pairing import NOBODYS
 from replication.side import FOR_GUESTS, OF_PAIRS, Setting
+from replication.sizes import SIZE_MAX
 from replication.stage import Stage
 from replication.uri import export_of
 
@@ -43,9 +44,6 @@ ANSWER_S = 30.0
 """Longest wait for the secondary to answer: it saves its state on a disk that may be busy. That it is alive shows four
 times a second; if not, the wait ends with the link, within `timeout`."""
 
-
-SIZE_MAX = 1 << 47
-"""Of a disk whose size the other side tells: one change map of it takes 2 GiB."""
 
 EVERYTHING = ("full", "digest")
 """Values of `sync` with which all of the disks counts as missing."""

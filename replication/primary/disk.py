@@ -137,6 +137,11 @@ class PrimaryDisk:
         account.on_loss = self._lose
         self.local.watch(account)
 
+    def grow(self, size: int) -> None:
+        """The disk has `size` bytes from now on, for whoever opens the export anew. The gate is closed."""
+        assert self.local is not None
+        self.size = self.local.size = size
+
     def lose_former(self) -> None:
         """Take note of what a former process has left unflushed, where that is lost."""
         account = None if self.local is None else self.local.unflushed

@@ -29,6 +29,7 @@ from replication.primary.dial import ANSWER_S, COMPARING, EVERYTHING, Agreement,
 from replication.primary.disk import PrimaryDisk
 from replication.primary.epochs import Epochs, Lacking, Unknown
 from replication.primary.forward import Forwarder
+from replication.primary.growth import Growth
 from replication.primary.link import Link, LinkState
 from replication.primary.peer import PeerError
 from replication.primary.resync import Resync
@@ -41,7 +42,8 @@ from replication.record.changes import ChangeMap
 from replication.record.lineage import new_id
 from replication.record.state import StateError
 from replication.secondary.disk import SecondaryDisk, closed_face
-from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side, disk_list
+from replication.side import GUEST_DISK, GUEST_WRITES, Face, Setting, Side
+from replication.sizes import served
 from replication.stage import Mode, Stage
 from replication.uri import absolute
 
@@ -86,6 +88,7 @@ class PrimarySide(Side):
         self._epochs = Epochs(setting, self.disks, self._link)
         self._watch = Watch(setting, self.disks, self._link, self._left_behind, self._part)
         self._verify = Verify(setting, self.disks, self._link, self._resync.now)
+        self._growth = Growth(setting, self.disks, self._link, self._epochs)
         # Protects the size of an export that only forwards. Held while connecting for it, by intent.
         self._sizing = threading.Lock()
 
@@ -123,13 +126,11 @@ class PrimarySide(Side):
                 disk.name: record.disks.get(disk.name, 0) if local is None else local.size
                 for disk, local in zip(options.disks, locals_, strict=True)
             }
-            if record.disks and record.disks != sizes:
-                raise ConfigError(
-                    f"the state folder {options.state} is of the disks {disk_list(record.disks)}, "
-                    f"but these are {disk_list(sizes)}"
-                )
+            sizes = served(options.state, record.disks, sizes)
             record.disks = {name: size for name, size in sizes.items() if size}
             for disk, local in zip(options.disks, locals_, strict=True):
+                if local is not None:
+                    local.size = sizes[disk.name]
                 # The maps last: a start that is refused because of a disk has made none.
                 kept = sizes[disk.name] > 0 and (local is not None or record.stage is not Stage.NONE)
                 size = max(sizes[disk.name], 1)
@@ -465,6 +466,9 @@ class PrimarySide(Side):
     def _kept_export(self, disk: PrimaryDisk) -> str | None:
         """Over which the guest of a promoted secondary goes on; None of another primary."""
         return disk.top_id if self._set.record.promoted else None
+
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        return self._growth.resize(name, size)
 
     def admit(self, face: str, token: str | None) -> None:
         """Whoever opens it: the target face of a promoted secondary is closed by itself."""

@@ -272,6 +272,17 @@ class Binding:
             self._files[name].seal(Seal(self._page.word(IDENTITY), self._page.word(OPENING)))
             self._page.flush_page()
 
+    def grow(self, name: str, count: int, fill: int) -> GrainFile | None:
+        """A larger file for a map, beside it (GrainFile.grow); None for a map that this folder does not have.
+        ConfigError."""
+        former = self._files.get(name)
+        return None if former is None else former.grow(count, fill)
+
+    def replace(self, name: str, fresh: GrainFile, whole: bool) -> None:
+        """It takes the place of the former one; OSError. `whole`: it has all that it should."""
+        fresh.take_place(self._files[name], whole)
+        self._files[name] = fresh
+
     def note_saved(self, serial: int) -> None:
         """The record was saved."""
         self._page.put_if_room(SERIAL, serial)

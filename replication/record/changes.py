@@ -23,6 +23,7 @@ megabyte).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -105,6 +106,51 @@ class ChangeMap:
         # Whether `close` was called, and the state of the last grain then.
         self._closed = False
         self._last = CLEAN
+
+    def grow(self, source: GrainFile | mmap.mmap, size: int, marked: bool) -> bool:
+        """The disk has become larger, and the map goes on in `source`, which has room for it and says what is new is
+        missing (`marked`), or is not; whoever uses the map need not stand still. Whether the file has all of it: else
+        it may get no name that a process believes. `named` is to follow."""
+        with self._lock:
+            former, count = self._bytes, self._count
+            if isinstance(source, GrainFile):
+                self._file, self._bytes = source.mapped, source.mapped.map
+            else:
+                self._bytes = source
+            # What was marked since `source` was made.
+            self._bytes[:count] = former[:count]
+            self._watched = _NONE
+            if marked and self._size % GRAIN:
+                self._bytes[count - 1] = MISSING  # the rest of that grain is new
+            self._source, self._size, self._count = source, size, -(-size // GRAIN)
+            self._kept_first = self._file is not None and not self._file.in_place
+            self._grain_states = np.frombuffer(self._bytes, np.uint8, self._count)
+            self._dirty = int(np.count_nonzero(self._grain_states))
+            self._missing = int(np.count_nonzero(self._grain_states == MISSING))
+            if self._since is not None:
+                self._since.extend(b"\1" * (self._count - count))
+            self.marks += 1
+            return self._keep_all_locked()
+
+    def _keep_all_locked(self) -> bool:
+        if self._file is None:
+            return True
+        try:
+            if self._kept_first:
+                self._file.keep(0, self._bytes[: self._count])
+        except OSError as error:
+            if not self._distrusted:
+                self._distrust(error)
+            return False
+        self._distrusted = False
+        return True
+
+    def named(self) -> None:
+        """`source` of `grow` has its name now. What it has not taken since, it is not believed for."""
+        with self._lock:
+            if self._distrusted and os.path.lexists(str(self._path)):
+                with contextlib.suppress(OSError):
+                    os.rename(str(self._path), f"{self._path}{DISTRUSTED}")
 
     def _store_locked(self, grain: int, states: bytes) -> None:
         """Change the states from `grain` on. Where the file has no room for that, it gets another name, for which a
@@ -210,7 +256,11 @@ class ChangeMap:
         """The range is about to be read, to be sent as a repair: what is marked of it from now on stays missing. One
         range at a time: the latest."""
         with self._lock:
-            self._watched = self._grains(offset, length)
+            stop = offset + length
+            # A grain is sent as a whole, or it stays missing: a disk may have grown since somebody has looked where it
+            # ends.
+            last = -(-stop // GRAIN) if stop >= self._size else stop // GRAIN
+            self._watched = range(offset // GRAIN, last)
 
     def begin(self, offset: int, length: int, repair: bool = False) -> None:
         """The disk is about to change, and the change goes to the secondary; `end` must follow.

@@ -24,9 +24,54 @@ from replication.errors import ConfigError
 DISTRUSTED = ".distrusted"
 """Ends the name of a file that has not all of what was to be kept in it."""
 
+GROWN = ".grown"
+"""Ends the name of what is about to take the place of a file that has become too small."""
+
 _SEAL = struct.Struct("<8sQQQ")
 _MAGIC = b"grains 1"
 _STORE_MAX = 1 << 20
+
+
+def settle_grown(path: str, count: int) -> None:
+    """Before the file of `count` grains is opened: a process was killed while it was about to be replaced by a larger
+    one (GROWN). Which of the two counts, the record says, by the size of the disk: `count`. But either was written to:
+    the former until the threads of the process went over to the new one, and that from then on. So what is marked in
+    one of them is marked, in each use of these files the careful side. ConfigError."""
+    grown = path + GROWN
+    whole = -(-count // 8) * 8 + _SEAL.size
+    try:
+        if not os.path.lexists(grown):
+            return
+        if not os.path.lexists(path):  # somebody has taken it away: what it was is not believed, nor this
+            os.unlink(grown)
+            return
+        with open(grown, "r+b") as fresh, open(path, "r+b") as former:
+            sealed = os.fstat(fresh.fileno()).st_size
+            magic = os.pread(fresh.fileno(), len(_MAGIC), sealed - _SEAL.size) if sealed > _SEAL.size else b""
+            counts = sealed == whole and os.fstat(former.fileno()).st_size != whole
+            if magic == _MAGIC:
+                source, into = (former, fresh) if counts else (fresh, former)
+                _add_marks(source.fileno(), into.fileno())
+            elif counts:
+                raise ConfigError(f"cannot use the change map {grown}: it is not complete")
+        if counts:
+            os.rename(grown, path)
+        else:
+            os.unlink(grown)
+        files.sync_folder(path)
+    except OSError as error:
+        raise ConfigError(f"cannot use the change map {grown}: {error.strerror}") from error
+
+
+def _add_marks(source: int, into: int) -> None:
+    """Have the one file what the other has besides, as far as both go; OSError."""
+    end = min(os.fstat(source).st_size, os.fstat(into).st_size) - _SEAL.size
+    for at in range(0, end, _STORE_MAX):
+        length = min(_STORE_MAX, end - at)
+        here, there = (int.from_bytes(os.pread(fd, length, at), "little") for fd in (into, source))
+        if here | there != here and not files.write_all(into, (here | there).to_bytes(length, "little"), at):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    files.fdatasync(into)
 
 
 class Found(Enum):
@@ -117,6 +162,11 @@ class GrainFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @property
+    def in_use(self) -> bool:
+        """Whether somebody may change it."""
+        return self._mapped is not None
+
+    @property
     def mapped(self) -> MappedFile:
         """The grains, and behind them what is none of the user's business."""
         assert self._mapped is not None
@@ -132,6 +182,61 @@ class GrainFile:
         self._write(_SEAL.pack(_MAGIC, *seal), self._seal_at)
         files.fdatasync(self._fd)
         self._seal = seal
+
+    def grow(self, count: int, fill: int) -> GrainFile:
+        """A file of `count` grains, more than this one's: what this one has, then `fill`. It is beside this one until
+        `take_place` (or `drop`), stable, and sealed last: one without a seal is not complete. ConfigError."""
+        source, seal = self, self._seal
+        if self._mapped is None:  # of a kind that nobody uses at present
+            source = GrainFile(self.path, self._count)
+            if not isinstance(source.found, Seal):
+                source.close()
+                raise ConfigError(f"cannot use the change map {self.path}: it {source.found.value}")
+            seal = source.found._replace(closed=False)
+            source.map(None)
+        fresh = GrainFile(self.path + GROWN, count)
+        try:
+            fresh.map(fill)
+            for at in range(0, self._count, _STORE_MAX):
+                fresh.mapped.put(at, source.mapped.map[at : min(at + _STORE_MAX, self._count)])
+            fresh.mapped.flush()
+            fresh.seal(seal)
+        except (OSError, ConfigError) as error:
+            fresh.drop()
+            raise fresh._failure(error) if isinstance(error, OSError) else error from error
+        finally:
+            if source is not self:
+                source.close()
+        return fresh
+
+    def take_place(self, former: GrainFile, whole: bool = True) -> None:
+        """Get the name of the one that it was made of, which is of no use any more; OSError. One that is not `whole`
+        gets the name that no process believes, which the former one has by then."""
+        distrusted = former.path + DISTRUSTED
+        os.rename(self.path, former.path if whole else distrusted)
+        self.path = former.path
+        files.sync_folder(self.path)
+        if whole:
+            with contextlib.suppress(OSError):
+                os.unlink(distrusted)
+        if former._mapped is not None:
+            former._mapped.let_go()
+            former._mapped = None
+        if former._fd >= 0:
+            os.close(former._fd)
+            former._fd = -1
+
+    def drop(self, keep: bool = False) -> None:
+        """It is not going to take anybody's place in this process; `keep`: in the next one it may (`settle_grown`)."""
+        if self._mapped is not None:
+            self._mapped.let_go()
+            self._mapped = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if not keep:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
     def close(self) -> None:
         """Let the file go: nobody changes it any more."""

@@ -56,7 +56,7 @@ from replication.reason import Reason
 from replication.record.binding import Binding, Doubts
 from replication.record.boot import boot_clock_s, boot_id
 from replication.record.changes import MISSING, ChangeMap
-from replication.record.grainfile import GrainFile
+from replication.record.grainfile import GrainFile, settle_grown
 from replication.record.guests import together
 from replication.record.keeper import Keeper
 from replication.record.lineage import Lineage, check_id, new_id
@@ -193,6 +193,8 @@ class Record:
     guests: list[str] = field(default_factory=list)
     """Who was attached to the disks as they are, and whose disk is another one now (guests.py)."""
     guests_over: list[str] = field(default_factory=list)
+    former_disks: dict[str, int] = field(default_factory=dict)
+    """Of disks that have grown, the size that the other node's disk and the overlays here may still have."""
     identity: str = ""
     """Of the state folder, and the number of the opening in which it was saved (binding.py)."""
     opens: int = 0
@@ -261,8 +263,9 @@ class Record:
                 raise TypeError(f"{name} is of another type")
         if record.fault is not None:
             Fault.from_json(record.fault)
-        if not isinstance(record.disks, dict) or not all(type(size) is int for size in record.disks.values()):
-            raise TypeError("disks is not a table of sizes")
+        for disks in (record.disks, record.former_disks):
+            if not isinstance(disks, dict) or not all(type(size) is int for size in disks.values()):
+                raise TypeError("disks is not a table of sizes")
         check_id("node", record.node)
         for name in ("next_generation", "identity"):
             if getattr(record, name):
@@ -375,6 +378,7 @@ class StateFolder:
 
     def _grain_file(self, disk_name: str, kind: str, size: int, doubtful: int) -> GrainFile:
         path = self.file(f"{disk_name}.{kind}")
+        settle_grown(path, -(-size // GRAIN))
         file = self._binding.open(path, disk_name, kind, -(-size // GRAIN), doubtful)
         try:
             self._binding.add(f"{disk_name}.{kind}")
@@ -383,6 +387,26 @@ class StateFolder:
         except StateError as error:
             raise ConfigError(str(error)) from error
         return file
+
+    def grow_map(self, disk_name: str, kind: str, size: int, fill: int) -> GrainFile | mmap.mmap | None:
+        """Room for a map of a disk that is about to have `size` bytes, of which what is new has the state `fill`;
+        `replace_map` or `drop` of it is to follow. None where there is no such map. ConfigError."""
+        count = -(-size // GRAIN)
+        if self.path is not None:
+            return self._binding.grow(f"{disk_name}.{kind}", count, fill)
+        grains = mmap.mmap(-1, max(count, 1))
+        if fill:
+            grains[:] = bytes((fill,)) * len(grains)
+        return grains
+
+    def replace_map(
+        self, disk_name: str, kind: str, size: int, fresh: GrainFile | mmap.mmap, whole: bool = True
+    ) -> None:
+        """It counts from now on, under the name of the former one, if it is `whole`. OSError."""
+        if isinstance(fresh, GrainFile):
+            self._binding.replace(f"{disk_name}.{kind}", fresh, whole)
+        else:
+            self._kept[f"{disk_name}.{kind}/{size}"] = fresh
 
     def take_doubts(self) -> Doubts:
         """What was not believed of the record and the page, and of the maps opened since the last call."""

@@ -117,7 +117,12 @@ def disks(node: Subject) -> Iterator[Finding]:
             yield bad(f"{disk.location} is empty", _make(node, disk.location))
         elif not may_write(disk.location, USER):
             yield bad(f"the user {USER} may not write to {disk.location}", f"chown {USER} {disk.location}")
-        elif (former := node.remembered.get(disk.name, size)) != size:
+        elif (former := node.remembered.get(disk.name, size)) < size:
+            yield warning(
+                f"{disk.location} has {size} bytes, but {node.config.state} is of {former}: these are used",
+                "when the disks of both nodes were grown, `replctl NAME resize` on the primary",
+            )
+        elif former > size:
             # Without its folder the node is one that knows of no content, and nobody is overwritten for it.
             yield bad(
                 f"{disk.location} has {size} bytes, but {node.config.state} is of {former}: the node does not start",

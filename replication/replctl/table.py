@@ -27,6 +27,8 @@ WAIT_S = 60.0
 TEST_S = 600.0
 WITHIN_S = 10.0
 """A switch-over of a guest that goes on takes a second; Linux tells of a disk that has not answered for 30 s."""
+RESIZE_S = 300.0
+"""Above what a secondary may take to make its overlays anew, and the drain of the link."""
 
 _COMMANDS = "replication.client.commands"
 _ROLES = "replication.client.roles"
@@ -234,6 +236,21 @@ TABLE: tuple[Row, ...] = (
             flag("--wait", "wait for the result; exit with code 1 unless the disks are equal"),
             flag("--cancel", "give up the comparison that is under way"),
         ),
+    ),
+    Row(
+        "resize",
+        "replication.client.resize:resize",
+        "use what disks have grown by, when those of both nodes were grown (on the primary)",
+        (
+            argument("disk", metavar="DISK", nargs="?", help="its name (default: all disks)"),
+            argument(
+                "--size",
+                metavar="SIZE",
+                type=size,
+                help="the new size (default: that of the smaller one of both nodes' disks)",
+            ),
+        ),
+        timeout_s=RESIZE_S,
     ),
     Row(
         "test",

@@ -94,6 +94,10 @@ class SecondaryDisk:
         self.lost = open_map("lost")
         self.changes = open_map("changes")
 
+    def grow(self, size: int) -> None:
+        """The disk has `size` bytes from now on, for whoever opens an export anew. The gate is closed."""
+        self.size = self.disk.size = size
+
     def check_maps(self) -> None:
         """DiskError when a map is no longer there under its name."""
         self.lost.settle()
@@ -486,29 +490,30 @@ def kept_out(name: str) -> DiskError:
 def closed_face(name: str, size: int) -> Face:
     """The target face of a disk that has been promoted: nothing, for good."""
 
-    return _refusing("target face: closed", size, lambda: kept_out(name))
+    return _refusing("target face: closed", lambda: size, lambda: kept_out(name))
 
 
 def changing_face(name: str, size: int) -> Face:
     """Any face of a disk while its process takes another role."""
-    return _refusing(CHANGING_FACE, size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
+    return _refusing(CHANGING_FACE, lambda: size, lambda: DiskError(f"disk '{name}' is becoming a secondary's"))
 
 
-def elsewhere_face(name: str, size: int) -> Face:
-    """A guest's face while another node owns the disk, and is passed on what the guest asks for (passing.py)."""
+def elsewhere_face(name: str, size: Callable[[], int]) -> Face:
+    """A guest's face while another node owns the disk, and is passed on what the guest asks for (passing.py). `size()`
+    is the disk's, in bytes."""
     return _refusing(GUEST_FACE, size, lambda: Elsewhere(f"another node owns disk '{name}'"))
 
 
 def ended_face(size: int, why: str) -> Face:
     """A guest's face whose disk is not the one any more that the guest has used."""
-    return _refusing("not this guest's any more", size, lambda: DiskError(why))
+    return _refusing("not this guest's any more", lambda: size, lambda: DiskError(why))
 
 
-def _refusing(description: str, size: int, error: Callable[[], DiskError]) -> Face:
+def _refusing(description: str, size: Callable[[], int], error: Callable[[], DiskError]) -> Face:
     def refuse(*_arguments: object) -> NoReturn:
         raise error()
 
-    return Face(description, lambda: size, refuse, refuse, refuse, refuse, refuse, refuse)
+    return Face(description, size, refuse, refuse, refuse, refuse, refuse, refuse)
 
 
 def _nobody(*_arguments: object) -> None:

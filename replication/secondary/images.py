@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from replication.disk import files
-from replication.errors import ConfigError
+from replication.errors import ConfigError, DiskError
 from replication.image.overlay import Overlay, ReadOnlyImage
 from replication.image.qcow2 import Layout, create, image_size, read_layout, remove
 from replication.image.stack import Stack
@@ -68,6 +68,7 @@ class _Opening:
         self._trusted = record.durability == Durability.POWER.value
         self._running = record.stage is Stage.RUNNING
         self._committing = record.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
+        self._former_disks = record.former_disks
         self._opened: dict[str, Overlay | None] = {}
         self._refusals: dict[str, str] = {}
         lineage = Lineage() if record.lineage is None else Lineage.from_json(record.lineage)
@@ -92,7 +93,7 @@ class _Opening:
                     _refuse_memory(f"{role} disk of '{disk.name}'", f"disk '{disk.name}'", path)
                 if os.path.lexists(path):
                     with self._kept_in_mind():
-                        self._opened[path] = self._open(role, disk, path)
+                        self._opened[path] = self._grown(disk, self._open(role, disk, path))
                     if self._power:
                         overlay = self._opened[path]
                         layout = read_layout(path) if overlay is None else overlay.layout
@@ -185,6 +186,25 @@ class _Opening:
                 raise
             log(str(error))
             return None
+
+    def _grown(self, disk: SecondaryDisk, overlay: Overlay | None) -> Overlay | None:
+        """The overlay of a disk that has grown since it was used, as large as the disk. A kill in the midst of that
+        costs nothing: the former image counts until the new one, which holds the same, has its name."""
+        former = self._former_disks.get(disk.name)
+        if overlay is None:
+            return None
+        overlay.drop_growth()
+        try:
+            if former is not None and image_size(former) <= overlay.layout.size < image_size(disk.size):
+                overlay.prepare_growth(disk.size)
+                overlay.copy_words()
+                overlay.grow()
+        except BaseException as error:
+            overlay.close()
+            if isinstance(error, DiskError):
+                raise ConfigError(f"disk '{disk.name}' has grown, but not its overlay: {error}") from error
+            raise
+        return overlay
 
     def _pair(self, disk: SecondaryDisk, options: DiskOptions) -> tuple[Overlay, Overlay] | None:
         """Active and hidden of one disk, or None, having noted why `start` will be refused."""

@@ -80,6 +80,8 @@ class Session:
         self.node = node
         self.patience_s = patience_s
         self.token = secrets.token_hex(16)
+        self.sizes: dict[str, int] = {}
+        """By disk, what the primary has of it: where it is less than here, only this disk has grown so far."""
         self.agreed = False
         """The primary has said what it is going to send. Before, the disks are what the former session has left."""
 
@@ -187,6 +189,11 @@ class Pairing:
         assert session is not None
         raise DiskError(f"only the primary (node {session.node}) may write here while it is connected", errno.EPERM)
 
+    def size_named(self, face: str, token: str | None) -> int | None:
+        """Side.size_named."""
+        session = self._session
+        return None if session is None or session.token != token else session.sizes.get(face) or None
+
     def has_stranger(self) -> bool:
         """Whether what is written to the disks now comes from somebody else than the primary that they are known to,
         or from one that has not said what it will do: it will have to be sent again."""
@@ -212,6 +219,7 @@ class Pairing:
             raise CommandError(decision.reason, reason=decision.code)
         self._note_back()
         session = Session(channel, node, max(_PATIENCE * timeout_s, _PATIENCE_MIN_S))
+        session.sizes = disks
         with self._set.gate.closed(why=PAIRING), self._lock:
             if channel.closed:
                 # It was given up while it waited here, and may have been followed by another one already.
@@ -239,9 +247,36 @@ class Pairing:
             theirs = ", ".join(f"'{name[:80]}'" for name in disks)
             mine = ", ".join(f"'{name}'" for name in own)
             raise CommandError(f"the disks are {theirs} there, but {mine} here")
+        former = self._set.record.former_disks
         for name, size in disks.items():
-            if size not in (0, own[name]):  # 0: an export that only forwards does not know
+            # 0: an export that only forwards does not know. And one that has grown here first, as it should, takes what
+            # its primary writes in the size that both had.
+            if size not in (0, own[name]) and not former.get(name, own[name]) <= size < own[name]:
                 raise CommandError(f"disk '{name}' has {size} bytes there, but {own[name]} here")
+
+    def _forget_former(self, sizes: dict[str, int]) -> None:
+        """The primary has sent all of its disks: where they are as large as here, no other size is of this pair any
+        more. Not where an overlay has not grown: the next process has to know. StateError, with nothing changed."""
+        record = self._set.record
+        over = {
+            disk.name
+            for disk in self._disks
+            if disk.name in record.former_disks
+            and sizes.get(disk.name) == disk.size
+            and (disk.stack is None or disk.stack.fits)
+        }
+        if not over:
+            return
+        former = record.former_disks
+        record.former_disks = {name: size for name, size in former.items() if name not in over}
+        try:
+            self._set.save()
+        except BaseException:
+            record.former_disks = former
+            raise
+        for disk in self._disks:
+            if disk.name in over and disk.stack is not None:
+                disk.stack.target.preserved_to = disk.size
 
     def _check_stage(self) -> None:
         if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
@@ -250,16 +285,22 @@ class Pairing:
     def map_part(self, token: str, name: str, start: int, lost: bool) -> dict[str, Any]:
         """What a disk lacks of what it was sent (`lost`: that alone), or has changed by itself since it was parted from
         its primary."""
-        self.check_token(token)
+        session = self.check_token(token)
         disk = next((disk for disk in self._disks if disk.name == name), None)
         if disk is None:
             raise CommandError(f"there is no disk '{name[:80]}'")
+        end = session.sizes.get(name) or disk.size
         parts = [
             chosen.ranges_marked(start, RANGES_MAX) for chosen in ((disk.lost,) if lost else (disk.lost, disk.changes))
         ]
         nexts = [further for _, further in parts if further is not None]
         stop = min(nexts, default=None)
-        ranges = [list(part) for found, _ in parts for part in found if stop is None or part[0] < stop]
+        if stop is not None and stop >= end:
+            stop = None
+        before = end if stop is None else stop
+        ranges = [
+            [offset, min(length, end - offset)] for found, _ in parts for offset, length in found if offset < before
+        ]
         return {"ranges": ranges, "next": stop}
 
     def begins_resync(self, token: str, verdict: str, marked: bool) -> bool:
@@ -282,6 +323,7 @@ class Pairing:
         if verdict == "complete":
             # Also when nothing was missing: an offer that only this process knew would be gone with it, and a planned
             # stop after that would leave a node that calls its whole copy an unfinished one.
+            self._forget_former(session.sizes)  # first: no checkpoint may be taken that is not preserved as a whole
             self._become(lambda lineage: lineage, False, Lineage().adopted(generation, history))
         else:
             self._begin(verdict, generation, marked)

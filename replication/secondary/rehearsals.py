@@ -100,6 +100,12 @@ class Rehearsals:
             if disk.stack is not None:
                 disk.stack.room.sacrifice = self._sacrifice
 
+    @property
+    def names(self) -> list[str]:
+        """Of the tests that run."""
+        with self._lock:
+            return list(self._tests)
+
     def configure(self) -> None:
         """The options have changed."""
         self._allowance.limit = self._set.options.test_space
@@ -158,6 +164,8 @@ class Rehearsals:
         self._check()
         self._exports(test.name, taken)
         stacks = [disk.stack for disk, _ in test.disks]
+        if any(frozen.size != disk.size for disk, frozen in test.disks):
+            raise CommandError("A disk has grown meanwhile: try again", reason=Reason.BUSY)
         for _, frozen in test.disks:
             frozen.freeze()
         test.epoch = self._set.state.epoch

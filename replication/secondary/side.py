@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from replication.conditions import Conditions, Outlook
@@ -34,12 +35,14 @@ from replication.secondary.backup import RUNNING, Backup
 from replication.secondary.disk import SecondaryDisk, elsewhere_face
 from replication.secondary.failover import Failover, forceful
 from replication.secondary.fill import FillWatch
+from replication.secondary.growth import Growth
 from replication.secondary.hindrance import Hindrance
 from replication.secondary.images import Found, open_images
 from replication.secondary.pairing import NOBODYS, Pairing
 from replication.secondary.reclaim import Reclaimer
 from replication.secondary.rehearsals import Rehearsals
-from replication.side import Face, Setting, Side, disk_list
+from replication.side import Face, Setting, Side
+from replication.sizes import SIZE_MAX, outcome, room_of, served, wanted
 from replication.stage import Mode, Stage
 
 _FAILOVER_S = 0.5
@@ -80,6 +83,7 @@ class SecondarySide(Side):
         self.pairing = Pairing(setting, setting.ancestry, self.disks)
         self._hindrance = Hindrance(self._try_checkpoint)
         self.rehearsals = Rehearsals(setting, self.disks)
+        self._growth = Growth(setting, self.disks, self.rehearsals, self._checkpoint_lost)
         self._fill: FillWatch | None = None
         # Held by who looks at the overlays, across that, and what was found last.
         self._looking = threading.Lock()
@@ -175,13 +179,9 @@ class SecondarySide(Side):
                 assert options.location is not None
                 located.append((options, open_disk(options.name, options.location, self._set.options.tls)))
             sizes = {options.name: disk.size for options, disk in located}
-            if record.disks and record.disks != sizes:
-                raise ConfigError(
-                    f"the state folder {self._set.options.state} is of the disks {disk_list(record.disks)}, "
-                    f"but these are {disk_list(sizes)}"
-                )
-            record.disks = sizes
+            record.disks = sizes = served(self._set.options.state, record.disks, sizes)
             for options, disk in located:
+                disk.size = sizes[options.name]
                 assert options.top_id is not None
                 secondary_disk = SecondaryDisk(options.name, options.top_id, disk, self._set.faults, self._set.ancestry)
                 # With what a former process was offered goes what somebody else may have written to it since.
@@ -292,6 +292,7 @@ class SecondarySide(Side):
             if disk.stack is not None:
                 disk.stack.committing = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
                 disk.stack.target.preserving = disk.inconsistent is None
+                disk.stack.target.preserved_to = self._set.record.former_disks.get(disk.name, disk.size)
 
     # -- commands ------------------------------------------------------------------------------------------
 
@@ -451,6 +452,8 @@ class SecondarySide(Side):
         if not self._looking.acquire(blocking=False):
             return self._seen
 
+        era = self._growth.era
+
         def look() -> None:
             try:
                 for disk in self.disks:
@@ -458,7 +461,8 @@ class SecondarySide(Side):
                         stack.check_images()
                 self._seen = None
             except (DiskError, OSError) as error:  # OSError: another side has just taken the disks
-                self._seen = str(error)
+                if era % 2 == 0 and era == self._growth.era:
+                    self._seen = str(error)
             finally:
                 self._looking.release()
 
@@ -771,6 +775,12 @@ class SecondarySide(Side):
         """Enter a stage, with why there is no valid checkpoint; if that fails, `take_back` what was noted for it.
         Whether it is saved."""
         record = self._set.record
+        if stage is not Stage.RUNNING:
+            # This node's own from here on. A primary that has not grown yet has nothing marked behind its end.
+            for disk in self.disks:
+                ended = record.former_disks.get(disk.name, disk.size)
+                if ended < disk.size:
+                    disk.changes.mark(ended, disk.size - ended)
         former, record.inconsistent = record.inconsistent, inconsistent
         try:
             return self._set.enter(stage, haste)
@@ -835,12 +845,55 @@ class SecondarySide(Side):
             return name, token
         return export, None
 
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        primary = self.pairing.primary
+        if self._set.record.stage in (Stage.NONE, Stage.RUNNING) and primary is not None:
+            raise CommandError(
+                f"A primary is connected (node {primary}): resize there, which grows both, this disk first",
+                reason=Reason.WRONG_MODE,
+            )
+        asked = wanted({disk.name: (disk.size, disk.disk) for disk in self.disks}, name, size)
+        former = {disk.name: disk.size for disk in self.disks}
+        self._growth.grow(asked)
+        return [
+            outcome(disk.name, former[disk.name], disk.size, room_of(disk.disk), None)
+            for disk in self.disks
+            if disk.name in asked
+        ]
+
+    def resize_for(self, token: str, sizes: dict[str, int], exact: bool) -> dict[str, dict[str, int]]:
+        """As its primary asks for it: each disk gets that size, or all that is there if that is less (not if it has to
+        be `exact`), and never less than it has. By disk the size now, and the bytes that there are below."""
+        self.pairing.check_token(token)
+        known = {disk.name: disk for disk in self.disks}
+        rooms = {}
+        for name, size in sizes.items():
+            if name not in known:
+                raise CommandError(f"there is no disk '{name[:80]}'")
+            disk = known[name].disk
+            rooms[name] = room_of(disk)
+            if exact and size > max(rooms[name], disk.size):
+                raise CommandError(
+                    f"disk '{name}' cannot have {size} bytes: {disk.location} has {rooms[name]}, grow it"
+                )
+        self._growth.grow({name: min(size, rooms[name], SIZE_MAX) for name, size in sizes.items()})
+        return {name: {"size": known[name].size, "room": room} for name, room in rooms.items()}
+
     @property
     def takes_batches(self) -> bool:
         """Whether a primary should send small writes together: one thread does them, one after the other, which is
         quick in a file, but not on a disk behind a network. (A file may be slow as well: SecondaryDisk finds that
         out.)"""
         return all(isinstance(disk.disk, FileDisk) for disk in self.disks)
+
+    def size_named(self, face: str, token: str | None) -> int | None:
+        return self.pairing.size_named(face, token)
+
+    def size_of_owner(self, export: str) -> int | None:
+        if self._set.record.stage not in (Stage.NONE, Stage.RUNNING):
+            return None  # it is this node
+        former = self._set.record.former_disks
+        return next((former.get(disk.name) for disk in self.disks if disk.top_id == export), None)
 
     def admit(self, face: str, token: str | None) -> None:
         if face in self._targets:
@@ -1022,7 +1075,7 @@ class SecondarySide(Side):
         for disk in self.disks:
             shown[disk.name] = disk.target_face()
             # Not by the stage of the disk: a failover does not wait for requests that hang, and is followed at once.
-            guest = elsewhere_face(disk.top_id, disk.size) if elsewhere else disk.guest_face()
+            guest = elsewhere_face(disk.top_id, partial(getattr, disk, "size")) if elsewhere else disk.guest_face()
             shown.setdefault(disk.top_id, guest)
         return shown
 

@@ -154,6 +154,8 @@ class FollowingExport(Export):
 
     def __init__(self, node: Node, name: str, passing: Passing) -> None:
         super().__init__(node, name)
+        # What is passed on the owner does only in the size that it has itself.
+        self.size = min(self.size, node.side.size_of_owner(name) or self.size)
         self._passing = passing
         self._over: str | None = None
         passing.attend(self)
@@ -350,8 +352,9 @@ class DataExport(Export):
 
     def __init__(self, node: Node, name: str, token: str) -> None:
         super().__init__(node, name, token, of_guest=False)
-        self._disk_size = self.size
-        self.size += SPACE
+        # What is behind a disk, a primary finds by the size that it has itself.
+        self._disk_size = min(self.size, node.side.size_named(name, token) or self.size)
+        self.size = self._disk_size + SPACE
 
     def read(self, buffer: memoryview, offset: int) -> None:
         self._check(offset, len(buffer))

@@ -1204,6 +1204,7 @@ VALID: dict[str, dict[str, Any]] = {
     "replication-pair": PAIR,
     "replication-pair-map": {"token": "t", "disk": "disk0", "start": 0},
     "replication-pair-sync": {**SYNC, "token": "t"},
+    "replication-pair-resize": {"token": "t", "disks": {"disk0": 4096}},
     "replication-unpair": {"token": "t"},
     "replication-checkpoint": {"token": "t", "epoch": 1},
 }

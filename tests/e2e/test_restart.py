@@ -620,10 +620,10 @@ def test_a_state_folder_of_the_other_mode_is_refused(lab: Lab, secondary: Second
 def test_a_state_folder_of_other_disks_is_refused_on_either_side(lab: Lab, pair: Pair) -> None:
     pair.primary.terminate()
     pair.secondary.terminate()
-    other = make_raw(lab.folder / "other.raw", 2 * MIB)
+    other = make_raw(lab.folder / "other.raw", MIB // 2)
     arguments = ["mode=primary", f"state={pair.primary.state}", f"secondary={pair.secondary.uri()}"]
     _, said = lab.failed_start([*arguments, f"disk={other}"])
-    assert f"is of the disks 'disk0' of {MIB} bytes, but these are 'disk0' of {2 * MIB} bytes" in said
+    assert f"is of the disks 'disk0' of {MIB} bytes, but these are 'disk0' of {MIB // 2} bytes" in said
     arguments = ["mode=secondary", f"state={pair.secondary.state}"]
     _, said = lab.failed_start([*arguments, f"disk=another:{pair.secondary.disks[0]}", "top-id=top0"])
     assert str(pair.secondary.state) in said

@@ -165,7 +165,7 @@ def test_a_start_that_verifies_finds_and_sends_what_differs(copied: Copied) -> N
 
 
 def test_grown_disks_are_a_pair_again_without_being_sent(copied: Copied) -> None:
-    """As docs/operating/everyday.md has it: new state folders, because the former ones are of another size."""
+    """With new state folders, as it was before there was a resize, and still is where the former ones are lost."""
     copied.start()
     copied.equal_in_the_end()
     for node in (copied.primary, copied.secondary):

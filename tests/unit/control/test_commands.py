@@ -69,6 +69,10 @@ class Node:
     def cancel_verify(self) -> None:
         self._record("cancel_verify")
 
+    def resize(self, name: str | None, size: int | None) -> list[dict[str, object]]:
+        self._record("resize", name, size)
+        return [{"name": "disk0", "size": 4096}]
+
     def start_test(self, name: str, timeout_s: float | None) -> dict[str, Any]:
         self._record("start_test", name, timeout_s)
         return {"name": name}
@@ -193,6 +197,13 @@ SET = "xen-set-replication"
         ("replication-verify", None, [("verify", None, False)], {}),
         ("replication-verify", {"rate": 65536, "repair": True}, [("verify", 65536, True)], {}),
         ("replication-verify-cancel", None, [("cancel_verify",)], {}),
+        ("replication-resize", None, [("resize", None, None)], {"disks": [{"name": "disk0", "size": 4096}]}),
+        (
+            "replication-resize",
+            {"disk": "a", "size": 8192},
+            [("resize", "a", 8192)],
+            {"disks": [{"name": "disk0", "size": 4096}]},
+        ),
         ("replication-test-start", None, [("start_test", "test", None)], {"name": "test"}),
         ("replication-test-start", {"name": "a", "timeout": 5}, [("start_test", "a", 5.0)], {"name": "a"}),
         ("replication-test-stop", None, [("stop_test", None, None, None, None, None)], {"name": "x"}),
@@ -323,6 +334,8 @@ BOTH = {"enable": True, "primary": True}
         ("replication-test-stop", {"rto": 1.0}, "Parameters 'rto' and 'reason' are for a result"),
         ("replication-test-stop", {"result": "good"}, "Parameter 'result' does not accept value 'good'"),
         ("replication-verify", {"rate": 65535}, "Parameter 'rate' expects 65536 to 1099511627776 bytes a second"),
+        ("replication-resize", {"size": 0}, "Parameter 'size' expects 1 to 140737488355328 bytes"),
+        ("replication-resize", {"size": "1G"}, "Invalid parameter type for 'size', expected: integer"),
         (SET, {"enable": False, "primary": False, "force": True}, "Parameter 'force' is unexpected"),
         ("job-cancel", None, "Parameter 'id' is missing"),
         ("job-cancel", {"id": 3}, "Invalid parameter type for 'id', expected: string"),
@@ -424,6 +437,7 @@ def test_query_commands_names_all_that_can_be_called(node: Node) -> None:
         "replication-discard",
         "replication-verify",
         "replication-verify-cancel",
+        "replication-resize",
         "replication-test-start",
         "replication-test-stop",
         "replication-get-error",

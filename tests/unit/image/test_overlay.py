@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from content import make_raw, pattern, qemu_img
 from overlays import held_clusters, store
 from replication.disk import files, mapped
-from replication.errors import DiskError
+from replication.errors import ConfigError, DiskError
 from replication.image import qcow2
 from replication.image.layer import Layer, LayerError
 from replication.image.overlay import Held, Overlay
@@ -521,3 +521,126 @@ def test_an_image_cut_off_while_in_use_is_noticed_without_touching_its_map(overl
             overlay.check()
     finally:
         os.truncate(overlay.path, len(pristine()))
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+LARGER = SIZE + 2 * 8192 * CLUSTER + 3 * BLOCK
+"""Two more tables."""
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+@pytest.mark.parametrize("size", [SIZE + 512, SIZE + 5 * BLOCK, LARGER], ids=["block", "cluster", "tables"])
+def test_an_overlay_grows_with_what_it_holds(tmp_path: Path, power: bool, size: int) -> None:
+    path = make(tmp_path)
+    overlay = Overlay("hidden", "disk0", str(path), power)
+    store(overlay, pattern(1, BLOCK), BLOCKS - 3)
+    states = {3: Held.DATA, 40: Held.ZERO, BLOCKS - 3: Held.DATA, BLOCKS - 1: Held.ZERO}
+    overlay.mark(3, 4, Held.DATA)
+    overlay.mark(40, 41, Held.ZERO)
+    # As QEMU does, to the end of the cluster, of which what is behind the disk's end is nothing yet.
+    overlay.mark(BLOCKS - 1, CLUSTERS * BLOCKS_PER_CLUSTER, Held.ZERO)
+    overlay.prepare_growth(size)
+    overlay.copy_words()
+    overlay.grow()
+    for again in (False, True):
+        assert overlay.layout.size == qcow2.image_size(size)
+        found = {start: state for start, stop, state in overlay.held(0, overlay.blocks) if state is not Held.NOTHING}
+        assert found == states
+        assert overlay.allocated_blocks == 4
+        assert overlay.data.status().st_size >= qcow2.image_size(size)
+        buffer = bytearray(BLOCK)
+        overlay.data.read(memoryview(buffer), (BLOCKS - 3) * BLOCK)
+        assert buffer == pattern(1, BLOCK)
+        if not again:
+            last = overlay.blocks - 1
+            overlay.mark(last, last + 1, Held.DATA)
+            overlay.mark(last, last + 1, Held.NOTHING if last != BLOCKS - 1 else Held.ZERO)
+            overlay.check()
+            overlay.settle()
+            overlay.close()
+            overlay = Overlay("hidden", "disk0", str(path), power)
+    overlay.close()
+    qemu_img("check", str(path))
+    assert not list(tmp_path.glob("*.grown*"))
+    assert not list(tmp_path.glob("*~"))
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+def test_a_growth_that_comes_to_nothing_leaves_nothing(tmp_path: Path, power: bool) -> None:
+    path = make(tmp_path)
+    overlay = Overlay("hidden", "disk0", str(path), power)
+    overlay.mark(3, 4, Held.DATA)
+    before = sorted(tmp_path.iterdir())
+    overlay.prepare_growth(LARGER)
+    overlay.copy_words()
+    overlay.drop_growth()
+    (tmp_path / "x.dat~").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="there is a file "):
+        overlay.prepare_growth(LARGER)
+    assert (tmp_path / "x.dat~").read_bytes() == b"mine"
+    (tmp_path / "x.dat~").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+    assert overlay.layout.size == qcow2.image_size(SIZE)
+    assert overlay.holds_all(3, 4)
+    overlay.close()
+
+
+def test_words_for_which_there_is_no_room_stop_a_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = Overlay("hidden", "disk0", str(make(tmp_path)))
+    overlay.mark(3, 4, Held.DATA)
+    overlay.prepare_growth(LARGER)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped.MappedFile, "put", full)
+        with pytest.raises(DiskError, match="No space left"):
+            overlay.copy_words()
+    overlay.drop_growth()
+    assert overlay.holds_all(3, 4)
+    overlay.close()
+
+
+def test_the_second_copy_of_the_words_has_what_has_changed_since_the_first(tmp_path: Path) -> None:
+    overlay = Overlay("hidden", "disk0", str(make(tmp_path)))
+    overlay.mark(3, 4, Held.DATA)
+    overlay.prepare_growth(LARGER)
+    overlay.copy_words(ahead=True)
+    overlay.mark(5, 6, Held.ZERO)
+    overlay.mark(3, 4, Held.ZERO)
+    overlay.copy_words()
+    overlay.grow()
+    assert [state for _, _, state in overlay.held(3, 6)] == [Held.ZERO, Held.NOTHING, Held.ZERO]
+    assert overlay._outgrown
+    overlay.empty()
+    assert not overlay._outgrown, "the memory of the former words"
+    overlay.close()
+
+
+def test_a_larger_image_that_gets_no_name_is_used_by_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path)
+    overlay = Overlay("hidden", "disk0", str(path))
+    overlay.mark(3, 4, Held.DATA)
+    overlay.prepare_growth(LARGER)
+    overlay.copy_words()
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        with pytest.raises(DiskError, match="renaming"):
+            overlay.grow()
+    assert overlay.misplaced
+    overlay.mark(overlay.blocks - 1, overlay.blocks, Held.DATA)
+    assert overlay.holds_all(3, 4)
+    assert overlay.holds_all(overlay.blocks - 1, overlay.blocks)
+    overlay.close()
+    former = Overlay("hidden", "disk0", str(path))
+    assert former.layout.size == qcow2.image_size(SIZE)
+    assert former.holds_all(3, 4)
+    former.close()

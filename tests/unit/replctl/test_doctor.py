@@ -161,9 +161,9 @@ def test_a_secondary_whose_disk_got_another_size_starts_when_the_advice_was_foll
     b = pair.secondary
     assert found(hostchecks.disks, Subject("b")).keys() == {Result.OK}
     b.kill()
-    os.truncate(b.disks[0], 2 * MIB)
+    os.truncate(b.disks[0], MIB // 2)
     said = bad(hostchecks.disks, Subject("b"))
-    assert f"has {2 * MIB} bytes, but {b.state} is of {MIB}: the node does not start" in said
+    assert f"has {MIB // 2} bytes, but {b.state} is of {MIB}: the node does not start" in said
     assert f"of {MIB} bytes, but these are" in b.failed_start(b.folder, b.arguments)[1]
     assert f"move {b.state} away" in said
     b.state.rename(b.state.with_name("away"))
@@ -177,6 +177,17 @@ def test_a_secondary_whose_disk_got_another_size_starts_when_the_advice_was_foll
     assert found(hostchecks.disks, Subject("b")).keys() == {Result.OK}
     b.start()
     assert b.status()["stage"] == "running"
+
+
+def test_a_disk_that_has_grown_is_used_as_before_and_the_command_is_named(pair: Pair) -> None:
+    b = pair.secondary
+    b.kill()
+    os.truncate(b.disks[0], 2 * MIB)
+    (finding,) = [each for each in hostchecks.disks(Subject("b")) if each.result is Result.WARNING]
+    assert f"has {2 * MIB} bytes, but {b.state} is of {MIB}: these are used" in finding.text
+    assert "resize" in str(finding.advice)
+    b.start()
+    assert b.status()["disks"][0]["size"] == MIB
 
 
 def test_a_disk_that_the_service_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from replication.errors import DiskError
 from replication.order.gate import Gate
 from replication.order.standstill import Standstill
 from replication.passing import Passage
-from replication.server.export import ZERO_MAX, Export, PassedExport, within
+from replication.server.export import ZERO_MAX, Export, FollowingExport, PassedExport, within
 from replication.side import Face
 from waiting import DEADLINE_S, wait_until
 
@@ -236,3 +236,10 @@ def test_what_was_done_when_the_guest_began_to_stand_still_is_not_answered(what:
     request.join(DEADLINE_S)
     assert not request.is_alive()
     assert len(node.asked) == (2 if what == "zero" else 1), "nothing is done twice"
+
+
+@pytest.mark.parametrize(("owners", "size"), [(None, SIZE), (SIZE - 512, SIZE - 512)], ids=["alike", "here first"])
+def test_a_guest_whose_requests_are_passed_on_has_a_disk_of_the_owners_size(owners: int | None, size: int) -> None:
+    node = Node()
+    node.side.size_of_owner = lambda _export: owners
+    assert FollowingExport(node, "disk", Mock()).size == size  # type: ignore[arg-type]
