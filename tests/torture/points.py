@@ -100,13 +100,20 @@ ELSEWHERE = (
     "test.kept",
     "test-read.read",
     "test-write.written",
+    "resize.making",
+    "resize.made",
+    "resize.asked",
+    "resize.mapping",
+    "resize.parted",
+    "resize.prepared",
+    "resize.entered",
 )
 """Points at which no history kills: its secondaries are not stopped by a second process, have their disks in files and
-are no plain servers, nobody compares their disks, nobody hands them over, nobody tests a failover, and nothing changes
-with a query, nor before a planned stop has the gate closed. Storage that hangs is what record.sync and epoch.sync are
-for. In e2e they have test_speaking.py, test_hand_over.py, test_losses.py, test_plain_secondary.py, test_verify.py,
-test_rehearsals.py, test_service.py, test_hanging_state.py and test_outdated.py; the agent of virtual machines has
-vm/test_ft.py."""
+are no plain servers, nobody compares their disks, nobody hands them over, nobody tests a failover, nobody has them
+grow, and nothing changes with a query, nor before a planned stop has the gate closed. Storage that hangs is what
+record.sync and epoch.sync are for. In e2e they have test_speaking.py, test_hand_over.py, test_losses.py,
+test_plain_secondary.py, test_verify.py, test_rehearsals.py, test_resize.py, test_service.py, test_hanging_state.py and
+test_outdated.py; the agent of virtual machines has vm/test_ft.py."""
 
 ALL_POINTS = SECONDARY_POINTS + PRIMARY_POINTS + START_POINTS + LINK_POINTS + PAIRING_POINTS
 
