@@ -127,12 +127,13 @@ class Link:
         return self._reason or self._untold or self._obstacle
 
     @property
-    def code(self) -> Reason | None:
-        """The reason, for programs."""
-        if self._reason is not None:
-            return self._code
-        reason = self.reason
-        return None if reason is None else reason_by(reason, Reason.REFUSED)
+    def trouble(self) -> tuple[str | None, Reason | None]:
+        """The reason, and the same for programs, of one moment."""
+        with self._lock:
+            if self._reason is not None:
+                return self._reason, self._code
+            reason = self.reason
+        return reason, None if reason is None else reason_by(reason, Reason.REFUSED)
 
     @property
     def untold(self) -> bool:

@@ -646,7 +646,7 @@ class PrimarySide(Side):
     # -- the rest ------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, Any]:
-        reason, code = self._link.reason, self._link.code
+        reason, code = self._link.trouble
         link = {"state": self._link.state.value, "secondary": self._uri, "reason": reason}
         return {
             "consistent": True,
