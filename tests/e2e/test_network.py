@@ -331,9 +331,10 @@ def test_what_an_old_connection_has_in_its_socket_is_refused_once_there_is_a_new
         "filter_arguments": [f"logfile={log}"],
     }
     # Few and small writes: each is soon in the socket as a whole, also one of a batch.
-    pair = make_pair(rate=256 * KIB, length_max=4 * KIB, secondary_options=options)
+    pair = make_pair(rate=256 * KIB, length_max=4 * KIB, timeout_s=5.0, secondary_options=options)
     with pair.load.pausing():
         drained(pair.primary)
+        pair.watch.wait_state("in-sync")  # a loss by a busy machine has been told: the next one is that of the write
         points.arm("target-write.written")
         already = log.stat().st_size
     points.wait_hit("target-write.written")
