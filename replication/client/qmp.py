@@ -74,6 +74,7 @@ class Qmp:
         request: dict[str, Any] = {"execute": command, "id": self._serial}
         if arguments:
             request["arguments"] = arguments
+        self._owed = self._serial  # before: an interrupt may come when it is sent, and nothing else knows of that
         self._lines.send(request, deadline)
         return self._result(self._serial, deadline)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,25 @@ def test_an_answer_to_a_command_that_was_given_up_can_be_waited_for(ends: Ends) 
         else:
             assert asked.result(DEADLINE_S) == 5
         assert qmp.overdue(in_s(0)) is None
+
+
+def test_an_answer_to_a_command_at_whose_sending_the_program_was_interrupted_can_be_waited_for(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, server = ends
+    qmp = make()
+    send = Lines.send
+
+    def interrupted(lines: Lines, message: Mapping[str, Any], deadline: float) -> None:
+        send(lines, message, deadline)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lines, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qmp.execute("stop", None, in_s(DEADLINE_S))
+    server.tell({"return": 5, "id": server.asked()["id"]})
+    assert qmp.overdue(in_s(DEADLINE_S)) == 5
 
 
 def test_refusals_and_answers_of_a_server_that_knows_no_ids(ends: Ends) -> None:
