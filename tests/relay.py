@@ -43,6 +43,7 @@ _OFFLOADS = {  # ETHTOOL_S... of linux/ethtool.h
     "TCP segmentation": 0x1F,
     "generic segmentation": 0x24,
 }
+_ACTIVE_S = 30.0
 _CLIENTS_MAX = 8
 
 
@@ -92,6 +93,7 @@ class Relay:
                 route.link("add", ifname=name, kind="veth", mtu=self._mtu, peer=peer)
                 route.link("set", index=route.link_lookup(ifname=name)[0], state="up")
                 self._furnish(host)
+                _wait_active(route, name)
         ports = {name: Port(name, mac) for name, (_, mac) in HOSTS.items()}
         for name in DIRECTIONS:
             self._lanes[name] = Lane(ports[name[0]], ports[name[1]], self._flows, f"{self._seed} {name}")
@@ -255,6 +257,17 @@ class Relay:
         with IPRoute() as route:
             for name in HOSTS:
                 route.link("set", index=route.link_lookup(ifname=name)[0], state=state)
+
+
+def _wait_active(route: Any, name: str) -> None:
+    """Wait until the kernel passes on what is sent from an interface that came up before its cable had another end: it
+    learns of the carrier later, in a thread of its own, and drops frames until then. WireError if it does not."""
+    (index,) = route.link_lookup(ifname=name)
+    until = time.monotonic() + _ACTIVE_S
+    while route.get_links(index)[0].get_attr("IFLA_OPERSTATE") != "UP":
+        if time.monotonic() > until:
+            raise WireError(f"{name} is not up after {_ACTIVE_S:g} s")
+        time.sleep(0.001)
 
 
 def main(name: str, seed: str, mtu: str, listen: str | None = None) -> int:

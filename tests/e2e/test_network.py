@@ -140,7 +140,8 @@ def test_a_silent_network_costs_one_timeout_and_what_changed_meanwhile(
         pair.check_waits(GOES_ON_S)
     else:
         pair.check_waits(SYNC_S)
-        assert sum(took > GOES_ON_S for _, took in pair.load.waits) <= 1, pair.load.waits
+        # Once for the timeout, not once a write; what is shorter may be a busy machine's.
+        assert sum(took >= TIMEOUT_S for _, took in pair.load.waits) <= 1, pair.load.waits
 
 
 def test_a_full_queue_holds_the_guest_up_once_and_for_a_timeout_at_most(make_pair: Made, wire: Wire) -> None:
