@@ -252,6 +252,7 @@ Layers (a file imports only from lines below its own; tests/unit/test_layers.py 
     options.py                  the command line and the TOML file
     tls.py                      certificates and keys of our own connections, and why a handshake fails
     addresses.py                several addresses of one name, side by side
+    silence.py                  how long the other host owes an acknowledgement
     uri.py                      NBD URIs as libnbd reads them
     jobs.py fault.py            what query-jobs and get-error report
     order/                      who waits for whom

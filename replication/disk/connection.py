@@ -37,6 +37,7 @@ from replication.disk.direct import DirectCalls
 from replication.disk.fence import Fence
 from replication.errors import ConfigError, DiskError
 from replication.order.worker import NO_THREAD
+from replication.silence import silent_s
 from replication.tls import Tls, explain
 from replication.uri import host_of
 
@@ -61,9 +62,6 @@ _LOOKS = 16
 
 _HEADER = 28
 """Bytes of an NBD request without its payload."""
-
-_TCP_DEBT = struct.Struct("=3xB20xI16xI8xI")
-"""Of struct tcp_info: tcpi_probes, tcpi_unacked, tcpi_last_data_sent and tcpi_last_ack_recv."""
 
 _TCP_INFO_BYTES = struct.Struct("=QQ")
 _TCP_INFO_AT = 120
@@ -368,17 +366,9 @@ class Connection:
     @property
     def owing_s(self) -> float | None:
         """How long the peer's kernel, which has something to acknowledge, has said nothing, in seconds; None where it
-        owes nothing, or that is not known. What was sent now, after a silence, is owed for as long as that: so only
-        what is owed for some time says anything."""
+        owes nothing, or that is not known (silence.py)."""
         with self._lock:
-            found = self._socket
-            if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_DEBT.size)
-        if len(info) < _TCP_DEBT.size:
-            return None
-        probes, unacknowledged, sent_ms, heard_ms = _TCP_DEBT.unpack(info)
-        return heard_ms / 1000 if probes or (unacknowledged and sent_ms < heard_ms) else None
+            return None if self._socket is None else silent_s(self._socket)
 
     def _set_socket_deadlines(self) -> None:
         """Let the kernel give up a TCP peer that owes nothing and is silent: it is asked for a sign of life from half

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from replication.log import log, surviving
 from replication.order.worker import Worker
 from replication.server.abilities import Abilities, Credentials
+from replication.silence import silent_s
 
 IDLE_S = 10
 """A client that says nothing for so long is asked for a sign of life, PROBES times, INTERVAL_S apart."""
@@ -32,9 +33,6 @@ PROBES = 3
 DEAD_S = 25.0
 """A client whose host has acknowledged nothing for so long although it owes that: as long as an idle one is probed."""
 _LOOK_S = 5.0
-
-_TCP_INFO = struct.Struct("=3xB20xI16xI8xI")
-"""Of struct tcp_info (linux/tcp.h): tcpi_probes, tcpi_unacked, tcpi_last_data_sent and tcpi_last_ack_recv."""
 
 _FAMILY = struct.Struct("=H")
 _INET = struct.Struct("!2xH4s")
@@ -153,11 +151,11 @@ class HostWatch:
                 peer = peer_address(found)
                 if peer is None or not _is_watched(found):
                     continue
-                silent_s = _silent_s(found)
-                if silent_s is None:
+                for_s = silent_s(found)
+                if for_s is None:
                     continue
                 # What was acknowledged since the last look makes it a new debt.
-                owing[peer] = since = max(self._owing.get(peer, now), now - silent_s)
+                owing[peer] = since = max(self._owing.get(peer, now), now - for_s)
                 if now - since > DEAD_S:
                     log(f"the client at {peer[0]} port {peer[1]} has acknowledged nothing for {now - since:.0f} s")
                     with contextlib.suppress(OSError):  # it has gone meanwhile
@@ -170,19 +168,6 @@ def _is_watched(found: socket.socket) -> bool:
     return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == IDLE_S and (
         found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == PROBES
     )
-
-
-def _silent_s(found: socket.socket) -> float | None:
-    """For how many seconds nothing has come from a host that owes an answer to what was sent last; None if it has
-    answered that."""
-    try:
-        info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-    except OSError:
-        return None
-    if len(info) < _TCP_INFO.size:
-        return None
-    probes, unacknowledged, sent_ms, heard_ms = _TCP_INFO.unpack(info)
-    return heard_ms / 1000 if probes or (unacknowledged and sent_ms < heard_ms) else None
 
 
 def peer_address(found: socket.socket) -> tuple[str, int] | None:

@@ -152,7 +152,7 @@ def test_host_that_acknowledges_nothing_is_given_up(
 ) -> None:
     near, _ = accepted
     silent_s: dict[str, float | None] = {"now": 0.0}
-    monkeypatch.setattr(clients, "_silent_s", lambda _found: silent_s["now"])
+    monkeypatch.setattr(clients, "silent_s", lambda _found: silent_s["now"])
     watcher = HostWatch()
 
     def look(at: float, silent: float | None) -> None:
@@ -179,7 +179,7 @@ def test_host_that_acknowledges_nothing_is_given_up(
 
 
 def test_what_the_process_has_connected_itself_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_silent_s", lambda _found: 1000.0)
+    monkeypatch.setattr(clients, "silent_s", lambda _found: 1000.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
