@@ -219,24 +219,23 @@ class GrainFile:
         if whole:
             with contextlib.suppress(OSError):
                 os.unlink(distrusted)
-        if former._mapped is not None:
-            former._mapped.let_go()
-            former._mapped = None
-        if former._fd >= 0:
-            os.close(former._fd)
-            former._fd = -1
+        former._let_go()
 
     def drop(self, keep: bool = False) -> None:
         """It is not going to take anybody's place in this process; `keep`: in the next one it may (`settle_grown`)."""
+        self._let_go()
+        if not keep:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    def _let_go(self) -> None:
+        """As `close`, of one that is of no use any more: it gets no seal, and somebody may still look at the memory."""
         if self._mapped is not None:
             self._mapped.let_go()
             self._mapped = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if not keep:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
 
     def close(self) -> None:
         """Let the file go: nobody changes it any more."""
