@@ -43,6 +43,17 @@ def twins(lab: Lab) -> Twins:
     return owned_by_a(lab)
 
 
+def wait_connection_lost(guest: nbd.NBD) -> None:
+    """Until none of a guest's requests is in flight any more."""
+
+    def over() -> bool:
+        with suppress(nbd.Error):
+            guest.poll(100)
+        return not guest.aio_in_flight()
+
+    wait_until(over, "its connection is lost", DEADLINE_S)
+
+
 def test_a_guest_on_the_secondary_uses_the_owners_disk(twins: Twins) -> None:
     here, there = twins.a.connect(GUEST), twins.b.connect(GUEST)
     here.pwrite(b"1" * 4096, 0)
@@ -479,13 +490,7 @@ def test_what_the_owner_has_when_a_secondary_is_ended_gets_no_error(twins: Twins
     writes = [guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 512 * number) for number in range(6)]
     wait_until(lambda: b.status()["passing"]["in-flight"] == len(writes), "the owner has them", DEADLINE_S)
     os.kill(b.pid, signal.SIGTERM)
-
-    def over() -> bool:
-        with suppress(nbd.Error):
-            guest.poll(100)
-        return not guest.aio_in_flight()
-
-    wait_until(over, "its connection is lost", DEADLINE_S)
+    wait_connection_lost(guest)
     for write in writes:
         with nbd_refusal(errno.ENOTCONN):
             guest.aio_command_completed(write)
@@ -500,13 +505,7 @@ def test_a_guest_that_waits_for_an_owner_does_not_keep_the_process(twins: Twins)
     write = guest.aio_pwrite(nbd.Buffer.from_bytearray(b"2" * 512), 0)
     wait_until(lambda: b.status()["passing"]["waiting"], "it waits", DEADLINE_S)
     os.kill(b.pid, signal.SIGTERM)
-
-    def over() -> bool:
-        with suppress(nbd.Error):
-            guest.poll(100)
-        return not guest.aio_in_flight()
-
-    wait_until(over, "its connection is lost", DEADLINE_S)
+    wait_connection_lost(guest)
     with nbd_refusal(errno.ENOTCONN):
         guest.aio_command_completed(write)
     b.terminate()
